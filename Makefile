@@ -1,0 +1,67 @@
+# Two commands matter: `make demo` (install, train and evaluate the tiny preset, about one coffee) and `make test`.
+# What a machine needs: python3.11 or newer with venv, make, and a package index that pip can reach. No GPU, no account.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+# Notebooks that `make test` runs against their stored outputs; the rest are run by `make demo`.
+NBVAL ?= $(wildcard notebooks/01_*.ipynb)
+
+# The tiny models are too small to share a step between cores: one thread is as fast, and many times faster on a busy machine.
+demo test lab: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lab bench lock format clean
+help:
+	@echo "make demo    install, then run the eight notebooks on the tiny preset and print the scores"
+	@echo "make test    install, then lint, format check and all tests"
+	@echo "make lab     install, then open JupyterLab in notebooks/"
+	@echo "make bench   measure demo and tests in a fresh clone (bench/results/demo.json)"
+	@echo "make lock    resolve requirements.lock again from pyproject.toml"
+	@echo "make format  let ruff lay out code and notebooks"
+	@echo "make clean   remove the environment, runs and generated data"
+
+setup: $(STAMP)
+
+# uv is quick but does not read pip's settings, so the folders in pip's find-links are handed on; where uv cannot
+# install, pip does (a mirror that only pip knows, for example).
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@set -e; links=; \
+	for folder in $$($(PY) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS); do \
+	    if [ -d "$$folder" ]; then links="$$links --find-links $$folder"; fi; \
+	done; \
+	echo "installing requirements.lock into $(VENV)"; \
+	{ $(PY) -m pip install --quiet uv && $(PY) -m uv pip install --quiet --python $(PY) $$links -r requirements.lock; } \
+	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install --quiet -r requirements.lock; }
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) -m vflan.book tiny
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest --nbval-lax tests $(NBVAL)
+
+lab: $(STAMP)
+	$(PY) -m jupyterlab notebooks
+
+bench: $(STAMP)
+	$(PY) -m bench.demo
+
+# One lock for CPU and GPU machines: torch itself asks for the CUDA libraries that fit it, so they are left out here.
+CUDA = cuda-bindings cuda-pathfinder cuda-toolkit triton nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+lock: $(STAMP)
+	$(PY) -m uv pip compile --universal --python-version 3.11 --extra test pyproject.toml --no-header --no-annotate \
+	    $(CUDA:%=--no-emit-package %) --quiet -o requirements.lock
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) runs data/tiny/samples data/tiny/benchmarks vflan.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
