@@ -1,0 +1,323 @@
+"""The press: runs the notebooks in order, lays the executed ones out clean, and says where everything is.
+
+    python -m vflan.book tiny                                   # all notebooks, about as long as a coffee
+    python -m vflan.book tiny --notebooks 03 05 -p changes '{"seed": 1}'
+    python -m vflan.book full_13b -p num_processes 8 --out my_run
+
+The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json.
+"""
+
+import argparse
+import ast
+import base64
+import functools
+import io
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+from PIL import Image
+
+from vflan.recipe import ROOT
+
+LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class Stopped(RuntimeError):
+    """A notebook failed; the message names the notebook, the cell and the error."""
+
+
+def find_notebooks(folder, only=()):
+    """The numbered notebooks of `folder` in order; `only` picks some by the start of their names ("03", "05_eval")."""
+    known = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
+    if not known:
+        raise FileNotFoundError(f"{folder} holds no notebook named like 01_name.ipynb")
+    for start in only:
+        if not any(path.name.startswith(start) for path in known):
+            raise ValueError(f"no notebook starts with {start!r}; there are {', '.join(p.stem for p in known)}")
+    return [path for path in known if not only or path.name.startswith(tuple(only))]
+
+
+def tree_gb(pid=None):
+    """Memory in GB that a process and all its children hold now (pages they share count once for each)."""
+    try:
+        root = psutil.Process(pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass  # it ended between the two looks
+    return total / 1e9
+
+
+class Watch:
+    """`with Watch() as w:` - afterwards w.minutes, and w.peak_gb: the most that a process tree held at one time."""
+
+    def __init__(self, pid=None, every=0.5):
+        self.pid, self.every, self.peak_gb, self.minutes = pid, every, 0.0, 0.0
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        self._start = time.monotonic()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self):
+        while True:
+            self.peak_gb = max(self.peak_gb, tree_gb(self.pid))
+            if self._stop.wait(self.every):
+                return
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.minutes = (time.monotonic() - self._start) / 60
+
+
+def _plain(text):
+    """Text without what differs from machine to machine: folders, object addresses, overwritten progress lines."""
+    places = [(ROOT, ""), (sys.prefix, ".venv"), (sys.base_prefix, "python"), (tempfile.gettempdir(), "temp")]
+    places.append((Path.home(), "~"))
+    for place, name in places:
+        place = str(place).rstrip("/")
+        if place:
+            text = text.replace(place + "/", name + "/" if name else "")
+            text = re.sub(re.escape(place) + r"(?![\w.-])", name or ".", text)
+    text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
+    text = re.sub(r"^[^\n]*\r(?!\n)", "", text, flags=re.MULTILINE)
+    return re.sub(r"^.*\d+%\|.*\|.*\n?", "", text, flags=re.MULTILINE)  # a tqdm bar printed to stdout
+
+
+def _clean_output(output, count):
+    """One output without stderr, widgets and machine paths; None if nothing is left of it."""
+    if output.output_type == "stream":
+        if output.name == "stderr":
+            return None
+        output.text = _plain(output.text)
+        return output if output.text else None
+    if output.output_type == "error":
+        output.traceback = [_plain(line) for line in output.traceback]
+        return output
+    if WIDGET in output.data:  # its text/plain is only "VBox(children=...)"; the static picture stands before it
+        return None
+    output.metadata = {}
+    output.data = {kind: _plain(value) if kind.startswith("text/") else value for kind, value in output.data.items()}
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    return output
+
+
+def clean(notebook):
+    """An executed notebook made fit to commit: counts in order, no widget state, stderr, timings or machine paths.
+
+    Works on a copy. The kernel's name is always python3, so that the notebook opens wherever vflan is installed.
+    """
+    notebook = nbformat.from_dict(notebook)
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+        }
+    )
+    count = 0
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type != "code":
+            continue
+        if cell.source.strip():
+            count += 1
+        cell.execution_count = count if cell.source.strip() else None
+        outputs = []
+        for output in filter(None, (_clean_output(o, count) for o in cell.outputs)):
+            if outputs and output.output_type == outputs[-1].output_type == "stream":
+                outputs[-1].text += output.text  # a slow cell prints in pieces; how many depends on the machine
+            else:
+                outputs.append(output)
+        cell.outputs = outputs
+    return notebook
+
+
+def shrink(notebook, colors=128):
+    """The notebook with its PNG pictures reduced to a palette: a third of the size, hardly a difference to see."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            png = output.get("data", {}).get("image/png")
+            if png:
+                picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(colors)
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG", optimize=True)
+                if len(small := base64.b64encode(buffer.getvalue()).decode()) < len(png):
+                    output["data"]["image/png"] = small
+    return notebook
+
+
+def lay_out(path):
+    """Clean the executed notebook at `path` in place and return its size in bytes; large ones get palette pictures."""
+    notebook = clean(nbformat.read(path, as_version=4))
+    text = nbformat.writes(notebook)
+    if len(text.encode()) > LIMIT:
+        text = nbformat.writes(shrink(notebook))
+    Path(path).write_text(text + "\n", encoding="utf-8")
+    return len(text.encode()) + 1
+
+
+def run_notebook(source, target, parameters):
+    """Execute one notebook with papermill, in its own folder as Jupyter and nbval do, and write it to `target`."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillException
+
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=str(source.parent),
+            progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
+        )
+    except papermill.PapermillExecutionError as error:
+        sentence = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        raise Stopped(f"{source.name} stopped in cell [{error.exec_count}] - {sentence}\nread on in {target}") from None
+    except DeadKernelError:
+        raise Stopped(f"{source.name} lost its kernel, most likely for want of memory; see {target}") from None
+    except PapermillException as error:
+        raise Stopped(f"{source.name} could not be run: {error}") from None
+
+
+def caption(picture):
+    """What a figure says of itself: the description in the PNG, else its file name read aloud."""
+    with Image.open(picture) as image:
+        said = getattr(image, "text", {}).get("Description")
+    words = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{'Figure' if m[1] == 'fig' else 'Table'} {m[2]}: ", picture.stem)
+    return said or words.replace("_", " ")
+
+
+def write_gallery(preset, folder=None):
+    """List the figures of a preset with their captions; figures/README.md for tiny, else beside the figures."""
+    folder = Path(folder or ROOT / "figures")
+    page = folder / "README.md" if preset == "tiny" else folder / preset / "README.md"
+    pictures = sorted((folder / preset).glob("*.png"), key=_by_number)
+    lines = [f"# Figures of the {preset} preset", "", "Drawn by the notebooks; `vflan.book` writes this page.", ""]
+    for picture in pictures:
+        text = caption(picture)
+        lines += [f"![{text}]({picture.relative_to(page.parent).as_posix()})", "", text, ""]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page, len(pictures)
+
+
+def _by_number(path):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+
+
+def score_table(path):
+    """Scores of a file as one row a run and one column a benchmark: its first metric, mean over seeds."""
+    scores = pd.read_csv(path)
+    headline = scores.groupby("benchmark", sort=False)["metric"].first()
+    scores = scores[scores["metric"] == scores["benchmark"].map(headline)]
+    table = scores.pivot_table(index="run", columns="benchmark", values="value", aggfunc="mean", sort=False)
+    return table.round(1)
+
+
+def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebooks=None, say=None):
+    """Run the notebooks of a preset in order and return the record that is kept in book.json.
+
+    preset: a name or a .py file. only: starts of notebook names. parameters: extra papermill parameters.
+    out: folder for the executed notebooks and book.json (runs/<preset>). write: also replace the committed notebooks,
+    possible for tiny without parameters only. Raises Stopped at the first notebook that fails.
+    """
+    name = Path(preset).stem
+    say = say or functools.partial(print, flush=True)
+    parameters = dict(parameters or {})
+    if write and (preset != "tiny" or parameters):
+        raise ValueError("--write replaces the committed notebooks, which are those of `tiny` without parameters")
+    if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
+        parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
+    out = Path(out or ROOT / "runs" / name).resolve()
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    record = {
+        "preset": name,
+        "parameters": parameters,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "notebooks": [],
+    }
+    sources = find_notebooks(notebooks or ROOT / "notebooks", only)
+    width = max(len(source.stem) for source in sources)
+    with Watch() as whole:
+        for source in sources:
+            target = out / "notebooks" / source.name
+            with Watch() as watch:
+                run_notebook(source, target, parameters)
+            size = lay_out(target)
+            if write and size > LIMIT:
+                raise Stopped(f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures")
+            if write:
+                source.write_bytes(target.read_bytes())
+            row = {"name": source.stem, "minutes": round(watch.minutes, 2), "peak_gb": round(watch.peak_gb, 2)}
+            record["notebooks"].append({**row, "kb": size // 1000})
+            say(f"{source.stem:{width}}  {watch.minutes:6.1f} min  {watch.peak_gb:5.1f} GB  {size // 1000:4d} KB")
+    record.update(minutes=round(whole.minutes, 2), peak_gb=round(whole.peak_gb, 2))
+    (out / "book.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _report(name, out, record, say)
+    return record
+
+
+def _report(name, out, record, say):
+    def short(path):
+        return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+    page, figures = write_gallery(name)
+    scores = ROOT / "data" / "results" / f"{name}.csv"
+    say(f"\n{record['minutes']:.1f} minutes, at most {record['peak_gb']:.1f} GB")
+    say(f"notebooks  {short(out / 'notebooks')}")
+    say(f"figures    {short(page)} ({figures})")
+    if scores.exists():
+        say(f"scores     {short(scores)}\n\n{score_table(scores).to_string(na_rep='')}")
+    else:
+        say(f"scores     none yet: {short(scores)} is written by notebooks/05_evaluation.ipynb")
+
+
+def _value(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m vflan.book", description=__doc__.splitlines()[0])
+    parser.add_argument("preset", nargs="?", default="tiny", help="a preset's name, or a .py file of your own")
+    parser.add_argument("--notebooks", nargs="+", default=(), metavar="03", help="only these (start of the file name)")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="notebook parameter")
+    parser.add_argument("--out", help="folder for the executed notebooks (runs/<preset>)")
+    parser.add_argument("--write", action="store_true", help="replace the committed notebooks with the executed ones")
+    given = parser.parse_args(arguments)
+    try:
+        parameters = {key: _value(value) for key, value in given.p}
+        press(given.preset, given.notebooks, parameters, given.out, given.write)
+    except (Stopped, ValueError, FileNotFoundError) as error:
+        sys.exit(f"vflan.book: {error}")
+
+
+if __name__ == "__main__":
+    main()
