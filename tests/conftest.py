@@ -1,0 +1,142 @@
+"""Tiny random backbones and a handful of coloured squares: enough for every road test, made in a second, no network."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads make busy machines ten times slower
+
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+COLOURS = ["red", "green", "blue", "yellow"]
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A folder beside the repository with reference data that may not be published; without it these tests are skipped."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the folder {SHARED.name} beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """Folders of a random CLIP tower and a random Llama with a byte-fallback BPE tokenizer: {"vision_tower": ..., "language_model": ...}."""
+    folder = tmp_path_factory.mktemp("backbones")
+    make_backbones(folder)
+    return {"vision_tower": str(folder / "vision_tower"), "language_model": str(folder / "language_model")}
+
+
+def make_backbones(folder, width=32, layers=2, seed=0):
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    from vflan.conversation import SYSTEM
+
+    text = [
+        SYSTEM,
+        "USER: ASSISTANT:",
+        "Describe the image. What color is it? a red green blue yellow square on grey.",
+    ] * 20
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", "<image>", *bytes_]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
+    state = json.loads(tokenizer.to_str())  # the byte tokens are vocabulary, not special tokens
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in bytes_]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=24,
+                patch_size=12,
+            )
+        )
+        language = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(fast),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
+    tower.save_pretrained(folder / "vision_tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
+        folder / "vision_tower"
+    )
+    language.save_pretrained(folder / "language_model")
+    fast.save_pretrained(folder / "language_model")
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Path of a samples file: 32 coloured squares, question and answer, with their pictures in `images` beside it."""
+    return make_squares(tmp_path)
+
+
+def make_squares(folder, rows=32):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    samples = []
+    for i in range(rows):
+        colour = COLOURS[i % len(COLOURS)]
+        Image.new("RGB", (30, 20), colour).save(folder / "images" / f"{i}.png")
+        turns = [
+            {"from": "human", "value": ["<image>\nWhat color is it?", "Describe the image.\n<image>"][i % 2]},
+            {"from": "gpt", "value": f"a {colour} square"},
+        ]
+        samples.append({"id": f"s{i}", "image": f"{i}.png", "task_name": f"task{i % 8}", "conversations": turns})
+    path = folder / "samples.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+@pytest.fixture
+def recipe(backbones, squares, tmp_path):
+    """A small recipe over the squares; its runs go to a folder of this test."""
+    from vflan.recipe import Recipe
+
+    return Recipe(
+        name="base",
+        stage="base",
+        samples=str(squares),
+        images=str(squares.parent / "images"),
+        runs=str(tmp_path / "runs"),
+        tune=("projector", "language_model"),
+        lr=1e-2,
+        global_batch=8,
+        micro_batch=4,
+        **backbones,
+    )

@@ -1,0 +1,35 @@
+"""Vision-Flan and its two-stage visual instruction tuning (Xu et al., 2024), from raw samples to figures.
+
+Names are looked up on first use, so that `import vflan` takes milliseconds and the figures need no torch.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "recipe": ["preset", "Recipe", "replace"],
+    "samples": ["load_samples", "save_samples", "check", "mix"],
+    "conversation": ["encode"],
+    "model": ["load_model", "parts", "swap_part"],
+    "runs": ["Run"],
+    "train": ["train"],
+    "evaluate": ["answer", "evaluate"],
+    "benchmarks": ["BENCHMARKS"],
+}
+_MODULES = ("plots", "world", "stats", "judge", "widgets")
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = [*_WHERE, *_MODULES]
+
+
+def __getattr__(name):
+    if name in _WHERE:
+        value = getattr(import_module(f"vflan.{_WHERE[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"vflan.{name}")
+    else:
+        raise AttributeError(f"vflan has no {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value  # also wins over a submodule of the same name (vflan.train is the function)
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,145 @@
+"""From a conversation to token ids and labels: the only file that knows templates, `<image>` and -100.
+
+The ids are LLaVA-1.5's: text left and right of the picture is tokenised apart, the picture itself is ONE `IMAGE_TOKEN_INDEX`.
+The labels are built with the ids, turn by turn, where the original counts lengths afterwards and throws a sample away when the
+counts disagree (the well-known "tokenization mismatch").
+"""
+
+from typing import NamedTuple
+
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100
+IMAGE = "<image>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# the same template for Hugging Face processors: saved with every run so that AutoProcessor alone can prompt the model
+CHAT_TEMPLATE = (
+    "{{ '"
+    + SYSTEM.replace("'", "\\'")
+    + " ' }}{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{{ ' ' if m.role == 'user' else eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+class Audit(NamedTuple):
+    """What of a conversation can be trained on: (question, answer) pairs, whether a picture leads, and what was left out."""
+
+    pairs: list[tuple[str, str]]
+    has_image: bool
+    dropped: list[str]
+
+
+def audit(conversations: list[dict]) -> Audit:
+    """Sort a conversation into (question, answer) pairs, keeping what is sound and naming what is not.
+
+    `<image>` always moves to the front of the first kept question. Raises ValueError, with the reason, when the order or a role is
+    wrong, `<image>` stands where it cannot be honoured, or no answer is left to learn from.
+    """
+    if not conversations:
+        raise ValueError("no turns")
+    turns, dropped = list(conversations), []
+    for number, turn in enumerate(turns, 1):
+        if turn.get("from") not in ("human", "gpt"):
+            raise ValueError(f"unknown role {turn.get('from')!r} in turn {number}")
+    if turns[0]["from"] == "gpt":
+        turns, dropped = turns[1:], ["the first turn, an answer without a question"]
+    if turns and turns[-1]["from"] == "human":
+        turns, dropped = turns[:-1], [*dropped, "the last turn, a question without an answer"]
+    if not turns:
+        raise ValueError("wrong order: no question is followed by an answer")
+    for turn, role in zip(turns, ["human", "gpt"] * len(turns)):
+        if turn["from"] != role:
+            raise ValueError(f"wrong order: two {turn['from']} turns in a row")
+    texts = [turn.get("value") or "" for turn in turns]
+    if any(IMAGE in text for text in texts[1::2]):
+        raise ValueError("image token in an answer")
+    if sum(IMAGE in text for text in texts[::2]) > 1:
+        raise ValueError("image token in more than one question")
+    pairs = []
+    for question, answer in zip(texts[::2], texts[1::2]):
+        if question.count(IMAGE) > 1:
+            dropped.append("a repeated image token")
+        if IMAGE in question:
+            question = question.replace(IMAGE, "").strip()
+        if answer.strip():
+            pairs.append((question, answer))
+        else:
+            dropped.append("an empty answer with its question")
+    if not pairs:
+        raise ValueError("empty answer")
+    return Audit(pairs, any(IMAGE in text for text in texts), dropped)
+
+
+def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") -> tuple[list[int], list[int]]:
+    """Token ids and labels of one conversation, two lists of int of the same length; -100 where there is nothing to learn.
+
+    `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns the caption and
+    a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why when nothing could be learned; see `audit`.
+    """
+    pairs, has_image, _ = audit(conversations)
+    if template == "plain":
+        if not has_image:
+            raise ValueError("no image token: the plain template is a picture and its caption")
+        head, caption = _bos(tokenizer) + [IMAGE_TOKEN_INDEX], _ids(tokenizer, pairs[0][1] + "\n", pairs[0][1])
+        return head + caption, [IGNORE_INDEX] * len(head) + caption
+    input_ids, labels = [], []
+    for turn, (question, answer) in enumerate(pairs):
+        prompt, tail = _prompt(question, tokenizer, has_image, first=turn == 0)
+        # the answer is what it adds to the prompt that generation will start from: the two cannot drift apart
+        whole, user_text = _ids(tokenizer, f"{tail} {answer}", question + answer), question + answer
+        start = _ids(tokenizer, tail, user_text)
+        reply = whole[len(start) :] if whole[: len(start)] == start else _ids(tokenizer, f" {answer}", user_text)
+        input_ids += [*prompt, *reply, tokenizer.eos_token_id]
+        labels += [*[IGNORE_INDEX] * len(prompt), *reply, tokenizer.eos_token_id]
+    return input_ids, labels
+
+
+def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True) -> list[int]:
+    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), exactly as training shows them before an answer."""
+    if template == "plain":
+        return _bos(tokenizer) + [IMAGE_TOKEN_INDEX]
+    question = text.replace(IMAGE, "").strip() if has_image else text
+    return _prompt(question, tokenizer, has_image, first=True)[0]
+
+
+def expand(
+    ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int
+) -> tuple[list[int], list[int]]:
+    """The same ids and labels with the one picture position widened to the features the model puts there."""
+    if IMAGE_TOKEN_INDEX not in ids:
+        return ids, labels
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    return (
+        [*ids[:at], *[image_token_id] * num_image_tokens, *ids[at + 1 :]],
+        [*labels[:at], *[IGNORE_INDEX] * num_image_tokens, *labels[at + 1 :]],
+    )
+
+
+def _prompt(question: str, tokenizer, has_image: bool, first: bool) -> tuple[list[int], str]:
+    """Ids up to and including "ASSISTANT:", and the stretch of text they end in (back to the picture or the last end token)."""
+    if not first:
+        tail = f"{tokenizer.eos_token}USER: {question} ASSISTANT:"  # after an end token some tokenizers split "USER" otherwise
+        return _ids(tokenizer, tail, question)[1:], tail
+    if not has_image:
+        tail = f"{SYSTEM} USER: {question} ASSISTANT:"
+        return _bos(tokenizer) + _ids(tokenizer, tail, question), tail
+    tail = f"\n{question} ASSISTANT:" if question else " ASSISTANT:"
+    before = _bos(tokenizer) + _ids(tokenizer, f"{SYSTEM} USER: ")
+    return before + [IMAGE_TOKEN_INDEX] + _ids(tokenizer, tail, question), tail
+
+
+def _ids(tokenizer, text: str, user_text: str = "") -> list[int]:
+    """Ids of a stretch of text, no BOS. A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
+    if "<" in user_text and any(token in user_text for token in tokenizer.all_special_tokens):
+        lead = tokenizer.eos_token if text.startswith(tokenizer.eos_token) else ""
+        ids = tokenizer(text[len(lead) :], add_special_tokens=False, split_special_tokens=True).input_ids
+        return [tokenizer.eos_token_id] * bool(lead) + ids
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _bos(tokenizer) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -1,0 +1,59 @@
+"""The paper's own scale: Vicuna-13B v1.5, CLIP ViT-L/14-336, the whole language model tuned (Vision-Flan, section 3).
+
+Hardware: 8 GPUs of 80 GB (the papers used A100s); num_processes 8, so that weights and optimiser are sharded over them.
+Cost: not measured here. LLaVA-1.5 reports 5.5 h for a 13B projector on 8 A100-80G; Vision-Flan prints no GPU hours, and its
+base stage is about 13,000 steps of 128 samples. Each run folder holds a whole model, 27 GB in bfloat16.
+Expect: the Vision-Flan rows of data/paper.csv.
+
+Stated by the papers: data, what is tuned, batch sizes, learning rates, one epoch, 128 steps of chat. Taken from LLaVA-1.5's scripts
+because Vision-Flan does not say: cosine schedule, warm-up 0.03, no weight decay, no clipping, 2048 tokens, bfloat16, templates.
+"""
+
+from vflan.recipe import Preset, Recipe, replace
+
+
+def preset() -> Preset:
+    projector = Recipe(
+        name="projector",
+        stage="projector",
+        vision_tower="openai/clip-vit-large-patch14-336",
+        language_model="lmsys/vicuna-13b-v1.5",
+        samples="data/llava_pretrain/blip_laion_cc_sbu_558k.json",
+        images="data/llava_pretrain/images",
+        runs="runs/full_13b",
+        benchmarks="data/benchmarks",
+        template="plain",
+        image_aspect_ratio="crop",
+        tune=("projector",),
+        lr=1e-3,
+        global_batch=256,
+        micro_batch=32,
+        precision="bf16",
+        gradient_checkpointing=True,
+    )
+    base = replace(
+        projector,
+        name="base",
+        stage="base",
+        samples="data/vision_flan/annotation_191-task_1k.json",
+        images="data/vision_flan/images_191task_1k",
+        template="vicuna_v1",
+        image_aspect_ratio="pad",
+        tune=("projector", "language_model"),
+        lr=2e-5,
+        global_batch=128,
+        micro_batch=16,
+    )
+    chat = replace(
+        base,
+        name="chat",
+        stage="chat",
+        samples="data/llava_instruct/llava_instruct_150k.json",
+        images="data/llava_instruct/train2017",
+        num_samples=1000,
+        lr=1e-5,
+        global_batch=64,
+        micro_batch=8,
+        max_steps=128,
+    )
+    return Preset(projector, base, chat)

@@ -1,0 +1,15 @@
+"""Vicuna-7B v1.5 with LoRA in the tuning stages: LLaVA-1.5's published LoRA values (r 128, alpha 256, dropout 0.05).
+
+Hardware: a GPU of 48 GB or more, or several of 24 GB with a smaller micro_batch (every process holds the whole model).
+Cost: not measured here. Expect: close to full tuning on most benchmarks in LLaVA-1.5's own table; Vision-Flan prints no LoRA row.
+"""
+
+from vflan.presets.full_7b import preset as full_7b
+from vflan.recipe import Preset, replace
+
+
+def preset() -> Preset:
+    projector, base, chat = (replace(recipe, runs="runs/lora_7b") for recipe in full_7b())
+    lora = dict(lora_r=128, lora_alpha=256, lora_dropout=0.05, projector_lr=2e-5)
+    # the paper halves the learning rate from Base to Chat; so does this for LoRA, for want of a published value
+    return Preset(projector, replace(base, lr=2e-4, **lora), replace(chat, lr=1e-4, **(lora | dict(projector_lr=1e-5))))

@@ -1,0 +1,13 @@
+"""Vicuna-7B v1.5 on one GPU: the language model in 4 bits (nf4), LoRA on top; the projector trains in full precision.
+
+Hardware: one GPU of 24 GB. Cost: not measured here. Expect: the shape of the paper's results, not its values: LLaVA-1.5
+published no QLoRA recipe, so this is its LoRA recipe (r 128, alpha 256) on a quantised model, with an 8-bit optimiser.
+"""
+
+from vflan.presets.lora_7b import preset as lora_7b
+from vflan.recipe import Preset, replace
+
+
+def preset() -> Preset:
+    changes = dict(runs="runs/qlora_7b", bits=4, micro_batch=4, optimizer="adamw_8bit")
+    return Preset(*(replace(recipe, **changes) for recipe in lora_7b()))

@@ -1,0 +1,182 @@
+"""A recipe: everything that decides a training run, in one frozen dataclass; presets are three of them."""
+
+import dataclasses
+import difflib
+import json
+import os
+import runpy
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(os.environ.get("VFLAN_HOME") or Path(__file__).resolve().parent.parent)  # never the working directory
+
+_CHOICES = {
+    "stage": ("projector", "base", "chat"),
+    "template": ("plain", "vicuna_v1"),
+    "image_aspect_ratio": ("pad", "crop"),
+    "bits": (16, 8, 4),
+    "schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "precision": ("fp32", "bf16"),
+}
+_AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
+_AT_LEAST |= dict(
+    lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
+)
+_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training stage. Paths are relative to the project folder (`ROOT`), absolute, or ids on the Hugging Face hub."""
+
+    name: str  # the run folder is `runs`/`name`
+    stage: str  # what it makes: projector | base | chat
+    vision_tower: str
+    language_model: str
+    samples: str  # LLaVA json
+    images: str  # folder that the samples' pictures are relative to
+    runs: str  # folder of run folders
+    benchmarks: str = ""
+    template: str = "vicuna_v1"  # the projector stage uses `plain`: picture, caption, newline
+    image_aspect_ratio: str = "pad"  # `crop` in the projector stage, as LLaVA-1.5 really did
+    num_tasks: int | None = None  # of `samples`; None: all
+    per_task: int | None = None
+    num_samples: int | None = None  # a random subset of `samples`, after the two above
+    more_samples: tuple[str, ...] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
+    tune: tuple[str, ...] = ("projector",)  # which parts learn; the vision tower never does (paper, section 3)
+    bits: int = 16  # 8 and 4: the language model is quantised (LoRA is then needed to tune it)
+    lora_r: int = 0  # 0: the language model is tuned in full
+    lora_alpha: float = 0
+    lora_dropout: float = 0.0
+    lr: float = 1e-3
+    projector_lr: float | None = None  # None: `lr`
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0  # 0: no clipping, as published
+    optimizer: str = "adamw"
+    epochs: float = 1.0
+    max_steps: int | None = None  # when given it decides, not `epochs`
+    global_batch: int = 16  # samples an optimiser step, over all processes
+    micro_batch: int = 16  # samples a forward pass of one process
+    max_length: int = 2048  # tokens, the picture's included
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 0  # steps between checkpoints to resume from; 0: none
+    max_bad_share: float = 0.01  # more bad rows than this and the run does not start
+
+    def __post_init__(self):
+        for field in ("tune", "more_samples"):  # lists come from json and from notebooks
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(str, known))}.")
+        for field, least in _AT_LEAST.items():
+            value = getattr(self, field)
+            if value is None and _FIELDS[field].default is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= least:
+                raise ValueError(f"{field}={value!r}: a number of at least {least} is needed.")
+            if "int" in str(_FIELDS[field].type) and value != int(value):
+                raise ValueError(f"{field}={value!r}: a whole number is needed.")
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r}: it becomes a folder, so it must be one plain folder name.")
+        if not self.tune or not set(self.tune) <= {"projector", "language_model"}:
+            raise ValueError(
+                f"tune={self.tune}: name projector, language_model or both; the vision tower stays frozen."
+            )
+        if "language_model" in self.tune and self.bits < 16 and not self.lora_r:
+            raise ValueError(
+                f"bits={self.bits}: a quantised language model learns only through LoRA; set lora_r (64, say)."
+            )
+        if self.lora_r and "language_model" not in self.tune:
+            raise ValueError(f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0.")
+        if self.lora_r and not self.lora_alpha:
+            raise ValueError(f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual.")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return resolve(self.runs) / self.name
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        _known(values)
+        return cls(**values)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+
+
+class Preset(NamedTuple):
+    """The three stages, in the order they are trained."""
+
+    projector: Recipe
+    base: Recipe
+    chat: Recipe
+
+
+def replace(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with some fields changed; a sweep is plain Python around it."""
+    _known(changes)
+    return dataclasses.replace(recipe, **changes)
+
+
+def preset(name: str, **changes) -> Preset:
+    """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
+
+    `changes` are Recipe fields and go to all three stages.
+    """
+    if str(name).endswith(".py"):
+        path = Path(name) if Path(name).exists() else resolve(name)
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no such preset file; copy one of vflan/presets and point to it.")
+        make = runpy.run_path(str(path)).get("preset")
+        if make is None:
+            raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
+    elif name in (known := preset_names()):
+        make = import_module(f"vflan.presets.{name}").preset
+    else:
+        raise ValueError(
+            f"There is no preset {name!r}; known ones are {', '.join(known)}, or give a .py file of your own."
+        )
+    return Preset(*(replace(recipe, **changes) for recipe in make()))
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in (Path(__file__).parent / "presets").glob("*.py") if p.stem != "__init__")
+
+
+def differences(old: dict, new: dict) -> str:
+    """The fields in which two recipes (as dicts) differ, one line each; empty when they agree."""
+    return "\n".join(
+        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+    )
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """A recipe's path as an absolute one: relative paths hang from `ROOT`."""
+    return ROOT / Path(path).expanduser()
+
+
+def weights_source(path: str) -> str:
+    """A folder when it is there, else the hub id; a folder of ours that is missing is an error, not a download."""
+    if resolve(path).exists():
+        return str(resolve(path))
+    if Path(path).is_absolute() or path.startswith(("data/", "runs/", ".")) or path.count("/") > 1:
+        raise FileNotFoundError(f"{path}: no such folder; data/README.md says where the backbones come from.")
+    return path
+
+
+def _known(names) -> None:
+    for name in names:
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.0)
+            raise ValueError(f"Recipe has no field {name!r}; the closest is {near[0]!r}.")
