@@ -56,8 +56,10 @@ def test_looking_at_results_needs_no_torch(name):
         assert not {n.split(".")[0] for n in imported(path)} & {"torch", "transformers", "peft", "accelerate"}
 
 
-def test_only_model_knows_peft_and_bitsandbytes():
-    assert {room(p) for p in FILES for n in imported(p) if n.split(".")[0] in ("peft", "bitsandbytes")} <= {"model"}
+@pytest.mark.parametrize("package, rooms", [("peft", {"model"}), ("bitsandbytes", {"model", "train"})])
+def test_quantising_and_adapters_stay_in_one_room(package, rooms):
+    """model owns both; train takes only the 8-bit optimizer."""
+    assert {room(p) for p in FILES for n in imported(p) if n.split(".")[0] == package} <= rooms
 
 
 def test_no_tracked_file_holds_a_machine_path():
