@@ -42,7 +42,7 @@ def png(noise=False, description=None):
     return buffer.getvalue()
 
 
-def test_notebooks_run_in_order_and_come_out_clean(home, capsys):
+def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     folder = home / "notebooks"
     show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\nopen('first.txt', 'w').write('x')"
     write(folder, "01_first", new_markdown_cell("# One"), code(show), code(""), code("1 + 1"))
@@ -67,7 +67,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capsys):
     kept = json.loads((home / "runs/tiny/book.json").read_text())
     assert kept == record and [row["name"] for row in kept["notebooks"]] == ["01_first", "02_second"]
     assert kept["peak_gb"] > 0 and kept["minutes"] > 0
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "figures/README.md" in said.out
     assert said.err == ""  # quiet when nobody watches
 
@@ -76,7 +76,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capsys):
     assert (folder / "01_first.ipynb").read_bytes() == again  # the same run writes the same file
 
 
-def test_the_first_failure_stops_the_press_with_one_sentence(home, capsys):
+def test_the_first_failure_stops_the_press_with_one_sentence(home):
     folder = write(home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")).parent
     write(folder, "02_never", code("1"))
     with pytest.raises(SystemExit) as stop:
