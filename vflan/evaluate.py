@@ -66,7 +66,7 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
 
 
 def shelves(model, processor, before, pictures, batch_size):
-    """Yields (cache, [(index, slot, ids)]): keys and values of some pictures, a slot each, and the questions about them.
+    """Yields (cache, [(index, slot, ids)]): keys and values of some pictures, a slot each, and the questions on them.
 
     `before` is read once, each picture once. A shelf holds as many pictures as fit in SHELF_BYTES, and at least enough
     to fill a batch. Questions without a picture come with an empty cache.
@@ -260,7 +260,7 @@ def read_answers(path, header):
 
 
 def fingerprint(folder):
-    """A short hash of the weights in a model folder. At most 17 MiB of each file are read, so that 26 GB take a second."""
+    """A short hash of the weights in a model folder; of each file at most 17 MiB are read, since a model may have 26 GB."""
     files = sorted(p for p in Path(folder).glob("**/*") if p.suffix in (".safetensors", ".bin"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights: train the run first.")

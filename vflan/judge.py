@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 VERBS = set(
-    "is are was has have shows show there's it's looks look lies lie stands stand can see sits contains".split()
+    "is are was were be has have shows show see sees can could may might must will looks look lies lie stands stand "
+    "sits sit contains contain makes make belong there's it's i'm".split()
 )
 
 
@@ -49,10 +50,12 @@ def mentions(text, lexicon):
                 color = back
             if back in ("no", "not", "without", "neither", "nor") or back.endswith("n't"):
                 denied = True
-        if color is None and tokens[i + 1 : i + 2] in (["is"], ["are"]):
-            after = tokens[i + 2 : i + 4]
-            color = next((w for w in after if w in colors), None)
-            denied = denied or "not" in after
+        if color is None:  # the star (in the picture) is (not) red
+            phrase = tokens[i + 1 : i + 6]
+            phrase = phrase[: next((k for k, w in enumerate(phrase) if w in shapes or w in ".,;!?"), 5)]
+            at = next((k for k, w in enumerate(phrase) if w in ("is", "are")), 5)
+            color = next((w for w in phrase[at + 1 : at + 3] if w in colors), None)
+            denied = denied or "not" in phrase
         if color and not denied and (color, shapes[token]) not in found:
             found.append((color, shapes[token]))
     return found
