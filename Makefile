@@ -31,9 +31,9 @@ $(STAMP): requirements.lock pyproject.toml
 	    if [ -d "$$folder" ]; then links="$$links --find-links $$folder"; fi; \
 	done; \
 	echo "installing requirements.lock into $(VENV)"; \
-	{ $(PY) -m pip install --quiet uv && $(PY) -m uv pip install --quiet --python $(PY) $$links -r requirements.lock; } \
-	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install --quiet -r requirements.lock; }
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	{ $(PY) -m pip install -qq uv && $(PY) -m uv pip install --quiet --python $(PY) $$links -r requirements.lock; } \
+	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install -qq -r requirements.lock; }
+	$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)
