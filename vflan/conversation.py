@@ -75,40 +75,44 @@ def audit(conversations: list[dict]) -> Audit:
 
 
 def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation, two lists of int of the same length; -100 where there is nothing to learn.
+    """Token ids and labels of one conversation, two lists of int of the same length; -100 where nothing is learned.
 
-    `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns the caption and
-    a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why when nothing could be learned; see `audit`.
+    `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns
+    the caption and a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why nothing can be learned.
     """
     pairs, has_image, _ = audit(conversations)
+    said = "".join(map("".join, pairs))
     if template == "plain":
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
-        head, caption = _bos(tokenizer) + [IMAGE_TOKEN_INDEX], _ids(tokenizer, pairs[0][1] + "\n", pairs[0][1])
+        caption = _tokenize(tokenizer, [pairs[0][1] + "\n"], said)[0]
+        head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
         return head + caption, [IGNORE_INDEX] * len(head) + caption
-    input_ids, labels = [], []
-    for turn, (question, answer) in enumerate(pairs):
-        prompt, tail = _prompt(question, tokenizer, has_image, first=turn == 0)
-        # the answer is what it adds to the prompt that generation will start from: the two cannot drift apart
-        whole, user_text = _ids(tokenizer, f"{tail} {answer}", question + answer), question + answer
-        start = _ids(tokenizer, tail, user_text)
-        reply = whole[len(start) :] if whole[: len(start)] == start else _ids(tokenizer, f" {answer}", user_text)
-        input_ids += [*prompt, *reply, tokenizer.eos_token_id]
-        labels += [*[IGNORE_INDEX] * len(prompt), *reply, tokenizer.eos_token_id]
+    head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
+    texts = [text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")]
+    ids = iter(_tokenize(tokenizer, [head, *texts], said))
+    input_ids = _head(next(ids), tokenizer, has_image)
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for turn, (prompt, whole, answer) in enumerate(zip(ids, ids, ids)):
+        # the answer is what it adds to the prompt, so that generation starts from exactly what training saw before it
+        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else answer
+        prompt = prompt[turn > 0 :]  # later prompts begin with the end token of the turn before
+        input_ids += [*prompt, *answer, tokenizer.eos_token_id]
+        labels += [*[IGNORE_INDEX] * len(prompt), *answer, tokenizer.eos_token_id]
     return input_ids, labels
 
 
 def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True) -> list[int]:
-    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), exactly as training shows them before an answer."""
+    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), as training shows them before an answer."""
     if template == "plain":
-        return _bos(tokenizer) + [IMAGE_TOKEN_INDEX]
+        return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
     question = text.replace(IMAGE, "").strip() if has_image else text
-    return _prompt(question, tokenizer, has_image, first=True)[0]
+    head, prompts = _prompts([question], tokenizer, has_image)
+    ids = _tokenize(tokenizer, [head, *prompts], question)
+    return _head(ids[0], tokenizer, has_image) + ids[1]
 
 
-def expand(
-    ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int
-) -> tuple[list[int], list[int]]:
+def expand(ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int) -> tuple[list, list]:
     """The same ids and labels with the one picture position widened to the features the model puts there."""
     if IMAGE_TOKEN_INDEX not in ids:
         return ids, labels
@@ -119,26 +123,29 @@ def expand(
     )
 
 
-def _prompt(question: str, tokenizer, has_image: bool, first: bool) -> tuple[list[int], str]:
-    """Ids up to and including "ASSISTANT:", and the stretch of text they end in (back to the picture or the last end token)."""
-    if not first:
-        tail = f"{tokenizer.eos_token}USER: {question} ASSISTANT:"  # after an end token some tokenizers split "USER" otherwise
-        return _ids(tokenizer, tail, question)[1:], tail
-    if not has_image:
-        tail = f"{SYSTEM} USER: {question} ASSISTANT:"
-        return _bos(tokenizer) + _ids(tokenizer, tail, question), tail
-    tail = f"\n{question} ASSISTANT:" if question else " ASSISTANT:"
-    before = _bos(tokenizer) + _ids(tokenizer, f"{SYSTEM} USER: ")
-    return before + [IMAGE_TOKEN_INDEX] + _ids(tokenizer, tail, question), tail
+def _prompts(questions: list[str], tokenizer, has_image: bool) -> tuple[str, list[str]]:
+    """The text before the picture, and for each question the stretch of text that ends in "ASSISTANT:"."""
+    first, *later = questions
+    # some tokenizers spell "USER" differently after an end token, hence the end token in the text
+    later = [f"{tokenizer.eos_token}USER: {question} ASSISTANT:" for question in later]
+    if has_image:
+        return f"{SYSTEM} USER: ", [f"\n{first} ASSISTANT:" if first else " ASSISTANT:", *later]
+    return "", [f"{SYSTEM} USER: {first} ASSISTANT:", *later]
 
 
-def _ids(tokenizer, text: str, user_text: str = "") -> list[int]:
-    """Ids of a stretch of text, no BOS. A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
-    if "<" in user_text and any(token in user_text for token in tokenizer.all_special_tokens):
-        lead = tokenizer.eos_token if text.startswith(tokenizer.eos_token) else ""
-        ids = tokenizer(text[len(lead) :], add_special_tokens=False, split_special_tokens=True).input_ids
-        return [tokenizer.eos_token_id] * bool(lead) + ids
-    return tokenizer(text, add_special_tokens=False).input_ids
+def _head(ids: list[int], tokenizer, has_image: bool) -> list[int]:
+    return [*_bos(tokenizer), *ids, *([IMAGE_TOKEN_INDEX] if has_image else [])]
+
+
+def _tokenize(tokenizer, texts: list[str], said: str) -> list[list[int]]:
+    """Ids of each text, no BOS. A "</s>" or "<image>" that a person wrote (`said`) is spelled out, never obeyed."""
+    eos = tokenizer.eos_token
+    if not any(token in said for token in tokenizer.all_special_tokens if token != SYSTEM):
+        return tokenizer(texts, add_special_tokens=False).input_ids
+    lead = [text.startswith(f"{eos}USER: ") for text in texts]
+    texts = [text[len(eos) :] if led else text for text, led in zip(texts, lead)]
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [[tokenizer.eos_token_id] * led + row for row, led in zip(ids, lead)]
 
 
 def _bos(tokenizer) -> list[int]:

@@ -199,11 +199,37 @@ def freeze(model, recipe) -> None:
 def fingerprint(weights) -> str:
     """A hash of named weights (a module, or pairs of name and tensor): equal exactly when every bit is."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.named_parameters() if isinstance(weights, nn.Module) else weights):
+    for name, tensor in sorted(weights.state_dict().items() if isinstance(weights, nn.Module) else weights):
         tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def fingerprints(state_dict: dict) -> dict[str, str]:
+    """The fingerprint of each part, from the state dict of a whole model."""
+    where = {"model.vision_tower.": "", "model.multi_modal_projector.": "", "model.language_model.": "model."}
+    pairs = {part: [] for part in PARTS}
+    for name, tensor in state_dict.items():
+        for (prefix, keep), part in zip(where.items(), PARTS):
+            if name.startswith(prefix):
+                pairs[part].append((keep + name.removeprefix(prefix), tensor))
+                break
+        else:
+            pairs["language_model"].append((name, tensor))  # lm_head
+    return {part: fingerprint(found) for part, found in pairs.items()}
+
+
+def shard(learner, recipe) -> None:
+    """Spread weights, gradients and optimiser of a fully tuned language model over the processes (PyTorch's FSDP2), in place."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = compute_dtype(recipe) == torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    for layer in learner.model.model.language_model.layers:
+        fully_shard(layer, mp_policy=policy)
+    # the tower is small, frozen, and used outside of the learner's forward: every process keeps it whole
+    fully_shard(learner, mp_policy=policy, ignored_params=set(parts(learner.model)["vision_tower"].parameters()))
 
 
 def image_features(model, pixel_values):
@@ -214,26 +240,22 @@ def image_features(model, pixel_values):
 
 
 def export(model, processor, recipe, folder, init=None, state_dict=None) -> None:
-    """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load on their own; adapters are merged into the weights.
+    """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load on their own; adapters are merged in.
 
-    A quantised model is written in 16 bits: what it learned is put on the weights it began with (`init`, as for `load_model`).
-    `state_dict`: the gathered weights, when the model itself holds only a shard of them.
+    A quantised model is written in 16 bits: what it learned is put on the weights it began with (`init`, as for
+    `load_model`). `state_dict`: the gathered weights, where the model itself holds only a shard of them.
     """
     dtype, learned = compute_dtype(recipe), state_dict or model.state_dict()
     if recipe.bits < 16:
-        learned = {
-            name: weight for name, weight in learned.items() if "lora_" in name or "multi_modal_projector" in name
-        }
+        learned = {name: weight for name, weight in learned.items() if "lora_" in name or "multi_modal_projector" in name}
         whole = replace(recipe, bits=16)
         model = load_model(whole, init)
         freeze(model, whole)
         unknown = model.load_state_dict(learned, strict=False).unexpected_keys
         assert not unknown, f"{unknown[0]} was learned but has no place in the 16-bit model"
-        learned = model.state_dict()
     if recipe.lora_r:
-        if state_dict is not None:
-            model.load_state_dict(learned)
         _merge_adapters(model)
+    if recipe.bits < 16 or recipe.lora_r:
         learned = model.state_dict()
     model.config.dtype = dtype
     model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in learned.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vflan.conversation import audit
 
@@ -208,9 +208,10 @@ def _decode_trouble(path: str, mtime_ns: int, size: int) -> str:
         with Image.open(path) as picture:
             picture.load()
             return "" if min(picture.size) > 0 else f"undecodable picture: {path} is empty"
+    except UnidentifiedImageError:
+        return f"undecodable picture: {path}"
     except Exception as trouble:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-        kind = "truncated" if "truncated" in str(trouble) or "unexpected end" in str(trouble).lower() else "undecodable"
-        return f"{kind} picture: {path} ({type(trouble).__name__}: {trouble})"
+        return f"{'truncated' if 'truncated' in str(trouble) else 'undecodable'} picture: {path} ({trouble})"
 
 
 def _some(rows, count: int | None, seed: int, key: str) -> list[int]:

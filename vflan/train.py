@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.nn.functional import cross_entropy
 
 from vflan import model as models
@@ -80,12 +80,14 @@ def fit(folder, num_processes: int | None = None) -> None:
     models.freeze(model, recipe)
     with accelerator.main_process_first():
         data = prepare(recipe, processor.tokenizer, model.config, run.folder, accelerator.is_main_process)
-    frozen = models.fingerprint(_still(model))
     model.to(accelerator.device)
     pictures = Pictures(data, model, processor, recipe)
-    learner = Learner(model, recipe)
-    optimizer = _optimizer(model, recipe)
-    learner, optimizer = accelerator.prepare(learner, optimizer)
+    learner, sharded = Learner(model, recipe), _is_sharded(recipe, accelerator)
+    if sharded:
+        models.shard(learner, recipe)
+    else:
+        learner = accelerator.prepare(learner)
+    optimizer, frozen = _optimizer(model, recipe), models.fingerprint(_still(model))
     batches = plan(data, recipe)
     first = _resume(run.folder, learner, optimizer) if _checkpoint(run.folder).exists() else 0
     log = _Log(run, len(batches), accelerator.is_main_process, first)
@@ -102,7 +104,10 @@ def fit(folder, num_processes: int | None = None) -> None:
         mine = rows[rank::world]
         micro = [mine[i : i + recipe.micro_batch] for i in range(0, len(mine), recipe.micro_batch)]
         for i, part in enumerate(micro):
-            with accelerator.no_sync(learner) if i < len(micro) - 1 else nullcontext():
+            last = i == len(micro) - 1
+            if sharded:
+                learner.set_requires_gradient_sync(last)
+            with nullcontext() if last or sharded else accelerator.no_sync(learner), accelerator.autocast():
                 loss = learner(*data.batch(part, accelerator.device), pictures(part)) / tokens
                 accelerator.backward(loss * world)  # gradients are averaged over processes
             total += loss.detach()
@@ -112,16 +117,20 @@ def fit(folder, num_processes: int | None = None) -> None:
                 f"The loss is {total} in step {step + 1}, samples {', '.join(data.ids[r] for r in rows)}."
             )
         if recipe.max_grad_norm:
-            accelerator.clip_grad_norm_(learner.parameters(), recipe.max_grad_norm)
+            nn.utils.clip_grad_norm_([w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         log(step + 1, total, optimizer.param_groups[0]["lr"], tokens)
         if recipe.save_every and (step + 1) % recipe.save_every == 0 and step + 1 < len(batches):
             _save(run.folder, learner, optimizer, step + 1, accelerator)
 
-    model = accelerator.unwrap_model(learner).model
     assert models.fingerprint(_still(model)) == frozen, "a frozen part moved during training"
-    _finish(run, recipe, model, processor, init, accelerator, log, data, time.perf_counter() - clock)
+    state = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if sharded else None
+    log.close()
+    if accelerator.is_main_process:
+        state = {name.removeprefix("model."): weight for name, weight in state.items()} if sharded else model.state_dict()
+        _finish(run, recipe, model, processor, init, state, log, data, world, time.perf_counter() - clock)
+    accelerator.wait_for_everyone()
 
 
 class Learner(nn.Module):
@@ -323,6 +332,12 @@ def _accelerator(recipe) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if half else "no")
 
 
+def _is_sharded(recipe, accelerator) -> bool:
+    """A whole language model in training needs 16 bytes a weight: too much for one GPU from 7B on, so it is shared out."""
+    wanted = torch.cuda.is_available() or os.environ.get("VFLAN_SHARD") == "1"  # the variable lets the tests try it on CPUs
+    return wanted and accelerator.num_processes > 1 and "language_model" in recipe.tune and not recipe.lora_r
+
+
 def _still(model):
     return [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
 
@@ -335,7 +350,7 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 
 
 def _save(folder, learner, optimizer, step, accelerator):
-    weights, moments = get_state_dict(learner, optimizer.optimizer, options=_FULL)
+    weights, moments = get_state_dict(learner, optimizer, options=_FULL)
     if accelerator.is_main_process:
         scratch = folder / ".checkpoint.pt"
         torch.save(dict(step=step, weights=weights, moments=moments), scratch)
@@ -347,7 +362,7 @@ def _resume(folder, learner, optimizer) -> int:
     saved = torch.load(_checkpoint(folder), map_location="cpu", weights_only=True)
     set_state_dict(
         learner,
-        optimizer.optimizer,
+        optimizer,
         model_state_dict=saved["weights"],
         optim_state_dict=saved["moments"],
         options=_FULL,
@@ -355,30 +370,20 @@ def _resume(folder, learner, optimizer) -> int:
     return saved["step"]
 
 
-def _finish(run, recipe, model, processor, init, accelerator, log, data, seconds):
-    log.close()
-    if accelerator.is_main_process:
-        scratch = run.folder / ".model"
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
-        models.export(model, processor, recipe, scratch, init)
-        scratch.replace(run.folder / "model")
-        losses = [line["loss"] for line in log.lines()]
-        summary = dict(
-            steps=len(losses),
-            seconds=round(seconds, 1),
-            tokens=log.tokens,
-            rows=len(data.ids),
-            bad=data.bad,
-            repaired=data.repaired,
-            first_loss=losses[0],
-            last_loss=float(np.mean(losses[-10:])),
-            processes=accelerator.num_processes,
-            parts={name: models.fingerprint(part) for name, part in models.parts(model).items()},
-        )
-        write_json(run.folder / "done.json", summary)
-        _checkpoint(run.folder).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+def _finish(run, recipe, model, processor, init, state, log, data, world, seconds):
+    """Write the model, then what is worth knowing of the run; done.json comes last, and whole."""
+    scratch = run.folder / ".model"
+    for folder in (scratch, run.folder / "model"):
+        shutil.rmtree(folder, ignore_errors=True)
+    found = models.fingerprints(state)
+    models.export(model, processor, recipe, scratch, init, state)
+    scratch.replace(run.folder / "model")
+    losses = [line["loss"] for line in log.lines()]
+    summary = dict(steps=len(losses), seconds=round(seconds, 1), tokens=log.tokens, processes=world)
+    summary |= dict(rows=len(data.ids), bad=data.bad, repaired=data.repaired)
+    summary |= dict(first_loss=losses[0], last_loss=float(np.mean(losses[-10:])), parts=found)
+    write_json(run.folder / "done.json", summary)
+    _checkpoint(run.folder).unlink(missing_ok=True)
 
 
 class _Log:

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, audit, encode, expand, prompt_ids
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def learned(tokenizer, ids, labels):
+    """The supervised stretches as text."""
+    stretches, last = [], IGNORE_INDEX
+    for label in labels:
+        if label != IGNORE_INDEX:
+            stretches = [*stretches, []] if last == IGNORE_INDEX else stretches
+            stretches[-1].append(label)
+        last = label
+    return [tokenizer.decode(stretch).strip() for stretch in stretches]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(backbones):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(backbones["language_model"])
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_ids_and_labels_equal_the_reference(shared, legacy):
+    from transformers import LlamaTokenizer
+
+    tokenizer = LlamaTokenizer.from_pretrained(shared / "golden", legacy=legacy)
+    for case in json.loads((shared / "golden" / "llava_tokens.json").read_text()):
+        ids, labels = encode(case["conversations"], tokenizer, case["template"])
+        assert ids == case["input_ids" if legacy else "input_ids_legacy_false"], case["name"]
+        # the reference printed labels for legacy ids only; other ids supervise the same answers
+        assert [l for l in labels if l >= 0] == [l for l in case["labels"] if l >= 0], case["name"]
+        assert not legacy or labels == case["labels"], case["name"]
+
+
+def test_answers_and_their_end_tokens_are_learned_and_nothing_else(tokenizer):
+    ids, labels = encode(turns("<image>\nWhat color is it?", "red", "Is it a square?", "a blue square"), tokenizer)
+    assert learned(tokenizer, ids, labels) == ["red</s>", "a blue square</s>"]
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels))
+
+
+def test_the_plain_template_learns_the_caption_and_a_newline_only(tokenizer):
+    ids, labels = encode(turns("Describe.\n<image>", "a red square"), tokenizer, "plain")
+    assert ids[:2] == [tokenizer.bos_token_id, IMAGE_TOKEN_INDEX] and labels[2:] == ids[2:]
+    assert tokenizer.decode(ids[2:]) == "a red square\n"
+
+
+def test_the_image_moves_to_the_front_of_its_question(tokenizer):
+    first = encode(turns("<image>\nWhat color is it?", "red"), tokenizer)
+    assert encode(turns("What color is it?\n<image>", "red"), tokenizer) == first
+    assert encode(turns("What color <image><image> is it?", "red"), tokenizer)[0].count(IMAGE_TOKEN_INDEX) == 1
+
+
+def test_generation_starts_from_exactly_what_training_saw(tokenizer):
+    for text, image in (("<image>\nWhat color is it?", True), ("What is a square?", False), ("<image>", True)):
+        ids, labels = encode(turns(text, "red"), tokenizer)
+        prompt = prompt_ids(text, tokenizer, has_image=image)
+        assert ids[: len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX and set(labels[: len(prompt)]) == {IGNORE_INDEX}
+        assert tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
+
+
+def test_the_system_text_leads_once(tokenizer):
+    ids, _ = encode(turns("What?", "red", "And?", "blue"), tokenizer)
+    assert tokenizer.decode(ids).count(SYSTEM) == 1
+
+
+@pytest.mark.parametrize(
+    "conversation, kept",
+    [
+        ([{"from": "gpt", "value": "hi"}, *turns("<image>\nWhat?", "red")], ["red</s>"]),
+        (turns("<image>\nWhat?", "red", "And?"), ["red</s>"]),
+        (turns("<image>\nWhat?", "", "And?", "blue"), ["blue</s>"]),
+        (turns("<image>\nWhat?", "say ASSISTANT: red"), ["say ASSISTANT: red</s>"]),
+        (turns("<image>\nWhat?", "red", "And?", "a</s>b"), ["red</s>", "a</s>b</s>"]),
+    ],
+    ids=["answer first", "question last", "empty answer", "role name inside", "end token inside"],
+)
+def test_where_the_reference_throws_a_sample_away_what_is_sound_is_kept(tokenizer, conversation, kept):
+    ids, labels = encode(conversation, tokenizer)
+    assert learned(tokenizer, ids, labels) == kept
+    assert ids.count(IMAGE_TOKEN_INDEX) == 1  # the picture stays, also when its question goes
+    assert ids.count(tokenizer.eos_token_id) == len(kept)  # an end token that a person wrote is text
+    assert bool(audit(conversation).dropped) == (len(kept) < len(conversation) / 2 or conversation[0]["from"] == "gpt")
+
+
+def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
+    for conversation, why in ((turns("What?"), "wrong order"), (turns("What?", " "), "empty answer"), ([], "no turns")):
+        with pytest.raises(ValueError, match=why):
+            encode(conversation, tokenizer)
+
+
+def test_expand_widens_the_picture_in_ids_and_labels_alike(tokenizer):
+    ids, labels = expand([1, IMAGE_TOKEN_INDEX, 5, 6], [-100, -100, -100, 6], 3, image_token_id=9)
+    assert (ids, labels) == ([1, 9, 9, 9, 5, 6], [-100] * 5 + [6])
+    assert expand([1, 5], [-100, 5], 3, 9) == ([1, 5], [-100, 5])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=20), min_size=2, max_size=6), st.booleans())
+def test_any_text_gives_labels_that_copy_the_ids_and_one_end_token_a_turn(tokenizer, texts, image):
+    texts = [text.replace("<image>", "") for text in texts[: len(texts) // 2 * 2]]
+    texts[0] = "<image>" * image + texts[0]
+    try:
+        pairs = audit(turns(*texts)).pairs
+    except ValueError:
+        return
+    ids, labels = encode(turns(*texts), tokenizer)
+    assert len(ids) == len(labels) and all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels))
+    assert ids.count(tokenizer.eos_token_id) == labels.count(tokenizer.eos_token_id) == len(pairs)
+    assert ids.count(IMAGE_TOKEN_INDEX) == image

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+
+import pytest
+
+import vflan
+from vflan.recipe import ROOT, Recipe, differences, preset_names, resolve, weights_source
+
+
+def test_every_preset_gives_the_three_stages_in_order():
+    for name in preset_names():
+        assert [recipe.stage for recipe in vflan.preset(name)] == ["projector", "base", "chat"], name
+
+
+def test_the_13b_preset_holds_the_papers_values():
+    projector, base, chat = vflan.preset("full_13b")
+    assert (projector.lr, projector.global_batch, projector.template, projector.image_aspect_ratio) == (1e-3, 256, "plain", "crop")
+    assert (base.lr, base.global_batch, base.epochs, base.image_aspect_ratio) == (2e-5, 128, 1, "pad")
+    assert (chat.lr, chat.global_batch, chat.max_steps, chat.num_samples) == (1e-5, 64, 128, 1000)
+    assert projector.tune == ("projector",) and base.tune == chat.tune == ("projector", "language_model")
+
+
+def test_changes_reach_all_three_stages():
+    assert [recipe.seed for recipe in vflan.preset("tiny", seed=7)] == [7, 7, 7]
+
+
+def test_an_unknown_field_is_answered_with_the_closest_name():
+    with pytest.raises(ValueError, match="'learning_rate'.*closest is"):
+        vflan.preset("tiny", learning_rate=1)
+    with pytest.raises(ValueError, match="closest is 'max_steps'"):
+        vflan.replace(vflan.preset("tiny").base, max_step=4)
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match="full_13b.*tiny"):
+        vflan.preset("huge")
+
+
+def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text("from vflan.presets.tiny import preset as tiny\ndef preset():\n    return tiny()\n")
+    assert vflan.preset(str(own), max_steps=4).chat.max_steps == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": 5},
+        {"lr": -1},
+        {"lr": "1e-3"},
+        {"stage": "sft"},
+        {"tune": ("vision_tower",)},
+        {"tune": ()},
+        {"global_batch": 0},
+        {"max_steps": 1.5},
+        {"name": "a/b"},
+        {"bits": 4},  # tunes the language model without LoRA
+        {"lora_r": 8},  # without lora_alpha
+        {"max_steps": True},
+    ],
+)
+def test_an_impossible_value_is_refused_with_one_sentence(change):
+    with pytest.raises(ValueError) as trouble:
+        vflan.replace(vflan.preset("tiny").base, **change)
+    assert next(iter(change)) in str(trouble.value) and "\n" not in str(trouble.value)
+
+
+def test_a_recipe_survives_json():
+    recipe = vflan.replace(vflan.preset("lora_7b").base, more_samples=["data/x.json#10"])
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe and differences(again.to_dict(), recipe.to_dict()) == ""
+
+
+def test_differences_names_each_field_with_both_values():
+    old = vflan.preset("tiny").base
+    new = dataclasses.replace(old, lr=1.0, seed=3)
+    assert differences(old.to_dict(), new.to_dict()).split("\n") == [f"  lr: {old.lr} -> 1.0", "  seed: 0 -> 3"]
+
+
+def test_paths_hang_from_the_project_not_from_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("runs/tiny") == ROOT / "runs/tiny" and resolve(tmp_path) == tmp_path
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id():
+    assert weights_source("lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
+    with pytest.raises(FileNotFoundError, match="data/README.md"):
+        weights_source("data/tiny/no_such_tower")
