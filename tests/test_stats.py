@@ -1,0 +1,93 @@
+"""Intervals cover what they should, and pictures count as one draw however many questions are asked about them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vflan.stats import bootstrap, combine, over_seeds, paired, resampled
+
+
+def test_the_mean_is_exact_and_the_interval_repeats():
+    values = [0, 0, 1, 1, 1]
+    mean, low, high = bootstrap(values)
+    assert mean == 0.6 and 0 <= low < mean < high <= 1
+    assert bootstrap(values) == (mean, low, high) != bootstrap(values, seed=1)
+
+
+def test_the_interval_is_as_wide_as_theory_says():
+    values = np.random.default_rng(0).random(400) < 0.3
+    mean, low, high = bootstrap(values)
+    expected = 2 * 1.96 * np.sqrt(mean * (1 - mean) / 400)
+    assert high - low == pytest.approx(expected, rel=0.08)
+
+
+def test_repeating_a_question_about_the_same_picture_adds_no_certainty():
+    values = (np.random.default_rng(0).random(100) < 0.5).astype(float)
+    pictures = np.arange(100)
+    once = bootstrap(values, pictures)
+    tenfold = bootstrap(np.repeat(values, 10), np.repeat(pictures, 10))
+    assert tenfold == pytest.approx(once)
+    naive = bootstrap(np.repeat(values, 10))
+    assert naive[2] - naive[1] < 0.5 * (once[2] - once[1])
+
+
+def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
+    rng = np.random.default_rng(0)
+    held = 0
+    for trial in range(200):
+        easiness = rng.beta(2, 2, 60)  # pictures differ, their questions share it
+        values = rng.random((60, 4)) < easiness[:, None]
+        _, low, high = bootstrap(values.ravel(), np.repeat(np.arange(60), 4), seed=trial, rounds=500)
+        held += low <= 0.5 <= high
+    assert 0.90 <= held / 200 <= 0.99
+
+
+def test_groups_weigh_the_same_and_empty_ratios_count_as_zero():
+    value, _, _ = bootstrap([1, 1, 1, 0], groups=["a", "a", "a", "b"])
+    assert value == 0.5
+    assert bootstrap([0, 0], den=[0, 0])[0] == 0
+    f1, low, high = bootstrap([2, 2, 0, 0], den=[2, 2, 1, 0])
+    assert f1 == pytest.approx(0.8) and low < f1 <= high
+
+
+def test_a_group_that_was_not_drawn_does_not_drag_a_replicate_to_zero():
+    _, replicates = resampled([1, 1, 1], groups=["a", "b", "c"])
+    assert (replicates == 1).all()
+
+
+def test_pairing_sees_a_small_difference_that_separate_intervals_miss():
+    rng = np.random.default_rng(0)
+    hard = rng.random(500)
+    a, b = hard < 0.55, hard < 0.50
+    difference, low, high, p = paired(a, b)
+    assert difference == pytest.approx(a.mean() - b.mean()) and low > 0 and p < 0.01
+    assert bootstrap(a)[1] < bootstrap(b)[2]
+    assert paired(a, a)[3] == 1
+    same = paired(rng.random(300) < 0.5, rng.random(300) < 0.5)
+    assert same[3] > 0.05 and same[1] < 0 < same[2]
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="same items"):
+        paired([1, 0], [1])
+    with pytest.raises(ValueError, match="nothing to score"):
+        bootstrap([])
+    with pytest.raises(ValueError, match="one entry for each item"):
+        bootstrap([1, 0], clusters=["x"])
+
+
+def test_seeds_are_combined_by_students_t_and_one_seed_shows_no_spread():
+    mean, low, high = combine([60, 62, 64])
+    assert (
+        mean == 62 and high - mean == pytest.approx(4.303 * 2 / np.sqrt(3)) and mean - low == pytest.approx(high - mean)
+    )
+    assert combine([60])[0] == 60 and np.isnan(combine([60])[1:]).all()
+
+
+def test_scores_of_several_seeds_become_one_row():
+    columns = ["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"]
+    scores = pd.DataFrame([["base", "pope", "f1", v, v - 1, v + 1, 10, s, 50] for s, v in enumerate([60.0, 64.0])]
+                          + [["chat", "pope", "f1", 70.0, 65.0, 75.0, 10, 0, 50]], columns=columns)  # fmt: skip
+    base, chat = over_seeds(scores).itertuples()
+    assert (base.value, base.seeds) == (62, 2) and base.high - base.low > 4
+    assert (chat.low, chat.high, chat.seeds) == (65, 75, 1)
