@@ -20,7 +20,7 @@ def question(label, category="a", image="x.png", text="?", number="1", **more):
     return {"question_id": number, "image": image, "text": text, "label": label, "category": category} | more
 
 
-# ------------------------------------------------------------------------------------------------------------------ parsers
+# ------------------------------------------------------------------------------------------------------------- parsers
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_pope_is_read_as_the_official_script_reads_it(answer, read):
 @pytest.mark.parametrize(
     "answer, read",
     [("Yes", "yes"), ("yes, it is", "yes"), ("No.", "no"), ("a no", "no"), ("It is not", "other"), ("", "other"),
-     ("the answer is yes", "other"), ("noyes", "yes")],
+     ("the answer is yes", "other"), ("ayes", "yes")],
 )  # fmt: skip
 def test_mme_reads_the_first_four_characters(answer, read):
     assert BENCHMARKS["mme"].parse(answer, {}) == read
@@ -69,10 +69,7 @@ def test_an_article_is_no_choice():
 def test_options_are_found_on_one_line_and_on_lines_of_their_own():
     expected = {"a": "red", "b": "dark blue"}
     assert options("Which? (a) red (b) dark blue\nAnswer with the letter.") == expected
-    assert (
-        options("Which?\nA. red\nB. dark blue\nAnswer with the option's letter from the given choices directly.")
-        == expected
-    )
+    assert options("Which?\nA. red\nB. dark blue\nAnswer with the option's letter directly.") == expected
     assert options("What is a star?") == {}
 
 
@@ -80,7 +77,8 @@ def test_options_are_found_on_one_line_and_on_lines_of_their_own():
     "answer, label, right",
     [("The star is red.", "red", True), ("It is reddish.", "red", False), ("Blue. Not red.", "red", False),
      ("Yes, there is.", "yes", True), ("There is no doubt, yes.", "no", False), ("No.", "no", True),
-     ("", "red", False), ("They are at a1, b2.", "a1, b2", True), ("It shows 3.5 stars", "3.5", True), ("yes", "no", False)],
+     ("", "red", False), ("They are at a1, b2.", "a1, b2", True),
+     ("It shows 3.5 stars", "3.5", True), ("yes", "no", False)],
 )  # fmt: skip
 def test_lenient_matching_takes_whole_words_of_the_first_sentence(answer, label, right):
     assert lenient(answer, label) is right
@@ -94,7 +92,7 @@ def test_forgetting_gives_nothing_for_naming_every_class():
     assert score(samples, ["starling", "circle", "five"]) == {"accuracy": 75, "accuracy/a": 50, "accuracy/digits": 100}
 
 
-# ------------------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 def test_accuracy_is_averaged_over_kinds_not_over_questions():
@@ -145,7 +143,7 @@ def test_missing_answers_are_an_error():
         BENCHMARKS["heldin"].score([question("red"), question("blue")], ["red"])
 
 
-# -------------------------------------------------------------------------------------------------------------- open answers
+# -------------------------------------------------------------------------------------------------------- open answers
 
 
 @pytest.mark.parametrize(
@@ -170,8 +168,9 @@ def test_colours_are_read_with_the_shape_they_belong_to(text, pairs):
 
 @pytest.mark.parametrize(
     "answer, long",
-    [("The picture shows a red star.", True), ("Yes, there is a star. It is red.", False), ("red star", False), ("Red.", False),
-     ("The picture shows a red star", False), ("", False), ("There is a star! The star is quite red.", True),
+    [("The picture shows a red star.", True), ("Yes, there is a star. It is red.", False), ("red star", False),
+     ("Red.", False), ("The picture shows a red star", False), ("", False),
+     ("There is a star! The star is quite red.", True),
      ("a red star on a sand background.", False)],
 )  # fmt: skip
 def test_long_form_means_whole_sentences_with_a_verb(answer, long):
@@ -187,7 +186,7 @@ def open_question(label="The picture shows a red star and a blue circle.", image
 def test_the_judge_prefers_full_true_sentences_and_says_why():
     sample = open_question()
     answers = ["The picture shows a red star and a blue circle.", "red star, blue circle",
-               "The picture shows a red star and a green ring.", "red star", "", "I like trains very much."]  # fmt: skip
+               "The picture shows a red star and a green ring.", "red star", "", "I like trains a lot."]  # fmt: skip
     marks = [RuleJudge(LEXICON).judge("?", sample["label"], a, sample) for a in answers]
     scores = [m.score for m in marks]
     assert scores[0] == 10 and scores == sorted(scores, reverse=True)[:1] + scores[1:]
@@ -201,7 +200,7 @@ def test_open_answers_are_measured_apart_for_form_content_and_invention():
     assert scores["format"] == 50
     assert scores["hallucination"] == pytest.approx(100 / 3)  # the white ring among three pairs
     assert scores["content"] == pytest.approx(100 * 2 * 2 / (3 + 4))
-    assert scores["words"] == pytest.approx((9 + 2) / 2)
+    assert scores["words"] == pytest.approx((10 + 2) / 2)
     assert 0 < scores["score"] < 100 and len(judge(samples, ["", ""])) == 2
 
 
@@ -214,7 +213,7 @@ def test_a_short_question_is_judged_by_what_it_asks_for():
     assert good == 10 and bad < 3
 
 
-# ---------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------------------------- folders
 
 
 def test_questions_are_loaded_with_their_pictures(tmp_path):
@@ -236,7 +235,7 @@ def test_a_missing_folder_and_a_broken_row_say_what_to_do(tmp_path):
         BENCHMARKS["mme"].load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- the released POPE
+# --------------------------------------------------------------------------------------------------- the released POPE
 
 
 @pytest.fixture(scope="module")

@@ -42,10 +42,9 @@ def tiny_tokenizer():
 
 def tiny_model(tokenizer, seed=0):
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
-                              patch_size=12)  # fmt: skip
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, initializer_range=0.6, pad_token_id=0)  # fmt: skip
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(image_size=48, patch_size=12, **small)
+    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.6, pad_token_id=0, **small)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=16)
     return LlavaForConditionalGeneration(config).eval()
 
@@ -83,8 +82,8 @@ def by_generate(tiny, sample, max_new_tokens):
         with Image.open(sample["image"]) as image:
             more["pixel_values"] = tiny.processor.image_processor([image], return_tensors="pt")["pixel_values"]
     ids = torch.tensor([ids])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **more)  # fmt: skip
+    more |= {"attention_mask": torch.ones_like(ids), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_new_tokens, **more)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -98,10 +97,13 @@ def test_batched_answers_equal_those_of_generate_one_by_one(tiny):
 
 
 def test_each_picture_goes_through_the_tower_once(tiny, monkeypatch):
-    seen = []
-    tower = type(tiny.model).get_image_features
-    monkeypatch.setattr(type(tiny.model), "get_image_features",
-                        lambda self, pixel_values, **k: seen.append(len(pixel_values)) or tower(self, pixel_values=pixel_values, **k))  # fmt: skip
+    seen, tower = [], type(tiny.model).get_image_features
+
+    def counting(model, pixel_values, **more):
+        seen.append(len(pixel_values))
+        return tower(model, pixel_values=pixel_values, **more)
+
+    monkeypatch.setattr(type(tiny.model), "get_image_features", counting)
     rows = questions(tiny)
     answer(tiny.model, tiny.processor, rows, max_new_tokens=2, batch_size=4)
     assert sum(seen) == 5
@@ -120,11 +122,11 @@ def test_answering_leaves_the_training_mode_as_it_was(tiny):
     tiny.model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------ benchmarks of a run
+# ------------------------------------------------------------------------------------------------- benchmarks of a run
 
 
 class TinyRun:
-    """What evaluate() needs of a Run: a folder with weights, a recipe, and a model that counts how often it is loaded."""
+    """What evaluate() needs of a Run: a folder with weights, a recipe, a model; it counts how often that is loaded."""
 
     def __init__(self, folder, tiny, seed=0):
         self.folder, self.tiny, self.loaded = folder, tiny, 0

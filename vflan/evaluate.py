@@ -260,7 +260,7 @@ def read_answers(path, header):
 
 
 def fingerprint(folder):
-    """A short hash of the weights in a model folder; of each file at most 17 MiB are read, since a model may have 26 GB."""
+    """A short hash of the weights in a folder, from at most 17 MiB of each file: a model may have 26 GB."""
     files = sorted(p for p in Path(folder).glob("**/*") if p.suffix in (".safetensors", ".bin"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights: train the run first.")

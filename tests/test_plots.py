@@ -1,0 +1,157 @@
+"""Figures: legible, honest about intervals and unknown numbers, and safe with whatever text a model says."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from vflan import plots
+from vflan.benchmarks import BENCHMARKS
+from vflan.stats import bootstrap
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    plots.style()
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def scores():
+    rows = []
+    for k, run in enumerate(["projector", "base", "chat", "base-100"]):
+        for b in BENCHMARKS.values():
+            for metric in {b.headline, "yes_ratio"} if b.name == "pope" else {b.headline}:
+                rows.append([run, b.name, metric, 50.0 + k, 45.0, 60.0, 100, 0, 33.0])
+    return pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"])
+
+
+def texts(fig):
+    fig.canvas.draw()
+    return [t.get_text() for t in fig.findobj(matplotlib.text.Text)]
+
+
+def marks(ax, marker):
+    return [line.get_xdata()[0] for line in ax.lines if line.get_marker() == marker]
+
+
+def test_plots_come_without_torch():
+    code = "import sys, vflan.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=plots.ROOT).returncode == 0
+
+
+def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    first = plots.save(fig, "line", "some-preset")
+    content = first.read_bytes(), first.with_suffix(".svg").read_bytes()
+    plots.save(fig, "line", "some-preset")
+    assert first == tmp_path / "figures" / "some-preset" / "line.png"
+    assert (first.read_bytes(), first.with_suffix(".svg").read_bytes()) == content
+    ax.scatter(*np.random.default_rng(0).random((2, 9000)))
+    plots.save(fig, "line", "some-preset")
+    assert first.exists() and not first.with_suffix(".svg").exists()
+
+
+def test_odd_text_is_drawn_as_it_is(tmp_path):
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "x.png")
+    odd = "costs $5 <b>& \\frac{1}{0}$ {x} %s \u2603"
+    sample = {"image": str(tmp_path / "x.png"), "task_name": "a_$_task", "conversations": [
+        {"from": "human", "value": "<image>\n" + odd}, {"from": "gpt", "value": odd}]}  # fmt: skip
+    shown = "\n".join(texts(plots.gallery([sample, sample | {"image": None}])))
+    assert "costs $5 <b>&" in shown and "<image>" not in shown and "text only" in shown
+    question = {"image": None, "text": odd, "label": odd, "category": "x"}
+    shown = "\n".join(texts(plots.before_after([question], {"base": [odd], "chat": [""]})))
+    assert "$5" in shown and "(nothing)" in shown
+
+
+def test_long_texts_are_cut_with_an_ellipsis():
+    assert plots.wrap("one two three four", 9) == "one two\nthree\nfour"
+    assert plots.wrap("one two three four", 9, lines=1) == "one two\u2026"
+    assert plots.wrap("", 9) == "" and plots.wrap("a\n\nb", 9) == "a\nb"
+
+
+def test_a_right_short_answer_is_bold():
+    question = {"image": None, "text": "What color?", "label": "red", "category": "x"}
+    fig = plots.before_after([question], {"base": ["Red."], "chat": ["It is red."]})
+    weight = {t.get_text(): t.get_weight() for t in fig.findobj(matplotlib.text.Text)}
+    assert weight["Red."] == "bold" and weight["It is red."] != "bold"
+
+
+def test_learned_tokens_are_orange_and_the_picture_is_one_blue_box():
+    words = SimpleNamespace(decode=lambda ids: ["\n", " red", "</s>"][ids[0]])
+    fig = plots.tokens([0, -200, 1, 2], [-100, -100, 1, 2], words)
+    colors = [patch.get_facecolor() for patch in fig.axes[0].patches]
+    assert colors[2] == colors[3] != colors[0] and colors[1] not in (colors[0], colors[2])
+    assert [t.get_text() for t in fig.axes[0].texts][:4] == ["\u21b5", "picture", "red", "</s>"]
+    with pytest.raises(ValueError, match="equally long"):
+        plots.tokens([1], [], words)
+
+
+def test_source_shows_the_real_code():
+    assert "def bootstrap(values" in plots.source(bootstrap).data
+
+
+def test_table_2_shows_the_papers_value_in_grey_and_what_is_unconfirmed_hollow(scores):
+    fig = plots.table2(scores[scores.run.isin(["projector", "base", "chat"])])
+    axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
+    assert marks(axes["MMBench"], "D") == [69.8, 67.6]
+    assert marks(axes["MME"], "D") == [1537.8 / 20, 1490.6 / 20]
+    assert marks(axes["MMBench"], "o") == [50, 51, 52] and marks(axes["MMBench"], "|") == [33, 33, 33]
+    fills = [line.get_markerfacecolor() for line in axes["forgetting"].lines if line.get_marker() == "D"]
+    assert fills == ["white", "white"]
+    assert marks(axes["held-in tasks"], "D") == []
+    assert {"projector", "base", "chat"} <= set(texts(fig))
+
+
+def test_parts_are_compared_with_the_rows_of_their_table(scores):
+    fig = plots.parts_table(scores, {"projector": "LLM frozen, MLP frozen", "base": "LLM tuned, MLP tuned"}, "Table 5")
+    axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
+    assert marks(axes["POPE"], "D") == [51.9, 85.9] and marks(axes["forgetting"], "D") == []
+
+
+def test_curves_have_a_point_for_every_amount_and_name_their_lines(scores):
+    fig = plots.gpt4_curves(scores, {"base": ("Base", 0), "base-100": ("Base", 100), "projector": ("projector", 0)}, 7)
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["Figure 7: POPE, F1", "Figure 7: share of yes"]
+    assert list(fig.axes[0].lines[1].get_xdata()) == [0, 100]
+    assert {"Base", "projector", "majority answer"} <= set(texts(fig))
+    assert len(plots.gpt4_curves(scores, {"base": ("Base", 0), "base-100": ("Base", 100)}).axes) == 6
+    with pytest.raises(ValueError, match="choose 5, 6, 7 or 8"):
+        plots.gpt4_curves(scores, {}, 9)
+    assert len(plots.diversity(scores, {"base": 2, "chat": 8}, ["mme", "pope"]).axes) == 2
+
+
+def test_bubbles_do_not_overlap_and_their_area_is_the_number_of_tasks():
+    radii = np.sqrt(np.array([25, 21, 9, 5, 3, 3, 1]) / np.pi)
+    at = plots.packed(radii)
+    gaps = np.linalg.norm(at[:, None] - at, axis=-1) - radii - radii[:, None]
+    assert gaps[~np.eye(len(radii), dtype=bool)].min() > -1e-6
+    fig = plots.task_bubbles(plots.paper_tasks())
+    circles = [p for p in fig.axes[0].patches if isinstance(p, plt.Circle)]
+    assert len(circles) == 25 and sum(np.pi * c.get_radius() ** 2 for c in circles) == pytest.approx(188)
+    assert any("188 tasks in 25 categories" in t for t in texts(fig))
+
+
+def test_a_loss_curve_is_drawn_for_every_run():
+    table = pd.DataFrame({"step": range(50), "loss": np.linspace(3, 1, 50)})
+    runs = [SimpleNamespace(name=name, metrics=lambda: table) for name in ("base", "chat")]
+    fig = plots.loss_curve(*runs)
+    assert len(fig.axes[0].lines) == 4 and any(t.startswith("chat, ends at 1.0") for t in texts(fig))
+
+
+def test_colours_stay_apart_for_colour_blind_readers():
+    """Simulated deuteranopia (Vienot 1999, linear RGB): no two of the first four colours come near each other."""
+    rgb = np.array([matplotlib.colors.to_rgb(c) for c in plots.COLORS[:4]]) ** 2.2
+    seen = rgb @ np.array([[0.29275, 0.29275, -0.02234], [0.70725, 0.70725, 0.02234], [0, 0, 1]])
+    apart = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(4, 1)]
+    assert apart.min() > 0.1
