@@ -64,7 +64,11 @@ def test_generation_starts_from_exactly_what_training_saw(tokenizer):
     for text, image in (("<image>\nWhat color is it?", True), ("What is a square?", False), ("<image>", True)):
         ids, labels = encode(turns(text, "red"), tokenizer)
         prompt = prompt_ids(text, tokenizer, has_image=image)
-        assert ids[: len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX and set(labels[: len(prompt)]) == {IGNORE_INDEX}
+        assert (
+            ids[: len(prompt)] == prompt
+            and labels[len(prompt)] != IGNORE_INDEX
+            and set(labels[: len(prompt)]) == {IGNORE_INDEX}
+        )
         assert tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
 
 

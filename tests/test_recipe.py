@@ -14,7 +14,12 @@ def test_every_preset_gives_the_three_stages_in_order():
 
 def test_the_13b_preset_holds_the_papers_values():
     projector, base, chat = vflan.preset("full_13b")
-    assert (projector.lr, projector.global_batch, projector.template, projector.image_aspect_ratio) == (1e-3, 256, "plain", "crop")
+    assert (projector.lr, projector.global_batch, projector.template, projector.image_aspect_ratio) == (
+        1e-3,
+        256,
+        "plain",
+        "crop",
+    )
     assert (base.lr, base.global_batch, base.epochs, base.image_aspect_ratio) == (2e-5, 128, 1, "pad")
     assert (chat.lr, chat.global_batch, chat.max_steps, chat.num_samples) == (1e-5, 64, 128, 1000)
     assert projector.tune == ("projector",) and base.tune == chat.tune == ("projector", "language_model")

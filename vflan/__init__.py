@@ -3,7 +3,9 @@
 Names are looked up on first use, so that `import vflan` takes milliseconds and the figures need no torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 _HOME = {
     "recipe": ["preset", "Recipe", "replace"],
@@ -27,9 +29,20 @@ def __getattr__(name):
         value = import_module(f"vflan.{name}")
     else:
         raise AttributeError(f"vflan has no {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = value  # also wins over a submodule of the same name (vflan.train is the function)
+    globals()[name] = value
     return value
 
 
 def __dir__():
     return __all__
+
+
+class _Package(ModuleType):
+    """vflan.train is the function `train`, also after something has imported the file of that name."""
+
+    def __setattr__(self, name, value):
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

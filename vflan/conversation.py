@@ -89,7 +89,9 @@ def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") ->
         head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
         return head + caption, [IGNORE_INDEX] * len(head) + caption
     head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
-    texts = [text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")]
+    texts = [
+        text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")
+    ]
     ids = iter(_tokenize(tokenizer, [head, *texts], said))
     input_ids = _head(next(ids), tokenizer, has_image)
     labels = [IGNORE_INDEX] * len(input_ids)

@@ -225,7 +225,9 @@ def shard(learner, recipe) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = compute_dtype(recipe) == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    )
     for layer in learner.model.model.language_model.layers:
         fully_shard(layer, mp_policy=policy)
     # the tower is small, frozen, and used outside of the learner's forward: every process keeps it whole
@@ -247,7 +249,9 @@ def export(model, processor, recipe, folder, init=None, state_dict=None) -> None
     """
     dtype, learned = compute_dtype(recipe), state_dict or model.state_dict()
     if recipe.bits < 16:
-        learned = {name: weight for name, weight in learned.items() if "lora_" in name or "multi_modal_projector" in name}
+        learned = {
+            name: weight for name, weight in learned.items() if "lora_" in name or "multi_modal_projector" in name
+        }
         whole = replace(recipe, bits=16)
         model = load_model(whole, init)
         freeze(model, whole)

@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.nn.functional import cross_entropy
 
 from vflan import model as models
@@ -125,11 +130,17 @@ def fit(folder, num_processes: int | None = None) -> None:
             _save(run.folder, learner, optimizer, step + 1, accelerator)
 
     assert models.fingerprint(_still(model)) == frozen, "a frozen part moved during training"
-    state = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if sharded else None
+    state = (
+        get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if sharded
+        else None
+    )
     log.close()
     if accelerator.is_main_process:
-        state = {name.removeprefix("model."): weight for name, weight in state.items()} if sharded else model.state_dict()
-        _finish(run, recipe, model, processor, init, state, log, data, world, time.perf_counter() - clock)
+        state = (
+            {name.removeprefix("model."): weight for name, weight in state.items()} if sharded else model.state_dict()
+        )
+        _finish(run, recipe, model, processor, init, state, log, data, world, sharded, time.perf_counter() - clock)
     accelerator.wait_for_everyone()
 
 
@@ -334,7 +345,9 @@ def _accelerator(recipe) -> Accelerator:
 
 def _is_sharded(recipe, accelerator) -> bool:
     """A whole language model in training needs 16 bytes a weight: too much for one GPU from 7B on, so it is shared out."""
-    wanted = torch.cuda.is_available() or os.environ.get("VFLAN_SHARD") == "1"  # the variable lets the tests try it on CPUs
+    wanted = (
+        torch.cuda.is_available() or os.environ.get("VFLAN_SHARD") == "1"
+    )  # the variable lets the tests try it on CPUs
     return wanted and accelerator.num_processes > 1 and "language_model" in recipe.tune and not recipe.lora_r
 
 
@@ -370,7 +383,7 @@ def _resume(folder, learner, optimizer) -> int:
     return saved["step"]
 
 
-def _finish(run, recipe, model, processor, init, state, log, data, world, seconds):
+def _finish(run, recipe, model, processor, init, state, log, data, world, sharded, seconds):
     """Write the model, then what is worth knowing of the run; done.json comes last, and whole."""
     scratch = run.folder / ".model"
     for folder in (scratch, run.folder / "model"):
@@ -379,7 +392,7 @@ def _finish(run, recipe, model, processor, init, state, log, data, world, second
     models.export(model, processor, recipe, scratch, init, state)
     scratch.replace(run.folder / "model")
     losses = [line["loss"] for line in log.lines()]
-    summary = dict(steps=len(losses), seconds=round(seconds, 1), tokens=log.tokens, processes=world)
+    summary = dict(steps=len(losses), seconds=round(seconds, 1), tokens=log.tokens, processes=world, sharded=sharded)
     summary |= dict(rows=len(data.ids), bad=data.bad, repaired=data.repaired)
     summary |= dict(first_loss=losses[0], last_loss=float(np.mean(losses[-10:])), parts=found)
     write_json(run.folder / "done.json", summary)

@@ -1,0 +1,319 @@
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vflan
+from tests.conftest import make_squares
+from vflan.model import fingerprint, load_model, load_processor, parts
+from vflan.runs import Run
+from vflan.train import Data, Learner, Pictures, learning_rate, plan, prepare
+
+TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same_weights(a, b):
+    return a.summary["parts"] == b.summary["parts"]
+
+
+def prepared(recipe, tmp_path):
+    model, processor = load_model(recipe), load_processor(recipe)
+    data = prepare(recipe, processor.tokenizer, model.config, tmp_path)
+    return model, processor, data
+
+
+def test_training_lowers_the_loss_and_writes_a_finished_run(recipe):
+    run = vflan.train(vflan.replace(recipe, epochs=8))
+    metrics = run.metrics()
+    assert run.finished and len(metrics) == 32 and metrics.loss.iloc[-3:].mean() < 0.5 * metrics.loss.iloc[0]
+    assert list(metrics.columns[:4]) == ["step", "loss", "lr", "tokens"]
+    assert Run.open(run.folder).recipe == run.recipe
+    assert fingerprint(parts(run.load_model())["projector"]) == run.summary["parts"]["projector"]
+    assert run.processor().tokenizer.decode(5)
+
+
+def test_the_loss_is_that_of_the_plain_full_forward(recipe, tmp_path):
+    """Features ahead of time, no mask, logits at answers only: the same number as the model's own loss."""
+    rows = json.loads(Path(recipe.samples).read_text())
+    rows[1] = {
+        "id": "text",
+        "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a red one"}],
+    }
+    Path(recipe.samples).write_text(json.dumps(rows))
+    model, processor, data = prepared(recipe, tmp_path)
+    learner, pictures, chosen = Learner(model, recipe), Pictures(data, model, processor, recipe), [0, 1, 2]
+    ours = learner(*data.batch(chosen, "cpu"), pictures(chosen)) / data.supervised[chosen].sum()
+
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(data.tokens[i]) for i in chosen], batch_first=True)
+    labels = torch.full_like(ids, -100)
+    for i in chosen:
+        labels[i, data.keep[i] + 1] = torch.tensor(data.targets[i])
+    mask = torch.stack([torch.arange(ids.shape[1]) < data.lengths[i] for i in chosen]).long()
+    from vflan.samples import read_picture
+
+    pixels = processor.image_processor([read_picture(data.images[i]) for i in (0, 2)], return_tensors="pt")[
+        "pixel_values"
+    ]
+    full = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, labels=labels).loss
+    assert torch.allclose(ours, full, atol=1e-5)
+
+
+def test_only_what_the_recipe_names_moves(recipe):
+    start = load_model(recipe)
+    for tune in (("projector",), ("language_model",)):
+        run = vflan.train(vflan.replace(recipe, name=tune[0], tune=tune, max_steps=3))
+        moved = {part for part, module in parts(start).items() if fingerprint(module) != run.summary["parts"][part]}
+        assert moved == set(tune)
+
+
+def test_a_frozen_part_that_moves_stops_the_run(recipe, monkeypatch):
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        tower.data += 1
+        return original(self, *arguments)
+
+    def remember(model, recipe, freeze=TRAIN.models.freeze):
+        nonlocal tower
+        tower = next(parts(model)["vision_tower"].parameters())
+        return freeze(model, recipe)
+
+    tower = None
+    monkeypatch.setattr(TRAIN.models, "freeze", remember)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(AssertionError, match="frozen part moved"):
+        vflan.train(vflan.replace(recipe, max_steps=2))
+    assert not Run.open(recipe.folder).finished
+
+
+def test_the_same_recipe_gives_the_same_weights_whatever_the_global_random_state(recipe):
+    a = vflan.train(vflan.replace(recipe, name="a", max_steps=3))
+    torch.manual_seed(123)
+    b = vflan.train(vflan.replace(recipe, name="b", max_steps=3))
+    c = vflan.train(vflan.replace(recipe, name="c", max_steps=3, seed=1))
+    assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_accumulating_small_batches_is_the_same_as_one_large_batch(recipe):
+    small = vflan.train(vflan.replace(recipe, name="small", micro_batch=3, max_steps=4)).metrics()
+    large = vflan.train(vflan.replace(recipe, name="large", micro_batch=8, max_steps=4)).metrics()
+    assert small.loss.tolist() == pytest.approx(large.loss.tolist(), abs=1e-4)
+
+
+def test_a_finished_run_is_read_not_trained_again(recipe, monkeypatch):
+    recipe = vflan.replace(recipe, max_steps=2)
+    first = vflan.train(recipe)
+    monkeypatch.setattr(TRAIN, "fit", lambda *a: pytest.fail("trained again"))
+    assert vflan.train(recipe) == first
+
+
+def test_the_same_folder_with_another_recipe_is_an_error_that_names_the_fields(recipe):
+    vflan.train(vflan.replace(recipe, max_steps=2))
+    with pytest.raises(ValueError, match=r"lr: 0.01 -> 0.5\n  seed: 0 -> 1"):
+        vflan.train(vflan.replace(recipe, max_steps=2, lr=0.5, seed=1))
+
+
+def test_a_run_that_started_from_other_weights_is_not_taken_for_this_one(recipe):
+    first = vflan.replace(recipe, name="first", max_steps=2)
+    second = vflan.replace(recipe, name="second", max_steps=2)
+    vflan.train(second, init=vflan.train(first))
+    shutil.rmtree(first.folder)
+    with pytest.raises(ValueError, match="init_weights"):
+        vflan.train(second, init=vflan.train(vflan.replace(first, seed=5)))
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(recipe):
+    first = vflan.train(vflan.replace(recipe, name="first", max_steps=6))
+    second = vflan.train(vflan.replace(recipe, name="second", max_steps=2, lr=0), init=first)
+    assert same_weights(first, second)
+    with pytest.raises(ValueError, match="not finished"):
+        (first.folder / "done.json").unlink()
+        vflan.train(vflan.replace(recipe, name="third"), init=first)
+
+
+def test_a_half_written_run_is_trained_again(recipe):
+    recipe = vflan.replace(recipe, max_steps=3)
+    whole = vflan.train(recipe)
+    (whole.folder / "done.json").unlink()
+    weights = whole.folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    again = vflan.train(recipe)
+    assert again.finished and len(again.metrics()) == 3 and again.load_model()
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)], ids=["full", "LoRA with dropout"]
+)
+def test_a_killed_run_resumes_to_the_same_weights(recipe, monkeypatch, lora):
+    recipe = vflan.replace(recipe, max_steps=6, save_every=2, **lora)
+    straight = vflan.train(vflan.replace(recipe, name="straight"))
+
+    def kill(step, *rest, real=TRAIN.learning_rate):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(step, *rest)
+
+    monkeypatch.setattr(TRAIN, "learning_rate", kill)
+    with pytest.raises(KeyboardInterrupt):
+        vflan.train(recipe)
+    monkeypatch.undo()
+    resumed = vflan.train(recipe)
+    assert same_weights(straight, resumed)
+    assert resumed.metrics().step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert resumed.metrics().loss.tolist() == straight.metrics().loss.tolist()
+    assert not list(resumed.folder.glob("*checkpoint*"))
+
+
+def test_a_nan_loss_stops_with_the_samples_names(recipe, monkeypatch):
+    monkeypatch.setattr(TRAIN, "cross_entropy", lambda logits, *a, **k: logits.sum() * math.nan)
+    with pytest.raises(FloatingPointError, match=r"loss is nan in step 1, samples s\d+, s\d+"):
+        vflan.train(recipe)
+    assert not Run.open(recipe.folder).finished
+
+
+def test_bad_rows_are_left_out_and_listed(recipe):
+    Path(recipe.images, "3.png").write_text("broken")
+    run = vflan.train(vflan.replace(recipe, max_steps=1, max_bad_share=0.05))
+    assert (run.summary["rows"], run.summary["bad"]) == (31, 1)
+    assert lines(run.folder / "bad.jsonl")[0]["id"] == "s3"
+
+
+def test_too_many_bad_rows_stop_the_run_before_it_starts(recipe):
+    for i in range(4):
+        Path(recipe.images, f"{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"4 of 32 samples are bad(.|\n)*row 0 \(s0\): missing picture"):
+        vflan.train(recipe)
+    assert not (recipe.folder / "metrics.jsonl").exists()
+
+
+def test_a_row_whose_answer_lies_beyond_max_length_is_bad(recipe):
+    with pytest.raises(ValueError, match="no answer token within max_length=6"):
+        vflan.train(vflan.replace(recipe, max_length=6))
+
+
+def test_text_only_rows_train_beside_pictures(recipe):
+    rows = json.loads(Path(recipe.samples).read_text())
+    for row in rows[:16]:
+        row.pop("image")
+        row["conversations"][0]["value"] = "What is a square?"
+    Path(recipe.samples).write_text(json.dumps(rows))
+    assert vflan.train(vflan.replace(recipe, max_steps=4)).finished
+    assert vflan.train(vflan.replace(recipe, name="p", max_steps=4, tune=("projector",))).finished
+
+
+def test_a_large_set_is_read_as_it_comes_with_the_same_result(recipe, monkeypatch):
+    kept = vflan.train(vflan.replace(recipe, name="kept", max_steps=3)).metrics()
+    monkeypatch.setattr(TRAIN, "MAX_KEPT_BYTES", 0)
+    read = vflan.train(vflan.replace(recipe, name="read", max_steps=3)).metrics()
+    assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
+
+
+def test_more_samples_are_mixed_in(recipe, tmp_path):
+    more = make_squares(tmp_path / "more", rows=8)
+    run = vflan.train(
+        vflan.replace(recipe, name="a", max_steps=1, num_samples=10, more_samples=(str(more), f"{more}#3"))
+    )
+    assert run.summary["rows"] == 10 + 8 + 3
+
+
+def data_of(lengths, text_only=()):
+    image_at = [-1 if i in text_only else 1 for i in range(len(lengths))]
+    import numpy as np
+
+    return Data(
+        [str(i) for i in range(len(lengths))],
+        [],
+        [],
+        [],
+        [],
+        np.array(image_at),
+        np.array(lengths),
+        np.array(lengths),
+        0,
+        0,
+    )
+
+
+def test_every_epoch_sees_every_row_once_and_batches_hold_like_lengths(recipe):
+    import numpy as np
+
+    lengths = np.random.default_rng(0).integers(10, 100, 800)
+    data = data_of(lengths)
+    batches = plan(data, vflan.replace(recipe, epochs=2, global_batch=16))
+    assert len(batches) == 100 and sorted(np.concatenate(batches[:50])) == list(range(800))
+    assert [b.tolist() for b in batches[:50]] != [b.tolist() for b in batches[50:]]
+    fill = sum(lengths[b].sum() for b in batches) / sum(16 * lengths[b].max() for b in batches)
+    assert fill > 0.9  # a random order gives 0.6
+
+
+def test_text_only_rows_go_in_batches_of_their_own(recipe):
+    data = data_of([20] * 320, text_only=range(0, 320, 2))
+    mixed = [
+        b for b in plan(data, vflan.replace(recipe, global_batch=16)) if len({data.image_at[row] for row in b}) > 1
+    ]
+    assert not mixed
+
+
+def test_max_steps_decides_over_epochs(recipe):
+    data = data_of([20] * 100)
+    assert len(plan(data, vflan.replace(recipe, max_steps=30))) == 30  # more than an epoch: another begins
+    assert len(plan(data, vflan.replace(recipe, epochs=0.5, global_batch=10))) == 5
+
+
+def test_the_schedule_is_the_published_one(recipe):
+    steps = 5198  # LLaVA-1.5's tuning stage; its log shows 2.8205e-6 after 22 steps
+    assert 2e-5 * learning_rate(22, steps, recipe) == pytest.approx(2.8205e-6, rel=1e-4)
+    from transformers import get_cosine_schedule_with_warmup
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    schedule = get_cosine_schedule_with_warmup(torch.optim.SGD([weight], lr=1.0), math.ceil(0.03 * 40), 40)
+    for step in range(40):
+        assert learning_rate(step, 40, recipe) == pytest.approx(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def test_the_projector_has_its_own_learning_rate(recipe):
+    run = vflan.train(vflan.replace(recipe, max_steps=3, projector_lr=0.0))
+    assert fingerprint(parts(load_model(recipe))["projector"]) == run.summary["parts"]["projector"]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_lora_trains_and_leaves_a_merged_model_that_loads_alone(recipe, bits):
+    run = vflan.train(vflan.replace(recipe, bits=bits, lora_r=8, lora_alpha=16, epochs=20, lr=3e-2))
+    loss = run.metrics().loss
+    assert loss.iloc[-4:].mean() < 0.95 * loss.iloc[0]  # a frozen random output layer cannot do much better
+    model = load_model(vflan.replace(recipe, bits=16), run)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    data = prepare(recipe, load_processor(recipe).tokenizer, model.config, run.folder)
+    pictures, rows = Pictures(data, model, load_processor(recipe), recipe), list(range(32))
+    with torch.no_grad():
+        merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
+    assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.05)  # what was learned is in the merged weights
+
+
+@pytest.mark.parametrize("sharded", ["0", "1"], ids=["replicated", "sharded"])
+def test_two_processes_train_the_same_model_as_one(recipe, monkeypatch, capfd, sharded):
+    monkeypatch.setenv("VFLAN_SHARD", sharded)
+    one = vflan.train(vflan.replace(recipe, name="one", max_steps=4, save_every=3)).metrics()
+    run = vflan.train(vflan.replace(recipe, name="two", max_steps=4, save_every=3), num_processes=2)
+    assert run.summary["processes"] == 2 and run.summary["sharded"] == (sharded == "1")
+    assert "torch.distributed.run" in capfd.readouterr().out
+    assert run.metrics().loss.tolist() == pytest.approx(one.loss.tolist(), abs=2e-4)
+    assert run.load_model()
+
+
+def test_fewer_processes_than_asked_for_is_an_error(recipe):
+    run = Run(recipe.folder)
+    run.folder.mkdir(parents=True)
+    (run.folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    with pytest.raises(RuntimeError, match="2 processes were asked for, but 1"):
+        TRAIN.fit(run.folder, 2)
