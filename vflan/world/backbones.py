@@ -1,0 +1,147 @@
+"""The tiny stand-ins for CLIP and Vicuna: a tokenizer, a vision tower and a language model, made from nothing.
+
+They are shipped in data/tiny/; `python -m vflan.world.backbones` makes them again (tokenizer, tower, language model; see
+data/tiny/backbones.json for the seed, the time it took and what each can do). Like CLIP and Vicuna they are pretrained
+apart: the tower never meets the language model, and the language model reads text only, where the words of an object must
+first be bound together; it never sees a picture or anything shaped like one.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from vflan.recipe import ROOT
+from vflan.world import scene as W
+from vflan.world.words import describe
+
+FOLDER = ROOT / "data" / "tiny"
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
+
+# ------------------------------------------------------------------------------------------------------------ the tower
+# Contrastive training alone takes the shortcut of colour and background and leaves shapes unread (measured: worse than
+# random features). So each patch also learns to name what its cell holds, which web captions teach CLIP in their way.
+
+THINGS = ("nothing", "bar", "ink", *W.SHAPES, *W.LETTERS, *"0123456789")
+HEADS = dict(thing=len(THINGS), color=9, size=3, texture=4, background=4, condition=4, place=16, digit=11)
+
+
+def cell_labels(scene):
+    """(16, 8) int labels of every cell, in the order of HEADS; 0 stands for 'none' where there is none."""
+    out = np.zeros((16, len(HEADS)), np.int64)
+    out[:, 4] = W.BACKGROUNDS.index(scene.background)
+    out[:, 5] = W.CONDITIONS.index(scene.condition)
+    out[:, 6] = np.arange(16)
+    for t in scene.things:
+        out[t.place, :4] = (THINGS.index(t.shape), 1 + W.COLORS.index(t.color), 1 + W.SIZES.index(t.size),
+                            1 + W.TEXTURES.index(t.texture))  # fmt: skip
+    if scene.kind == "handwritten":
+        out[:, 0], out[:, 7], out[:, 4] = THINGS.index("ink"), 1 + int(scene.text), -100
+    else:
+        for column, character in enumerate(scene.text):
+            out[scene.line * 4 + column, 0] = THINGS.index(character)
+    for column, (color, height) in enumerate(scene.bars):
+        for row in range(4 - height, 4):
+            out[row * 4 + column, :2] = THINGS.index("bar"), 1 + W.COLORS.index(color)
+    return out
+
+
+def pixels(scenes):
+    """(n, 3, 48, 48) float pictures, normalised as CLIP does."""
+    raw = np.stack([np.asarray(W.render(s)) for s in scenes])
+    return ((torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
+
+
+def make_tower(folder, seed=0, pictures=24_000, seconds=700, batch=96, log=print):
+    """Train a `CLIPVisionModel` (contrastive against bags of caption words, plus the cell labels) and save it."""
+    torch.manual_seed(seed)
+    start = time.process_time()
+    mix = (0.58, 0.14, 0.11, 0.07, 0.10)  # rich in glyphs, the hardest to tell apart
+    scenes = []
+    for i in range(pictures + 1000):
+        rng = W.rng_of("tower", seed, i)
+        scenes.append(W.sample_scene(rng, kind=W.pick(rng, W.KINDS, mix), seed=10_000_000 + i))
+    x, y = pixels(scenes), torch.tensor(np.stack([cell_labels(s) for s in scenes]))
+    words = sorted({w for s in scenes for w in describe(s).replace(".", "").split()})
+    bags = torch.zeros(len(scenes), len(words))
+    for i, s in enumerate(scenes):
+        bags[i, [words.index(w) for w in describe(s).replace(".", "").split()]] = 1
+    train, test = slice(0, pictures), slice(pictures, None)
+
+    config = CLIPVisionConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
+                              image_size=48, patch_size=12, projection_dim=96)  # fmt: skip
+    tower = CLIPVisionModel(config)
+    heads = torch.nn.ModuleDict({k: torch.nn.Linear(160, n) for k, n in HEADS.items()})
+    to_text, to_image = torch.nn.Linear(len(words), 96, bias=False), torch.nn.Linear(160, 96, bias=False)
+    scale = torch.nn.Parameter(torch.tensor(2.5))
+    params = [*tower.parameters(), *heads.parameters(), *to_text.parameters(), *to_image.parameters(), scale]
+    opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    weight = dict(thing=3.0, color=1.5, size=1.0, texture=1.5, background=0.5, condition=0.5, place=0.3, digit=1.0)
+    generator, step = torch.Generator().manual_seed(seed), 0
+    while (spent := time.process_time() - start) < seconds:
+        rows = torch.randperm(pictures, generator=generator)[:batch]
+        lr = 1e-3 * min(1, (step + 1) / 100) * min(1.0, max(0.02, (seconds - spent) / (0.5 * seconds)))
+        opt.param_groups[0]["lr"] = lr
+        out = tower(pixel_values=x[rows], output_hidden_states=True)
+        patches = out.hidden_states[-2][:, 1:]
+        loss = sum(
+            weight[k] * F.cross_entropy(heads[k](patches).flatten(0, 1), y[rows][..., i].flatten(), ignore_index=-100)
+            for i, k in enumerate(HEADS)
+        )
+        a, b = F.normalize(to_image(out.pooler_output), dim=-1), F.normalize(to_text(bags[rows]), dim=-1)
+        logits, target = scale.exp() * a @ b.T, torch.arange(batch)
+        loss = loss + 0.3 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        if step % 200 == 0:
+            log(f"tower step {step} {spent:.0f} s loss {loss.item():.3f}", flush=True)
+        step += 1
+    record = dict(seed=seed, cpu_seconds=round(time.process_time() - start), steps=step, batch=batch, pictures=pictures,
+                  parameters=sum(p.numel() for p in tower.parameters()), skills={})  # fmt: skip
+    with torch.no_grad():
+        patches = tower(pixel_values=x[test], output_hidden_states=True).hidden_states[-2][:, 1:]
+        for i, k in enumerate(HEADS):
+            gold = y[test][..., i]
+            keep = gold > 0 if k in ("thing", "color", "size", "texture", "digit") else gold >= 0
+            record["skills"][k] = round((heads[k](patches).argmax(-1) == gold)[keep].float().mean().item(), 4)
+        for name, members in dict(shape=W.SHAPES, letter=tuple(W.LETTERS), numeral=tuple("0123456789")).items():
+            ids = torch.tensor([THINGS.index(m) for m in members])
+            keep = torch.isin(y[test][..., 0], ids)
+            record["skills"][name] = round(
+                (heads["thing"](patches).argmax(-1) == y[test][..., 0])[keep].float().mean().item(), 4
+            )
+    tower.half().save_pretrained(folder / "vision_tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=MEAN,
+                          image_std=STD).save_pretrained(folder / "vision_tower")  # fmt: skip
+    log(json.dumps(record), flush=True)
+    return record
+
+
+def note_record(folder, **entries):
+    """Add entries to the record beside the weights."""
+    path = folder / "backbones.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(record | entries, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["tokenizer", "tower", "language_model"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if "tower" in args.parts:
+        note_record(args.folder, vision_tower=make_tower(args.folder, args.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""The tiny stand-in for Vicuna: a tokenizer and a Llama that reads scenes told in words, and never saw a picture.
+
+What a language model must bring to visual instruction tuning is the skill to look things up in its context: what colour is
+the star, is there one, what is left of it, how many. At 1 M parameters that skill is the bottleneck, so it is taught with
+
+    running text     a scene is 'sand clear. b2 small striped red star. ...', its objects and often the words of an object in
+                     random order: the words must be bound together by nearness before anything can be looked up;
+    dense questions  a dozen questions on one text, each seeing the text and itself only (a block mask, positions restarting
+                     after the text), loss on answers alone;
+    a binding start  the first layer starts out gathering, at each full stop, the last six words; half the heads above start
+                     out looking words up in what was gathered. It is an initialisation only; everything is trained;
+    Muon             for the matrices (fp32, with decay, or attention saturates), AdamW for embeddings and norms.
+"""
+
+import json
+import math
+import re
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vflan.world import scene as W
+from vflan.world import tasks as T
+from vflan.world.words import describe, sentences
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# -------------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def corpus(seed=0):
+    """World text of every kind, for the tokenizer: each word of the world comes often enough to become one piece."""
+    from vflan.world.chats import phrases
+
+    for k in T.KINDS.values():
+        for scene, instruction, answer in T.sample(k, 120, "corpus", seed):
+            yield f"USER: {describe(scene)}\n{instruction} ASSISTANT: {answer}"
+            if scene.things:
+                yield " ".join(sentences(scene.things, scene.background, scene.condition))
+    for line in phrases() * 3:
+        yield f"USER:\n{line}"
+
+
+def make_tokenizer(folder, seed=0):
+    """A Llama-shaped byte-fallback BPE whose pieces are the world's words; the system sentence is one piece of its own."""
+    split = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Split("\u2581", "merged_with_next"),
+        pre_tokenizers.Split(Regex("[?.,!]"), "isolated"),
+    ])  # fmt: skip
+    normal = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = normal, split
+    learner.train_from_iterator(
+        corpus(seed), trainers.BpeTrainer(vocab_size=4000, min_frequency=2, show_progress=False,
+                                          initial_alphabet=[chr(c) for c in range(33, 127)])
+    )  # fmt: skip
+    learned = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += [p for p, _ in sorted(learned["vocab"].items(), key=lambda kv: kv[1]) if p not in pieces]
+    if "\n" not in pieces:
+        pieces.append("\n")
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in learned["merges"]],
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # fmt: skip
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normal, split
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False, rstrip=True, special=False)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<unk>", extra_special_tokens={"image_token": "<image>"},
+                                   model_max_length=2048, clean_up_tokenization_spaces=False)  # fmt: skip
+    fast.save_pretrained(folder / "language_model")
+    return fast
+
+
+# ---------------------------------------------------------------------------------------------------------- the start
+NEAR = {2: 4.37, 3: 2.16, 4: 3.73}  # rotary frequency -> weight: attention falls on the last six tokens, fitted once
+
+
+def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
+    """Initialise a Llama to gather words at full stops (layer 0) and to look up what was gathered (half of the heads above)."""
+    c = model.config
+    d, hd, heads = c.hidden_size, c.hidden_size // c.num_attention_heads, c.num_attention_heads
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, std=1.0):
+        return torch.randn(*shape, generator=g) * std
+
+    def orthogonal(n):
+        return torch.linalg.qr(randn(n, n))[0]
+
+    with torch.no_grad():
+        E = model.model.embed_tokens.weight
+        E.copy_(randn(*E.shape, std=es))
+        E[:, 0] = 4 * es  # one constant coordinate, so that attention by position alone can be written down
+        rms = math.sqrt(es**2 + (4 * es) ** 2 / d)
+        const = 4 * es / rms
+        R = torch.eye(d)
+        R[1:, 1:] = orthogonal(d - 1)
+        basis = torch.zeros(d, d)
+        basis[1:, 1:] = orthogonal(d - 1)
+        stop, bos = (E[tokenizer.convert_tokens_to_ids(t)].clone() for t in (".", "<s>"))
+        stop[0] = bos[0] = 0
+        for i, layer in enumerate(model.model.layers):
+            a = layer.self_attn
+            q, k, v, o = (randn(d, d, std=0.2 / math.sqrt(d)) for _ in range(4))
+            near_q, near_k = torch.zeros(hd, d), torch.zeros(hd, d)
+            for f, weight in NEAR.items():
+                theta = c.rope_parameters["rope_theta"] ** (-2 * f / hd)
+                near_q[f, 0] = math.sqrt(weight * math.sqrt(hd)) / const
+                for j, t in enumerate((math.cos, math.sin)):
+                    near_k[f + j * hd // 2, 0] = math.sqrt(weight * math.sqrt(hd)) / const * t(theta * 2.5)
+            for h in range(heads):
+                rows = slice(h * hd, (h + 1) * hd)
+                B, A = basis[rows], torch.zeros(hd, d)
+                last = hd // 2 - 1  # the slowest rotation: free of position
+                if i == 0:  # gather the last six words, at full stops only; everything else rests on the first token
+                    q[rows] = 0.3 * q[rows] + near_q[:, :1] * const * stop / (stop @ stop) * rms
+                    k[rows] = 0.3 * k[rows] + near_k
+                    q[rows][last, 0] += 3.0 / const
+                    k[rows][last] += 5.0 * bos / (bos @ bos) * rms
+                    v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
+                elif h < heads // 2:  # look up a word among what the full stops gathered
+                    A[:, 1:] = orthogonal(d - 1)[:hd]
+                    A[[*range(4), *range(hd // 2, hd // 2 + 4), last]] = 0
+                    q[rows] += math.sqrt(g2) * A
+                    k[rows] += math.sqrt(g2) * A @ R.T
+                    q[rows][last, 0] += 5.0 / const
+                    k[rows][last] += 8.0 * stop / (stop @ stop) * rms
+                    v[rows], o[:, rows] = B @ R.T, B.T * om * es
+                elif h == heads - 1:  # gather the words just before, for the answer to read the question
+                    q[rows] += 0.7 * near_q
+                    k[rows] += 0.7 * near_k
+                    v[rows], o[:, rows] = B, B.T * om * es
+                else:
+                    v[rows], o[:, rows] = B, B.T * om * es
+            for linear, w in ((a.q_proj, q), (a.k_proj, k), (a.v_proj, v), (a.o_proj, o)):
+                linear.weight.copy_(w)
+            for w, std in ((layer.mlp.gate_proj, 0.5), (layer.mlp.up_proj, 0.5), (layer.mlp.down_proj, 0.15)):
+                w.weight.copy_(randn(*w.weight.shape, std=std / math.sqrt(w.weight.shape[1])))
+        model.model.norm.weight.fill_(0.4 / (es * math.sqrt(d)))
+
+
+# ------------------------------------------------------------------------------------------------------------ the teacher
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by four Newton-Schulz steps, in fp32, matrices of one shape at once; decoupled decay.
+
+    (`torch.optim.Muon` works in bf16, which two CPU cores emulate 40-80 times slower.)
+    """
+
+    def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = torch.lerp(p.grad, buffer, group["momentum"])  # Nesterov
+                shapes.setdefault(p.shape, []).append((p, update))
+            for shape, pairs in shapes.items():
+                x = torch.stack([u for _, u in pairs])
+                tall = shape[0] > shape[1]
+                x = x.mT if tall else x
+                x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+                for _ in range(4):
+                    A = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+                x = x.mT if tall else x
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                for (p, _), u in zip(pairs, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+
+
+class Rows:
+    """Turns scenes with questions into rows of tokens: [text | question answer | question answer | ...] and their mask."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.cache = tokenizer, {}
+        self.head = tokenizer(SYSTEM + " USER:").input_ids
+        self.newline = tokenizer("x\n", add_special_tokens=False).input_ids[-1:]
+        self.space = [tokenizer.convert_tokens_to_ids("\u2581")]  # the piece between a picture and its question
+
+    def ids(self, text):
+        """Token ids of a text that starts a word, by whole words from a cache (the world is closed)."""
+        out = []
+        for word in re.findall(r"\n|[^ \n]+", text):
+            if word not in self.cache:
+                self.cache[word] = self.tokenizer(word, add_special_tokens=False).input_ids
+            out += self.cache[word]
+        return out
+
+    def question(self, text):
+        """'\\nWhat ... ASSISTANT:' as it stands after the scene; the word after the line break has no space before it."""
+        key = ("q", text.split(" ", 1)[0])
+        if key not in self.cache:
+            self.cache[key] = self.tokenizer("\n" + key[1], add_special_tokens=False).input_ids
+        rest = text.split(" ", 1)
+        return self.cache[key] + (self.ids(rest[1]) if len(rest) > 1 else []) + self.ids("ASSISTANT:")
+
+    def batch(self, rows):
+        """rows: list of (prefix ids, [(question ids, answer ids), ...]) -> ids, positions, mask (B,1,L,L), where, labels, weight."""
+        length = max(len(p) + sum(len(q) + len(a) for q, a in blocks) for p, blocks in rows)
+        length = -(-length // 16) * 16
+        B = len(rows)
+        ids = np.zeros((B, length), np.int64)
+        positions = np.zeros((B, length), np.int64)
+        block = np.full((B, length), -1)
+        where, labels, weight = [], [], []
+        eos = self.tokenizer.eos_token_id
+        for r, (prefix, blocks) in enumerate(rows):
+            n = len(prefix)
+            ids[r, :n], positions[r, :n], block[r, :n] = prefix, np.arange(n), 0
+            at = n
+            for b, (q, a) in enumerate(blocks):
+                m = len(q) + len(a)
+                ids[r, at : at + m], positions[r, at : at + m], block[r, at : at + m] = q + a, n + np.arange(m), b + 1
+                for j, token in enumerate(a):
+                    where.append(r * length + at + len(q) + j - 1)
+                    labels.append(token)
+                    weight.append(0.1 if token == eos else 1.0)
+                at += m
+        same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+        mask = same & np.tri(length, dtype=bool) & (block[:, None, :] >= 0)
+        mask |= np.eye(length, dtype=bool)  # a padded position sees itself, or softmax has nothing
+        as_tensor = torch.tensor
+        additive = torch.zeros(B, 1, length, length).masked_fill_(
+            ~as_tensor(mask)[:, None], torch.finfo(torch.float32).min
+        )
+        return (as_tensor(ids), as_tensor(positions), additive, as_tensor(where), as_tensor(labels),
+                as_tensor(weight, dtype=torch.float32))  # fmt: skip
+
+
+def logits_at(model, ids, positions, mask, where):
+    hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    return model.lm_head(hidden.flatten(0, 1)[where])
+
+
+def kinds_for(scene):
+    """Names of the kinds that can be asked about a scene and may be met in text."""
+    allowed = {"", "any"} if scene.kind != "handwritten" else set()
+    allowed |= {scene.kind}
+    if scene.kind == "objects":
+        allowed |= {"single"} if len(scene.things) == 1 else set()
+        if len(scene.things) > 2 and len({t.shape for t in scene.things}) == len(scene.things):
+            colors = sorted(sum(t.color == u.color for u in scene.things) for t in scene.things)
+            n = len(colors)
+            allowed |= {"odd", "odd or same"} if colors == [1] + [n - 1] * (n - 1) else set()
+            allowed |= {"odd or same"} if colors == [n] * n else set()
+    return [k for k in T.KINDS.values() if k.in_text and k.scenes in allowed]
+
+
+def text_scene(rng, seed):
+    """Scenes for text: rich in objects, with twins and odd ones; never one that is set aside for evaluation."""
+    while W.held(scene := draw(rng, seed)):
+        pass
+    return scene
+
+
+def draw(rng, seed):
+    u = rng.random()
+    if u < 0.10:
+        return T.odd_scene(rng, seed, same=rng.random() < 0.5)
+    if u < 0.16:
+        return W.sample_scene(rng, "objects", 1, seed=seed)
+    scene = W.sample_scene(rng, W.pick(rng, W.KINDS, (0.72, 0.08, 0.08, 0.11, 0.01)), seed=seed)
+    return T.alike(scene, rng) if len(scene.things) > 1 and rng.random() < 0.35 else scene
+
+
+def lesson(rows, rng, weights, seed, budget):
+    """One row of training: a text with as many questions as fit into `budget` tokens, drawn by `weights`."""
+    scene = text_scene(rng, seed)
+    eos = rows.tokenizer.eos_token_id
+    u = rng.random()
+    if u < 0.08 and scene.kind != "handwritten":  # a caption after a text, as in the template `plain`
+        text = [rows.tokenizer.bos_token_id, *rows.ids(describe(scene, rng))]
+        return text, [([], [*rows.ids(describe(scene)), *rows.newline])]
+    if u < 0.12 and scene.things:  # prose, as plain text
+        text = [rows.tokenizer.bos_token_id]
+        return text, [([], rows.ids(" ".join(sentences(scene.things, scene.background, scene.condition))))]
+    prefix = [*rows.head, *rows.ids(describe(scene, rng))]
+    if rng.random() < 0.3:
+        prefix += rows.space
+    kinds = kinds_for(scene)
+    p = np.array([weights[k.name] for k in kinds])
+    p /= p.sum()
+    blocks, total, seen = [], len(prefix), set()
+    for _ in range(40):
+        k = kinds[int(rng.choice(len(kinds), p=p))]
+        made = k.make(scene, rng)
+        if made is None or made[0] in seen:
+            continue
+        seen.add(made[0])
+        q, a = rows.question(made[0]), [*rows.ids(made[1]), eos]
+        if total + len(q) + len(a) > budget:
+            break
+        blocks.append((q, a))
+        total += len(q) + len(a)
+    return prefix, blocks
+
+
+def exam(tokenizer, rows, n=40, key="text exam", kinds=None, evaluation=True):
+    """Batches of questions about scenes in words that training never draws, n a kind: [(kind, tensors, spans), ...]."""
+    items = []
+    for k in kinds or T.KINDS.values():
+        for i, (scene, instruction, answer) in enumerate(T.sample(k, n, key, evaluation=evaluation)):
+            text = describe(scene, W.rng_of(key, k.name, i))
+            prefix = [*rows.head, *rows.ids(text)]
+            items.append((k.name, prefix, rows.question(instruction), [*rows.ids(answer), tokenizer.eos_token_id]))
+    items.sort(key=lambda t: sum(map(len, t[1:])))
+    return [items[i : i + 64] for i in range(0, len(items), 64)]
+
+
+@torch.no_grad()
+def grade(model, rows, batches):
+    """Share of answers right to the last token, by kind (teacher-forced, which equals greedy exact match)."""
+    right = {}
+    for items in batches:
+        ids, positions, mask, where, labels, _ = rows.batch([(p, [(q, a)]) for _, p, q, a in items])
+        ok = logits_at(model, ids, positions, mask, where).argmax(-1) == labels
+        at = 0
+        for name, _, _, a in items:
+            right.setdefault(name, []).append(ok[at : at + len(a)].all().item())
+            at += len(a)
+    return {k: float(np.mean(v)) for k, v in right.items()}
+
+
+FIRST = ("color_of", "color_at", "shape_at", "shape_of_color", "where_is", "where_color", "texture_of", "texture_at", "size_of",
+         "exist_shape", "exist_color", "exist_pair", "describe_place")  # looking one thing up; everything else rests on it  # fmt: skip
+
+
+def make_language_model(folder, seed=0, seconds=3600, resume=None, log=print, layers=5, size=128, bs=6, budget=224,
+                        lr=0.01, lr_embed=2e-3, decay=0.2, first=400):  # fmt: skip
+    """Pretrain the language model on text and save it as a `LlamaForCausalLM` folder; returns its record."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
+    torch.manual_seed(seed)
+    begin = time.process_time()
+    rows = Rows(tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=int(size * 2.625), num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if resume:
+        model.load_state_dict(torch.load(resume, weights_only=True))
+    else:
+        start(model, tokenizer, seed)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    others = [p for n, p in model.named_parameters() if not any(p is m for m in matrices)]
+    muon = Muon(matrices, lr=lr, weight_decay=decay)
+    adam = torch.optim.AdamW(others, lr=lr_embed, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    weights = {k: 1.0 if k in FIRST else 0.03 for k in T.KINDS}
+    watch = exam(
+        tokenizer, rows, 24, key="text watch", evaluation=False, kinds=[k for k in T.KINDS.values() if k.in_text]
+    )
+    step = asked = 0
+    average = 0.0
+    next_exam = 120.0
+    history = []
+    while (spent := time.process_time() - begin) < seconds:
+        rng = W.rng_of("text lesson", seed, step)
+        batch = rows.batch([lesson(rows, rng, weights, 0, budget) for _ in range(bs)])
+        ids, positions, mask, where, labels, weight = batch
+        loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
+        loss = (loss * weight).sum() / weight.sum()
+        pace = min(1, (step + 1) / 30) * min(1.0, max(0.01, (seconds - spent) / (0.45 * seconds)))
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * pace, lr_embed * pace
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adam.step()
+        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        asked += len(weight)
+        step += 1
+        if step % 100 == 0:
+            log(f"step {step} cpu {spent:.0f} s loss {average:.3f} tokens answered {asked}", flush=True)
+        if spent > next_exam:
+            pause = time.process_time()
+            skill = grade(model, rows, watch)
+            for k, v in skill.items():
+                weights[k] = max(0.12, 1.0 - v) * (1.0 if k in FIRST or spent > first else 0.03)
+            log(f"== {spent:.0f} s mean {np.mean(list(skill.values())):.3f} " +
+                " ".join(f"{k}:{v:.2f}" for k, v in skill.items()), flush=True)  # fmt: skip
+            history.append((round(spent), round(float(np.mean(list(skill.values()))), 3)))
+            torch.save(model.state_dict(), folder / "lm_checkpoint.pt")
+            next_exam = spent + 150
+            begin += time.process_time() - pause
+    torch.save(model.state_dict(), folder / "lm_checkpoint.pt")
+    skill = grade(model, rows, exam(tokenizer, rows, 100))
+    log("final " + json.dumps(skill), flush=True)
+    model.half().save_pretrained(folder / "language_model")
+    return dict(seed=seed, cpu_seconds=round(time.process_time() - begin), steps=step, answer_tokens=asked,
+                parameters=sum(p.numel() for p in model.parameters()), history=history,
+                skills={k: round(v, 3) for k, v in skill.items()})  # fmt: skip
