@@ -4,7 +4,7 @@ import json
 import pytest
 
 import vflan
-from vflan.recipe import ROOT, Recipe, differences, preset_names, resolve, weights_source
+from vflan.recipe import ROOT, Recipe, differences, for_seed, preset_names, resolve, weights_source
 
 
 def test_every_preset_gives_the_three_stages_in_order():
@@ -80,6 +80,12 @@ def test_differences_names_each_field_with_both_values():
     old = vflan.preset("tiny").base
     new = dataclasses.replace(old, lr=1.0, seed=3)
     assert differences(old.to_dict(), new.to_dict()).split("\n") == [f"  lr: {old.lr} -> 1.0", "  seed: 0 -> 3"]
+
+
+def test_each_seed_has_a_run_of_its_own():
+    base = vflan.preset("tiny").base
+    first, second = for_seed(base, 0), for_seed(base, 1)
+    assert first == base and (second.name, second.seed) == ("base-seed1", 1)
 
 
 def test_paths_hang_from_the_project_not_from_the_working_directory(monkeypatch, tmp_path):

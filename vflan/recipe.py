@@ -129,6 +129,11 @@ def replace(recipe: Recipe, **changes) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
+def for_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with another seed, under a name that tells: `base` is the run of seed 0, `base-seed1` of seed 1."""
+    return replace(recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
+
+
 def preset(name: str, **changes) -> Preset:
     """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
 
