@@ -68,7 +68,7 @@ def test_an_article_is_no_choice():
 
 def test_options_are_found_on_one_line_and_on_lines_of_their_own():
     expected = {"a": "red", "b": "dark blue"}
-    assert options("Which? (a) red (b) dark blue\nAnswer with the letter.") == expected
+    assert options("Which? (a) red (b) dark blue Answer with the letter.") == expected
     assert options("Which?\nA. red\nB. dark blue\nAnswer with the option's letter directly.") == expected
     assert options("What is a star?") == {}
 

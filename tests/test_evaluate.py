@@ -1,6 +1,7 @@
 """A random model answers: batches must not change answers, and kept answers must be the right ones."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,9 +190,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:10])  # four answers, and a fifth cut off in the middle
     asked = []
-    monkeypatch.setattr(
-        "vflan.evaluate.answering", lambda m, p, samples, *a: asked.extend(samples) or answering(m, p, samples, *a)
-    )
+
+    def listening(model, processor, samples, *more):
+        asked.extend(samples)
+        return answering(model, processor, samples, *more)
+
+    monkeypatch.setattr(sys.modules["vflan.evaluate"], "answering", listening)  # vflan.evaluate itself is the function
     pd.testing.assert_frame_equal(evaluate(run), whole)
     assert len(asked) == 12 - 4
 
@@ -234,3 +238,20 @@ def test_unknown_benchmarks_and_missing_folders_are_named(run):
         evaluate(run, folder=run.folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="mme"):
         evaluate(run, "mme")
+
+
+def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(run, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("vflan.recipe.ROOT", run.folder)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    run.recipe.benchmarks = "benchmarks"
+    assert len(evaluate(run)) and len(evaluate(run, folder="benchmarks"))
+
+
+def test_a_trained_run_is_evaluated_from_its_folder_alone(run, recipe):
+    from vflan.recipe import replace
+    from vflan.train import train
+
+    trained = train(replace(recipe, benchmarks=run.recipe.benchmarks, max_steps=1))
+    scores = evaluate(trained.folder)
+    assert set(scores.run) == {"base"} and (trained.folder / "answers" / "pope.jsonl").exists()
+    pd.testing.assert_frame_equal(evaluate(trained), scores)

@@ -91,3 +91,10 @@ def test_scores_of_several_seeds_become_one_row():
     base, chat = over_seeds(scores).itertuples()
     assert (base.value, base.seeds) == (62, 2) and base.high - base.low > 4
     assert (chat.low, chat.high, chat.seeds) == (65, 75, 1)
+
+
+def test_many_pictures_do_not_need_much_memory_and_give_the_same_interval():
+    values = np.random.default_rng(0).random(5000) < 0.3
+    in_blocks = bootstrap(values, rounds=6000)  # 5000 x 6000 draws are more than one block
+    assert in_blocks[0] == values.mean()
+    assert in_blocks[2] - in_blocks[1] == pytest.approx(2 * 1.96 * np.sqrt(0.21 / 5000), rel=0.05)

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from vflan.benchmarks import BENCHMARKS
 from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
+from vflan.recipe import resolve
 from vflan.stats import bootstrap
 
 COLUMNS = ["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"]
@@ -148,7 +149,7 @@ def decode(model, cache, prompts, max_new_tokens, tokenizer):
     return said
 
 
-# -------------------------------------------------------------------------------------------------- benchmarks of a run
+# ------------------------------------------------------------------------------------------------- benchmarks of a run
 
 
 def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=None, template="vicuna_v1"):
@@ -169,7 +170,7 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
         raise ValueError(
             "To evaluate a model of your own give both model= and name=: its answers are kept under that name."
         )
-    folder = Path(folder or run.recipe.benchmarks or "")
+    folder = resolve(folder or run.recipe.benchmarks)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or present(folder))
     for unknown in set(names) - set(BENCHMARKS):
         raise ValueError(f"There is no benchmark {unknown!r}; known are {', '.join(BENCHMARKS)}.")

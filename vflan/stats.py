@@ -31,14 +31,16 @@ def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
         np.bincount(cluster * g + group, weights=w, minlength=k * g).reshape(k, g)
         for w in (num, den, np.ones(len(num)))
     )
-    draws = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=rounds)  # (rounds, k) times drawn
+    rng, block = np.random.default_rng(seed), max(1, 20_000_000 // k)  # rounds at a time: pictures may be many
 
     def ratio(weights):
         top, bottom, drawn = weights @ tops, weights @ bottoms, weights @ sizes > 0
         value = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
         return (value * drawn).sum(-1) / np.maximum(drawn.sum(-1), 1)
 
-    return float(ratio(np.ones(k))), ratio(draws)
+    blocks = [min(block, rounds - start) for start in range(0, rounds, block)]
+    draws = (rng.multinomial(k, np.full(k, 1 / k), size=size) for size in blocks)  # (size, k) times drawn
+    return float(ratio(np.ones(k))), np.concatenate([ratio(drawn) for drawn in draws])
 
 
 def bootstrap(values, clusters=None, seed=0, den=None, groups=None, level=0.95, rounds=ROUNDS):

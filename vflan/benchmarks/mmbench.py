@@ -12,6 +12,7 @@ OPTION = re.compile(r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\
 
 def options(text):
     """{letter: option} of a question: '(a) red (b) blue' on one line or 'A. red' on lines of their own."""
+    text = re.sub(r"\banswer with the\b[^\n]*", "", text, flags=re.I)  # the format prompt is no part of the last option
     return {(m[1] or m[2]).lower(): clean(m[3]) for m in OPTION.finditer(text)}
 
 

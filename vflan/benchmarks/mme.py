@@ -20,20 +20,19 @@ def parse(answer, sample=None):
 
 def items(samples, answers):
     right = np.array([parse(a) == s["label"].lower() for s, a in zip(samples, answers)], float)
-    keys = [(s["category"], str(s["image"])) for s in samples]
     pairs = {}
-    for i, key in enumerate(keys):
-        pairs.setdefault(key, []).append(i)
-    odd = [key for key, members in pairs.items() if len(members) != 2]
-    if odd:
-        raise ValueError(f"MME asks two questions an image; {odd[0][1]} of {odd[0][0]} has {len(pairs[odd[0]])}.")
-    both = np.array([right[pairs[key]].all() for key in keys], float)  # each pair twice: the ratio is that of the pairs
-    out = metrics("accuracy", right, samples) | metrics("accuracy_plus", both, samples)
-    score = metrics("score", (right + both) / 2, samples)
-    tasks = len(set(s["category"] for s in samples))
-    whole = score["score"]
+    for i, s in enumerate(samples):
+        pairs.setdefault((s["category"], str(s["image"])), []).append(i)
+    for (task, image), members in pairs.items():
+        if len(members) != 2:
+            raise ValueError(f"MME asks two questions an image; {image} of {task} has {len(members)}.")
+    heads = [samples[first] for first, _ in pairs.values()]
+    both = np.array([right[members].all() for members in pairs.values()], float)
+    mean = np.array([right[members].mean() for members in pairs.values()])
+    score = metrics("score", (mean + both) / 2, heads)
+    whole, tasks = score["score"], len({s["category"] for s in samples})
     total = Metric(whole.num * 2 * tasks, whole.den, whole.group, whole.cluster)
-    return out | score | {"total": total}
+    return metrics("accuracy", right, samples) | metrics("accuracy_plus", both, heads) | score | {"total": total}
 
 
 def yes(samples):
