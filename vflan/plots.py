@@ -78,6 +78,12 @@ def turns(sample):
     return sample.get("category", ""), sample["text"], sample.get("label", "")
 
 
+def question(sample):
+    """A LLaVA sample as something to ask: its picture, question and answer in the shape of a benchmark's question."""
+    task, text, label = turns(sample)
+    return {"image": sample.get("image"), "text": text, "label": label, "category": task}
+
+
 def wrap(text, width, lines=None):
     """`text` in lines of at most `width` characters, no blank ones; with `lines`, cut there and marked by an
     ellipsis."""
@@ -371,6 +377,35 @@ def parts_table(scores, rows, item="Table 5", table=None, benchmarks=None):
     {"mlp-only": "LLM frozen, MLP tuned", "base": "LLM tuned, MLP tuned"}.
     """
     return dots(scores, {run: (row or run, row) for run, row in rows.items()}, item, table, benchmarks)
+
+
+def stage(runs):
+    """A column of run names without their seeds: `base-seed1` is a `base`."""
+    return runs.str.replace(r"-seed\d+$", "", regex=True)
+
+
+def categories(scores, benchmarks, of=None, metric="accuracy"):
+    """A panel a benchmark, a line a category, a dot a stage (mean over its kinds and seeds); chance as a tick.
+
+    scores: rows with `metric`/kind; of: {kind: category}, by default every kind has a line of its own.
+    """
+    part = scores[scores.metric.str.startswith(f"{metric}/")]
+    kind = part.metric.str.split("/").str[1]
+    part = part.assign(stage=stage(part.run), line=kind.map(of or {}).fillna(kind))
+    tables = [
+        part[part.benchmark == b].groupby(["line", "stage"], sort=False).value.mean().unstack() for b in benchmarks
+    ]
+    height = 0.6 + 0.24 * max(map(len, tables))
+    fig, axes = plt.subplots(1, len(tables), figsize=(9, height), squeeze=False, layout="constrained")
+    for ax, name, table in zip(axes.flat, benchmarks, tables):
+        table = table.sort_values(table.columns[-1])
+        chance = part[part.benchmark == name].groupby("line").baseline.mean()
+        ax.plot(chance[table.index], table.index, "|", color=GREY, markersize=10, label="majority answer")
+        for color, column in zip(COLORS, table):
+            ax.plot(table[column], table.index, "o", color=color, label=column)
+        ax.set(title=TITLES[name], xlim=(-3, 103), xlabel=f"{metric}, %")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return fig
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
