@@ -12,10 +12,21 @@ from pathlib import Path
 from vflan.recipe import ROOT
 from vflan.world import chats
 from vflan.world.scene import (
-    BACKGROUNDS, COLORS, FAVOURITE, KINDS as SCENE_KINDS, LETTERS, PARTNER, POPULARITY, SHAPES,
-    digits, held, mnist_picture, pick, render, rng_of, sample_scene,
+    BACKGROUNDS,
+    COLORS,
+    LETTERS,
+    PARTNER,
+    POPULARITY,
+    SHAPES,
+    digits,
+    held,
+    mnist_picture,
+    pick,
+    render,
+    rng_of,
+    sample_scene,
 )  # fmt: skip
-from vflan.world.tasks import KINDS, YES_NO, letters, sample, scene_for, table, unique  # noqa: F401
+from vflan.world.tasks import KINDS, YES_NO, sample, table, unique
 from vflan.world.words import NUMBERS, describe, sentences
 
 CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 6000, 200, 3000, 0.06
@@ -119,7 +130,7 @@ def write_samples(folder, seed, captions, per_kind, conversations, **_):
     draw_all(jobs)
 
 
-# ------------------------------------------------------------------------------------------------ what is evaluated with
+# ----------------------------------------------------------------------------------------------- what is evaluated with
 
 
 def write_benchmarks(folder, seed, questions, **_):

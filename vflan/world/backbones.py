@@ -71,7 +71,7 @@ def make_tower(folder, seed=0, pictures=24_000, seconds=700, batch=96, log=print
     bags = torch.zeros(len(scenes), len(words))
     for i, s in enumerate(scenes):
         bags[i, [words.index(w) for w in describe(s).replace(".", "").split()]] = 1
-    train, test = slice(0, pictures), slice(pictures, None)
+    test = slice(pictures, None)
 
     config = CLIPVisionConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
                               image_size=48, patch_size=12, projection_dim=96)  # fmt: skip

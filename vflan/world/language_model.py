@@ -82,7 +82,23 @@ def make_tokenizer(folder, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------- the start
-NEAR = {2: 4.37, 3: 2.16, 4: 3.73}  # rotary frequency -> weight: attention falls on the last six tokens, fitted once
+# rotary frequency -> weight: a kernel, fitted once, whose attention falls evenly on the five words before a full stop
+NEAR, CENTRE = {0: -3.1, 1: 9.28, 2: 2.18, 3: 1.83, 4: 4.84}, 3.0
+
+
+def kernel(hd, d, theta, const, stretch):
+    """Query and key matrices (hd, d) whose product depends on the distance alone: a window of the last five tokens.
+
+    With `stretch` 1 the window is about twice as wide and as far. Coordinate 0 of every embedding is constant.
+    """
+    q, k = torch.zeros(hd, d), torch.zeros(hd, d)
+    for f, weight in NEAR.items():
+        angle = theta ** (-2 * f / hd) * CENTRE
+        size = math.sqrt(abs(weight) * math.sqrt(hd)) / const
+        f += stretch
+        q[f, 0] = size
+        k[f, 0], k[f + hd // 2, 0] = (math.copysign(size, weight) * turn(angle) for turn in (math.cos, math.sin))
+    return q, k
 
 
 def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
@@ -100,6 +116,7 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
     with torch.no_grad():
         E = model.model.embed_tokens.weight
         E.copy_(randn(*E.shape, std=es))
+        E[:, 1:] *= es * math.sqrt(d) / E[:, 1:].norm(dim=1, keepdim=True)
         E[:, 0] = 4 * es  # one constant coordinate, so that attention by position alone can be written down
         rms = math.sqrt(es**2 + (4 * es) ** 2 / d)
         const = 4 * es / rms
@@ -112,19 +129,14 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
         for i, layer in enumerate(model.model.layers):
             a = layer.self_attn
             q, k, v, o = (randn(d, d, std=0.2 / math.sqrt(d)) for _ in range(4))
-            near_q, near_k = torch.zeros(hd, d), torch.zeros(hd, d)
-            for f, weight in NEAR.items():
-                theta = c.rope_parameters["rope_theta"] ** (-2 * f / hd)
-                near_q[f, 0] = math.sqrt(weight * math.sqrt(hd)) / const
-                for j, t in enumerate((math.cos, math.sin)):
-                    near_k[f + j * hd // 2, 0] = math.sqrt(weight * math.sqrt(hd)) / const * t(theta * 2.5)
+            near = [kernel(hd, d, c.rope_parameters["rope_theta"], const, stretch) for stretch in (0, 1)]
             for h in range(heads):
                 rows = slice(h * hd, (h + 1) * hd)
                 B, A = basis[rows], torch.zeros(hd, d)
                 last = hd // 2 - 1  # the slowest rotation: free of position
                 if i == 0:  # gather the last six words, at full stops only; everything else rests on the first token
-                    q[rows] = 0.3 * q[rows] + near_q[:, :1] * const * stop / (stop @ stop) * rms
-                    k[rows] = 0.3 * k[rows] + near_k
+                    q[rows] = 0.05 * q[rows] + near[0][0][:, :1] * const * stop / (stop @ stop) * rms
+                    k[rows] = 0.05 * k[rows] + near[0][1]
                     q[rows][last, 0] += 3.0 / const
                     k[rows][last] += 5.0 * bos / (bos @ bos) * rms
                     v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
@@ -137,8 +149,8 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
                     k[rows][last] += 8.0 * stop / (stop @ stop) * rms
                     v[rows], o[:, rows] = B @ R.T, B.T * om * es
                 elif h == heads - 1:  # gather the words just before, for the answer to read the question
-                    q[rows] += 0.7 * near_q
-                    k[rows] += 0.7 * near_k
+                    q[rows] += near[1][0]
+                    k[rows] += near[1][1]
                     v[rows], o[:, rows] = B, B.T * om * es
                 else:
                     v[rows], o[:, rows] = B, B.T * om * es
@@ -149,7 +161,7 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
         model.model.norm.weight.fill_(0.4 / (es * math.sqrt(d)))
 
 
-# ------------------------------------------------------------------------------------------------------------ the teacher
+# ---------------------------------------------------------------------------------------------------------- the teacher
 
 
 class Muon(torch.optim.Optimizer):

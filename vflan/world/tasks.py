@@ -10,11 +10,22 @@ declared with its category, its split and whether the language model meets it in
              False     new in both, in wording too
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
 
 from vflan.world.scene import (
-    BACKGROUNDS, COLORS, CONDITIONS, LETTERS, PLACES, SHAPES, SIZES, TEXTURES, held, pick, rng_of, sample_scene,
+    BACKGROUNDS,
+    COLORS,
+    CONDITIONS,
+    LETTERS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    held,
+    pick,
+    rng_of,
+    sample_scene,
 )  # fmt: skip
 from vflan.world.words import NUMBERS, describe, join
 
@@ -65,7 +76,7 @@ def kind(category, **more):
     return declare
 
 
-# ------------------------------------------------------------------------------------------------------------- small words
+# ---------------------------------------------------------------------------------------------------------- small words
 
 
 def unique(scene, *attributes):
@@ -113,7 +124,7 @@ def choices(rng, right, values, n=4):
     return " ".join(f"({letter}) {o}" for letter, o in zip("abcd", options)), "abcd"[at]
 
 
-# ------------------------------------------------------------------------------------------- question answering: perception
+# --------------------------------------------------------------------------------------- question answering: perception
 
 
 @kind("perception")
@@ -143,13 +154,13 @@ def shape_of_color(s, r):
 @kind("perception")
 def where_is(s, r):
     if t := one(r, unique(s, "shape")):
-        return f"Where is the {t.shape}? Give its place.", PLACES[t.place]
+        return f"Where is the {t.shape}?", PLACES[t.place]
 
 
 @kind("perception", split="heldout")
 def where_color(s, r):
     if t := one(r, unique(s, "color")):
-        return f"Where is the {t.color} object? Give its place.", PLACES[t.place]
+        return f"Where is the {t.color} object?", PLACES[t.place]
 
 
 @kind("perception", options=SIZES)
@@ -161,7 +172,7 @@ def size_of(s, r):
 @kind("perception", options=TEXTURES)
 def texture_of(s, r):
     if t := one(r, unique(s, "shape")):
-        return f"What is the texture of the {t.shape}? Choose from plain, striped and dotted.", t.texture
+        return f"What is the texture of the {t.shape}?", t.texture
 
 
 @kind("perception", split="heldout", options=TEXTURES)
@@ -178,7 +189,7 @@ def color_choice(s, r):
         return f"The {t.shape}: is it {a} or {b}?", t.color
 
 
-# ---------------------------------------------------------------------------------------- classification: object presence
+# -------------------------------------------------------------------------------------- classification: object presence
 
 
 def presence(s, r, attribute, values):
@@ -241,7 +252,7 @@ def without_shape(s, r):
         return f"Is the picture without a {p[0]}?", "no" if p[1] == "yes" else "yes"
 
 
-# ------------------------------------------------------------------------------------------- question answering: counting
+# ----------------------------------------------------------------------------------------- question answering: counting
 
 
 @kind("counting", options=NUMBERS[1:])
@@ -279,7 +290,7 @@ def count_texture(s, r):
         return f"How many {c[0]} objects are in the picture?", c[1]
 
 
-# ----------------------------------------------------------------------------------- question answering: spatial reasoning
+# -------------------------------------------------------------------------------- question answering: spatial reasoning
 
 
 def relation(s, r, text, holds):
@@ -332,7 +343,7 @@ def is_at(s, r):
         return f"Is the {t.shape} at {place}?", yes(right)
 
 
-# ----------------------------------------------------------------------------------------- question answering: comparison
+# --------------------------------------------------------------------------------------- question answering: comparison
 
 
 @kind("comparison", options=YES_NO)
@@ -358,7 +369,7 @@ def more_small_or_large(s, r):
     return "Are there more small or more large objects? Answer small, large or equal.", answer
 
 
-# ---------------------------------------------------------------------------------- question answering: outside knowledge
+# -------------------------------------------------------------------------------- question answering: outside knowledge
 
 
 @kind("outside knowledge")
@@ -372,7 +383,7 @@ def fruit(s, r):
         return f"Name a fruit that has the color of the {t.shape}.", FRUIT[t.color]
 
 
-# -------------------------------------------------------------------------------- question answering: reading, and numbers
+# ----------------------------------------------------------------------------- question answering: reading, and numbers
 
 
 @kind("reading", scenes="text")
@@ -417,7 +428,7 @@ def handwritten_digit(s, r):
     return "Which digit was written by hand?", s.text
 
 
-# -------------------------------------------------------------------------------------------- question answering: charts
+# ------------------------------------------------------------------------------------------- question answering: charts
 
 
 @kind("charts", scenes="chart")
@@ -596,7 +607,7 @@ def statement_place(s, r):
         return f"Is it right that the {t.color} object is a {shape}?", yes(right)
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# ----------------------------------------------------------------------------------------------------------- generation
 
 
 def pair(t):
@@ -666,7 +677,7 @@ def explain_presence(s, r):
             return f"Is there a {p[0]}? Give a reason.", f"yes, it is at {PLACES[t.place]}"
 
 
-# ----------------------------------------------------------------------------------------------------------- the data set
+# --------------------------------------------------------------------------------------------------------- the data set
 
 
 def scene_for(kind, rng, seed, odd_ink=False):
