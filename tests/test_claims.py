@@ -1,0 +1,100 @@
+"""Verdicts come from intervals, floors from means; nothing holds by default."""
+
+import json
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from vflan import claims
+from vflan.evaluate import COLUMNS
+
+
+def scores(*rows):
+    """(run, seed, benchmark, metric, value, half of the interval, majority) -> a table as evaluate makes it."""
+    return pd.DataFrame([[r, b, m, v, v - h, v + h, 100, s, z] for r, s, b, m, v, h, z in rows], columns=COLUMNS)
+
+
+def verdict(*values):
+    """The verdict on `a > b` for ((a, b) of each seed), intervals of +-2."""
+    rows = [(run, s, "mme", "score", v, 2, 25) for s, pair in enumerate(values) for run, v in zip("ab", pair)]
+    return claims.compare(scores(*rows), [("a is higher", "a", "b", "mme", "score")]).verdict[0]
+
+
+def test_a_claim_holds_only_if_the_intervals_are_apart_in_every_seed():
+    assert verdict((60, 50)) == "holds"
+    assert verdict((53, 50)) == "open"
+    assert verdict((50, 60)) == "opposite"
+    assert verdict((60, 50), (70, 50)) == "holds"
+    assert verdict((60, 50), (51, 50)) == "open"
+    assert verdict((60, 50), (50, 60)) == "open"
+
+
+def test_a_comparison_with_a_run_that_is_not_there_stays_open():
+    found = claims.compare(scores(("a", 0, "mme", "score", 60, 2, 25)), [("c", "a", "b", "mme", "score")])
+    assert found.verdict[0] == "open" and pd.isna(found.difference[0])
+
+
+def test_a_comparison_shows_values_intervals_and_the_mean_difference():
+    rows = [("a", 0, "mme", "score", 60, 2, 25), ("b", 0, "mme", "score", 50, 1, 25)]
+    row = claims.compare(scores(*rows), [("c", "a", "b", "mme", "score")]).iloc[0]
+    assert (row["first"], row["second"], row.difference) == ("60.0 [58.0, 62.0]", "50.0 [49.0, 51.0]", 10.0)
+
+
+def held(table):
+    return dict(zip(table.claim, table.holds))
+
+
+def test_floors_are_judged_on_the_mean_of_the_seeds():
+    low, high = ("base", 0, "heldin", "accuracy", 78, 2, 30), ("base", 1, "heldin", "accuracy", 83, 2, 30)
+    assert held(claims.floors(scores(low, high))) == {"Base answers held-in tasks": True}
+    assert held(claims.floors(scores(low))) == {"Base answers held-in tasks": False}
+
+
+def test_floors_count_from_the_majority_answer_and_from_the_stage_before():
+    rows = [("projector", 0, "heldout", "accuracy", 50, 2, 33), ("base", 0, "heldout", "accuracy", 55, 2, 33)]
+    assert list(held(claims.floors(scores(*rows))).values()) == [True, False]
+
+
+def test_a_floor_over_a_stage_that_was_not_scored_does_not_hold():
+    assert list(held(claims.floors(scores(("chat", 0, "llava_bench", "format", 99, 1, 0)))).values()) == [False]
+
+
+@pytest.mark.parametrize("ratio, holds", [(41, False), (42, True), (58, True), (59, False)])
+def test_saying_yes_half_of_the_time_has_two_sides(ratio, holds):
+    table = claims.floors(scores(("base", 0, "pope", "yes_ratio/random", ratio, 1, 100)))
+    assert list(table.holds) == [holds]
+
+
+def test_digits_are_shown_but_not_judged():
+    table = claims.floors(scores(("base", 0, "forgetting", "accuracy/digits", 40, 1, 10)))
+    assert list(table.holds) == [None]
+
+
+def test_the_projector_has_to_halve_its_loss():
+    none = scores(("chat", 0, "mme", "score", 1, 1, 1))
+    assert list(claims.floors(none, {0: (4.0, 1.0), 1: (4.0, 2.0)}).holds) == [True]
+    assert list(claims.floors(none, {0: (4.0, 2.5)}).holds) == [False]
+
+
+def test_the_table_is_in_the_order_of_the_runs_and_means_over_seeds():
+    rows = [
+        ("b", 0, "mme", "score", 50, 2, 25),
+        ("a", 0, "mme", "score", 60, 2, 25),
+        ("a", 1, "mme", "score", 70, 2, 25),
+    ]
+    table = claims.table(scores(*rows), {"MME": ("mme", None)})
+    assert table.MME.to_dict() == {"b": 50, "a": 65} and list(table.index) == ["b", "a"]
+
+
+def test_kept_answers_stand_beside_their_questions(tmp_path):
+    folder, run = tmp_path / "benchmarks", SimpleNamespace(folder=tmp_path / "run", name="run")
+    (folder / "heldin").mkdir(parents=True)
+    questions = [{"question_id": str(i), "text": f"q{i}", "label": "yes"} for i in range(2)]
+    (folder / "heldin" / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    with pytest.raises(FileNotFoundError, match="no answers to heldin"):
+        claims.answered(run, "heldin", folder)
+    (run.folder / "answers").mkdir(parents=True)
+    kept = [{"model": "x"}, {"i": 1, "answer": "one"}, {"i": 0, "answer": "7"}]  # in the order they came
+    (run.folder / "answers" / "heldin.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    assert [(s["text"], s["answer"]) for s in claims.answered(run, "heldin", folder)] == [("q0", "7"), ("q1", "one")]
