@@ -38,7 +38,9 @@ def test_ids_and_labels_equal_the_reference(shared, legacy):
         ids, labels = encode(case["conversations"], tokenizer, case["template"])
         assert ids == case["input_ids" if legacy else "input_ids_legacy_false"], case["name"]
         # the reference printed labels for legacy ids only; other ids supervise the same answers
-        assert [l for l in labels if l >= 0] == [l for l in case["labels"] if l >= 0], case["name"]
+        assert [label for label in labels if label >= 0] == [label for label in case["labels"] if label >= 0], case[
+            "name"
+        ]
         assert not legacy or labels == case["labels"], case["name"]
 
 

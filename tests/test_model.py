@@ -5,12 +5,16 @@ import torch
 from PIL import Image
 
 import vflan
-from vflan.model import PARTS, export, fingerprint, fingerprints, freeze, load_model, load_processor, parts
+from vflan.model import PARTS, export, fingerprint, freeze, image_features, load_model, load_processor, parts
 
 
 @pytest.fixture
 def model(recipe):
     return load_model(recipe)
+
+
+def prints(model):
+    return {name: fingerprint(part) for name, part in parts(model).items()}
 
 
 def test_the_model_is_its_three_parts_and_only_the_projector_is_fresh(recipe, model):
@@ -95,6 +99,13 @@ def test_an_exported_folder_loads_through_the_auto_classes_with_the_same_numbers
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
+def test_image_features_are_the_models_own(model):
+    pixels = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        theirs = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
+        assert torch.equal(parts(model)["projector"](image_features(model, pixels)), theirs)
+
+
 def test_pad_keeps_the_whole_picture_and_crop_the_middle(recipe):
     wide = Image.new("RGB", (48, 24), "red")
     wide.paste("blue", (12, 0, 36, 24))
@@ -129,12 +140,11 @@ def test_swap_part_takes_exactly_one_part(recipe, model):
     other = load_model(vflan.replace(recipe, seed=1))
     with torch.no_grad():
         other.lm_head.weight += 1
-    before = fingerprints(model.state_dict())
-    swapped = fingerprints(vflan.swap_part(model, "projector", other).state_dict())
-    theirs = fingerprints(other.state_dict())
+    before, theirs = prints(model), prints(other)
+    swapped = prints(vflan.swap_part(model, "projector", other))
     assert swapped["projector"] == theirs["projector"] != before["projector"]
     assert swapped["language_model"] == before["language_model"] != theirs["language_model"]
-    assert fingerprints(vflan.swap_part(model, "language_model", other).state_dict()) == theirs
+    assert prints(vflan.swap_part(model, "language_model", other)) == theirs
     with pytest.raises(ValueError, match="vision_tower, projector, language_model"):
         vflan.swap_part(model, "mlp", other)
 

@@ -34,10 +34,10 @@ _LORA_TARGETS = (
 
 
 def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
-    """The three parts as one `LlavaForConditionalGeneration`, in evaluation mode, on the CPU (quantised: on the GPU if there is one).
+    """The three parts as one `LlavaForConditionalGeneration`, in evaluation mode, on the CPU (quantised: on the GPU).
 
-    From the recipe's vision tower and language model with a fresh projector; or, with `weights` (a Run or its folder), as that run
-    left it. Only the projector may be fresh: any other weight that the files lack is an error, never a random guess.
+    From the recipe's vision tower and language model with a fresh projector; or, with `weights` (a Run or its folder),
+    as that run left it. Any other weight that the files lack is an error, never a random guess.
     """
     dtype = compute_dtype(recipe)
     if weights is not None:
@@ -101,7 +101,7 @@ def load_tokenizer(recipe):
 
 
 def load_processor(recipe) -> LlavaProcessor:
-    """Tokenizer and picture preparation (`pad`: on a square of the mean colour; `crop`: the centre), PIL backend on any machine."""
+    """Tokenizer and picture preparation (`pad`: on a square of CLIP's mean colour; `crop`: the centre), always by Pillow."""
     tokenizer, folder = load_tokenizer(recipe), weights_source(recipe.vision_tower)
     clip = CLIPImageProcessorPil.from_pretrained(folder).to_dict()
     wanted = (
@@ -140,7 +140,10 @@ def parts(model) -> dict[str, nn.Module]:
 
 
 def swap_part(model, part: str, other):
-    """The model with one part's weights taken from `other` (a model, a Run, or a causal language model), in place (Tables 6 and 7)."""
+    """The model with one part's weights replaced, in place, by those of `other` (Tables 6 and 7).
+
+    `other`: a model, a Run, or (for the language model) a causal language model of the same shape.
+    """
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
     other = other if isinstance(other, nn.Module) else other.load_model()
@@ -163,7 +166,7 @@ def swap_part(model, part: str, other):
 
 
 def freeze(model, recipe) -> None:
-    """Let only the recipe's parts learn, in fp32 (LoRA: its adapters instead of the language model); everything else stands still."""
+    """Let only the recipe's parts learn, in fp32 (LoRA: adapters in place of the language model); the rest stands still."""
     model.requires_grad_(False)
     if recipe.lora_r:
         from peft import LoraConfig, inject_adapter_in_model
@@ -206,22 +209,8 @@ def fingerprint(weights) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(state_dict: dict) -> dict[str, str]:
-    """The fingerprint of each part, from the state dict of a whole model."""
-    where = {"model.vision_tower.": "", "model.multi_modal_projector.": "", "model.language_model.": "model."}
-    pairs = {part: [] for part in PARTS}
-    for name, tensor in state_dict.items():
-        for (prefix, keep), part in zip(where.items(), PARTS):
-            if name.startswith(prefix):
-                pairs[part].append((keep + name.removeprefix(prefix), tensor))
-                break
-        else:
-            pairs["language_model"].append((name, tensor))  # lm_head
-    return {part: fingerprint(found) for part, found in pairs.items()}
-
-
 def shard(learner, recipe) -> None:
-    """Spread weights, gradients and optimiser of a fully tuned language model over the processes (PyTorch's FSDP2), in place."""
+    """Spread weights, gradients and optimiser of a fully tuned model over the processes, in place (PyTorch's FSDP2)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = compute_dtype(recipe) == torch.bfloat16
@@ -235,23 +224,25 @@ def shard(learner, recipe) -> None:
 
 
 def image_features(model, pixel_values):
-    """What the projector reads: (pictures, patches, width) from the tower's last layer but one, class token dropped."""
+    """What the projector reads: (pictures, patches, width) from the tower's last layer but one, class token dropped.
+
+    Equal to the model's own `get_image_features` before its projector, without computing the layers above.
+    """
     tower = model.model.vision_tower
-    states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-    return states[model.config.vision_feature_layer][:, 1:]
+    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
+    for layer in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
+        hidden = layer(hidden, None)
+    return hidden[:, 1:]
 
 
-def export(model, processor, recipe, folder, init=None, state_dict=None) -> None:
+def export(model, processor, recipe, folder, init=None) -> None:
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load on their own; adapters are merged in.
 
     A quantised model is written in 16 bits: what it learned is put on the weights it began with (`init`, as for
-    `load_model`). `state_dict`: the gathered weights, where the model itself holds only a shard of them.
+    `load_model`).
     """
-    dtype, learned = compute_dtype(recipe), state_dict or model.state_dict()
     if recipe.bits < 16:
-        learned = {
-            name: weight for name, weight in learned.items() if "lora_" in name or "multi_modal_projector" in name
-        }
+        learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         whole = replace(recipe, bits=16)
         model = load_model(whole, init)
         freeze(model, whole)
@@ -259,10 +250,7 @@ def export(model, processor, recipe, folder, init=None, state_dict=None) -> None
         assert not unknown, f"{unknown[0]} was learned but has no place in the 16-bit model"
     if recipe.lora_r:
         _merge_adapters(model)
-    if recipe.bits < 16 or recipe.lora_r:
-        learned = model.state_dict()
-    model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in learned.items()})
+    model.to(compute_dtype(recipe)).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
