@@ -23,7 +23,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
-    """Folders of a random CLIP tower and a random Llama with a byte-fallback BPE tokenizer: {"vision_tower": ..., "language_model": ...}."""
+    """Folders of a random CLIP tower and a random Llama with a byte-fallback BPE tokenizer, named as in a Recipe."""
     folder = tmp_path_factory.mktemp("backbones")
     make_backbones(folder)
     return {"vision_tower": str(folder / "vision_tower"), "language_model": str(folder / "language_model")}

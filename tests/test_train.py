@@ -149,8 +149,13 @@ def test_a_half_written_run_is_trained_again(recipe):
     assert again.finished and len(again.metrics()) == 3 and again.load_model()
 
 
+LORA = dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)
+
+
 @pytest.mark.parametrize(
-    "lora", [{}, dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)], ids=["full", "LoRA with dropout"]
+    "lora",
+    [{}, LORA, dict(LORA, bits=8), dict(LORA, bits=4, optimizer="adamw_8bit", gradient_checkpointing=True)],
+    ids=["full", "LoRA with dropout", "8 bits", "QLoRA"],
 )
 def test_a_killed_run_resumes_to_the_same_weights(recipe, monkeypatch, lora):
     recipe = vflan.replace(recipe, max_steps=6, save_every=2, **lora)
@@ -170,6 +175,12 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, monkeypatch, lora):
     assert resumed.metrics().step.tolist() == [1, 2, 3, 4, 5, 6]
     assert resumed.metrics().loss.tolist() == straight.metrics().loss.tolist()
     assert not list(resumed.folder.glob("*checkpoint*"))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(recipe):
+    plain = vflan.train(vflan.replace(recipe, name="plain", max_steps=3)).metrics()
+    thrifty = vflan.train(vflan.replace(recipe, name="thrifty", max_steps=3, gradient_checkpointing=True)).metrics()
+    assert thrifty.loss.tolist() == pytest.approx(plain.loss.tolist(), abs=1e-5)
 
 
 def test_a_nan_loss_stops_with_the_samples_names(recipe, monkeypatch):
@@ -286,18 +297,19 @@ def test_the_projector_has_its_own_learning_rate(recipe):
     assert fingerprint(parts(load_model(recipe))["projector"]) == run.summary["parts"]["projector"]
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_lora_trains_and_leaves_a_merged_model_that_loads_alone(recipe, bits):
-    run = vflan.train(vflan.replace(recipe, bits=bits, lora_r=8, lora_alpha=16, epochs=20, lr=3e-2))
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(recipe, bits):
+    start = vflan.train(vflan.replace(recipe, name="start", epochs=2))
+    run = vflan.train(vflan.replace(recipe, bits=bits, lora_r=8, lora_alpha=16, epochs=8), init=start)
     loss = run.metrics().loss
-    assert loss.iloc[-4:].mean() < 0.95 * loss.iloc[0]  # a frozen random output layer cannot do much better
+    assert loss.iloc[-4:].mean() < loss.iloc[0] - 0.1  # the frozen output layer allows no more
     model = load_model(vflan.replace(recipe, bits=16), run)
     assert not any("lora" in name for name, _ in model.named_parameters())
     data = prepare(recipe, load_processor(recipe).tokenizer, model.config, run.folder)
     pictures, rows = Pictures(data, model, load_processor(recipe), recipe), list(range(32))
     with torch.no_grad():
         merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
-    assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.05)  # what was learned is in the merged weights
+    assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.02)  # what was learned is in the merged weights
 
 
 @pytest.mark.parametrize("sharded", ["0", "1"], ids=["replicated", "sharded"])

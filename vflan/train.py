@@ -90,7 +90,7 @@ def fit(folder, num_processes: int | None = None) -> None:
         learner = accelerator.prepare(learner)
     optimizer, frozen = _optimizer(model, recipe), _fingerprint_frozen(model)
     batches = plan(data, recipe)
-    first = _resume(run, learner, optimizer) if _checkpoint(run).exists() else 0
+    first = _resume(run, learner, optimizer, sharded) if _checkpoint(run).exists() else 0
     log = _Log(run, len(batches), first, accelerator.is_main_process)
 
     learner.train()
@@ -120,7 +120,7 @@ def fit(folder, num_processes: int | None = None) -> None:
         optimizer.zero_grad()
         log(step + 1, total, optimizer.param_groups[0]["lr"], tokens)
         if recipe.save_every and (step + 1) % recipe.save_every == 0 and step + 1 < len(batches):
-            _save(run, learner, optimizer, step + 1, accelerator)
+            _save(run, learner, optimizer, step + 1, accelerator, sharded)
     log.close()
 
     assert _fingerprint_frozen(model) == frozen, "a frozen part moved during training"
@@ -146,7 +146,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         if recipe.gradient_checkpointing:
-            model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, input_ids, at, keep, targets, features):
         """input_ids (B, T); at (P, 2): row and first position of each picture; keep (N): positions in B*T that predict
@@ -155,7 +155,8 @@ class Learner(nn.Module):
         embeds, projector = inner.language_model.get_input_embeddings()(input_ids), inner.multi_modal_projector
         if features is not None:
             seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
-            embeds[at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)] = seen
+            place = at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)
+            embeds = embeds.index_put(place, seen)
         else:  # every process must have a gradient for every weight
             embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
         hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -332,8 +333,12 @@ def _checkpoint(run) -> Path:
     return run.folder / "checkpoint.pt"
 
 
-def _save(run, learner, optimizer, step, accelerator):
-    weights, moments = dcp.get_state_dict(learner, optimizer, options=_FULL)
+def _save(run, learner, optimizer, step, accelerator, sharded):
+    if sharded:
+        weights, moments = dcp.get_state_dict(learner, optimizer, options=_FULL)
+    else:  # by hand: torch's own helper stumbles over 8-bit layers
+        weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+        moments = optimizer.state_dict()
     if accelerator.is_main_process:
         scratch = _checkpoint(run).with_suffix(".part")
         torch.save(dict(step=step, weights=weights, moments=moments), scratch)
@@ -341,10 +346,14 @@ def _save(run, learner, optimizer, step, accelerator):
     accelerator.wait_for_everyone()
 
 
-def _resume(run, learner, optimizer) -> int:
+def _resume(run, learner, optimizer, sharded) -> int:
     saved = torch.load(_checkpoint(run), map_location="cpu", weights_only=True)
     weights, moments = saved["weights"], saved["moments"]
-    dcp.set_state_dict(learner, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_FULL)
+    if sharded:
+        dcp.set_state_dict(learner, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_FULL)
+    else:
+        learner.load_state_dict(weights, strict=False)
+        optimizer.load_state_dict(moments)
     return saved["step"]
 
 
