@@ -3,6 +3,7 @@
     python -m vflan.book tiny                                   # all notebooks, about as long as a coffee
     python -m vflan.book tiny --notebooks 03 05 -p changes '{"seed": 1}'
     python -m vflan.book full_13b -p num_processes 8 --out my_run
+    python -m vflan.book --readme                               # run nothing: fill the tables of README.md from the results
 
 The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json.
 """
@@ -27,6 +28,7 @@ import pandas as pd
 import psutil
 from PIL import Image
 
+from vflan.benchmarks import BENCHMARKS
 from vflan.recipe import ROOT
 
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
@@ -238,12 +240,110 @@ def score_table(path):
     return table.round(1)
 
 
+# -------------------------------------------------------------------------------------------- the tables of README.md
+
+STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
+COSTS = {
+    "setup_minutes": "`make setup`, minutes to install",
+    "demo_minutes": "`make demo`, minutes without installing",
+    "demo_peak_gb": "`make demo`, most memory held at a time, GB",
+    "test_minutes": "`make test`, minutes",
+    "matmul_gflops": "the machine: fp32 matrix product on one thread, GFLOPS",
+}
+
+
+def markdown(columns, rows):
+    """A table as markdown; what is missing (None, NaN) stays empty."""
+    cells = [["" if cell is None or cell != cell else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def scores_markdown(scores):
+    """Table 2 of the mini world: benchmarks by stages, beside the majority answer and what the paper prints at 13B.
+
+    A cell is the mean over seeds, and in brackets the lowest and highest end of the seeds' intervals.
+    """
+    from vflan import plots  # matplotlib comes with it
+
+    runs, rows = scores.run.str.replace(r"-seed\d+$", "", regex=True), []
+    for name, benchmark in BENCHMARKS.items():
+        asked = (scores.benchmark == name) & (scores.metric == benchmark.headline)
+        if not asked.any():
+            continue
+        row = [f"{plots.TITLES[name]}, {plots.UNITS[benchmark.headline]}", f"{scores[asked].baseline.mean():.1f}"]
+        for run in STAGES:
+            own = scores[asked & (runs == run)]
+            row.append(f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]" if len(own) else None)
+        for stage in ("Base", "Chat"):
+            value, confirmed = plots.printed("Table 2", f"Vision-Flan {stage}", benchmark.paper) or (None, True)
+            row.append(value and (f"{value:.1f}" if confirmed else f"({value:.1f})"))
+        rows.append(row)
+    columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
+    seeds = sorted(scores[runs.isin(STAGES)].seed.unique())
+    note = "In square brackets 95 % intervals over the questions' pictures. Seeds trained: " + ", ".join(map(str, seeds))
+    if len(seeds) > 1:
+        note += "; their mean, and the lowest and highest end of their intervals"
+    return f"{markdown(columns, rows)}\n\n{note}."
+
+
+def floors_markdown(floors):
+    """The floors of vflan.claims with their verdicts, and how many hold."""
+    judged = floors.holds.astype(str)
+    rows = floors.assign(holds=judged.map({"True": "yes", "False": "**no**"}).fillna("not judged"))
+    held = f"{(judged == 'True').sum()} of {judged.isin(['True', 'False']).sum()} floors hold."
+    return f"{markdown(list(rows.columns), rows.itertuples(index=False))}\n\n{held}"
+
+
+def cost_markdown(record):
+    """What bench.demo measured, as a table, and what it was measured on."""
+    rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]] for row in record["checks"]]
+    machine, versions = record["machine"], record["versions"]
+    at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
+    note = f"Measured by `python -m bench.demo` at {at} on {machine['cpu']}, {machine['cores']} cores, "
+    note += f"{machine['memory_gb']} GB, load {machine['load_at_start']} at the start; "
+    note += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    return f"{markdown(['', 'measured', 'to stay under'], rows)}\n\n{note}"
+
+
+def readme_tables(home=None):
+    """{marker: markdown} for the results that are there: `scores` and `cost`."""
+    home, tables = Path(home or ROOT), {}
+    scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
+    if scores.exists():
+        tables["scores"] = scores_markdown(pd.read_csv(scores))
+        if floors.exists():
+            tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
+    cost = home / "bench" / "results" / "demo.json"
+    if cost.exists():
+        tables["cost"] = cost_markdown(json.loads(cost.read_text(encoding="utf-8")))
+    return tables
+
+
+def fill_readme(home=None):
+    """Put the tables between their markers in README.md; returns the markers filled. Without results nothing changes."""
+    page, tables = Path(home or ROOT) / "README.md", readme_tables(home)
+    if not page.exists():
+        return []
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md needs {begin} and {end} once each, with the table between them")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+    return list(tables)
+
+
+# ------------------------------------------------------------------------------------------------------------ the press
+
+
 def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebooks=None, say=None):
     """Run the notebooks of a preset in order and return the record that is kept in book.json.
 
     preset: a name or a .py file. only: starts of notebook names. parameters: extra papermill parameters.
-    out: folder for the executed notebooks and book.json (runs/<preset>). write: also replace the committed notebooks,
-    possible for tiny without parameters only. Raises Stopped at the first notebook that fails.
+    out: folder for the executed notebooks and book.json (runs/<preset>). write: also replace the committed notebooks and
+    fill the tables of README.md, possible for tiny without parameters only. Raises Stopped at the first notebook that fails.
     """
     name = Path(preset).stem
     say = say or functools.partial(print, flush=True)
@@ -280,6 +380,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     peak = max([whole.peak_gb, *(row["peak_gb"] for row in record["notebooks"])])  # short peaks fall between two looks
     record.update(minutes=round(whole.minutes, 2), peak_gb=round(peak, 2))
     (out / "book.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if write:
+        fill_readme()
     _report(name, out, record, say)
     return record
 
@@ -313,8 +415,11 @@ def main(arguments=None):
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="notebook parameter")
     parser.add_argument("--out", help="folder for the executed notebooks (runs/<preset>)")
     parser.add_argument("--write", action="store_true", help="replace the committed notebooks with the executed ones")
+    parser.add_argument("--readme", action="store_true", help="run nothing, only fill the tables of README.md")
     given = parser.parse_args(arguments)
     try:
+        if given.readme:
+            return print("README.md:", ", ".join(fill_readme()) or "no results yet, nothing filled")
         parameters = {key: _value(value) for key, value in given.p}
         press(given.preset, given.notebooks, parameters, given.out, given.write)
     except (Stopped, ValueError, FileNotFoundError) as error:
