@@ -280,7 +280,7 @@ def scores_markdown(scores):
         rows.append(row)
     columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
     seeds = sorted(scores[runs.isin(STAGES)].seed.unique())
-    note = "In square brackets 95 % intervals over the questions' pictures. Seeds trained: " + ", ".join(map(str, seeds))
+    note = f"In square brackets 95 % intervals over pictures. Seeds trained: {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         note += "; their mean, and the lowest and highest end of their intervals"
     return f"{markdown(columns, rows)}\n\n{note}."
