@@ -66,6 +66,11 @@ def test_saying_yes_half_of_the_time_has_two_sides(ratio, holds):
     assert list(table.holds) == [holds]
 
 
+def test_always_yes_with_one_seed_and_never_with_another_is_no_balance():
+    rows = [("base", s, "pope", "yes_ratio/random", 100 * s, 0, 100) for s in (0, 1)]
+    assert list(claims.floors(scores(*rows)).holds) == [False]
+
+
 def test_digits_are_shown_but_not_judged():
     table = claims.floors(scores(("base", 0, "forgetting", "accuracy/digits", 40, 1, 10)))
     assert list(table.holds) == [None]
