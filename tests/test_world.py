@@ -10,7 +10,16 @@ import pytest
 from vflan import world
 from vflan.world import chats
 from vflan.world.scene import (
-    BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, held, render, rng_of, sample_scene,
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    held,
+    render,
+    rng_of,
+    sample_scene,
 )  # fmt: skip
 from vflan.world.tasks import KINDS, sample, table
 from vflan.world.words import describe
@@ -61,9 +70,9 @@ def test_answers_follow_from_the_scene():
         assert answer == thing.color
     for scene, instruction, answer in sample(KINDS["exist_shape"], 30, "exact"):
         assert (answer == "yes") == any(f" {t.shape} " in instruction for t in scene.things)
-    for scene, instruction, answer in sample(KINDS["left_of"], 30, "exact"):
-        a, b = (next(t for t in scene.things if t.shape == s) for s in instruction[7:-1].split(" left of the "))
-        assert (answer == "yes") == (a.column < b.column)
+    for scene, instruction, answer in sample(KINDS["above"], 30, "exact"):
+        a, b = (next(t for t in scene.things if t.shape == s) for s in instruction[7:-1].split(" above the "))
+        assert (answer == "yes") == (a.row < b.row)
     for scene, instruction, answer in sample(KINDS["choose_shape"], 30, "exact"):
         (thing,) = [t for t in scene.things if f" {PLACES[t.place]}?" in instruction]
         assert f"({answer}) {thing.shape}" in instruction

@@ -29,8 +29,8 @@ from vflan.world.scene import (
 from vflan.world.tasks import KINDS, YES_NO, sample, table, unique
 from vflan.world.words import NUMBERS, describe, sentences
 
-CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 6000, 200, 3000, 0.06
-VERSION = 1  # of the generated files; a folder of another version or seed is written again
+CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 6000, 240, 3000, 0.06
+VERSION = 3  # of the generated files; a folder of another version or seed is written again
 
 
 def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversations=CONVERSATIONS, questions=1.0):
@@ -227,10 +227,10 @@ def mme(n, scene_of, picture):
                 for i in (len(s.things), m)]  # fmt: skip
 
     def position(s, r):
-        pairs = [(a, b) for a in unique(s, "shape") for b in unique(s, "shape") if a.column < b.column]
+        pairs = [(a, b) for a in unique(s, "shape") for b in unique(s, "shape") if a.row < b.row]
         if pairs:
             a, b = pick(r, pairs)
-            return [f"Is the {a.shape} left of the {b.shape}?", f"Is the {b.shape} left of the {a.shape}?"]
+            return [f"Is the {a.shape} above the {b.shape}?", f"Is the {b.shape} above the {a.shape}?"]
 
     def color(s, r):
         if free := unique(s, "shape"):

@@ -86,6 +86,15 @@ def make_tokenizer(folder, seed=0):
 NEAR, CENTRE = {0: -3.1, 1: 9.28, 2: 2.18, 3: 1.83, 4: 4.84}, 3.0
 
 
+# which words the look-up heads of odd (1) and even (0) layers start out searching for, and what they bring back
+LOOKUPS = {
+    (1, 0): (W.PLACES, W.SIZES + W.TEXTURES + W.COLORS + W.SHAPES),
+    (1, 1): (W.SHAPES, W.PLACES + W.SIZES + W.TEXTURES),
+    (0, 0): (W.SHAPES, W.COLORS + W.SIZES + W.TEXTURES),
+    (0, 1): (W.COLORS, W.PLACES + W.SHAPES),
+}
+
+
 def kernel(hd, d, theta, const, stretch):
     """Query and key matrices (hd, d) whose product depends on the distance alone: a window of the last five tokens.
 
@@ -101,7 +110,7 @@ def kernel(hd, d, theta, const, stretch):
     return q, k
 
 
-def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
+def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
     """Initialise a Llama to gather words at full stops (layer 0) and to look up what was gathered (half of the heads above)."""
     c = model.config
     d, hd, heads = c.hidden_size, c.hidden_size // c.num_attention_heads, c.num_attention_heads
@@ -124,6 +133,10 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
         R[1:, 1:] = orthogonal(d - 1)
         basis = torch.zeros(d, d)
         basis[1:, 1:] = orthogonal(d - 1)
+        words = [*W.PLACES, *W.SIZES, *W.TEXTURES, *W.COLORS, *W.SHAPES]  # their vectors start out orthogonal
+        unit = dict(zip(words, torch.cat([torch.zeros(d - 1, 1), orthogonal(d - 1)], 1)))
+        for word, u in unit.items():
+            E[tokenizer.convert_tokens_to_ids("\u2581" + word), 1:] = u[1:] * es * math.sqrt(d)
         stop, bos = (E[tokenizer.convert_tokens_to_ids(t)].clone() for t in (".", "<s>"))
         stop[0] = bos[0] = 0
         for i, layer in enumerate(model.model.layers):
@@ -140,13 +153,17 @@ def start(model, tokenizer, seed=0, es=0.5, g2=3.0, om=1.5):
                     q[rows][last, 0] += 3.0 / const
                     k[rows][last] += 5.0 * bos / (bos @ bos) * rms
                     v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
-                elif h < heads // 2:  # look up a word among what the full stops gathered
-                    A[:, 1:] = orthogonal(d - 1)[:hd]
-                    A[[*range(4), *range(hd // 2, hd // 2 + 4), last]] = 0
+                elif h < heads // 2:  # look up words of one sort among what the full stops gathered
+                    keys, values = LOOKUPS[(i % 2, h)]
+                    free = [f + half for half in (0, hd // 2) for f in range(4, last)]  # slow enough to match far away
+                    for f, word in zip(free, keys):
+                        A[f] = unit[word]
                     q[rows] += math.sqrt(g2) * A
                     k[rows] += math.sqrt(g2) * A @ R.T
                     q[rows][last, 0] += 5.0 / const
                     k[rows][last] += 8.0 * stop / (stop @ stop) * rms
+                    B = torch.zeros(hd, d)
+                    B[: len(values)] = torch.stack([unit[w] for w in values])
                     v[rows], o[:, rows] = B @ R.T, B.T * om * es
                 elif h == heads - 1:  # gather the words just before, for the answer to read the question
                     q[rows] += near[1][0]
@@ -354,7 +371,7 @@ FIRST = ("color_of", "color_at", "shape_at", "shape_of_color", "where_is", "wher
 
 
 def make_language_model(folder, seed=0, seconds=3600, resume=None, log=print, layers=5, size=128, bs=6, budget=224,
-                        lr=0.01, lr_embed=2e-3, decay=0.2, first=400):  # fmt: skip
+                        lr=0.01, lr_embed=2e-3, decay=0.2, first=400, skip=(), tail=0.45):  # fmt: skip
     """Pretrain the language model on text and save it as a `LlamaForCausalLM` folder; returns its record."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
     torch.manual_seed(seed)
@@ -375,7 +392,7 @@ def make_language_model(folder, seed=0, seconds=3600, resume=None, log=print, la
     others = [p for n, p in model.named_parameters() if not any(p is m for m in matrices)]
     muon = Muon(matrices, lr=lr, weight_decay=decay)
     adam = torch.optim.AdamW(others, lr=lr_embed, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    weights = {k: 1.0 if k in FIRST else 0.03 for k in T.KINDS}
+    weights = {k: 1.0 if k in FIRST or not first else 0.03 for k in T.KINDS} | dict.fromkeys(skip, 0.0)
     watch = exam(
         tokenizer, rows, 24, key="text watch", evaluation=False, kinds=[k for k in T.KINDS.values() if k.in_text]
     )
@@ -384,12 +401,12 @@ def make_language_model(folder, seed=0, seconds=3600, resume=None, log=print, la
     next_exam = 120.0
     history = []
     while (spent := time.process_time() - begin) < seconds:
-        rng = W.rng_of("text lesson", seed, step)
+        rng = W.rng_of("text lesson", seed, step + 10**6 * bool(resume))
         batch = rows.batch([lesson(rows, rng, weights, 0, budget) for _ in range(bs)])
         ids, positions, mask, where, labels, weight = batch
         loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
         loss = (loss * weight).sum() / weight.sum()
-        pace = min(1, (step + 1) / 30) * min(1.0, max(0.01, (seconds - spent) / (0.45 * seconds)))
+        pace = min(1, (step + 1) / 30) * min(1.0, max(0.01, (seconds - spent) / (tail * seconds)))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * pace, lr_embed * pace
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -405,7 +422,7 @@ def make_language_model(folder, seed=0, seconds=3600, resume=None, log=print, la
             pause = time.process_time()
             skill = grade(model, rows, watch)
             for k, v in skill.items():
-                weights[k] = max(0.12, 1.0 - v) * (1.0 if k in FIRST or spent > first else 0.03)
+                weights[k] = max(0.12, 1.0 - v) * (1.0 if k in FIRST or spent > first else 0.03) * (k not in skip)
             log(f"== {spent:.0f} s mean {np.mean(list(skill.values())):.3f} " +
                 " ".join(f"{k}:{v:.2f}" for k, v in skill.items()), flush=True)  # fmt: skip
             history.append((round(spent), round(float(np.mean(list(skill.values()))), 3)))

@@ -5,7 +5,6 @@ declared with its category, its split and whether the language model meets it in
 
     split    train     tuned on with pictures (held-in)
              heldout   never seen with a picture; for evaluation only
-             forget    classification of a single object, the forgetting benchmark's; never tuned on with a picture
     in_text  True      the language model met the kind in text, about scenes described in words, as Vicuna has met most things
              False     new in both, in wording too
 """
@@ -182,11 +181,21 @@ def texture_at(s, r):
 
 
 @kind("perception", split="heldout", in_text=False)
-def color_choice(s, r):
+def name_color(s, r):
     if t := one(r, unique(s, "shape")):
-        other = pick(r, [c for c in COLORS if c != t.color])
-        a, b = (t.color, other) if r.random() < 0.5 else (other, t.color)
-        return f"The {t.shape}: is it {a} or {b}?", t.color
+        return f"Name the color of the {t.shape}.", t.color
+
+
+@kind("perception", split="heldout", in_text=False, options=TEXTURES)
+def texture_of_color(s, r):
+    if t := one(r, unique(s, "color")):
+        return f"What is the texture of the {t.color} object?", t.texture
+
+
+@kind("perception", split="heldout", in_text=False, options=SIZES)
+def size_of_color(s, r):
+    if t := one(r, unique(s, "color")):
+        return f"Is the {t.color} object small or large?", t.size
 
 
 # -------------------------------------------------------------------------------------- classification: object presence
@@ -234,22 +243,6 @@ def anything_at(s, r):
     if r.random() < 0.5:
         return f"Is there anything at {pick(r, full)}?", "yes"
     return f"Is there anything at {pick(r, [p for p in PLACES if p not in full])}?", "no"
-
-
-@kind("object presence", split="heldout", in_text=False, options=YES_NO)
-def both_shapes(s, r):
-    if pair := two(r, unique(s, "shape")):
-        a, b = pair[0].shape, pair[1].shape
-        if r.random() < 0.5:
-            return f"Does the picture show a {a} and a {b}?", "yes"
-        b = absent(s, "shape", SHAPES, r)
-        return f"Does the picture show a {a} and a {b}?", "no"
-
-
-@kind("object presence", split="heldout", in_text=False, options=YES_NO)
-def without_shape(s, r):
-    if p := presence(s, r, "shape", SHAPES):
-        return f"Is the picture without a {p[0]}?", "no" if p[1] == "yes" else "yes"
 
 
 # ----------------------------------------------------------------------------------------- question answering: counting
@@ -335,6 +328,12 @@ def topmost(s, r):
         return "Which shape is highest in the picture?", rows[0].shape
 
 
+@kind("spatial reasoning", split="heldout", in_text=False)
+def row_of_color(s, r):
+    if t := one(r, unique(s, "color")):
+        return f"In which row, a, b, c or d, is the {t.color} object?", "abcd"[t.row]
+
+
 @kind("spatial reasoning", split="heldout", in_text=False, options=YES_NO)
 def is_at(s, r):
     if t := one(r, unique(s, "shape")):
@@ -344,21 +343,6 @@ def is_at(s, r):
 
 
 # --------------------------------------------------------------------------------------- question answering: comparison
-
-
-@kind("comparison", options=YES_NO)
-def same_color(s, r):
-    return relation(s, r, "Do the {} and the {} have the same color?", lambda a, b: a.color == b.color)
-
-
-@kind("comparison", options=YES_NO)
-def same_size(s, r):
-    return relation(s, r, "Do the {} and the {} have the same size?", lambda a, b: a.size == b.size)
-
-
-@kind("comparison", split="heldout", options=YES_NO)
-def same_texture(s, r):
-    return relation(s, r, "Do the {} and the {} have the same texture?", lambda a, b: a.texture == b.texture)
 
 
 @kind("comparison", options=(*SIZES, "equal"))
@@ -381,6 +365,12 @@ def animal(s, r):
 def fruit(s, r):
     if t := one(r, unique(s, "shape")):
         return f"Name a fruit that has the color of the {t.shape}.", FRUIT[t.color]
+
+
+@kind("outside knowledge", split="heldout", in_text=False)
+def fruit_at(s, r):
+    if t := one(r, s.things):
+        return f"Name a fruit that has the color of the object at {PLACES[t.place]}.", FRUIT[t.color]
 
 
 # ----------------------------------------------------------------------------- question answering: reading, and numbers
@@ -499,7 +489,7 @@ def is_chart(s, r):
     return "Is the picture a chart?", yes(s.kind == "chart")
 
 
-@kind("general object", scenes="single", split="forget")
+@kind("general object", scenes="single")
 def main_object(s, r):
     return f"Classify the object. Choose from {join(SHAPES)}.", s.things[0].shape
 
@@ -507,20 +497,6 @@ def main_object(s, r):
 @kind("general object", scenes="single")
 def main_color(s, r):
     return f"Classify the color of the object. Choose from {join(COLORS)}.", s.things[0].color
-
-
-@kind("general object")
-def only_large(s, r):
-    large = [t for t in s.things if t.size == "large"]
-    if len(large) == 1 and len(s.things) > 1:
-        return "Name the shape of the only large object.", large[0].shape
-
-
-@kind("general object", split="heldout")
-def only_small(s, r):
-    small = [t for t in s.things if t.size == "small"]
-    if len(small) == 1 and len(s.things) > 1:
-        return "Name the shape of the only small object.", small[0].shape
 
 
 @kind("texture", scenes="single", options=TEXTURES)
@@ -531,18 +507,6 @@ def main_texture(s, r):
 @kind("texture")
 def all_textures(s, r):
     return "List the textures in the picture.", listed([t.texture for t in s.things], TEXTURES)
-
-
-@kind("anomaly detection", scenes="odd")
-def odd_one_out(s, r):
-    colors = [t.color for t in s.things]
-    odd = [t for t in s.things if colors.count(t.color) == 1]
-    return "All objects but one have the same color. Which shape is the odd one?", odd[0].shape
-
-
-@kind("anomaly detection", scenes="odd or same", options=YES_NO)
-def all_same_color(s, r):
-    return "Do all objects have the same color?", yes(len({t.color for t in s.things}) == 1)
 
 
 # --------------------------------------------------------------------------------------- multiple choice, and matching
@@ -600,11 +564,11 @@ def statement_count(s, r):
 
 
 @kind("image-text matching", split="heldout", in_text=False, options=YES_NO)
-def statement_place(s, r):
+def statement_shape(s, r):
     if t := one(r, unique(s, "color")):
         right = r.random() < 0.5
         shape = t.shape if right else pick(r, [x for x in SHAPES if x != t.shape])
-        return f"Is it right that the {t.color} object is a {shape}?", yes(right)
+        return f"Does this text match the picture? The {t.color} object is a {shape}.", yes(right)
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -612,21 +576,6 @@ def statement_place(s, r):
 
 def pair(t):
     return f"{t.color} {t.shape}"
-
-
-@kind("captioning")
-def caption_brief(s, r):
-    return "Name the objects in the picture in reading order.", ", ".join(pair(t) for t in s.things)
-
-
-@kind("captioning")
-def list_colors(s, r):
-    return "List the colors in the picture.", listed([t.color for t in s.things], COLORS)
-
-
-@kind("captioning", split="heldout")
-def list_shapes(s, r):
-    return "List the shapes in the picture.", listed([t.shape for t in s.things], SHAPES)
 
 
 @kind("region description")
@@ -641,14 +590,10 @@ def describe_shape(s, r):
         return f"Describe the {t.shape}.", f"{t.size} {t.texture} {t.color} {t.shape} at {PLACES[t.place]}"
 
 
-@kind("transcription", scenes="text")
-def transcribe_text(s, r):
-    return "Write down the text, letter by letter.", " ".join(s.text)
-
-
-@kind("transcription", scenes="number")
-def transcribe_number(s, r):
-    return "Write down the number, digit by digit.", " ".join(s.text)
+@kind("region description", split="heldout", in_text=False)
+def describe_color(s, r):
+    if t := one(r, unique(s, "color")):
+        return f"Describe the {t.color} object.", f"{t.size} {t.texture} {t.color} {t.shape}"
 
 
 @kind("transcription", scenes="chart")
