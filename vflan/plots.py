@@ -189,8 +189,8 @@ def tokens(ids, labels, tokenizer, width=114, image_token=-200):
             text = tokenizer.decode([token]) if token >= 0 else str(token)
             color = "#F6C9A8" if label >= 0 else PALE
         text = text.replace("\n", "\u21b5").replace("\t", "\u21e5").strip(" ") or "\u00b7"
-        if len(text) > 48:  # a whole opening sentence may be one token
-            text = f"{text[:28]} \u2026 {text[-16:]}"
+        if len(text) > 40:  # a whole opening sentence may be one token
+            text = f"{text[:24]} \u2026 {text[-12:]}"
         if x and x + len(text) + 1 > width:
             x, line = 0, line + 1
         boxes.append((x, line, text, color))

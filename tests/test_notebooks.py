@@ -1,0 +1,120 @@
+"""The notebooks as files: shape, prose, size. And two of them run on real records where those are at hand."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vflan import world
+from vflan.book import LIMIT, find_notebooks
+from vflan.recipe import ROOT
+
+NOTEBOOKS = find_notebooks(ROOT / "notebooks")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    nb = nbformat.read(request.param, 4)
+    nbformat.validate(nb)
+    return nb
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def set_apart(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
+    tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [1], "papermill needs one cell tagged parameters, right after the title"
+    values = {}
+    for line in ast.parse(notebook.cells[1].source).body:
+        values[line.targets[0].id] = ast.literal_eval(line.value)  # a derived value would not follow an override
+    assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
+
+
+def test_it_opens_with_a_title_and_one_question(notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    question = re.findall(r"^\*\*.+?\*\*$", first.source, re.MULTILINE | re.DOTALL)
+    assert len(question) == 1 and question[0].endswith("?**")
+    for word in ("Paper:", "Reads:", "Writes:"):
+        assert word in first.source
+
+
+def test_it_opens_anywhere_and_holds_no_widget_state(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+
+
+def test_code_comes_in_small_pieces_between_prose(notebook):
+    cells = code(notebook)
+    lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells]
+    assert max(lines) <= 20, f"a cell of {max(lines)} lines: move it into the package"
+    assert 20 <= len(notebook.cells) <= 45
+    prose, source = (sum(len(cell.source) for cell in some) for some in (set_apart(notebook), cells))
+    assert prose >= 0.35 * (prose + source), "too little prose"
+
+
+def test_what_the_paper_says_stands_apart_and_is_answered(notebook):
+    prose = [cell.source for cell in set_apart(notebook)]
+    assert any(re.search(r"^> ", text, re.MULTILINE) for text in prose), "the paper's claims are blockquotes"
+    assert any("the paper says" in text.lower() and text.startswith("## ") for text in prose)
+
+
+def test_outputs_hold_no_error_and_no_path_of_a_machine(notebook):
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            text = str([output.get("text"), *[v for k, v in output.get("data", {}).items() if k.startswith("text/")]])
+            assert str(Path.home()) + "/" not in text and str(ROOT) + "/" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_small_enough_for_github(path):
+    assert path.stat().st_size < LIMIT
+
+
+# -------------------------------------------------------------------------------------------------- on the real records
+
+
+@pytest.fixture
+def records(shared, monkeypatch):
+    """The path of real records with pictures; the kernel imports this checkout, and one thread is enough."""
+    path = shared / "vision_flan_samples" / "annotation.json"
+    if not path.is_file():
+        pytest.skip("needs shared/vision_flan_samples beside the repository")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return str(path)
+
+
+def run(start, target, **parameters):
+    import papermill
+
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith(start))
+    options = dict(kernel_name="python3", progress_bar=False, cwd=str(path.parent))
+    papermill.execute_notebook(str(path), str(target), parameters=parameters, **options)
+    return "\n".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        for cell in code(nbformat.read(target, 4))
+        for output in cell.outputs
+    )
+
+
+def test_notebook_01_shows_real_records(records, tmp_path):
+    said = run("01", tmp_path / "01.ipynb", samples=records)
+    assert "158 rows: 158 fine" in said and "158 samples of 158 tasks; 0 of them are in no list" in said
+
+
+def test_notebook_03_tunes_on_real_records(records, tmp_path):
+    world.build(tmp_path / "world", captions=10, per_kind=1, conversations=5, questions=0.1)  # few questions to answer
+    small = dict(runs=str(tmp_path), benchmarks=str(tmp_path / "world" / "benchmarks"), num_samples=160)
+    small |= dict(max_steps=24, global_batch=8, micro_batch=8)
+    said = run("03", tmp_path / "03.ipynb", samples=records, changes=small, seeds=[0])
+    assert "158 samples of 158 tasks" in said and (tmp_path / "own-base" / "done.json").is_file()
