@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from vflan.recipe import ROOT
 from vflan.world import scene as W
+from vflan.world.language_model import make_language_model, make_tokenizer
 from vflan.world.words import describe
 
 FOLDER = ROOT / "data" / "tiny"
@@ -57,7 +58,7 @@ def pixels(scenes):
     return ((torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
-def make_tower(folder, seed=0, pictures=24_000, seconds=700, batch=96, log=print):
+def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print):
     """Train a `CLIPVisionModel` (contrastive against bags of caption words, plus the cell labels) and save it."""
     torch.manual_seed(seed)
     start = time.process_time()
@@ -82,10 +83,10 @@ def make_tower(folder, seed=0, pictures=24_000, seconds=700, batch=96, log=print
     params = [*tower.parameters(), *heads.parameters(), *to_text.parameters(), *to_image.parameters(), scale]
     opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     weight = dict(thing=3.0, color=1.5, size=1.0, texture=1.5, background=0.5, condition=0.5, place=0.3, digit=1.0)
-    generator, step = torch.Generator().manual_seed(seed), 0
-    while (spent := time.process_time() - start) < seconds:
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
         rows = torch.randperm(pictures, generator=generator)[:batch]
-        lr = 1e-3 * min(1, (step + 1) / 100) * min(1.0, max(0.02, (seconds - spent) / (0.5 * seconds)))
+        lr = 1e-3 * min(1, (step + 1) / 100) * min(1.0, max(0.02, 2 * (steps - step) / steps))
         opt.param_groups[0]["lr"] = lr
         out = tower(pixel_values=x[rows], output_hidden_states=True)
         patches = out.hidden_states[-2][:, 1:]
@@ -101,9 +102,8 @@ def make_tower(folder, seed=0, pictures=24_000, seconds=700, batch=96, log=print
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
         if step % 200 == 0:
-            log(f"tower step {step} {spent:.0f} s loss {loss.item():.3f}", flush=True)
-        step += 1
-    record = dict(seed=seed, cpu_seconds=round(time.process_time() - start), steps=step, batch=batch, pictures=pictures,
+            log(f"tower step {step}, {time.process_time() - start:.0f} s, loss {loss.item():.3f}", flush=True)
+    record = dict(seed=seed, cpu_seconds=round(time.process_time() - start), steps=steps, batch=batch, pictures=pictures,
                   parameters=sum(p.numel() for p in tower.parameters()), skills={})  # fmt: skip
     with torch.no_grad():
         patches = tower(pixel_values=x[test], output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -138,9 +138,13 @@ def main():
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # one thread gives the same weights everywhere of one kind
+    if "tokenizer" in args.parts:
+        make_tokenizer(args.folder, args.seed)
     if "tower" in args.parts:
         note_record(args.folder, vision_tower=make_tower(args.folder, args.seed))
+    if "language_model" in args.parts:
+        note_record(args.folder, language_model=make_language_model(args.folder, args.seed))
 
 
 if __name__ == "__main__":
