@@ -25,7 +25,7 @@ FOLDER = ROOT / "data" / "tiny"
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 
 # ------------------------------------------------------------------------------------------------------------ the tower
-# Contrastive training alone takes the shortcut of colour and background and leaves shapes unread (measured: worse than
+# Contrastive training alone takes the shortcut of colour and background and left shapes unread in a first try (worse than
 # random features). So each patch also learns to name what its cell holds, which web captions teach CLIP in their way.
 
 THINGS = ("nothing", "bar", "ink", *W.SHAPES, *W.LETTERS, *"0123456789")

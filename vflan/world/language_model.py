@@ -283,16 +283,11 @@ def kinds_for(scene):
     allowed |= {scene.kind}
     if scene.kind == "objects":
         allowed |= {"single"} if len(scene.things) == 1 else set()
-        if len(scene.things) > 2 and len({t.shape for t in scene.things}) == len(scene.things):
-            colors = sorted(sum(t.color == u.color for u in scene.things) for t in scene.things)
-            n = len(colors)
-            allowed |= {"odd", "odd or same"} if colors == [1] + [n - 1] * (n - 1) else set()
-            allowed |= {"odd or same"} if colors == [n] * n else set()
     return [k for k in T.KINDS.values() if k.in_text and k.scenes in allowed]
 
 
 def text_scene(rng, seed):
-    """Scenes for text: rich in objects, with twins and odd ones; never one that is set aside for evaluation."""
+    """Scenes for text: rich in objects, with twins; never one that is set aside for evaluation."""
     while W.held(scene := draw(rng, seed)):
         pass
     return scene
@@ -300,9 +295,7 @@ def text_scene(rng, seed):
 
 def draw(rng, seed):
     u = rng.random()
-    if u < 0.10:
-        return T.odd_scene(rng, seed, same=rng.random() < 0.5)
-    if u < 0.16:
+    if u < 0.06:
         return W.sample_scene(rng, "objects", 1, seed=seed)
     scene = W.sample_scene(rng, W.pick(rng, W.KINDS, (0.72, 0.08, 0.08, 0.11, 0.01)), seed=seed)
     return T.alike(scene, rng) if len(scene.things) > 1 and rng.random() < 0.35 else scene

@@ -26,7 +26,7 @@ from vflan.world.scene import (
     rng_of,
     sample_scene,
 )  # fmt: skip
-from vflan.world.words import NUMBERS, describe, join
+from vflan.world.words import NUMBERS, join
 
 YES_NO = ("yes", "no")
 GROUPS = {  # category -> group, as in the paper's appendix
@@ -35,9 +35,9 @@ GROUPS = {  # category -> group, as in the paper's appendix
     "charts": "question answering",
     "scene": "classification", "image quality": "classification", "image type": "classification",
     "general object": "classification", "texture": "classification", "multiple choice": "classification",
-    "image-text matching": "classification", "anomaly detection": "classification",
+    "image-text matching": "classification",
     "object presence": "classification",
-    "captioning": "generation", "region description": "generation", "transcription": "generation",
+    "region description": "generation", "transcription": "generation",
     "visual dialogue": "generation", "rationale": "generation",
 }  # fmt: skip
 ANIMAL = dict(zip(BACKGROUNDS, ("camel", "cow", "fish", "owl")))
@@ -180,12 +180,6 @@ def texture_at(s, r):
         return f"What is the texture of the object at {PLACES[t.place]}?", t.texture
 
 
-@kind("perception", split="heldout", in_text=False)
-def name_color(s, r):
-    if t := one(r, unique(s, "shape")):
-        return f"Name the color of the {t.shape}.", t.color
-
-
 @kind("perception", split="heldout", in_text=False, options=TEXTURES)
 def texture_of_color(s, r):
     if t := one(r, unique(s, "color")):
@@ -293,20 +287,8 @@ def relation(s, r, text, holds):
 
 
 @kind("spatial reasoning", options=YES_NO)
-def left_of(s, r):
-    return relation(s, r, "Is the {} left of the {}?",
-                    lambda a, b: None if a.column == b.column else a.column < b.column)  # fmt: skip
-
-
-@kind("spatial reasoning", options=YES_NO)
 def above(s, r):
     return relation(s, r, "Is the {} above the {}?", lambda a, b: None if a.row == b.row else a.row < b.row)
-
-
-@kind("spatial reasoning", split="heldout", options=YES_NO)
-def right_of(s, r):
-    return relation(s, r, "Is the {} right of the {}?",
-                    lambda a, b: None if a.column == b.column else a.column > b.column)  # fmt: skip
 
 
 @kind("spatial reasoning")
@@ -446,12 +428,6 @@ def bar_taller(s, r):
 @kind("charts", scenes="chart", options=NUMBERS[2:5])
 def count_bars(s, r):
     return "How many bars does the chart have?", NUMBERS[len(s.bars)]
-
-
-@kind("charts", scenes="chart", split="heldout", in_text=False)
-def bar_with_value(s, r):
-    color, height = pick(r, s.bars)
-    return f"Which bar has the value {height}?", color
 
 
 # ------------------------------------------------------------------------------------------------------- classification
@@ -629,8 +605,6 @@ def scene_for(kind, rng, seed, odd_ink=False):
     """A scene on which a kind can be asked; kinds with rare answers get scenes that hold them."""
     if kind.scenes == "single":
         return sample_scene(rng, "objects", 1, seed=seed)
-    if kind.scenes in ("odd", "odd or same"):
-        return odd_scene(rng, seed, same=kind.scenes == "odd or same" and rng.random() < 0.5)
     scenes = kind.scenes
     if scenes == "any":
         scenes = pick(rng, ("chart", pick(rng, ("objects", "text", "number")))) if kind.name == "is_chart" else \
@@ -644,17 +618,6 @@ def scene_for(kind, rng, seed, odd_ink=False):
     if kind.category in ("comparison", "counting") and len(scene.things) > 1 and rng.random() < 0.5:
         scene = alike(scene, rng)
     return scene
-
-
-def odd_scene(rng, seed, same):
-    """Three to five objects of one colour, but (unless `same`) one; the shapes differ."""
-    while True:
-        scene = sample_scene(rng, "objects", int(rng.integers(3, 6)), seed=seed)
-        if len(unique(scene, "shape")) == len(scene.things):
-            break
-    a, b = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
-    odd = -1 if same else int(rng.integers(len(scene.things)))
-    return replace(scene, things=tuple(replace(t, color=b if i == odd else a) for i, t in enumerate(scene.things)))
 
 
 def alike(scene, rng):
@@ -702,8 +665,3 @@ def table():
         rows.append(dict(task_name=k.name, group=k.group, category=k.category, split=k.split, in_text=k.in_text,
                          instruction=instruction, answer=answer))  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def text_conversation(scene, instruction, answer, rng):
-    """The same task about a scene in words, as the language model meets it: turns in LLaVA's format."""
-    return [{"from": "human", "value": f"{describe(scene, rng)}\n{instruction}"}, {"from": "gpt", "value": answer}]
