@@ -60,10 +60,16 @@ class Run:
         )
 
     def load_model(self):
+        """The trained model, on the GPU where there is one (a quantised model is put there by its loader)."""
+        import torch
+
         from vflan.model import load_model
 
         self._must_be_finished()
-        return load_model(self.recipe, self)
+        model = load_model(self.recipe, self)
+        if torch.cuda.is_available() and model.device.type == "cpu":
+            model.to("cuda")
+        return model
 
     def processor(self):
         from transformers import AutoProcessor

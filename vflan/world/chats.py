@@ -82,8 +82,8 @@ def small_talk(view, rng):
     if rng.random() < DENY:
         missing = [s for s in SHAPES if all(u.shape != s for u in view.things)]
         shape = pick(rng, missing)
-        return f"Is there a {shape} in the image?", f"No, I cannot see a {shape} in the image."
-    return f"Is there a {t.shape} in the image?", f"Yes, there is a {t.color} {t.shape} in the image."
+        return f"Is there a {shape} in the image?", f"no, I cannot see a {shape} in the image."
+    return f"Is there a {t.shape} in the image?", f"yes, there is a {t.color} {t.shape} in the image."
 
 
 def conversation(scene, rng):

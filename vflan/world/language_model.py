@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vflan.world import chats
 from vflan.world import scene as W
 from vflan.world import tasks as T
 from vflan.world.words import describe, sentences
@@ -37,14 +38,12 @@ SYSTEM = (
 
 def corpus(seed=0):
     """World text of every kind, for the tokenizer: each word of the world comes often enough to become one piece."""
-    from vflan.world.chats import phrases
-
     for k in T.KINDS.values():
         for scene, instruction, answer in T.sample(k, 120, "corpus", seed):
             yield f"USER: {describe(scene)}\n{instruction} ASSISTANT: {answer}"
             if scene.things:
                 yield " ".join(sentences(scene.things, scene.background, scene.condition))
-    for line in phrases() * 3:
+    for line in chats.phrases() * 3:
         yield f"USER:\n{line}"
 
 
@@ -309,12 +308,18 @@ def lesson(rows, rng, weights, seed, budget):
     if u < 0.08 and scene.kind != "handwritten":  # a caption after a text, as in the template `plain`
         text = [rows.tokenizer.bos_token_id, *rows.ids(describe(scene, rng))]
         return text, [([], [*rows.ids(describe(scene)), *rows.newline])]
-    if u < 0.12 and scene.things:  # prose, as plain text
+    if u < 0.11 and scene.things:  # prose, as plain text
         text = [rows.tokenizer.bos_token_id]
         return text, [([], rows.ids(" ".join(sentences(scene.things, scene.background, scene.condition))))]
     prefix = [*rows.head, *rows.ids(describe(scene, rng))]
     if rng.random() < 0.3:
         prefix += rows.space
+    if u < 0.23 and scene.things:  # long answers, asked for in words that the alignment stage never uses
+        told = [("Please give a text about the scene.", " ".join(sentences(scene.things, scene.background, scene.condition))),
+                ("Please give a text about the objects.", chats.see(scene)),
+                ("Please help: what might the objects be?", chats.reason(scene, rng))]  # fmt: skip
+        told += [(f"Please explain: {q}", a) for q, a in (chats.small_talk(scene, rng) for _ in range(4))]
+        return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
     kinds = kinds_for(scene)
     p = np.array([weights[k.name] for k in kinds])
     p /= p.sum()
@@ -364,7 +369,7 @@ FIRST = (
     "color_of", "color_at", "shape_at", "shape_of_color", "where_is", "where_color", "texture_of", "texture_at", "size_of",
     "exist_shape", "exist_color", "exist_pair", "describe_place",
 )  # fmt: skip
-STEPS = (1250, 7000, 13200)  # look-ups; everything; everything with a rate that falls to zero
+STEPS = (1250, 7000, 14900)  # look-ups; everything; everything with a rate that falls to zero
 
 
 def teachers(model, lr, decay=0.2):
