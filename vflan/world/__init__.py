@@ -29,8 +29,8 @@ from vflan.world.scene import (
 from vflan.world.tasks import KINDS, YES_NO, sample, table, unique
 from vflan.world.words import NUMBERS, describe, sentences
 
-CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 8000, 300, 3000, 0.06
-VERSION = 5  # of the generated files; a folder of another version or seed is written again
+CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 9000, 350, 3000, 0.06
+VERSION = 6  # of the generated files; a folder of another version or seed is written again
 
 
 def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversations=CONVERSATIONS, questions=1.0):
