@@ -51,9 +51,20 @@ def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversatio
         (fresh / "images").mkdir(parents=True)
         write(fresh, **sizes)
         (fresh / "built.json").write_text(json.dumps(sizes))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        fresh.rename(folder / name)
+        _replace(folder / name, fresh)
     return folder
+
+
+def _replace(target, fresh):
+    """Put a finished folder in the place of another; where a second process was quicker with the same, its work stays."""
+    old = target.with_name(f"{fresh.name}.old")
+    if target.exists():
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        shutil.rmtree(fresh)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def draw_all(jobs):
