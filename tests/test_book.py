@@ -177,3 +177,22 @@ def test_the_watch_sees_what_children_hold():
         before = book.tree_gb()
         subprocess.run([sys.executable, "-c", hold], check=True)
     assert watch.peak_gb > before + 0.25 and 1 / 60 < watch.minutes < 1
+
+
+def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('here')")])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "01_first.ipynb")
+    (home / "figures" / "tiny").mkdir(parents=True, exist_ok=True)
+    lines = []
+    target = home / "runs/tiny/notebooks/01_first.ipynb"
+    book.press("tiny", notebooks=folder, say=lines.append)
+    made = target.stat().st_mtime_ns
+    book.press("tiny", notebooks=folder, say=lines.append)
+    assert target.stat().st_mtime_ns == made and any("up to date" in line for line in lines)
+    notebook.cells[0].source = "print('there')"
+    nbformat.write(notebook, folder / "01_first.ipynb")
+    book.press("tiny", notebooks=folder, say=lines.append)
+    assert "there" in target.read_text()

@@ -12,6 +12,7 @@ import argparse
 import ast
 import base64
 import functools
+import hashlib
 import io
 import json
 import os
@@ -338,12 +339,29 @@ def fill_readme(home=None):
 # ------------------------------------------------------------------------------------------------------------ the press
 
 
-def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebooks=None, say=None):
+def fingerprint(source, parameters):
+    """What an executed notebook depends on: its own cells, the parameters, the package and the shipped backbones."""
+    cells = [(c.cell_type, c.source) for c in nbformat.read(source, 4).cells]
+    digest = hashlib.sha256(json.dumps([cells, parameters], default=str).encode())
+    for file in [*sorted((ROOT / "vflan").rglob("*.py")), ROOT / "data" / "tiny" / "backbones.json"]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def up_to_date(row, key, target, out, name):
+    """Whether a notebook need not run again: nothing that it depends on has changed, and what it made is still there."""
+    there = {done.parent.name for done in out.glob("*/done.json")}
+    made = target.is_file() and (ROOT / "figures" / name).is_dir()
+    return made and row.get("key") == key and set(row.get("runs", ["-"])) <= there
+
+
+def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebooks=None, say=None, again=False):
     """Run the notebooks of a preset in order and return the record that is kept in book.json.
 
     preset: a name or a .py file. only: starts of notebook names. parameters: extra papermill parameters.
     out: folder for the executed notebooks and book.json (runs/<preset>). write: also replace the committed notebooks and
-    fill the tables of README.md, possible for tiny without parameters only. Raises Stopped at the first notebook that fails.
+    fill the tables of README.md, possible for tiny without parameters only. A notebook of which nothing has changed since it
+    ran is not run again unless `again` is set. Raises Stopped at the first notebook that fails.
     """
     name = Path(preset).stem
     say = say or functools.partial(print, flush=True)
@@ -354,6 +372,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
         parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
     out = Path(out or ROOT / "runs" / name).resolve()
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    old = json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
+    known = {row["name"]: row for row in old.get("notebooks", [])}
     record = {
         "preset": name,
         "parameters": parameters,
@@ -366,20 +386,29 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     width = max(len(source.stem) for source in sources)
     with Watch() as whole:
         for source in sources:
-            target = out / "notebooks" / source.name
-            with Watch() as watch:
-                run_notebook(source, target, parameters)
-            size = lay_out(target)
+            target, key = out / "notebooks" / source.name, fingerprint(source, parameters)
+            row, fresh = known.get(source.stem, {}), False
+            if again or not up_to_date(row, key, target, out, name):
+                with Watch() as watch:
+                    run_notebook(source, target, parameters)
+                runs = sorted(done.parent.name for done in out.glob("*/done.json"))
+                row = {"name": source.stem, "minutes": round(watch.minutes, 2), "peak_gb": round(watch.peak_gb, 2)}
+                row, fresh = row | {"kb": lay_out(target) // 1000, "key": key, "runs": runs}, True
+            size = target.stat().st_size
             if write and size > LIMIT:
                 raise Stopped(f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures")
             if write:
                 source.write_bytes(target.read_bytes())
-            row = {"name": source.stem, "minutes": round(watch.minutes, 2), "peak_gb": round(watch.peak_gb, 2)}
-            record["notebooks"].append({**row, "kb": size // 1000})
-            say(f"{source.stem:{width}}  {watch.minutes:6.1f} min  {watch.peak_gb:5.1f} GB  {size // 1000:4d} KB")
+            record["notebooks"].append(row)
+            rows = {**known, **{r["name"]: r for r in record["notebooks"]}}
+            kept = {**record, "notebooks": [rows[n] for n in sorted(rows)]}
+            (out / "book.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            cost = f"{row['minutes']:6.1f} min  {row['peak_gb']:5.1f} GB" if fresh else "up to date".rjust(20)
+            say(f"{source.stem:{width}}  {cost}  {size // 1000:4d} KB")
     peak = max([whole.peak_gb, *(row["peak_gb"] for row in record["notebooks"])])  # short peaks fall between two looks
     record.update(minutes=round(whole.minutes, 2), peak_gb=round(peak, 2))
-    (out / "book.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    kept = {**record, "notebooks": [rows[n] for n in sorted(rows)]}
+    (out / "book.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if write:
         fill_readme()
     _report(name, out, record, say)
@@ -416,12 +445,13 @@ def main(arguments=None):
     parser.add_argument("--out", help="folder for the executed notebooks (runs/<preset>)")
     parser.add_argument("--write", action="store_true", help="replace the committed notebooks with the executed ones")
     parser.add_argument("--readme", action="store_true", help="run nothing, only fill the tables of README.md")
+    parser.add_argument("--again", action="store_true", help="run also the notebooks of which nothing has changed")
     given = parser.parse_args(arguments)
     try:
         if given.readme:
             return print("README.md:", ", ".join(fill_readme()) or "no results yet, nothing filled")
         parameters = {key: _value(value) for key, value in given.p}
-        press(given.preset, given.notebooks, parameters, given.out, given.write)
+        press(given.preset, given.notebooks, parameters, given.out, given.write, again=given.again)
     except (Stopped, ValueError, FileNotFoundError) as error:
         sys.exit(f"vflan.book: {error}")
 
