@@ -123,7 +123,7 @@ def main():
     record = {
         "machine": here,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers")}},
-        "command": " ".join(["python -m bench.demo", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench.demo", *("FOLDER" if arg == keep else arg for arg in sys.argv[1:])]),
         "checks": merge(old["checks"] if same else [], checks),
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -248,6 +248,7 @@ COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
     "demo_minutes": "`make demo`, minutes without installing",
     "demo_peak_gb": "`make demo`, most memory held at a time, GB",
+    "again_minutes": "a second `make demo`, minutes",
     "test_minutes": "`make test`, minutes",
     "matmul_gflops": "the machine: fp32 matrix product on one thread, GFLOPS",
 }
