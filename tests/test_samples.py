@@ -5,7 +5,9 @@ import time
 import pytest
 from PIL import Image
 
-from vflan.samples import check, load_samples, mix, save_samples, subset
+from vflan.checks import check
+from vflan.mixtures import mix, subset
+from vflan.samples import load_samples, save_samples
 
 ASK, SAY = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}
 

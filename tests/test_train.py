@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_plain_full_forward(recipe, tmp_path):
     for i in chosen:
         labels[i, data.keep[i] + 1] = torch.tensor(data.targets[i])
     mask = torch.stack([torch.arange(ids.shape[1]) < data.lengths[i] for i in chosen]).long()
-    from vflan.samples import read_picture
+    from vflan.pictures import read_picture
 
     pixels = processor.image_processor([read_picture(data.images[i]) for i in (0, 2)], return_tensors="pt")[
         "pixel_values"

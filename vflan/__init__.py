@@ -9,7 +9,9 @@ from types import ModuleType
 
 _HOME = {
     "recipe": ["preset", "Recipe", "replace"],
-    "samples": ["load_samples", "save_samples", "check", "mix"],
+    "samples": ["load_samples", "save_samples"],
+    "mixtures": ["mix"],
+    "checks": ["check"],
     "conversation": ["encode"],
     "model": ["load_model", "parts", "swap_part"],
     "runs": ["Run"],

@@ -21,10 +21,12 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn.functional import cross_entropy
 
 from vflan import model as models
+from vflan.checks import check
 from vflan.conversation import IGNORE_INDEX, encode, expand
+from vflan.mixtures import recipe_samples
+from vflan.pictures import read_picture
 from vflan.recipe import ROOT, Recipe, differences
 from vflan.runs import Run, launch, read_json, write_json
-from vflan.samples import check, read_picture, recipe_samples
 
 MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
 _FEATURES: dict = {}  # (tower, preparation) -> picture -> features, shared by the runs of a sweep
