@@ -9,9 +9,11 @@ import torch
 
 import vflan
 from tests.conftest import make_squares
+from vflan import batches
+from vflan.batches import Data, Pictures, plan, prepare
 from vflan.model import fingerprint, load_model, load_processor, parts
 from vflan.runs import Run
-from vflan.train import Data, Learner, Pictures, learning_rate, plan, prepare
+from vflan.train import Learner, learning_rate
 
 TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
 
@@ -222,7 +224,7 @@ def test_text_only_rows_train_beside_pictures(recipe):
 
 def test_a_large_set_is_read_as_it_comes_with_the_same_result(recipe, monkeypatch):
     kept = vflan.train(vflan.replace(recipe, name="kept", max_steps=3)).metrics()
-    monkeypatch.setattr(TRAIN, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
     read = vflan.train(vflan.replace(recipe, name="read", max_steps=3)).metrics()
     assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(os.environ.get("VFLAN_HOME") or Path(__file__).resolve().parent.parent)  # never the working directory
+CACHE = Path(
+    os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache"
+)  # what can be made again: Arrow tables, verdicts, features
 
 _CHOICES = {
     "stage": ("projector", "base", "chat"),
@@ -169,6 +172,11 @@ def differences(old: dict, new: dict) -> str:
 def resolve(path: str | os.PathLike) -> Path:
     """A recipe's path as an absolute one: relative paths hang from `ROOT`."""
     return ROOT / Path(path).expanduser()
+
+
+def shown(path: Path) -> str:
+    """A path as a person should read it: relative to the project folder when it lies there."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def weights_source(path: str) -> str:
