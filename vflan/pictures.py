@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 OUTSIDE = "outside:"  # marks a picture path that leaves the images folder; such a file is never opened
 MAX_MEMBER_BYTES = 1 << 30  # a zip member that unpacks to more is no picture
-_INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)  # (container, its kind, what in it)
 _KINDS = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
 
 
@@ -81,7 +81,7 @@ def _trouble(name: str, stamp: tuple) -> str:
 
 def _find(name: str):
     """(stamp, a function that reads the bytes) of a picture; None when it is missing."""
-    inside = _INSIDE.fullmatch(name)
+    inside = INSIDE.fullmatch(name)
     if not inside:
         return _find_file(name)
     container, kind, member = inside.groups()

@@ -19,7 +19,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from vflan.pictures import OUTSIDE
+from vflan.pictures import INSIDE, OUTSIDE
 from vflan.recipe import CACHE
 
 _SCHEMA = pa.schema(
@@ -146,23 +146,28 @@ def _placing(root: Path):
     @lru_cache(maxsize=1 << 16)
     def look(folder):
         """Where a folder really is, and which names in it are links: one listing instead of a look at every picture."""
-        try:
-            with os.scandir(folder) as entries:
-                links = {entry.name for entry in entries if entry.is_symlink()}
-        except OSError:
-            links = ()
-        return os.path.realpath(folder), links
+        real, links = os.path.realpath(folder), ()
+        if os.path.join(real, "").startswith(base):
+            try:
+                with os.scandir(real) as entries:
+                    links = {entry.name for entry in entries if entry.is_symlink()}
+            except OSError:  # no such folder: its pictures will be found missing
+                pass
+        return real, links
 
     base = os.path.join(root, "")  # ends in a slash
 
     def place(name):
         if "\0" in name:
             return base + name  # no file has such a name: it will be found missing
-        path = os.path.join(base, name)
+        inside = INSIDE.fullmatch(name) if "::" in name else None  # as save_samples writes what lies in a container
+        path = os.path.join(base, inside[1] if inside else name)
         folder, file = os.path.split(path)
         real, links = look(folder)
         path = os.path.realpath(path) if file in links or file in ("", ".", "..") else os.path.join(real, file)
-        return path if path.startswith(base) else f"{OUTSIDE}{name}"
+        if not path.startswith(base):
+            return f"{OUTSIDE}{name}"
+        return f"{path}::{inside[3]}" if inside else path
 
     return place
 
