@@ -1,14 +1,19 @@
 """Tiny random backbones and a handful of coloured squares: enough for every road test, made in a second, no network."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads make busy machines ten times slower
+os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")  # what the tests open leaves nothing in data/cache
 
 import pytest
 from PIL import Image
 
+atexit.register(shutil.rmtree, os.environ["VFLAN_CACHE"], ignore_errors=True)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 COLOURS = ["red", "green", "blue", "yellow"]
 
