@@ -80,19 +80,45 @@ def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") ->
     `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns
     the caption and a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why nothing can be learned.
     """
-    pairs, has_image, _ = audit(conversations)
+    (encoded,) = encode_many([conversations], tokenizer, template)
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return encoded
+
+
+def encode_many(many, tokenizer, template: str = "vicuna_v1") -> list[tuple[list[int], list[int]] | ValueError]:
+    """`encode` for many conversations with one call of the tokenizer; where nothing can be learned stands the ValueError."""
+    begun = []
+    for conversations in many:
+        try:
+            begun.append(_texts(*audit(conversations)[:2], tokenizer, template))
+        except ValueError as trouble:
+            begun.append(trouble)
+    ids = iter(_tokenize(tokenizer, [start[:2] for start in begun if not isinstance(start, ValueError)]))
+    return [start if isinstance(start, ValueError) else start[2](next(ids)) for start in begun]
+
+
+def _texts(pairs, has_image, tokenizer, template) -> tuple:
+    """The texts to tokenise, what people said in them, and how ids and labels are put together from their ids."""
     said = "".join(map("".join, pairs))
     if template == "plain":
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
-        caption = _tokenize(tokenizer, [pairs[0][1] + "\n"], said)[0]
-        head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
-        return head + caption, [IGNORE_INDEX] * len(head) + caption
+        return [pairs[0][1] + "\n"], said, lambda ids: _caption(ids[0], tokenizer)
     head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
     texts = [
         text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")
     ]
-    ids = iter(_tokenize(tokenizer, [head, *texts], said))
+    return [head, *texts], said, lambda ids: _turns(ids, tokenizer, has_image)
+
+
+def _caption(caption: list[int], tokenizer) -> tuple[list[int], list[int]]:
+    head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
+    return head + caption, [IGNORE_INDEX] * len(head) + caption
+
+
+def _turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+    ids = iter(ids)
     input_ids = _head(next(ids), tokenizer, has_image)
     labels = [IGNORE_INDEX] * len(input_ids)
     for turn, (prompt, whole, answer) in enumerate(zip(ids, ids, ids)):
@@ -110,7 +136,7 @@ def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: boo
         return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
     question = text.replace(IMAGE, "").strip() if has_image else text
     head, prompts = _prompts([question], tokenizer, has_image)
-    ids = _tokenize(tokenizer, [head, *prompts], question)
+    (ids,) = _tokenize(tokenizer, [([head, *prompts], question)])
     return _head(ids[0], tokenizer, has_image) + ids[1]
 
 
@@ -139,11 +165,19 @@ def _head(ids: list[int], tokenizer, has_image: bool) -> list[int]:
     return [*_bos(tokenizer), *ids, *([IMAGE_TOKEN_INDEX] if has_image else [])]
 
 
-def _tokenize(tokenizer, texts: list[str], said: str) -> list[list[int]]:
-    """Ids of each text, no BOS. A "</s>" or "<image>" that a person wrote (`said`) is spelled out, never obeyed."""
+def _tokenize(tokenizer, asked: list[tuple[list[str], str]]) -> list[list[list[int]]]:
+    """Ids, no BOS, of each text of each (texts, said). A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
+    special = [token for token in tokenizer.all_special_tokens if token != SYSTEM]
+    plain = [not any(token in said for token in special) for _, said in asked]
+    texts = list(dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts))
+    known = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
+    return [
+        [known[text] for text in texts] if easy else _spell(tokenizer, texts) for (texts, _), easy in zip(asked, plain)
+    ]
+
+
+def _spell(tokenizer, texts: list[str]) -> list[list[int]]:
     eos = tokenizer.eos_token
-    if not any(token in said for token in tokenizer.all_special_tokens if token != SYSTEM):
-        return tokenizer(texts, add_special_tokens=False).input_ids
     lead = [text.startswith(f"{eos}USER: ") for text in texts]
     texts = [text[len(eos) :] if led else text for text, led in zip(texts, lead)]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids

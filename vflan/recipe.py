@@ -22,12 +22,14 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "optimizer": ("adamw", "adamw_8bit"),
     "precision": ("fp32", "bf16"),
+    "packing": ("auto", "packed", "padded"),
+    "loss_average": ("tokens", "micro_batches"),
 }
 _AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
 _AT_LEAST |= dict(
     lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
 )
-_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0)
+_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Recipe:
     global_batch: int = 16  # samples an optimiser step, over all processes
     micro_batch: int = 16  # samples a forward pass of one process
     max_length: int = 2048  # tokens, the picture's included
+    packing: str = "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
+    pack_tokens: int | None = None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
+    loss_average: str = "tokens"  # each learned token of a global batch weighs the same; LLaVA averages micro_batches
+    feature_cache: bool = False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -98,6 +104,11 @@ class Recipe:
             )
         if self.lora_r and "language_model" not in self.tune:
             raise ValueError(f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0.")
+        if self.pack_tokens and self.pack_tokens < self.max_length:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
+                "raise it or lower max_length."
+            )
         if self.lora_r and not self.lora_alpha:
             raise ValueError(f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual.")
 

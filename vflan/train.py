@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.nn.functional import cross_entropy
 
 from vflan import model as models
-from vflan.batches import Pictures, plan, prepare
+from vflan.batches import Pictures, feed, plan, prepare
+from vflan.learner import Learner
 from vflan.recipe import Recipe, differences, shown
 from vflan.runs import Run, launch, read_json, write_json
 
@@ -90,20 +90,18 @@ def fit(folder, num_processes: int | None = None) -> None:
     log = _Log(run, len(batches), first, accelerator.is_main_process)
 
     learner.train()
-    for step, rows in enumerate(batches[first:], first):
+    steps = feed(data, pictures, batches, recipe, rank, world, first)
+    for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
         torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
         tokens, total = int(data.supervised[rows].sum()), torch.zeros((), device=device)
-        mine = rows[rank::world]
-        parts = [mine[i : i + recipe.micro_batch] for i in range(0, len(mine), recipe.micro_batch)]
-        for part in parts:
-            last = part is parts[-1]
+        for i, (part, weight) in enumerate(parts, 1):
+            last = i == len(parts)
             if sharded:
                 learner.set_requires_gradient_sync(last)
             with nullcontext() if last or sharded else accelerator.no_sync(learner), accelerator.autocast():
-                # over the tokens of the whole global batch: each weighs the same, wherever it was computed
-                loss = learner(*data.batch(part, device), pictures(part)) / tokens
+                loss = learner(*data.batch(part, device), pictures(part)) / weight
                 accelerator.backward(loss * world)  # gradients are averaged over processes
             total += loss.detach()
         total = accelerator.reduce(total).item()
@@ -129,35 +127,6 @@ def fit(folder, num_processes: int | None = None) -> None:
         summary |= dict(rows=len(data.ids), bad=data.bad, repaired=data.repaired)
         _finish(run, recipe, model, processor, init, log, summary)
     accelerator.wait_for_everyone()
-
-
-class Learner(nn.Module):
-    """What is trained: from padded ids and picture features to the summed loss of the supervised tokens.
-
-    Rows are padded on the right and a causal model never looks right, so no mask is needed. Logits, the largest tensor
-    of the original, are computed at supervised positions only.
-    """
-
-    def __init__(self, model, recipe):
-        super().__init__()
-        self.model = model
-        if recipe.gradient_checkpointing:
-            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def forward(self, input_ids, at, keep, targets, features):
-        """input_ids (B, T); at (P, 2): row and first position of each picture; keep (N): positions in B*T that predict
-        targets (N); features (P, patches, width), or None for a batch of text. Returns a scalar."""
-        inner = self.model.model
-        embeds, projector = inner.language_model.get_input_embeddings()(input_ids), inner.multi_modal_projector
-        if features is not None:
-            seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
-            place = at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)
-            embeds = embeds.index_put(place, seen)
-        else:  # every process must have a gradient for every weight
-            embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
-        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[keep])
-        return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
