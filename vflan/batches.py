@@ -28,7 +28,7 @@ _FEATURES: dict = {}  # (tower, preparation) -> picture -> features, shared by t
 
 
 def packs(recipe: Recipe) -> bool:
-    """Whether conversations share a row: `auto` packs on CUDA only, for on a CPU a packed mask is as slow as padding."""
+    """Whether conversations share a row: `auto` packs on CUDA only; on a CPU rows of like lengths lose little."""
     return recipe.packing == "packed" or recipe.packing == "auto" and torch.cuda.is_available()
 
 
@@ -272,18 +272,43 @@ def plan(data: Data, recipe: Recipe) -> list[np.ndarray]:
     return batches[:steps]
 
 
-def pack(lengths, budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths` in groups of at most `budget` together, each into the fullest that has room."""
-    groups, room = [], []
-    for i in np.argsort(-np.asarray(lengths), kind="stable"):
-        fits = [g for g, left in enumerate(room) if left >= lengths[i]]
-        if fits:
-            best = min(fits, key=room.__getitem__)
-            groups[best].append(int(i))
-            room[best] -= lengths[i]
+def pack(lengths, budget: int, processes: int = 1) -> list[list[int]]:
+    """Best-fit decreasing: indices of `lengths` in groups of at most `budget` together, as few as it finds and all alike.
+
+    Longest first, each into the fullest group that has room; then the budget is lowered as far as the number of groups
+    stays (rounded up to a multiple of `processes`, which share them), so that none is left nearly empty.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable").tolist()
+    groups = _best_fit(lengths, order, budget)
+    number = math.ceil(len(groups) / processes) * processes
+    low, high = max(lengths.max(), math.ceil(lengths.sum() / number)), budget
+    while low < high:
+        middle = int(low + high) // 2
+        tighter = _best_fit(lengths, order, middle)
+        if len(tighter) <= number:
+            groups, high = tighter, middle
         else:
-            groups.append([int(i)])
-            room.append(budget - lengths[i])
+            low = middle + 1
+    while len(groups) < number:
+        largest = max(groups, key=len)
+        groups.remove(largest)
+        groups += [largest[::2], largest[1::2]]
+    return sorted(groups, key=lambda group: -lengths[group].sum())
+
+
+def _best_fit(lengths, order, budget):
+    groups, room = [], np.zeros(len(order), dtype=np.int64)
+    for i in order:
+        left = room[: len(groups)] - lengths[i]
+        best = np.where(left < 0, budget, left).argmin() if groups else 0
+        if groups and left[best] >= 0:
+            groups[best].append(i)
+        else:
+            best = len(groups)
+            groups.append([i])
+            room[best] = budget
+        room[best] -= lengths[i]
     return groups
 
 
@@ -295,12 +320,7 @@ def micro_batches(data: Data, rows, recipe: Recipe, world: int = 1) -> list[list
     if not data.packed:
         mine, size = [rows[rank::world] for rank in range(world)], recipe.micro_batch
         return [[part[i : i + size] for i in range(0, len(part), size)] for part in mine]
-    groups = pack(data.lengths[rows], recipe.pack_tokens or recipe.max_length)
-    while len(groups) % world:  # every process takes part in every exchange of gradients, so some pack is cut in two
-        largest = max((group for group in groups if len(group) > 1), key=len)
-        groups.remove(largest)
-        groups += [largest[::2], largest[1::2]]
-    groups.sort(key=lambda group: -data.lengths[rows[group]].sum())
+    groups = pack(data.lengths[rows], recipe.pack_tokens or recipe.max_length, world)
     return [[rows[group] for group in groups[rank::world]] for rank in range(world)]
 
 

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import is_flash_attn_2_available
 
@@ -16,10 +19,10 @@ LOGITS = 1 << 24  # logits that exist at a time (64 MB in fp32); more supervised
 class Learner(nn.Module):
     """The model as training sees it.
 
-    Padded rows are padded on the right and a causal model never looks right, so no mask is needed. Packed rows are told
-    apart by their position ids, which begin at 0 again with each conversation: FlashAttention's varlen kernel where it
-    is installed, else the mask that transformers builds from them. Both hold only without an attention mask and without
-    a cache; with either, conversations would see each other, and nothing would say so.
+    Padded rows are padded on the right and a causal model never looks right, so no mask is needed. In a packed row each
+    conversation attends to itself alone; it begins where its position ids begin again at 0. FlashAttention's varlen
+    kernel does that where it is installed, else PyTorch's attention, one conversation after the other: the mask that
+    transformers would build is dense, costs the square of the whole row, and is quietly left out if a cache is on.
     """
 
     def __init__(self, model, recipe):
@@ -27,8 +30,9 @@ class Learner(nn.Module):
         self.model, language_model = model, model.model.language_model
         if recipe.gradient_checkpointing:
             language_model.activation_checkpointing_enable({"use_reentrant": False})
-        if packs(recipe) and is_flash_attn_2_available() and models.compute_dtype(recipe) == torch.bfloat16:
-            language_model.set_attn_implementation("flash_attention_2")
+        if packs(recipe):
+            flash = is_flash_attn_2_available() and models.compute_dtype(recipe) == torch.bfloat16
+            language_model.set_attn_implementation("flash_attention_2" if flash else "by_conversation")
 
     def forward(self, input_ids, position_ids, at, keep, targets, features):
         """input_ids (B, T); position_ids (1, T) of a packed row, None for padded ones; at (P): first position of each
@@ -43,15 +47,35 @@ class Learner(nn.Module):
             embeds = embeds.flatten(0, 1).index_put((place,), seen).view_as(embeds)
         else:  # every process must have a gradient for every weight
             embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
-        options = {}
-        if position_ids is not None and language_model.config._attn_implementation == "flash_attention_2":
-            starts, longest = prepare_fa_kwargs_from_position_ids(position_ids)  # once, not in every layer
-            options = dict(zip(("cu_seq_lens_q", "cu_seq_lens_k"), starts))
-            options |= dict(zip(("max_length_q", "max_length_k"), map(int, longest)))
+        packed = {} if position_ids is None else _boundaries(position_ids)
         hidden = language_model(
-            inputs_embeds=embeds, position_ids=position_ids, attention_mask=None, use_cache=False, **options
+            inputs_embeds=embeds, position_ids=position_ids, attention_mask=None, use_cache=False, **packed
         ).last_hidden_state
         return answer_loss(hidden.flatten(0, 1)[keep], self.model.lm_head, targets)
+
+
+def _boundaries(position_ids) -> dict:
+    """Where the conversations of a packed row lie, found once and not in every layer; each attention takes its own form."""
+    starts, longest = prepare_fa_kwargs_from_position_ids(position_ids)
+    names = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
+    return dict(zip(names, [*starts, *map(int, longest)]), conversations=starts[0].diff().tolist())
+
+
+def _by_conversation(module, query, key, value, attention_mask, conversations=None, **options):
+    """PyTorch's attention, (B, heads, T, width) in and (B, T, heads, width) out, for each conversation of a packed row alone."""
+    if conversations is None:  # not training: the model answers questions, say
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    pieces = zip(*(states.split(conversations, dim=2) for states in (query, key, value)))
+    return torch.cat([sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces], dim=1), None
+
+
+def _mask(*arguments, attention_mask=None, **options):
+    """No mask where none was given, however the positions run."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register("by_conversation", _by_conversation)
+AttentionMaskInterface.register("by_conversation", _mask)
 
 
 def answer_loss(hidden, head, targets):
