@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
@@ -14,7 +15,7 @@ def picture_trouble(path: str) -> str:
         return f"path outside the images folder: {path.removeprefix(OUTSIDE)}"
     try:
         stat = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return f"missing picture: {path}"
     return _decode_trouble(path, stat.st_mtime_ns, stat.st_size)
 
@@ -25,6 +26,17 @@ def read_picture(path: str) -> Image.Image:
         return picture.convert("RGB")
 
 
+def picture_bytes(name: str) -> bytes:
+    """The picture's file."""
+    return Path(name).read_bytes()
+
+
+def stamp(name: str) -> tuple:
+    """What changes when the picture does: time of change in ns and size. OSError when it is not there."""
+    stat = os.stat(name)
+    return stat.st_mtime_ns, stat.st_size
+
+
 @cache
 def _decode_trouble(path: str, mtime_ns: int, size: int) -> str:
     try:
@@ -33,5 +45,7 @@ def _decode_trouble(path: str, mtime_ns: int, size: int) -> str:
             return "" if min(picture.size) > 0 else f"undecodable picture: {path} is empty"
     except UnidentifiedImageError:
         return f"undecodable picture: {path}"
+    except Image.DecompressionBombError as trouble:
+        return f"too many pixels: {path} ({trouble})"
     except Exception as trouble:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
         return f"{'truncated' if 'truncated' in str(trouble) else 'undecodable'} picture: {path} ({trouble})"
