@@ -1,12 +1,13 @@
 """LLaVA-1.5's construction rules, one by one, and the published row counts from stand-ins of the published sizes."""
 
+import json
 from collections import Counter
 
 import pytest
 
 from vflan.checks import check
 from vflan.conversation import encode
-from vflan.llava_mixture import ROWS, a_okvqa, llava_mixture, one_conversation_per_image, padded_box, sharegpt
+from vflan.llava_mixture import ROWS, a_okvqa, llava_mixture, one_conversation_per_image, padded_box, records, sharegpt
 from vflan.samples import load_samples, save_samples
 
 
@@ -127,6 +128,46 @@ def test_llava_instruct_stays_as_it_is_but_for_the_folder_of_its_pictures():
     row = talk("<image>\nq", "a", image="000000033471.jpg")
     (out,) = llava_mixture({"llava_instruct": [row]})
     assert out == row | {"image": "coco/train2017/000000033471.jpg", "task_name": "llava_instruct"}
+
+
+def test_the_sources_own_files_become_records_and_rows(tmp_path):
+    asked = {"questions": [{"image_id": 9, "question": "q", "question_id": 1}]}
+    answers = [{"answer": answer} for answer in ("no", "yes", "yes")]
+    book = {"questions": ["who?"], "answers": ["me"], "split": 1}
+    published = {
+        "vqav2": (asked, {"annotations": [{"question_id": 1, "answers": answers}]}),
+        "gqa": ({"0": {"imageId": "77", "question": "q", "answer": "left", "isBalanced": True}},),
+        "ocrvqa": ({"0071": book, "test": book | {"split": 3}},),
+        "aokvqa": (
+            [{"image_id": 9, "question": "q", "choices": ["a", "b"], "correct_choice_idx": 0, "difficult": False}],
+        ),
+        "textcaps": (
+            {"data": [{"image_id": "x1", "caption_str": "first"}, {"image_id": "x1", "caption_str": "second"}]},
+            {"data": [{"image_id": "x1", "ocr_tokens": ["STOP"]}]},
+        ),
+        "vg": (
+            [{"id": 5, "regions": [{"image_id": 5, "x": 0, "y": 0, "width": 50, "height": 100, "phrase": "a half"}]}],
+            [{"image_id": 5, "width": 100, "height": 100, "url": "https://x/VG_100K_2/5.jpg"}],
+        ),
+    }
+    sources = {}
+    for name, contents in published.items():
+        files = [tmp_path / f"{name}{number}.json" for number in range(len(contents))]
+        for file, content in zip(files, contents):
+            file.write_text(json.dumps(content))
+        sources[name] = records(name, *files)
+    rows = list(llava_mixture(sources))
+    assert [(row["image"], said(row)[1]) for row in rows] == [
+        ("coco/train2017/000000000009.jpg", "yes"),
+        ("gqa/images/77.jpg", "left"),
+        ("ocr_vqa/images/0071.jpg", "me"),
+        ("coco/train2017/000000000009.jpg", "A"),
+        ("coco/train2017/000000000009.jpg", "B"),
+        ("textvqa/train_images/x1.jpg", "first"),
+        ("vg/VG_100K_2/5.jpg", "[0.00, 0.00, 0.50, 1.00]"),
+    ]
+    with pytest.raises(ValueError, match="reads no 'refcoco'"):
+        records("refcoco")
 
 
 def test_what_the_mixture_does_not_know_or_need_is_said():

@@ -4,7 +4,7 @@ Only the resulting json was published, never the code. What is not stated but re
 "inferred" here. Each rule takes records (dicts) one by one and yields rows in LLaVA's shape, in the order of the records; what is
 drawn is drawn by hash, so the same seed gives the same rows on any machine.
 
-Records are what the sources' own files say, joined where a source spreads it over two files:
+Records are what the sources' own files say (`records` reads them), joined where a source spreads it over two files:
     vqav2, okvqa, gqa, ocrvqa   image, question, answer                          (one a question)
     aokvqa                      image, question, choices, correct_choice_idx     (one a question)
     textcaps                    image, caption, ocr_tokens                       (one a picture: its first caption, inferred)
@@ -14,7 +14,11 @@ Records are what the sources' own files say, joined where a source spreads it ov
 vg/VG_100K/...
 """
 
+import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 from vflan.conversation import IMAGE, audit, encode
 from vflan.mixtures import _closest, _draw
@@ -46,6 +50,74 @@ def llava_mixture(sources: Mapping[str, Iterable[dict]], tokenizer=None, seed: i
 # rows of each source in the published file (the author's counts), in the order of the paper's table
 ROWS = {"llava_instruct": 157_712, "sharegpt": 40_688, "vqav2": 82_783, "gqa": 72_140, "okvqa": 8_998, "ocrvqa": 80_000,
         "aokvqa": 66_160, "textcaps": 21_953, "refcoco": 48_447, "vg": 86_417}  # fmt: skip
+
+
+def records(source: str, *files: str | os.PathLike) -> Iterator[dict]:
+    """The records of a source from its own training files, which are given in this order:
+
+    vqav2, okvqa: questions, annotations (mscoco_train2014); gqa: train_balanced_questions; ocrvqa: dataset; aokvqa:
+    aokvqa_v1p0_train; textcaps: TextCaps_0.1_train, TextVQA_Rosetta_OCR_v0.2_train; vg: region_descriptions, image_data. All json.
+    RefCOCO publishes pickles, which its own toolkit reads. Of VQA's ten answers the most frequent counts (inferred).
+    """
+    if source not in _READERS:
+        raise ValueError(f"records reads no {source!r}; it reads {', '.join(_READERS)}.")
+    return _READERS[source](*(json.loads(Path(file).read_text(encoding="utf-8")) for file in files))
+
+
+def _coco(number: int) -> str:
+    return f"coco/train2017/{number:012}.jpg"  # COCO's train2014 pictures bear these names in train2017
+
+
+def _read_vqa(questions: dict, annotations: dict) -> Iterator[dict]:
+    answers = {found["question_id"]: found["answers"] for found in annotations["annotations"]}
+    for asked in questions["questions"]:
+        ((answer, _),) = Counter(found["answer"] for found in answers[asked["question_id"]]).most_common(1)
+        yield {"image": _coco(asked["image_id"]), "question": asked["question"], "answer": answer}
+
+
+def _read_gqa(questions: dict) -> Iterator[dict]:
+    for asked in questions.values():
+        yield {"image": f"gqa/images/{asked['imageId']}.jpg", "question": asked["question"], "answer": asked["answer"]}
+
+
+def _read_ocr_vqa(books: dict) -> Iterator[dict]:
+    for name, book in books.items():
+        if book["split"] == 1:  # its training split
+            for question, answer in zip(book["questions"], book["answers"]):
+                yield {"image": f"ocr_vqa/images/{name}.jpg", "question": question, "answer": answer}
+
+
+def _read_a_okvqa(questions: list) -> Iterator[dict]:
+    for asked in questions:
+        kept = {key: asked[key] for key in ("question", "choices", "correct_choice_idx")}
+        yield kept | {"image": _coco(asked["image_id"])}
+
+
+def _read_text_caps(captions: dict, ocr: dict) -> Iterator[dict]:
+    words = {found["image_id"]: found["ocr_tokens"] for found in ocr["data"]}
+    for image, captions_of in _by_image({"image": found["image_id"], **found} for found in captions["data"]):
+        path, tokens = f"textvqa/train_images/{image}.jpg", words.get(image, [])
+        yield {"image": path, "caption": captions_of[0]["caption_str"], "ocr_tokens": tokens}
+
+
+def _read_vg(pictures: list, sizes: list) -> Iterator[dict]:
+    known = {size["image_id"]: size for size in sizes}
+    for region in (region for picture in pictures for region in picture["regions"]):
+        size = known[region["image_id"]]
+        box = tuple(region[side] for side in ("x", "y", "width", "height"))
+        image = "vg/" + "/".join(size["url"].split("/")[-2:])  # VG_100K or VG_100K_2
+        yield {"image": image, "width": size["width"], "height": size["height"], "box": box, "phrase": region["phrase"]}
+
+
+_READERS = {
+    "vqav2": _read_vqa,
+    "okvqa": _read_vqa,
+    "gqa": _read_gqa,
+    "ocrvqa": _read_ocr_vqa,
+    "aokvqa": _read_a_okvqa,
+    "textcaps": _read_text_caps,
+    "vg": _read_vg,
+}
 
 
 def _rules(tokenizer, seed: int) -> dict[str, Callable]:
