@@ -18,7 +18,6 @@ from PIL import Image
 
 from vflan import samples as room
 from vflan.checks import check
-from vflan.mixtures import mix, subset
 from vflan.pictures import picture_trouble, read_picture
 from vflan.samples import load_samples, save_samples
 
@@ -416,23 +415,6 @@ def test_what_can_be_repaired_is_kept_and_said(tmp_path):
     report = check(load_samples(make(tmp_path, *rows)))
     assert (report.rows, report.ok, len(report.bad)) == (5, 5, 0)
     assert list(report.repaired.row) == [0, 1, 2, 3]
-
-
-def test_mix_is_the_same_on_any_machine(tmp_path):
-    samples = load_samples(make(tmp_path, *[row(id=i, task_name=f"t{i % 6}") for i in range(60)]))
-    assert mix(samples, 2, 3, seed=0)["id"][:] == ["4", "22", "26", "34", "38", "50"]
-
-
-def test_mix_draws_tasks_and_samples_as_asked_and_larger_mixtures_hold_the_smaller(tmp_path):
-    samples = load_samples(make(tmp_path, *[row(id=i, task_name=f"t{i % 6}") for i in range(60)]))
-    small, large = mix(samples, 2, 3, seed=1), mix(samples, 4, 5, seed=1)
-    assert len(small) == 6 and len(set(small["task_name"])) == 2
-    assert set(small["id"]) < set(large["id"]) and len(large) == 20
-    assert mix(samples, 2, 3, seed=2)["id"][:] != small["id"][:]
-    assert len(mix(samples, 3, 1000)) == 30  # a task gives what it has
-    assert set(subset(samples, 5)["id"]) < set(subset(samples, 20)["id"])
-    with pytest.raises(ValueError, match="hold 6 tasks"):
-        mix(samples, 7)
 
 
 def test_twenty_thousand_rows_check_quickly_and_a_shared_picture_is_decoded_once(tmp_path):
