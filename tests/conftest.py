@@ -36,7 +36,7 @@ def backbones(tmp_path_factory):
 
 def make_backbones(folder, width=32, layers=2, seed=0):
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -65,6 +65,7 @@ def make_backbones(folder, width=32, layers=2, seed=0):
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in bytes_]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

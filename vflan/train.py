@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from vflan import model as models
 from vflan.batches import Pictures, feed, plan, prepare
 from vflan.learner import Learner
-from vflan.recipe import Recipe, differences, shown
+from vflan.recipe import Recipe, differences, resolve, shown
 from vflan.runs import Run, launch, read_json, write_json
 
 _FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -74,7 +74,8 @@ def fit(folder, num_processes: int | None = None) -> None:
     if run.finished:
         return
 
-    model, processor = models.load_model(recipe, init), models.load_processor(recipe)
+    model = models.load_model(recipe, init)
+    processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
         data = prepare(recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process)
@@ -255,6 +256,9 @@ def _started_from(init) -> dict:
     """What a run remembers of the run it begins with: where it is, and which weights were in it."""
     if init is None:
         return dict(init=None, init_weights=None)
+    if not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file():  # LLaVA's own file or folder
+        projector = models.read_projector(init).items()
+        return dict(init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector)))
     init = init if isinstance(init, Run) else Run.open(init)
     if not init.finished:
         raise ValueError(f"{shown(init.folder)} is not finished; train it to the end before starting from it.")
