@@ -12,7 +12,7 @@ HOME = Path(__file__).resolve().parent.parent
 # conversation (check asks it what a row would lose), stats and judge (what scores stands after them).
 ROOMS = """
 recipe presets conversation pictures samples mixtures llava_mixture stats judge benchmarks contamination checks fetch
-model batches learner runs train evaluate claims plots widgets world book
+model batches learner checkpoints processes runs log heldout train evaluate claims plots widgets world book
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 

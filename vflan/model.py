@@ -162,7 +162,9 @@ def load_tokenizer(recipe):
     tokenizer = AutoTokenizer.from_pretrained(weights_source(recipe.language_model))
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    if hasattr(tokenizer, "legacy"):  # a Llama's: how it spells the text after an end token; a saved copy would forget it
+    if hasattr(
+        tokenizer, "legacy"
+    ):  # a Llama's: how it spells the text after an end token; a saved copy would forget it
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -24,12 +24,16 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "packing": ("auto", "packed", "padded"),
     "loss_average": ("tokens", "micro_batches"),
+    "sharding": ("auto", "none", "fsdp2", "zero2", "zero3"),
 }
+_TRACKERS = ("tensorboard", "wandb", "trackio")
+_WATCHING = ("save_every", "evaluate_every", "trackers")  # what is seen of a run, not what comes out of it
 _AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
 _AT_LEAST |= dict(
     lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
 )
 _AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1)
+_AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +81,18 @@ class Recipe:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     seed: int = 0
+    sharding: str = (
+        "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
+    )
     save_every: int = 0  # steps between checkpoints to resume from; 0: none
+    heldout_rows: int = 0  # rows never trained on: their loss a task, and answers to a few of them
+    evaluate_every: int = 0  # steps between looks at the held-out rows; 0: one look, at the end
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written in any case
     max_bad_share: float = 0.01  # more bad rows than this and the run does not start
 
     def __post_init__(self):
-        for field in ("tune", "more_samples", "exclude", "task_weights"):  # lists come from json and from notebooks
+        # lists come from json and from notebooks
+        for field in ("tune", "more_samples", "exclude", "task_weights", "trackers"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         for field, known in _CHOICES.items():
@@ -116,6 +127,15 @@ class Recipe:
                 f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
                 "raise it or lower max_length."
             )
+        if self.sharding not in ("auto", "none") and (self.bits < 16 or self.optimizer == "adamw_8bit"):
+            raise ValueError(
+                f"sharding={self.sharding!r}: quantised weights and the 8-bit optimiser cannot be shared out over processes; "
+                "set sharding='none', or bits=16 and optimizer='adamw'."
+            )
+        if not set(self.trackers) <= set(_TRACKERS):
+            raise ValueError(f"trackers={self.trackers}: choose among {', '.join(_TRACKERS)}.")
+        if self.evaluate_every and not self.heldout_rows:
+            raise ValueError(f"evaluate_every={self.evaluate_every} has nothing to look at; set heldout_rows too.")
         if self.lora_r and not self.lora_alpha:
             raise ValueError(f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual.")
 
@@ -186,16 +206,11 @@ def preset_names() -> list[str]:
 
 
 def differences(old: dict, new: dict) -> str:
-    """The fields in which two recipes (as dicts) differ, one line each; empty when they agree.
-
-    A field that one of them does not know, as it was written by an older vflan, has its default there.
-    """
+    """The fields that make two recipes (as dicts) two runs, one line each; a field that one lacks has its default."""
     defaults = {name: field.default for name, field in _FIELDS.items() if field.default is not dataclasses.MISSING}
-    defaults = json.loads(json.dumps(defaults))
-    old, new = defaults | old, defaults | new
-    return "\n".join(
-        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
-    )
+    old, new = (json.loads(json.dumps({**defaults, **values})) for values in (old, new))
+    keys = [key for key in {**old, **new} if key not in _WATCHING]
+    return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key))
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -206,6 +221,20 @@ def resolve(path: str | os.PathLike) -> Path:
 def shown(path: Path) -> str:
     """A path as a person should read it: relative to the project folder when it lies there."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
 
 
 def weights_source(path: str) -> str:
