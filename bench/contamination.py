@@ -7,7 +7,7 @@ The thresholds of vflan/contamination.py were chosen on the mini world of seed 0
 are measured on the mini world of another seed, and on the other half where the real samples are at hand.
 
 recall: of evaluation pictures copied into a training set (JPEG at quality 30; half the width and height; 5 % cut off at each
-of the four sides), the share that `check` reports as a copy of that picture; the lowest of the three kinds, with the mini world and the real
+of the four sides), the share that `check` reports as a copy of that picture; lowest of the three kinds, with the mini world and the real
 samples weighing as many as they are. False alarms: the share of training pictures without a planted copy that are reported.
 Minutes: 186,000 pictures at the rate of one thread here, times 8; an extrapolation, nothing ran on 8 cores.
 """
