@@ -41,13 +41,14 @@ WORDS += "café naïve Zürich façade".split()  # names in the answers are not 
 def make(path, rows):
     """Write `rows` records resembling Vision-Flan's, the tasks one after the other."""
     draw = random.Random(SEED)
-    instructions = [" ".join(draw.choices(WORDS, k=draw.randint(8, 80))) for _ in range(TASKS)]
+    instructions = [" ".join(draw.choices(WORDS, k=draw.randint(8, 76))) for _ in range(TASKS)]
+    phrases = [" ".join(draw.choices(WORDS, k=draw.randint(0, 20))) for _ in range(5000)]
+    answers = [" ".join(draw.choices(WORDS, k=min(200, int(draw.paretovariate(0.9)) + 1))) for _ in range(5000)]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
             task = i * TASKS // rows
             name = f"dataset_{task // 2}+task_{task}"
-            asked = f"{instructions[task]} {' '.join(draw.choices(WORDS, k=draw.randint(0, 20)))}"
-            said = " ".join(draw.choices(WORDS, k=min(200, int(draw.paretovariate(0.9)) + 1)))
+            asked, said = f"{instructions[task]} {draw.choice(phrases)}", draw.choice(answers)
             turns = [f"<image>\n{asked}" if task % 2 else f"{asked}\n<image>", said]
             row = {
                 "id": f"{name}_{i}",
@@ -94,10 +95,22 @@ def opening(path, together=None):
     out |= {"torch": "torch" in sys.modules, "imported": before["peak"], "words": sum(map(len, texts)), **memory()}
     if together:
         together.wait()
-        lines = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-        out |= {key.lower(): int(lines[key].split()[0]) / 1024 for key in ("Pss", "Rss")}
+        out |= mapped()
         together.wait()
     return out
+
+
+def mapped():
+    """MB that this process maps (rss) and its part of them when shared pages are divided among their users (pss); the table's apart."""
+    found, table = dict.fromkeys(("rss", "pss", "table_rss", "table_pss"), 0), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            table = line.endswith(".arrow")
+        elif name in ("Rss:", "Pss:"):
+            found[name[:-1].lower()] += int(rest[0]) / 1024
+            found[f"table_{name[:-1].lower()}"] += table * int(rest[0]) / 1024
+    return found
 
 
 def _sharing(path, together, queue):
@@ -105,16 +118,16 @@ def _sharing(path, together, queue):
 
 
 def eight(path):
-    """Eight fresh processes hold the file open at once: the sums of what is theirs alone or shared (Pss) and of all they map (Rss)."""
+    """The sums of `mapped` over eight processes that hold the file open at once, none of them the child of another that did."""
     fresh = multiprocessing.get_context("spawn")
-    together, queue = fresh.Barrier(8), fresh.Queue()
+    together, queue = fresh.Barrier(8, timeout=300), fresh.Queue()
     children = [fresh.Process(target=_sharing, args=(path, together, queue)) for _ in range(8)]
     for child in children:
         child.start()
-    found = [queue.get(timeout=300) for _ in children]
+    found = [queue.get(timeout=600) for _ in children]
     for child in children:
         child.join()
-    return {key: sum(one[key] for one in found) for key in ("pss", "rss")}
+    return {key: sum(one[key] for one in found) for key in ("pss", "rss", "table_pss", "table_rss")}
 
 
 def fresh(what, path, cache):
@@ -152,7 +165,8 @@ def main():
     values |= {"convert_seconds": first["seconds"], "convert_rss_mb": first["peak"]}
     values |= {"eight_open_pss_mb": shared["pss"], "eight_open_rss_mb": shared["rss"]}
     values |= {"json_load_seconds": slow["seconds"], "json_load_rss_mb": slow["peak"]}
-    notes = {"rows": args.rows, "json_mb": round(size), "table_mb": round(table), "seed": SEED}
+    notes = {f"eight_{part}_mb": round(shared[part]) for part in ("table_pss", "table_rss")}
+    notes |= {"rows": args.rows, "json_mb": round(size), "table_mb": round(table), "seed": SEED}
     notes |= {"open_rss_anon_mb": round(again["Anon"]), "open_rss_file_mb": round(again["File"])}
     notes |= {
         "import_seconds": round(again["import"], 2),

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from functools import lru_cache
+from itertools import chain
 
 from PIL import Image, UnidentifiedImageError
 
@@ -94,7 +95,7 @@ def _find(name: str):
     with _lock:  # the first thread reads the archive's contents, the others wait for them
         archive = _archive(*key)
     info = archive.find(member)
-    return info and ((info.CRC, info.file_size), lambda: archive.read(info))
+    return info and ((key[1], info.CRC, info.file_size), lambda: archive.read(info))
 
 
 def _find_file(path: str):
@@ -122,7 +123,7 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _other_names(name: str) -> list[str]:
+def _other_names(name: str):
     """What a lost picture may be called instead.
 
     Re-downloaded pictures changed their extension (OCR-VQA); unzip writes what the locale lacks as #Uxxxx; some systems decompose
@@ -130,12 +131,13 @@ def _other_names(name: str) -> list[str]:
     """
     stem, _, kind = name.rpartition(".")
     swapped = [f"{stem}.{other}" for other in _KINDS if other != kind] if kind in _KINDS else []
-    names = []
     for plain in (name, *swapped):
+        if plain.isascii():
+            yield plain
+            continue
         for form in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
             for text in (form, form.encode(errors="replace").decode("cp437")):
-                names += [text, re.sub(r"[^\0-\x7f]", lambda c: f"#{_hex(ord(c[0]))}", text)]
-    return list(dict.fromkeys(names))[1:]
+                yield from (text, re.sub(r"[^\0-\x7f]", lambda c: f"#{_hex(ord(c[0]))}", text))
 
 
 def _hex(code: int) -> str:
@@ -156,10 +158,10 @@ class _Archive:
         self.top = f"{tops.pop()}/" if len(tops) == 1 else ""  # the released one holds all in images_191task_1k/
 
     def find(self, member: str):
-        if member in self.members:
-            return self.members[member]
-        names = (top + name for name in [member, *_other_names(member)] for top in ("", self.top))
-        return next((self.members[name] for name in names if name in self.members), None)
+        names = chain([member], _other_names(member))
+        return next(
+            (self.members[t + name] for name in names for t in ("", self.top) if t + name in self.members), None
+        )
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
         if info.flag_bits & 1:
