@@ -16,6 +16,7 @@ from vflan.benchmarks.benchmark import Benchmark, metrics
 from vflan.benchmarks.files import LETTER, SHORT, find, pictures_in, read_rows
 from vflan.benchmarks.vqa import write_json
 
+LETTERS = "ABCDEFGHI"
 KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
@@ -23,19 +24,19 @@ def parse(answer, sample):
     """The letter chosen, or None; for an open question the phrases and numbers that the answer may mean."""
     if is_open(sample):
         return parse_open(str(answer))
-    return parse_choice(str(answer), sample.get("options") or [])
+    return parse_choice(str(answer), sample.get("options") or [], sample.get("letters", LETTERS))
 
 
 def is_open(sample):
     return sample.get("question_type", "multiple-choice") != "multiple-choice"
 
 
-def parse_choice(answer, options):
+def parse_choice(answer, options, letters):
     """'(B)' anywhere, else 'B' as a word, else (in answers of six words or more) an option's text; the last one said."""
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     said = f" {answer} "
-    letters = [chr(ord("A") + i) for i in range(len(options) or 9)]
+    letters = letters[: len(options) or None]
     places = {x: said.rfind(f"({x})") for x in letters}
     if max(places.values()) < 0:
         places = {x: said.rfind(f" {x} ") for x in letters}
@@ -122,7 +123,7 @@ def prompt(question, options, kind):
     """The prompt of MMMU's own LLaVA-1.5 setting."""
     if kind != "multiple-choice":
         return question + SHORT
-    return "\n".join([question] + [f"({chr(ord('A') + i)}) {o}" for i, o in enumerate(options)]) + "\n" + LETTER
+    return "\n".join([question] + [f"({x}) {o}" for x, o in zip(LETTERS, options)]) + "\n" + LETTER
 
 
 def known(sample):

@@ -17,14 +17,15 @@ LETTERS = "ABCDE"
 
 
 def parse(answer, sample=None):
-    """The letter, or None: 'B', 'B. ...', or 'The answer is B.' exactly once (whatever character follows the letter)."""
-    answer = str(answer)
-    if len(answer) == 1 and answer in LETTERS:
+    """The letter, or None: 'B', 'B. ...', or 'The answer is B.' exactly once (whatever character follows the letter).
+    Letters are A to E, or those of the sample's `letters`."""
+    answer, letters = str(answer), (sample or {}).get("letters", LETTERS)
+    if len(answer) == 1 and answer in letters:
         return answer
-    if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
+    if len(answer) >= 3 and answer[0] in letters and answer[1:3] == ". ":
         return answer[0]
-    said = re.findall(r"The answer is ([A-Z]).", answer)
-    return said[0] if len(said) == 1 and said[0] in LETTERS else None
+    said = re.findall(r"The answer is ([a-z])." if letters.islower() else r"The answer is ([A-Z]).", answer)
+    return said[0] if len(said) == 1 and said[0] in letters else None
 
 
 def read(path, labels, keep):
@@ -62,11 +63,11 @@ def question(problem):
 
 
 def known(sample):
-    return sample["label"] in tuple(LETTERS)
+    return sample["label"] in tuple(sample.get("letters", LETTERS))
 
 
 def items(samples, answers):
-    right = [parse(a) == s["label"] for s, a in zip(samples, answers)]
+    right = [parse(a, s) == s["label"] for s, a in zip(samples, answers)]
     with_picture = np.array([bool(s["image"]) for s in samples])
     found = metrics("accuracy", right, samples, pooled=True)["accuracy"]
     parts = {"img_accuracy": with_picture, "accuracy": with_picture | True, "text_accuracy": ~with_picture}
