@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.benchmarks.benchmark import valid
 from vflan.benchmarks.files import match, name_picture, read_answers, read_rows
 
 COUNTED = ("missing", "unknown", "duplicate", "empty", "unknown_label", "unreadable_line")
@@ -66,13 +67,13 @@ def scored(benchmark, samples, said, reviews=None):
         metrics = {k: m for k, m in metrics.items() if k not in ("format", "words", "rule")}
     out = {}
     for name, metric in metrics.items():
-        head, _, tail = name.partition("/")
-        for key in {head, MORE_NAMES.get(head, head)}:
-            out["_".join(filter(None, [key, tail]))] = metric.value()
+        head, *tail = name.split("/")
+        for key in dict.fromkeys((head, MORE_NAMES.get(head, head))):
+            out["_".join((key, *tail))] = metric.value()
     out["n"] = sum(benchmark.known(s) and (a is not None or benchmark.missing == "wrong")
                    for s, a in zip(samples, answers))  # fmt: skip
     if judgements:
-        out["n"], out["failed_judgement"] = sum(j is not None for j in judgements), sum(j is None for j in judgements)
+        out["n"], out["failed_judgement"] = sum(map(valid, judgements)), sum(not valid(j) for j in judgements)
     return out
 
 

@@ -106,6 +106,11 @@ def majority(samples):
     return [forms[s["category"], best[s["category"]]] for s in samples]
 
 
+def valid(judgement):
+    """Whether a judge's verdict can be averaged: it is there and from 0 to 10, and so is the mark of a reference."""
+    return judgement is not None and 0 <= judgement.score <= 10 and 0 <= getattr(judgement, "reference", 0) <= 10
+
+
 def labelled(sample):
     return bool(str(sample["label"] if sample["label"] is not None else "").strip())
 
@@ -133,6 +138,7 @@ class Benchmark:
     missing: str = (
         "excluded"  # a question without an answer is `excluded`, or `wrong` where the official script says so
     )
+    alone: Callable | None = None  # (samples, answers or None) -> the samples that lack a partner to be scored with
     blind: Callable = majority  # samples -> the answers of a model that sees nothing
     max_new_tokens: int = 16
     paper: str = ""
@@ -217,8 +223,8 @@ class Benchmark:
 
     def problems(self, samples, answers=None, pictures=False):
         """{trouble: [question ids]} of everything that keeps a question from being scored as it stands; empty lists are
-        left out. `unknown_label`, `duplicate_question`; with answers `missing` and `empty`; with `pictures` those that
-        do not open ('id: why')."""
+        left out. `unknown_label`, `duplicate_question`, MME's `unpaired`; with answers `missing` and `empty`; with
+        `pictures` those that do not open ('id: why')."""
         found = {"unknown_label": [s["question_id"] for s in samples if not self.known(s)]}
         twice = Counter((s["question_id"], s["text"]) for s in samples)
         found["duplicate_question"] = [id for (id, _), n in twice.items() for _ in range(n - 1)]
@@ -229,6 +235,8 @@ class Benchmark:
         if pictures:
             trouble = ((s["question_id"], picture_trouble(s["image"])) for s in samples if s["image"])
             found["unreadable_picture"] = [f"{id}: {why}" for id, why in trouble if why]
+        if self.alone:
+            found["unpaired"] = [s["question_id"] for s in self.alone(samples, answers)]
         return {trouble: ids for trouble, ids in found.items() if ids}
 
     def score(self, samples, answers, judgements=None):

@@ -15,6 +15,7 @@ number of capitalised entities an answer has. A missing answer names nothing.
 import re
 from collections import Counter
 from functools import cache, lru_cache
+from importlib.metadata import entry_points
 
 import numpy as np
 
@@ -70,13 +71,13 @@ def parse_entities(answer, sample=None):
 
 @cache
 def spacy_model():
-    """(name, pipeline) of the first English spaCy model that is installed, or None."""
-    try:
-        import spacy
-    except ImportError:
+    """(name, pipeline) of the first English spaCy model that is installed, or None; spaCy is imported only then."""
+    names = sorted(m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web"))
+    if not names:
         return None
-    names = sorted(m for m in spacy.util.get_installed_models() if m.startswith("en_core_web"))
-    return (names[0], spacy.load(names[0])) if names else None
+    import spacy
+
+    return names[0], spacy.load(names[0])
 
 
 @lru_cache(1 << 14)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vflan.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
+from vflan.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics, valid
 from vflan.benchmarks.files import SHORT, pictures_in, read_rows
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
@@ -36,7 +36,7 @@ def parse(answer, sample=None):
 def items(samples, answers, judgements=None):
     """accuracy, averaged over the sets; a Judgement of 5 or more (of 10) counts as right, None is left out."""
     if judgements is not None:
-        judged = [(s, j.score >= 5) for s, j in zip(samples, judgements) if j is not None and 0 <= j.score <= 10]
+        judged = [(s, j.score >= 5) for s, j in zip(samples, judgements) if valid(j)]
         return metrics("accuracy", [ok for _, ok in judged], [s for s, _ in judged]) if judged else {}
     labels = {}
     for s in samples:

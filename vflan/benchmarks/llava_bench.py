@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, read_questions
+from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, read_questions, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.judge import Judgement, RuleJudge, facts, is_long_form
 
@@ -81,14 +81,10 @@ def numbers(text):
         return []
 
 
-def usable(judgement):
-    return judgement is not None and 0 <= judgement.score <= 10 and getattr(judgement, "reference", 0) >= 0
-
-
 def items(samples, answers, judgements=None):
     if judgements is None:
         judgements = judge(samples, answers)
-    judged = [(s, j) for s, j in zip(samples, judgements) if usable(j)]
+    judged = [(s, j) for s, j in zip(samples, judgements) if valid(j)]
     found = verdicts([s for s, _ in judged], [j for _, j in judged]) if judged else {}
     read = [parse(a, s) for s, a in zip(samples, answers)]
     right, wrong = (np.array([len(r[key]) for r in read], float) for key in ("right", "wrong"))

@@ -66,11 +66,22 @@ def read(path, labels, keep):
     return samples
 
 
-def items(samples, answers):
-    pairs = {}
+def by_picture(samples):
+    """The indices of each picture's questions."""
+    groups = {}
     for i, s in enumerate(samples):
-        pairs.setdefault((s["category"], str(s["image"])), []).append(i)
-    pairs = [members for members in pairs.values() if len(members) == 2]
+        groups.setdefault((s["category"], str(s["image"])), []).append(i)
+    return list(groups.values())
+
+
+def alone(samples, answers):
+    """Those of `samples` that can be scored but whose picture has not exactly two such questions."""
+    good = [s for i, s in enumerate(samples) if known(s) and (answers is None or answers[i] is not None)]
+    return [good[i] for members in by_picture(good) if len(members) != 2 for i in members]
+
+
+def items(samples, answers):
+    pairs = [members for members in by_picture(samples) if len(members) == 2]
     if not pairs:
         return {}
     right = np.array([parse(a) == s["label"].lower() for s, a in zip(samples, answers)], float)
@@ -109,5 +120,5 @@ def upload(samples, answers, folder):
         (Path(folder) / f"{task}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-MME = Benchmark("mme", "score", parse, items, read, known=known, blind=yes, upload=upload, paper="MME", size=2374,
+MME = Benchmark("mme", "score", parse, items, read, known=known, alone=alone, blind=yes, upload=upload, paper="MME", size=2374,
                 released=("llava_mme.jsonl",), source="LLaVA's eval.zip, labels and pictures from MME's authors")  # fmt: skip
