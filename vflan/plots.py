@@ -19,7 +19,10 @@ from vflan.recipe import ROOT
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
 TITLES = {"heldin": "held-in tasks", "heldout": "held-out tasks", "mmbench": "MMBench", "mme": "MME", "pope": "POPE",
-          "llava_bench": "LLaVA-Bench", "forgetting": "forgetting"}  # fmt: skip
+          "llava_bench": "LLaVA-Bench", "forgetting": "forgetting", "mm_vet": "MM-Vet", "mmmu": "MMMU", "gqa": "GQA",
+          "mmbench_cn": "MMBench-CN", "seed": "SEED-Bench", "vqav2": "VQAv2", "vizwiz": "VizWiz", "textvqa": "TextVQA",
+          "scienceqa": "ScienceQA", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST",
+          "miniimagenet": "miniImageNet", "textocr": "TextOCR", "wit": "WIT"}  # fmt: skip
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 SVG_LIMIT = 200_000  # bytes
 
