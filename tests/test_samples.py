@@ -422,3 +422,22 @@ def test_twenty_thousand_rows_check_quickly_and_a_shared_picture_is_decoded_once
     start = time.process_time()
     assert check(samples).ok == 20_000
     assert time.process_time() - start < 5
+
+
+def test_texture_tells_where_the_picture_stands_and_how_long_texts_are(tmp_path):
+    def turns(question, *more):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "two words"}, *more]
+
+    rows = [
+        row(conversations=turns("<image>\nWhat is it?")),
+        row(conversations=turns("What is it?\n<image> ", ASK, SAY)),
+        row(conversations=turns("Is <image> it?")),
+        row(image=None, conversations=turns("Who?")),
+        row(conversations=[]),
+        row(conversations=[ASK]),
+    ]
+    found = room.texture(load_samples(make(tmp_path, *rows)))
+    assert list(found.image) == ["first", "last", "inside", "none", "none", "first"]
+    assert list(found.question) == [3, 3, 2, 1, 0, 1] and list(found.answer) == [2, 2, 2, 2, 0, 0]
+    assert list(found.turns) == [2, 4, 2, 2, 0, 1]
+    assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
