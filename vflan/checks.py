@@ -239,9 +239,12 @@ def _rows(samples: Dataset, columns, bar: bool = True):
 
 def _bar(what: str, total: int) -> tqdm:
     """A progress bar for what takes longer than some seconds; where nobody watches, a line a minute."""
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    wait = dict(delay=3, mininterval=0.5) if watched else dict(delay=60, mininterval=60, maxinterval=60)
-    return tqdm(total=total, desc=f"check: {what}", unit="", leave=False, **wait)
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        style = dict(delay=3, leave=False)
+    else:
+        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} to go\n"
+        style = dict(delay=60, mininterval=60, maxinterval=60, leave=False, bar_format=line)
+    return tqdm(total=total, desc=f"check, {what}", **style)
 
 
 def _verdict(turns, image, trouble, tokenizer, max_length, template, image_tokens) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def mix(
     `exclude` names tasks, or flags of data/tasks.csv: "benchmark" (the source is a benchmark's val or test set), "overlaps" (kin of
     the papers' evaluation sets), "faces". Flags are known for the names of Vision-Flan only. ValueError says what does not fit.
     """
-    tasks = _rows_by_task(samples)
+    tasks = rows_by_task(samples)
     for task in _excluded(exclude, tasks):
         tasks.pop(task, None)
     if exclude and not tasks:
@@ -112,7 +112,7 @@ def _more_samples(recipe):
         yield name, load_samples(file, own if own.is_dir() else resolve(recipe.images)), int(count) if count else None
 
 
-def _rows_by_task(samples: Dataset) -> dict[str, np.ndarray]:
+def rows_by_task(samples: Dataset) -> dict[str, np.ndarray]:
     """Row numbers of each task, ascending. The names stay in Arrow: a million strings would not be small."""
     names = samples.data.column("task_name").dictionary_encode().unify_dictionaries().combine_chunks()
     codes = names.indices.to_numpy(zero_copy_only=False)
