@@ -18,7 +18,7 @@ from vflan import model as models
 from vflan.checks import check
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_many
 from vflan.mixtures import recipe_samples
-from vflan.pictures import read_picture
+from vflan.pictures import read_picture, stamp
 from vflan.recipe import CACHE, Recipe, shown
 
 MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
@@ -211,9 +211,8 @@ class Pictures:
         shown_in = [which for which in self.data.picture[rows] if which >= 0]
         for which in shown_in:
             if which not in self.stamps:
-                path = str(self.data.pictures[which])
-                stat = os.stat(path)
-                self.stamps[which] = (path, stat.st_size, stat.st_mtime_ns)
+                name = str(self.data.pictures[which])
+                self.stamps[which] = (name, *stamp(name))
         return [self.stamps[which] for which in shown_in]
 
     def _read(self, key):
@@ -250,24 +249,25 @@ def _stored(dtype):
     return torch.int16 if dtype == torch.bfloat16 else dtype  # numpy has no bf16
 
 
-def plan(data: Data, recipe: Recipe) -> list[np.ndarray]:
-    """The rows of every global batch of the run, decided by the seed alone.
+def plan(data: Data, recipe: Recipe, of=None) -> list[np.ndarray]:
+    """The rows of every global batch of the run, decided by the seed alone; drawn from the rows `of` (None: all).
 
     Each epoch is shuffled. Where rows are padded it is then cut into stretches of 32 batches and sorted by length inside
     each (text-only rows apart), so that a batch holds like lengths, and the batches are shuffled; where rows are packed
     a batch should hold all lengths, the shuffle is enough. An epoch's last batch is filled from its start.
     """
-    rows, size = len(data.ids), recipe.global_batch
+    of = np.arange(len(data.ids)) if of is None else of
+    rows, size, lengths, text = len(of), recipe.global_batch, data.lengths[of], data.picture[of] < 0
     steps = recipe.max_steps or max(1, math.ceil(rows * recipe.epochs / size))
     batches, epoch = [], 0
     while len(batches) < steps:
         draw = np.random.Generator(np.random.PCG64([recipe.seed, epoch]))
         order = np.resize(draw.permutation(rows), math.ceil(rows / size) * size)
         if not packs(recipe):
-            key = data.lengths[order] + (data.picture[order] < 0) * 10**6
+            key = lengths[order] + text[order] * 10**6
             cuts = range(0, len(order), 32 * size)
             order = order[np.concatenate([cut + np.argsort(key[cut : cut + 32 * size], kind="stable") for cut in cuts])]
-        batches += [order[i * size : (i + 1) * size] for i in draw.permutation(len(order) // size)]
+        batches += [of[order[i * size : (i + 1) * size]] for i in draw.permutation(len(order) // size)]
         epoch += 1
     return batches[:steps]
 

@@ -14,12 +14,12 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# the same template for Hugging Face processors: saved with every run so that AutoProcessor alone can prompt the model
-CHAT_TEMPLATE = (
+# the same template for Hugging Face processors; GAP: see chat_template
+_CHAT_TEMPLATE = (
     "{{ '"
     + SYSTEM.replace("'", "\\'")
     + " ' }}{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>GAP' }}{% endfor %}"
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{{ ' ' if m.role == 'user' else eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -104,6 +104,8 @@ def _texts(pairs, has_image, tokenizer, template) -> tuple:
     if template == "plain":
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
+        if len(pairs) > 1:
+            raise ValueError(f"{len(pairs)} answers: the plain template is a picture and one caption")
         return [pairs[0][1] + "\n"], said, lambda ids: _caption(ids[0], tokenizer)
     head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
     texts = [
@@ -138,6 +140,19 @@ def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: boo
     head, prompts = _prompts([question], tokenizer, has_image)
     (ids,) = _tokenize(tokenizer, [([head, *prompts], question)])
     return _head(ids[0], tokenizer, has_image) + ids[1]
+
+
+def chat_template(tokenizer) -> str:
+    """The template that is saved with every run, so that `AutoProcessor` alone prompts the model with training's very ids.
+
+    It tokenises in one pass, where training takes the text before and after the picture apart: for tokenizers that begin
+    every stretch of text with a space (but the ones after a special token, as Vicuna's), the space has to be written.
+    """
+    apart = prompt_ids(f"{IMAGE}\nWhat?", tokenizer)[len(_bos(tokenizer)) :]
+    apart[apart.index(IMAGE_TOKEN_INDEX)] = tokenizer.convert_tokens_to_ids(IMAGE)
+    spelt = f"{SYSTEM} USER: {IMAGE} \nWhat? ASSISTANT:"
+    gap = " \n" if tokenizer(spelt, add_special_tokens=False).input_ids == apart else "\n"
+    return _CHAT_TEMPLATE.replace("GAP", gap)
 
 
 def expand(ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int) -> tuple[list, list]:

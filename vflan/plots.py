@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.pictures import read_picture
 from vflan.recipe import ROOT
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -100,14 +100,16 @@ def write(ax, x, y, text, **more):
 
 
 def show(ax, path):
-    """A picture without axes, small ones with hard pixels; a grey field where there is none."""
+    """A picture without axes, small ones with hard pixels; a grey field that says why where there is none."""
     ax.set_axis_off()
-    if not path:
+    try:
+        image, reason = read_picture(path) if path else None, "text only"
+    except OSError as trouble:
+        image, reason = None, str(trouble).split(":")[0]  # its kind: "missing picture"
+    if image is None:
         ax.add_patch(plt.Rectangle((0, 0), 1, 1, color=PALE, transform=ax.transAxes))
-        write(ax, 0.5, 0.5, "text only", ha="center", va="center", color=GREY)
+        write(ax, 0.5, 0.5, reason, ha="center", va="center", color=GREY)
         return
-    with Image.open(path) as image:
-        image = image.convert("RGB")
     ax.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
     ax.set_anchor("N")
 
