@@ -13,10 +13,10 @@ had resident (imports included, the baseline's workers not), on a GPU the most t
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,8 +126,11 @@ def make_body(folder, hidden, layers, wide, heads, tower):
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
     )
+    from transformers.utils import logging
 
     from vflan.conversation import SYSTEM
+
+    logging.disable_progress_bar()
 
     known = ["<unk>", "<s>", "</s>", "<image>", *dict.fromkeys(f"{SYSTEM} USER ASSISTANT : , . '".split())]
     known += [mark for mark in (".", ",", "'", "s", "user", "assistant") if mark not in known]
@@ -197,21 +200,32 @@ def mini_world(folder, rows):
 
 
 def ours(recipe):
-    """When each step of `vflan.train` ended, in seconds from the start of its loop, and the rows of each."""
+    """Data, when each step of `vflan.train` ended (seconds from the start of its loop), the rows of each, and the run."""
+    import torch
+
     import vflan
     from vflan import model as models
     from vflan.batches import plan
 
-    if models.compute_dtype(recipe).itemsize == 2:
+    module, kept = import_module("vflan.train"), []
+    module.prepare = lambda *arguments, prepare=module.prepare, **more: (
+        kept.append(prepare(*arguments, **more)) or kept[0]
+    )
+    if models.compute_dtype(recipe) == torch.bfloat16:
         models.export = lambda model, processor, recipe, folder, init: Path(folder).mkdir()  # 13 GB that nobody reads
     run = vflan.train(recipe)
-    _, _, data = loaded(recipe)
-    batches = plan(data, recipe)
-    return data, run.metrics().seconds.tolist(), [list(map(int, rows)) for rows in batches]
+    batches = [rows.tolist() for rows in plan(kept[0], recipe)]
+    return kept[0], run.metrics().seconds.tolist(), batches, run
+
+
+def import_module(name):
+    """The file of that name; vflan.train as an attribute is its function."""
+    importlib.import_module(name)
+    return sys.modules[name]
 
 
 def loaded(recipe):
-    """Model, processor and data as `fit` has them."""
+    """Model, processor and data as training has them."""
     from vflan import model as models
     from vflan.batches import prepare
 
@@ -220,8 +234,22 @@ def loaded(recipe):
         return model, processor, prepare(recipe, processor.tokenizer, model.config, Path(folder))
 
 
+def thrifty(models):
+    """On a GPU that cannot hold fp32 master weights of a fully tuned 7B (81 GB with 8-bit AdamW), both sides train bf16 ones."""
+    import torch
+
+    def freeze(model, recipe, real=models.freeze):
+        real(model, recipe)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.bfloat16()
+
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 100e9:
+        models.freeze = freeze
+
+
 def baseline(recipe, order=None):
-    """The same for the baseline; with `order` it takes the rows in this order in place of its sampler's. Also the model."""
+    """The same for the baseline, and its model; with `order` it takes the rows in this order in place of its sampler's."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -231,6 +259,7 @@ def baseline(recipe, order=None):
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
     model.config.use_cache = model.config.text_config.use_cache = False
+    model._hf_peft_config_loaded = bool(recipe.lora_r)  # else Trainer takes a 4-bit model for one that cannot learn
     share, times = recipe.global_batch // recipe.micro_batch, []
     order = llava_order(data, recipe.micro_batch, share) if order is None else order
 
@@ -256,10 +285,13 @@ def baseline(recipe, order=None):
             return order
 
         def create_optimizer(self, *_):
-            self.optimizer = ours_optimizer(model, recipe)
+            self.optimizer = import_module("vflan.train")._optimizer(model, recipe)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"]
             return self.optimizer
 
-    half = models.compute_dtype(recipe) == torch.bfloat16
+    if recipe.gradient_checkpointing:
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(recipe.folder.with_name("baseline")),
         per_device_train_batch_size=recipe.micro_batch,
@@ -269,11 +301,9 @@ def baseline(recipe, order=None):
         learning_rate=recipe.lr,
         lr_scheduler_type="constant",
         max_grad_norm=0,
-        bf16=half,
+        bf16=models.compute_dtype(recipe) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=2,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         remove_unused_columns=False,
         report_to="none",
         save_strategy="no",
@@ -285,17 +315,6 @@ def baseline(recipe, order=None):
     size = recipe.global_batch
     steps = [order[i : i + size] for i in range(0, len(order), size)]
     return data, [moment - times[0] for moment in times[1:]], steps, model
-
-
-def ours_optimizer(model, recipe):
-    """Both are given the same optimiser: what is compared is what is fed to it."""
-    import importlib
-
-    importlib.import_module("vflan.train")
-    optimizer = sys.modules["vflan.train"]._optimizer(model, recipe)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"]
-    return optimizer
 
 
 def llava_order(data, batch, world, seed=SEED):
@@ -321,15 +340,15 @@ def llava_order(data, batch, world, seed=SEED):
 
 def child(kind, recipe, warm):
     """Train once and say how it went, as json on the last line; the first `warm` steps are not timed."""
-    import torch
+    from vflan import model as models
+    from vflan.log import peak_gb
 
-    data, ends, steps, *_ = ours(recipe) if kind == "ours" else baseline(recipe)
+    if not recipe.lora_r and recipe.precision == "bf16":
+        thrifty(models)
+    data, ends, steps, left = ours(recipe) if kind == "ours" else baseline(recipe)
+    peak = float(left.metrics().peak_gb.max()) if kind == "ours" else peak_gb()
     seconds = ends[-1] - (ends[warm - 1] if warm else 0)
     rows = [row for step in steps[warm : len(ends)] for row in step]
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     found = dict(
         seconds=seconds,
         steps=len(ends) - warm,
@@ -452,8 +471,6 @@ def fills(rows=8192, batch=128, budget=8192):
 
 def packed_error(recipe, rows=6):
     """The largest difference between a packed row and its conversations one by one: of the mean loss and of its gradients."""
-    import torch
-
     from vflan import model as models
     from vflan.batches import Pictures
     from vflan.learner import Learner
@@ -474,7 +491,6 @@ def packed_error(recipe, rows=6):
         found.append((loss, [w.grad.clone() for w in net.parameters() if w.grad is not None]))
     (loss, gradients), (alone, others) = found
     assert len(gradients) == len(others) > 0
-    del torch
     return max([abs(loss - alone), *((a - b).abs().max().item() for a, b in zip(gradients, others))])
 
 
