@@ -99,9 +99,9 @@ def _fit(run, recipe, accelerator):
         torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
-        names, tokens = ", ".join(data.ids[row] for row in rows), int(data.supervised[rows].sum())
+        tokens = int(data.supervised[rows].sum())
         if not tokens:
-            raise ValueError(f"Step {step + 1} has no supervised token, samples {names}.")
+            raise ValueError(f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}.")
         sums, mine = torch.zeros(2, device=device), rows[rank::world]
         parts = [mine[i : i + recipe.micro_batch] for i in range(0, len(mine), recipe.micro_batch)]
         for part in parts:
@@ -113,7 +113,7 @@ def _fit(run, recipe, accelerator):
             sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
         total, positions = accelerator.reduce(sums).tolist()
         if not math.isfinite(total):
-            raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {names}.")
+            raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}.")
         if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
             nn.utils.clip_grad_norm_([w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm)
         optimizer.step()
@@ -121,9 +121,9 @@ def _fit(run, recipe, accelerator):
         rates = dict(useful=int(data.lengths[rows].sum()), positions=positions, seconds=time.perf_counter() - began)
         log.step(step + 1, total, optimizer.param_groups[0]["lr"], tokens, **rates)
         last = step + 1 == len(batches)
-        if look and (last or recipe.evaluate_every and (step + 1) % recipe.evaluate_every == 0):
+        if look and (last or _due(recipe.evaluate_every, step)):
             look(step + 1, log)
-        if last and (recipe.save_every or not alone) or recipe.save_every and (step + 1) % recipe.save_every == 0:
+        if _due(recipe.save_every, step) or last and (recipe.save_every or not alone):
             log.sync()
             checkpoints.save(run.folder, step + 1, spread, **about)
     log.close()
@@ -160,8 +160,9 @@ class Learner(nn.Module):
             seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
             place = at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)
             embeds = embeds.index_put(place, seen)
-        else:  # every process must have a gradient for every weight
-            embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
+        else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers by being called
+            nothing = embeds.new_zeros(1, projector.linear_1.in_features)
+            embeds = embeds + 0 * projector(nothing).sum()
         hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden.flatten(0, 1)[keep])
         return cross_entropy(logits.float(), targets, reduction="sum")
@@ -190,6 +191,14 @@ def _optimizer(model, recipe):
 
         return AdamW8bit(options, lr=recipe.lr)
     return torch.optim.AdamW(options, lr=recipe.lr, fused=True)
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and (step + 1) % every == 0
+
+
+def _names(data, rows) -> str:
+    return ", ".join(data.ids[row] for row in rows)
 
 
 def _fingerprint_frozen(model) -> str:
