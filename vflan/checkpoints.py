@@ -111,9 +111,9 @@ def learned(recipe, init, weights: dict):
 
 def plan_hash(data, batches) -> str:
     """A hash of every row's tokens and of the order in which the whole plan takes them."""
-    digest = hashlib.sha256()
-    for name, tokens in zip(data.ids, data.tokens):
-        digest.update(name.encode() + b"\0" + np.asarray(tokens, dtype=np.int64).tobytes())
+    digest = hashlib.sha256("\0".join(data.ids).encode())
+    for column in (data.tokens, data.learned, data.start):
+        digest.update(column.tobytes())
     for rows in batches:
         digest.update(np.asarray(rows, dtype=np.int64).tobytes() + b"\0")
     return digest.hexdigest()

@@ -1,59 +1,350 @@
 """The doctor: every row and every picture judged by the rules that training uses."""
 
+import hashlib
+import html
 import os
+import sqlite3
+import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
+from tqdm.auto import tqdm
 
-from vflan.conversation import audit
-from vflan.pictures import picture_trouble
+from vflan import contamination
+from vflan.conversation import IGNORE_INDEX, IMAGE, audit, encode, expand
+from vflan.pictures import picture_bytes, picture_trouble, read_picture, stamp
+from vflan.recipe import CACHE
+
+ROWS, PICTURES = 1000, 256  # read at a time
+# What is remembered of a sound picture: hashes of its file and of its pixels, and two small views of it.
+LOOK = np.dtype(
+    [("file", "V16"), ("pixels", "V16"), ("views", np.uint8, (2, contamination.SIDE, contamination.SIDE, 3))]
+)
+SHELF = "pictures-1.sqlite"  # in CACHE; the number is that of the format
+
+MATCH = ["row", "id", "task_name", "picture", "benchmark", "question_id", "kind", "distance"]
+QUESTION = ["question", "rows", "benchmark", "question_id", "asked", "kind"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: `rows` = `ok` + len(`bad`). `repaired` rows are trained on, less the named part (and count as ok)."""
+    """What `check` found: `rows` = `ok` + len(`bad`). `repaired` rows are trained on, less the named part (and count as ok).
+
+    Nothing is removed by itself: `samples.select(...)` and `mix(exclude=...)` do that.
+    """
 
     rows: int
     ok: int
     bad: pd.DataFrame  # row, id, reason
     repaired: pd.DataFrame  # row, id, reason
+    duplicates: pd.DataFrame  # picture, same_as (the first with these pixels), rows that show it; not bad by themselves
+    by_task: pd.DataFrame  # task_name, rows, ok, bad, repaired, duplicates, contaminated
+    contamination: pd.DataFrame | None = None  # a line for each row and evaluation picture alike; None: not asked for
+    questions: pd.DataFrame | None = None  # questions that a benchmark asks too, whatever the picture, rare ones first
+    unread: tuple[str, ...] = ()  # why evaluation pictures could not be compared
 
     @property
     def reasons(self) -> pd.Series:
         """How many bad rows for each kind of reason."""
-        return self.bad.reason.str.split(":").str[0].value_counts()
+        return self.bad.reason.map(_kind).value_counts()
+
+    @property
+    def contaminated(self) -> list[int]:
+        """The rows whose picture is in a benchmark, ascending."""
+        return [] if self.contamination is None else sorted(set(self.contamination.row))
 
     def __str__(self):
         lines = [
             f"{self.rows} rows: {self.ok} fine, {len(self.bad)} bad, {len(self.repaired)} of the fine ones repaired"
         ]
-        return "\n".join(lines + [f"  {count} x {reason}" for reason, count in self.reasons.items()])
+        lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
+        if len(self.duplicates):
+            lines.append(f"{len(self.duplicates)} pictures repeat another one's content under another name")
+        if self.contamination is not None:
+            lines.append(
+                f"{len(self.contaminated)} rows show a picture of a benchmark; "
+                f"{len(self.questions)} questions are asked by a benchmark too"
+            )
+        if self.unread:
+            lines.append(f"{len(self.unread)} evaluation pictures could not be compared, first: {self.unread[0]}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
+    def _repr_html_(self):
+        tables = [("Bad rows", self.bad), ("Tasks", self.by_task), ("Contamination", self.contamination)]
+        shown = [f"<pre>{html.escape(str(self))}</pre>"]
+        for title, table in tables:
+            if table is not None and len(table):
+                more = f", the first 10 of {len(table)}" if len(table) > 10 else ""
+                shown.append(f"<b>{title}{more}</b>{table.head(10).to_html(index=False, escape=True)}")
+        return "\n".join(shown)
 
-def check(samples: Dataset) -> Report:
-    """Judge every row by the rules that training uses; each bad row gets one reason, each picture is decoded once."""
-    images, conversations = samples["image"][:], samples["conversations"][:]
-    distinct = list(dict.fromkeys(path for path in images if path))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock
-        verdicts = dict(zip(distinct, pool.map(picture_trouble, distinct, chunksize=64)))
-    bad, repaired = [], []
-    for row, (image, turns, name) in enumerate(zip(images, conversations, samples["id"][:])):
-        try:
-            found = audit(turns)
-            if found.has_image != bool(image):
-                raise ValueError(
-                    "image token without a picture" if found.has_image else "picture without an image token"
-                )
-            if image and verdicts[image]:
-                raise ValueError(verdicts[image])
-            if found.dropped:
-                repaired.append((row, name, "left out: " + "; ".join(found.dropped)))
-        except ValueError as trouble:
-            bad.append((row, name, str(trouble)))
-    columns = ["row", "id", "reason"]
-    frames = pd.DataFrame(bad, columns=columns), pd.DataFrame(repaired, columns=columns)
-    return Report(len(images), len(images) - len(bad), *frames)
+
+def check(
+    samples: Dataset,
+    tokenizer=None,
+    max_length: int = 2048,
+    template: str = "vicuna_v1",
+    image_tokens: int = 576,
+    against=None,
+    threads: int | None = None,
+) -> Report:
+    """Judge every row by the rules that training uses: a bad row gets one reason, each distinct picture is decoded once.
+
+    With a `tokenizer` a row is bad too if no answer token lies within `max_length`, a picture counting as `image_tokens`.
+    With `against` (a folder of benchmarks, or {name: questions}) pictures and questions that are also in a benchmark are
+    reported. Pictures found sound are remembered in the cache until they change, so that a check that was cut off goes on
+    where it was. `threads` decode pictures (all cores unless given).
+    """
+    threads = threads or os.cpu_count() or 1
+    names = _distinct_pictures(samples)
+    looks, troubles = look_at(names, threads)
+    twins, duplicates = _first_alike(looks, troubles), {}
+    asked, copies, unread = [], {}, ()
+    if against is not None:
+        asked = contamination.benchmark_questions(against)
+        copies, unread = _copies(names, looks, troubles, asked, threads)
+    of_picture, of_key = _by(asked, lambda q: [q["image"]]), _by(asked, lambda q: q["keys"])
+
+    bad, repaired, found, shared, tasks = [], [], [], {}, {}
+    columns = ("id", "image", "task_name", "conversations")
+    for row, (name, image, task, turns) in enumerate(_rows(samples, columns)):
+        number = names.get(image) if image else None
+        turns = [turn or {} for turn in turns or []]
+        reason, lost = _verdict(turns, image, troubles.get(number, ""), tokenizer, max_length, template, image_tokens)
+        tally = tasks.setdefault(task or "", np.zeros(6, int))
+        tally += (1, not reason, bool(reason), bool(lost), number in twins, number in copies)
+        if reason:
+            bad.append((row, name, reason))
+        elif lost:
+            repaired.append((row, name, lost))
+        if number in twins:
+            duplicates.setdefault(number, []).append(row)
+        if asked:
+            texts = [
+                t["value"].replace(IMAGE, "").strip() for t in turns if t.get("from") == "human" and t.get("value")
+            ]
+            for other, kind, distance in copies.get(number, ()):
+                found += _matches((row, name, task, image), of_picture[other], texts, kind, distance)
+            for text in texts:
+                if not of_key.keys().isdisjoint(contamination.question_keys(text)):
+                    shared[text] = shared.get(text, 0) + 1
+    listed = list(names)
+    copied = [(listed[number], listed[twins[number]], rows) for number, rows in duplicates.items()]
+    counts = ["rows", "ok", "bad", "repaired", "duplicates", "contaminated"]
+    return Report(
+        len(samples),
+        len(samples) - len(bad),
+        pd.DataFrame(bad, columns=["row", "id", "reason"]),
+        pd.DataFrame(repaired, columns=["row", "id", "reason"]),
+        pd.DataFrame(copied, columns=["picture", "same_as", "rows"]),
+        pd.DataFrame([(task, *tally) for task, tally in tasks.items()], columns=["task_name", *counts]),
+        None if against is None else pd.DataFrame(found, columns=MATCH),
+        None if against is None else _question_table(shared, of_key),
+        tuple(unread),
+    )
+
+
+def look_at(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, dict[int, str]]:
+    """(n,) LOOKs of pictures, and {index: why it cannot be used}. Sound pictures are remembered by name and stamp."""
+    names = list(names)
+    looks, troubles = np.zeros(len(names), LOOK), {}
+    with closing(_shelf()) as shelf, ThreadPoolExecutor(threads) as pool, _bar("pictures", len(names)) as bar:
+        for start in range(0, len(names), PICTURES):
+            part = names[start : start + PICTURES]
+            keys = [name.encode("utf-8", "surrogatepass") for name in part]
+            marks = "?" + ",?" * (len(part) - 1)
+            query = f"select name, stamp, look from pictures where name in ({marks})"
+            known = {key: (mark, look) for key, mark, look in shelf.execute(query, keys)}
+            stamps = list(pool.map(_stamp, part))  # on a network disk asking for the time takes as long as reading
+            new = []
+            for i, (key, mark) in enumerate(zip(keys, stamps)):
+                if mark and known.get(key, ("",))[0] == mark:
+                    looks[start + i] = np.frombuffer(known[key][1], LOOK)[0]
+                else:
+                    new.append(i)
+            for i, (look, trouble) in zip(new, pool.map(_look, [part[i] for i in new])):
+                if trouble:
+                    troubles[start + i] = trouble
+                else:
+                    looks[start + i] = look
+            sound = [i for i in new if start + i not in troubles and stamps[i]]
+            with shelf:  # one transaction: a kill loses at most this part
+                rows = [(keys[i], stamps[i], looks[start + i].tobytes()) for i in sound]
+                shelf.executemany("replace into pictures values (?, ?, ?)", rows)
+            bar.update(len(part))
+    return looks, troubles
+
+
+def _look(name: str):
+    """(LOOK, "") of a picture that training can read, else (None, why not)."""
+    try:
+        picture = read_picture(name)
+        look = np.zeros((), LOOK)
+        look["file"] = hashlib.blake2b(picture_bytes(name), digest_size=16).digest()
+        pixels = np.asarray(picture)
+        look["pixels"] = hashlib.blake2b(pixels, digest_size=16, salt=repr(pixels.shape).encode()[:16]).digest()
+        look["views"] = contamination.views(picture)
+        return look, ""
+    except Exception as error:  # Pillow raises many kinds for broken files
+        return None, picture_trouble(name) or f"undecodable picture: {name} ({error})"
+
+
+def _stamp(name: str) -> str:
+    """What changes when the picture does; empty if that cannot be told, and then the picture is looked at each time."""
+    try:
+        return repr(stamp(name))
+    except (OSError, ValueError):
+        return ""
+
+
+def _shelf() -> sqlite3.Connection:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    shelf = sqlite3.connect(CACHE / SHELF, timeout=600)
+    try:
+        shelf.execute("create table if not exists pictures (name blob primary key, stamp text, look blob)")
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:  # not a database, a disk that was full: it can all be made again
+        shelf.close()
+        (CACHE / SHELF).unlink()
+        return _shelf()
+    return shelf
+
+
+def _distinct_pictures(samples: Dataset) -> dict[str, int]:
+    """Each picture's name and number, in the order of the rows."""
+    names = {}
+    for (name,) in _rows(samples, ("image",), bar=False):
+        if name:
+            names.setdefault(name, len(names))
+    return names
+
+
+def _rows(samples: Dataset, columns, bar: bool = True):
+    """Tuples of the columns, read some rows at a time: the conversations of a large set do not fit in memory."""
+    batches = samples.select_columns(list(columns)).with_format(None).iter(ROWS)
+    with _bar("rows", len(samples) if bar else 0) as shown:
+        for batch in batches:
+            yield from zip(*(batch[column] for column in columns))
+            shown.update(len(batch[columns[0]]))
+
+
+def _bar(what: str, total: int) -> tqdm:
+    """A progress bar for what takes longer than some seconds; where nobody watches, a line a minute."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    wait = dict(delay=3, mininterval=0.5) if watched else dict(delay=60, mininterval=60, maxinterval=60)
+    return tqdm(total=total, desc=f"check: {what}", unit="", leave=False, **wait)
+
+
+def _verdict(turns, image, trouble, tokenizer, max_length, template, image_tokens) -> tuple[str, str]:
+    """(why a row is bad, what of it is left out): at most one of the two is not empty."""
+    try:
+        found = audit(turns)
+        if found.has_image != bool(image):
+            raise ValueError("image token without a picture" if found.has_image else "picture without an image token")
+        if trouble:
+            raise ValueError(trouble)
+        lost = list(found.dropped)
+        if tokenizer is not None:
+            _, labels = expand(*encode(turns, tokenizer, template), image_tokens, 0)
+            learned = np.flatnonzero(np.array(labels[1:]) != IGNORE_INDEX) + 1  # nothing precedes the first token
+            if not len(learned) or learned[0] >= max_length:
+                raise ValueError(f"too long at max_length: no answer token within max_length={max_length}")
+            if learned[-1] >= max_length:
+                beyond = int((learned >= max_length).sum())
+                lost.append(f"{beyond} answer tokens beyond max_length={max_length}")
+    except ValueError as reason:
+        return str(reason), ""
+    return "", "left out: " + "; ".join(lost) if lost else ""
+
+
+def _kind(reason: str) -> str:
+    first = reason.split(":")[0]
+    if "image token" in first:
+        return "image token count"
+    return "unknown role" if first.startswith("unknown role") else first
+
+
+def _first_alike(looks: np.ndarray, troubles: dict) -> dict[int, int]:
+    """{number: the first picture with the same pixels} of sound pictures that are not that first one."""
+    seen, twins = {}, {}
+    for number, pixels in enumerate(looks["pixels"].tolist()):
+        if number not in troubles:
+            first = seen.setdefault(pixels, number)
+            if first != number:
+                twins[number] = first
+    return twins
+
+
+def _copies(names: dict[str, int], looks, troubles, asked, threads):
+    """{number: [(evaluation picture, kind, distance)]}, and why evaluation pictures could not be compared."""
+    others = list(dict.fromkeys(q["image"] for q in asked if q["image"]))
+    other_looks, other_troubles = look_at(others, threads)
+    copies, exact = {}, set()
+    for kind, field in (("same file", "file"), ("same pixels", "pixels")):
+        known = _by(range(len(others)), lambda j, field=field: [other_looks[field][j].tobytes()])
+        for i, content in enumerate(looks[field].tolist()):
+            for j in known.get(content, ()):
+                if i not in troubles and j not in other_troubles and (i, j) not in exact:
+                    exact.add((i, j))
+                    copies.setdefault(i, []).append((others[j], kind, 0.0))
+    for (i, j), distance in _compared(list(names), looks["views"], others, other_looks["views"], threads):
+        if distance <= 1 and (i, j) not in exact:
+            copies.setdefault(i, []).append((others[j], "near picture", distance))
+    return copies, other_troubles.values()
+
+
+def _compared(names, looks, others, other_looks, threads):
+    """Yields ((i, j), distance) for the pictures with like views, which are opened again for this."""
+    pairs = list(contamination.candidates(looks, other_looks).items())
+    fine = lru_cache(4096)(lambda name: contamination.Fine(read_picture(name)))
+
+    def compare(pair):
+        (i, j), ways = pair
+        return (i, j), contamination.distance(fine(names[i]), fine(others[j]), ways)
+
+    with ThreadPoolExecutor(threads) as pool, _bar("copies", len(pairs)) as bar:
+        for start in range(0, len(pairs), PICTURES):
+            part = pairs[start : start + PICTURES]
+            yield from pool.map(compare, part)
+            bar.update(len(part))
+
+
+def _by(things, keys) -> dict:
+    """{key: the things that have it}."""
+    out = {}
+    for thing in things:
+        for key in keys(thing):
+            out.setdefault(key, []).append(thing)
+    return out
+
+
+def _matches(sample, questions, texts, kind, distance):
+    """A line for each benchmark with this picture: the question that the row asks too, or else the first one on it."""
+    mine = frozenset().union(*map(contamination.question_keys, texts))
+    for benchmark, own in _by(questions, lambda q: [q["benchmark"]]).items():
+        same = next((q for q in own if q["keys"] & mine), None)
+        shown = (same or own[0])["question_id"], "same question on it" if same else kind
+        yield (*sample, benchmark, *shown, distance)
+
+
+def _question_table(shared: dict[str, int], of_key: dict) -> pd.DataFrame:
+    """Distinct questions that a benchmark asks too; `rows` says how often here and `asked` how often there."""
+    lines = []
+    for text, rows in shared.items():
+        keys = contamination.question_keys(text)
+        hits = {id(q): q for key in keys for q in of_key.get(key, ())}.values()
+        for benchmark, own in _by(hits, lambda q: [q["benchmark"]]).items():
+            same = next((q for q in own if q["keys"] == keys), None)
+            kind = "same words" if same else "nearly the same words"
+            lines.append((text, rows, benchmark, (same or own[0])["question_id"], len(own), kind))
+    lines.sort(key=lambda line: line[1] * line[4])
+    return pd.DataFrame(lines, columns=QUESTION)

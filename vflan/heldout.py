@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from vflan import model as models
+from vflan.conversation import IGNORE_INDEX
 from vflan.mixtures import recipe_samples
 
 QUESTIONS = 4  # answered in words at every look, always the same
@@ -25,15 +25,6 @@ def hold_out(data, count: int) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(data.ids)), np.arange(0)
     order = sorted(range(len(data.ids)), key=lambda row: hashlib.sha256(data.ids[row].encode()).digest())
     return np.array(sorted(order[count:])), np.array(order[:count])
-
-
-def take(data, rows):
-    """The data with only these rows, in this order."""
-    columns = {field.name: getattr(data, field.name) for field in fields(data)}
-    columns = {name: column for name, column in columns.items() if hasattr(column, "__len__")}
-    return replace(
-        data, **{k: c[rows] if isinstance(c, np.ndarray) else [c[row] for row in rows] for k, c in columns.items()}
-    )
 
 
 def task_names(recipe, folder) -> list[str]:
@@ -89,10 +80,12 @@ class HeldOut:
 
     def answer(self, row: int) -> dict:
         """The first question of a row and the greedy answer to it: id, task, question, answer, reference."""
-        ids, keep, device = self.data.tokens[row], self.data.keep[row], self.spread.accelerator.device
-        prompt = torch.as_tensor(ids[: keep[0] + 1], device=device)
-        turn = self.data.targets[row][: int(np.argmax(np.diff(keep, append=keep[-1] + 2) > 1)) + 1]
-        said = self.spread.learner.greedy(prompt[None], int(self.data.image_at[row]), self.pictures([row]))
+        (ids, labels), device = self.data.row(row), self.spread.accelerator.device
+        first = int(np.argmax(labels != IGNORE_INDEX))
+        prompt = torch.as_tensor(ids[:first], device=device)
+        turn = labels[first : first + int(np.argmin(np.append(labels[first:] != IGNORE_INDEX, False)))]
+        at = int(np.argmax(ids == self.data.image_token_id))
+        said = self.spread.learner.greedy(prompt[None], at, self.pictures([row]))
         end = self.tokenizer.eos_token_id
         said = said[: said.index(end)] if end in said else said
         words = [self.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, said, turn)]

@@ -22,6 +22,8 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "optimizer": ("adamw", "adamw_8bit"),
     "precision": ("fp32", "bf16"),
+    "packing": ("auto", "packed", "padded"),
+    "loss_average": ("tokens", "micro_batches"),
     "sharding": ("auto", "none", "fsdp2", "zero2", "zero3"),
 }
 _TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -30,7 +32,8 @@ _AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_bat
 _AT_LEAST |= dict(
     lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
 )
-_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, heldout_rows=0, evaluate_every=0)
+_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1)
+_AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,10 @@ class Recipe:
     image_aspect_ratio: str = "pad"  # `crop` in the projector stage, as LLaVA-1.5 really did
     num_tasks: int | None = None  # of `samples`; None: all
     per_task: int | None = None
-    num_samples: int | None = None  # a random subset of `samples`, after the two above
+    exclude: tuple[str, ...] = ()  # tasks left out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces
+    num_samples: int | None = None  # a random subset of `samples`, after the three above
+    temperature: float | None = None  # the tasks share `num_samples` in proportion to n ** (1 / temperature)
+    task_weights: tuple[str, ...] = ()  # or to weights, "task=2"; a task that is not named has weight 1
     more_samples: tuple[str, ...] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
     tune: tuple[str, ...] = ("projector",)  # which parts learn; the vision tower never does (paper, section 3)
     bits: int = 16  # 8 and 4: the language model is quantised (LoRA is then needed to tune it)
@@ -68,6 +74,10 @@ class Recipe:
     global_batch: int = 16  # samples an optimiser step, over all processes
     micro_batch: int = 16  # samples a forward pass of one process
     max_length: int = 2048  # tokens, the picture's included
+    packing: str = "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
+    pack_tokens: int | None = None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
+    loss_average: str = "tokens"  # each learned token of a global batch weighs the same; LLaVA averages micro_batches
+    feature_cache: bool = False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -81,7 +91,8 @@ class Recipe:
     max_bad_share: float = 0.01  # more bad rows than this and the run does not start
 
     def __post_init__(self):
-        for field in ("tune", "more_samples", "trackers"):  # lists come from json and from notebooks
+        # lists come from json and from notebooks
+        for field in ("tune", "more_samples", "exclude", "task_weights", "trackers"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         for field, known in _CHOICES.items():
@@ -105,8 +116,17 @@ class Recipe:
             raise ValueError(
                 f"bits={self.bits}: a quantised language model learns only through LoRA; set lora_r (64, say)."
             )
+        if (self.temperature or self.weights) and not self.num_samples:
+            raise ValueError("temperature and task_weights share out rows: say with num_samples how many.")
+        if self.temperature and self.weights:
+            raise ValueError("temperature and task_weights both decide the shares: give one of them.")
         if self.lora_r and "language_model" not in self.tune:
             raise ValueError(f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0.")
+        if self.pack_tokens and self.pack_tokens < self.max_length:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
+                "raise it or lower max_length."
+            )
         if self.sharding not in ("auto", "none") and (self.bits < 16 or self.optimizer == "adamw_8bit"):
             raise ValueError(
                 f"sharding={self.sharding!r}: quantised weights and the 8-bit optimiser cannot be shared out over processes; "
@@ -123,6 +143,11 @@ class Recipe:
     def folder(self) -> Path:
         """The run folder."""
         return resolve(self.runs) / self.name
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`task_weights` as numbers."""
+        return dict(map(_weight, self.task_weights))
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -219,6 +244,14 @@ def weights_source(path: str) -> str:
     if Path(path).is_absolute() or path.startswith(("data/", "runs/", ".")) or path.count("/") > 1:
         raise FileNotFoundError(f"{path}: no such folder; data/README.md says where the backbones come from.")
     return path
+
+
+def _weight(entry: str) -> tuple[str, float]:
+    task, equals, weight = entry.rpartition("=")
+    try:
+        return task, float(weight if equals else "")
+    except ValueError:
+        raise ValueError(f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example.") from None
 
 
 def _known(names) -> None:

@@ -11,14 +11,14 @@ from contextlib import nullcontext
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from vflan import checkpoints, processes
 from vflan import model as models
-from vflan.batches import Pictures, plan, prepare
-from vflan.heldout import HeldOut, hold_out, take, task_names
+from vflan.batches import Pictures, feed, plan, prepare
+from vflan.heldout import HeldOut, hold_out, task_names
+from vflan.learner import Learner
 from vflan.log import Log
-from vflan.recipe import Recipe, differences, read_json, shown, write_json
+from vflan.recipe import Recipe, differences, read_json, resolve, shown, write_json
 from vflan.runs import Run, end_with_parent, launch
 
 
@@ -69,7 +69,8 @@ def fit(folder, num_processes: int | None = None) -> None:
 def _fit(run, recipe, accelerator):
     clock, init = time.perf_counter(), read_json(run.folder / "init.json").get("init")
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    model, processor = models.load_model(recipe, init), models.load_processor(recipe)
+    model = models.load_model(recipe, init)
+    processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
         data = prepare(recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process)
@@ -80,7 +81,7 @@ def _fit(run, recipe, accelerator):
     spread = processes.spread(accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe)
     learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
     kept, heldout = hold_out(data, recipe.heldout_rows)
-    batches = [kept[rows] for rows in plan(take(data, kept), recipe)]
+    batches = plan(data, recipe, kept)
     about = dict(
         data=checkpoints.plan_hash(data, batches), recipe=recipe.to_dict(), processes=world, sharding=spread.how
     )
@@ -94,7 +95,8 @@ def _fit(run, recipe, accelerator):
             look(0, log)
 
     learner.train()
-    for step, rows in enumerate(batches[first:], first):
+    steps = feed(data, pictures, batches, recipe, rank, world, first)
+    for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
         began = time.perf_counter()
         torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
@@ -102,13 +104,11 @@ def _fit(run, recipe, accelerator):
         tokens = int(data.supervised[rows].sum())
         if not tokens:
             raise ValueError(f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}.")
-        sums, mine = torch.zeros(2, device=device), rows[rank::world]
-        parts = [mine[i : i + recipe.micro_batch] for i in range(0, len(mine), recipe.micro_batch)]
-        for part in parts:
+        sums = torch.zeros(2, device=device)
+        for i, (part, weight) in enumerate(parts, 1):
             batch = data.batch(part, device)
-            with spread.passes(last=part is parts[-1]):
-                # over the tokens of the whole global batch: each weighs the same, wherever it was computed
-                loss = learner(*batch, pictures(part)) / tokens
+            with spread.passes(last=i == len(parts)):
+                loss = learner(*batch, pictures(part)) / weight
                 accelerator.backward(loss * world)  # gradients are averaged over processes
             sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
         total, positions = accelerator.reduce(sums).tolist()
@@ -136,36 +136,6 @@ def _fit(run, recipe, accelerator):
         summary |= dict(steps=len(batches), rows=len(kept), heldout=len(heldout), bad=data.bad, repaired=data.repaired)
         run.finish(model, processor, recipe, init, **summary)
     accelerator.wait_for_everyone()
-
-
-class Learner(nn.Module):
-    """What is trained: from padded ids and picture features to the summed loss of the supervised tokens.
-
-    Rows are padded on the right and a causal model never looks right, so no mask is needed. Logits, the largest tensor
-    of the original, are computed at supervised positions only.
-    """
-
-    def __init__(self, model, recipe):
-        super().__init__()
-        self.model = model
-        if recipe.gradient_checkpointing:
-            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def forward(self, input_ids, at, keep, targets, features):
-        """input_ids (B, T); at (P, 2): row and first position of each picture; keep (N): positions in B*T that predict
-        targets (N); features (P, patches, width), or None for a batch of text. Returns a scalar."""
-        inner = self.model.model
-        embeds, projector = inner.language_model.get_input_embeddings()(input_ids), inner.multi_modal_projector
-        if features is not None:
-            seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
-            place = at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)
-            embeds = embeds.index_put(place, seen)
-        else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers by being called
-            nothing = embeds.new_zeros(1, projector.linear_1.in_features)
-            embeds = embeds + 0 * projector(nothing).sum()
-        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[keep])
-        return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -262,6 +232,9 @@ def _started_from(init) -> dict:
     """What a run remembers of the run it begins with: where it is, and which weights were in it."""
     if init is None:
         return dict(init=None, init_weights=None)
+    if not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file():  # LLaVA's own file or folder
+        projector = models.read_projector(init).items()
+        return dict(init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector)))
     init = init if isinstance(init, Run) else Run.open(init)
     if not init.finished:
         raise ValueError(f"{shown(init.folder)} is not finished; train it to the end before starting from it.")
