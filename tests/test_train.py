@@ -114,34 +114,6 @@ def test_a_half_written_run_is_trained_again(recipe):
     assert again.finished and len(again.metrics()) == 3 and again.load_model()
 
 
-LORA = dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [{}, LORA, dict(LORA, bits=8), dict(LORA, bits=4, optimizer="adamw_8bit", gradient_checkpointing=True)],
-    ids=["full", "LoRA with dropout", "8 bits", "QLoRA"],
-)
-def test_a_killed_run_resumes_to_the_same_weights(recipe, monkeypatch, lora):
-    recipe = vflan.replace(recipe, max_steps=6, save_every=2, **lora)
-    straight = vflan.train(vflan.replace(recipe, name="straight"))
-
-    def kill(step, *rest, real=TRAIN.learning_rate):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    monkeypatch.setattr(TRAIN, "learning_rate", kill)
-    with pytest.raises(KeyboardInterrupt):
-        vflan.train(recipe)
-    monkeypatch.undo()
-    resumed = vflan.train(recipe)
-    assert same_weights(straight, resumed)
-    assert resumed.metrics().step.tolist() == [1, 2, 3, 4, 5, 6]
-    assert resumed.metrics().loss.tolist() == straight.metrics().loss.tolist()
-    assert not list(resumed.folder.glob("*checkpoint*"))
-
-
 def test_gradient_checkpointing_changes_nothing_but_memory(recipe):
     plain = vflan.train(vflan.replace(recipe, name="plain", max_steps=3)).metrics()
     thrifty = vflan.train(vflan.replace(recipe, name="thrifty", max_steps=3, gradient_checkpointing=True)).metrics()
@@ -224,22 +196,3 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
     with torch.no_grad():
         merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
     assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.02)  # what was learned is in the merged weights
-
-
-@pytest.mark.parametrize("sharded", ["0", "1"], ids=["replicated", "sharded"])
-def test_two_processes_train_the_same_model_as_one(recipe, monkeypatch, capfd, sharded):
-    monkeypatch.setenv("VFLAN_SHARD", sharded)
-    one = vflan.train(vflan.replace(recipe, name="one", max_steps=4, save_every=3)).metrics()
-    run = vflan.train(vflan.replace(recipe, name="two", max_steps=4, save_every=3), num_processes=2)
-    assert run.summary["processes"] == 2 and run.summary["sharded"] == (sharded == "1")
-    assert "torch.distributed.run" in capfd.readouterr().out
-    assert run.metrics().loss.tolist() == pytest.approx(one.loss.tolist(), abs=2e-4)
-    assert run.load_model()
-
-
-def test_fewer_processes_than_asked_for_is_an_error(recipe):
-    run = Run(recipe.folder)
-    run.folder.mkdir(parents=True)
-    (run.folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
-    with pytest.raises(RuntimeError, match="2 processes were asked for, but 1"):
-        TRAIN.fit(run.folder, 2)

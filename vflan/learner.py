@@ -45,8 +45,8 @@ class Learner(nn.Module):
             seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
             place = at[:, None] + torch.arange(seen.shape[1], device=at.device)
             embeds = embeds.flatten(0, 1).index_put((place,), seen).view_as(embeds)
-        else:  # every process must have a gradient for every weight
-            embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
+        else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers when it is called
+            embeds = embeds + 0 * projector(embeds.new_zeros(1, projector.linear_1.in_features)).sum()
         packed = {} if position_ids is None else _boundaries(position_ids)
         hidden = language_model(
             inputs_embeds=embeds, position_ids=position_ids, attention_mask=None, use_cache=False, **packed

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from vflan import model as models
 from vflan.recipe import Recipe
@@ -102,16 +103,20 @@ def join(recipe: Recipe, folder) -> Accelerator:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     half = models.compute_dtype(recipe) == torch.bfloat16
     options = dict(log_with=list(recipe.trackers), project_dir=folder) if recipe.trackers else {}
+    PartialState(cpu=not torch.cuda.is_available())  # first, because Accelerate thinks DeepSpeed needs a GPU
     if sharding(recipe, started()).startswith("zero"):
         options["deepspeed_plugin"] = DeepSpeedPlugin(
+            zero3_init_flag=False,
             hf_ds_config={
                 "zero_optimization": {"stage": int(recipe.sharding[-1])},
                 "bf16": {"enabled": half},
                 "gradient_clipping": recipe.max_grad_norm,
                 "gradient_accumulation_steps": 1,  # the loss is divided already, by the tokens of the global batch
                 "train_micro_batch_size_per_gpu": 1,  # only reported; the plan decides
-            }
+            },
         )
-    elif not torch.cuda.is_available():
-        options["cpu"] = True
-    return Accelerator(mixed_precision="bf16" if half else "no", **options)
+    else:
+        options["cpu"] = not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if half else "no", **options)
+    unset_hf_deepspeed_config()  # or from_pretrained would load pieces for ZeRO-3; the model is shared out later, by prepare
+    return accelerator

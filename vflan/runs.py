@@ -14,6 +14,9 @@ from pathlib import Path
 from vflan.recipe import ROOT, Recipe, read_json, replace, resolve, shown, write_json
 
 
+PATIENCE = 5  # seconds that the processes of a killed run may need to go
+
+
 @dataclass(frozen=True)
 class Run:
     """What `train` returns.
@@ -142,7 +145,7 @@ class Run:
         import fcntl
 
         with (self.folder / ".lock").open("a+") as file:
-            end = time.monotonic() + 5  # the processes of a run that was killed may need a moment to go
+            end = time.monotonic() + PATIENCE
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -101,9 +101,9 @@ def _fit(run, recipe, accelerator):
         torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
-        names, tokens = ", ".join(data.ids[row] for row in rows), int(data.supervised[rows].sum())
+        tokens = int(data.supervised[rows].sum())
         if not tokens:
-            raise ValueError(f"Step {step + 1} has no supervised token, samples {names}.")
+            raise ValueError(f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}.")
         sums = torch.zeros(2, device=device)
         for i, (part, weight) in enumerate(parts, 1):
             batch = data.batch(part, device)
@@ -113,7 +113,7 @@ def _fit(run, recipe, accelerator):
             sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
         total, positions = accelerator.reduce(sums).tolist()
         if not math.isfinite(total):
-            raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {names}.")
+            raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}.")
         if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
             nn.utils.clip_grad_norm_([w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm)
         optimizer.step()
@@ -121,9 +121,9 @@ def _fit(run, recipe, accelerator):
         rates = dict(useful=int(data.lengths[rows].sum()), positions=positions, seconds=time.perf_counter() - began)
         log.step(step + 1, total, optimizer.param_groups[0]["lr"], tokens, **rates)
         last = step + 1 == len(batches)
-        if look and (last or recipe.evaluate_every and (step + 1) % recipe.evaluate_every == 0):
+        if look and (last or _due(recipe.evaluate_every, step)):
             look(step + 1, log)
-        if last and (recipe.save_every or not alone) or recipe.save_every and (step + 1) % recipe.save_every == 0:
+        if _due(recipe.save_every, step) or last and (recipe.save_every or not alone):
             log.sync()
             checkpoints.save(run.folder, step + 1, spread, **about)
     log.close()
@@ -161,6 +161,14 @@ def _optimizer(model, recipe):
 
         return AdamW8bit(options, lr=recipe.lr)
     return torch.optim.AdamW(options, lr=recipe.lr, fused=True)
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and (step + 1) % every == 0
+
+
+def _names(data, rows) -> str:
+    return ", ".join(data.ids[row] for row in rows)
 
 
 def _fingerprint_frozen(model) -> str:

@@ -1,0 +1,290 @@
+"""A run that was killed goes on as if nothing had happened; what it wrote is whole, or it is not taken for whole."""
+
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import LoggerType
+
+import vflan
+from vflan import checkpoints, runs
+from vflan.runs import Run
+
+vflan.train  # noqa: B018 (imports the file)
+TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+LORA = dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)
+
+
+def same_weights(a, b):
+    return a.summary["parts"] == b.summary["parts"]
+
+
+def killed(recipe, monkeypatch, step=5):
+    """The run of a recipe that was interrupted in the given step."""
+
+    def kill(now, *rest, real=TRAIN.learning_rate):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(now, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN, "learning_rate", kill)
+        with pytest.raises(KeyboardInterrupt):
+            vflan.train(recipe)
+    return Run.open(recipe.folder)
+
+
+@pytest.fixture
+def saving(recipe):
+    return vflan.replace(recipe, max_steps=6, save_every=2)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, LORA, dict(LORA, bits=8), dict(LORA, bits=4, optimizer="adamw_8bit", gradient_checkpointing=True)],
+    ids=["full", "LoRA with dropout", "8 bits", "QLoRA"],
+)
+def test_a_killed_run_resumes_to_the_same_weights(saving, monkeypatch, lora):
+    recipe = vflan.replace(saving, **lora)
+    straight = vflan.train(vflan.replace(recipe, name="straight"))
+    killed(recipe, monkeypatch)
+    resumed = vflan.train(recipe)
+    assert same_weights(straight, resumed)
+    assert resumed.metrics().step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert resumed.metrics().loss.tolist() == straight.metrics().loss.tolist()
+    assert not (resumed.folder / "checkpoints").exists()
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(saving):
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+    child = os.fork()
+    if not child:  # a process of its own, with a disk so slow that the kill comes in the middle
+        saves = []
+
+        def slow(*arguments, real=torch.save):
+            saves.append(1)
+            real(*arguments)
+            time.sleep(60 * (len(saves) == 2))
+
+        torch.save = slow
+        vflan.train(saving)
+        os._exit(0)
+    folder, end = saving.folder / "checkpoints", time.monotonic() + 60
+    while not ((folder / "step-00000002").exists() and (folder / ".part" / "0.pt").exists()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert [path.name for path in checkpoints.found(saving.folder)] == ["step-00000002"]
+    assert same_weights(straight, vflan.train(saving))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monkeypatch, capsys):
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+    run = killed(saving, monkeypatch)
+    newest, before = checkpoints.found(run.folder)
+    assert (newest.name, before.name) == ("step-00000004", "step-00000002")
+    tensors = newest / "0.pt"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    resumed = vflan.train(saving)
+    said = capsys.readouterr().err
+    assert "step-00000004 is damaged (0.pt)" in said and "goes on after step 2" in said
+    assert same_weights(straight, resumed)
+
+
+def test_without_one_whole_checkpoint_a_run_begins_anew(saving, monkeypatch):
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+    for path in checkpoints.found(killed(saving, monkeypatch).folder):
+        (path / "checkpoint.json").write_text("{")
+    assert same_weights(straight, vflan.train(saving))
+
+
+def test_a_checkpoint_says_what_it_belongs_to_and_runs_no_code_when_read(saving, monkeypatch):
+    run = killed(saving, monkeypatch)
+    path, about = checkpoints.newest(run.folder)
+    assert about["step"] == 4 and about["recipe"] == saving.to_dict()
+    assert about["code"] == checkpoints.versions()["code"] and about["torch"] == torch.__version__
+    assert set(torch.load(path / "0.pt", weights_only=True)) == {"weights", "moments"}
+
+
+def test_a_run_does_not_go_on_with_other_data(saving, monkeypatch):
+    killed(saving, monkeypatch)
+    rows = json.loads(Path(saving.samples).read_text())
+    rows[7]["conversations"][1]["value"] = "something else"
+    Path(saving.samples).write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="step-00000004: the samples, or how they are tokenised, are not those"):
+        vflan.train(saving)
+
+
+def test_a_run_does_not_go_on_with_another_recipe_but_may_be_watched_otherwise(saving, monkeypatch):
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+    killed(saving, monkeypatch)
+    with pytest.raises(ValueError, match="another recipe's run:\n  lr: 0.01 -> 0.5"):
+        vflan.train(vflan.replace(saving, lr=0.5))
+    assert same_weights(straight, vflan.train(vflan.replace(saving, save_every=1)))
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(saving, monkeypatch):
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+
+    def save(value, file, real=torch.save):
+        if (saving.folder / "checkpoints" / "step-00000002").exists():
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match="disk is full: .*base.* its last checkpoint, step-00000002, is whole") as full:
+            vflan.train(saving)
+    assert "\n" not in str(full.value)
+    assert [path.name for path in (saving.folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert same_weights(straight, vflan.train(saving))
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(saving, monkeypatch):
+    def export(*arguments):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN.models, "export", export)
+        with pytest.raises(OSError, match="disk is full.*step-00000006, is whole"):
+            vflan.train(saving)
+    monkeypatch.setattr(TRAIN, "learning_rate", lambda *a: pytest.fail("a step was trained again"))
+    assert len(vflan.train(saving).metrics()) == 6
+
+
+def test_two_trainings_of_one_folder_at_once_are_refused(saving, monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE", 0)
+    run = Run(saving.folder)
+    run.folder.mkdir(parents=True)
+    with run.alone():
+        with pytest.raises(RuntimeError, match=rf"base is being trained by process {os.getpid()} on .*another name"):
+            vflan.train(saving)
+    assert vflan.train(saving).finished
+
+
+def test_a_line_that_a_crash_cut_off_does_not_stop_the_run(saving, monkeypatch):
+    run = killed(saving, monkeypatch)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert vflan.train(saving).metrics().step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("change", [{}, dict(LORA, bits=4)], ids=["full", "QLoRA"])
+def test_a_checkpoint_is_a_run_that_loads_and_answers(saving, monkeypatch, change):
+    saving = vflan.replace(saving, **change)
+    straight = vflan.train(vflan.replace(saving, name="straight", max_steps=6))
+    run = killed(saving, monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"run\.at\(\)"):
+        run.load_model()
+    newest, before = run.at(), run.at(2)
+    assert (newest.name, before.name) == ("base-step4", "base-step2") and not run.finished
+    assert newest.summary["steps"] == len(newest.metrics()) == 4 and not same_weights(newest, before)
+    question = {"text": "<image>\nWhat color is it?", "image": str(Path(saving.images) / "0.png")}
+    assert len(vflan.answer(newest.load_model(), newest.processor(), [question])) == 1
+    with pytest.raises(FileNotFoundError, match="base has not a checkpoint of step 3"):
+        run.at(3)
+    assert same_weights(straight, vflan.train(saving))
+
+
+def test_the_last_checkpoint_holds_the_weights_that_the_run_ends_with(saving, monkeypatch):
+    monkeypatch.setattr(Run, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        vflan.train(saving)
+    monkeypatch.undo()
+    assert same_weights(Run.open(saving.folder).at(), vflan.train(saving))
+
+
+def test_looking_at_held_out_rows_changes_nothing(recipe):
+    recipe = vflan.replace(recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3)
+    looked = vflan.train(vflan.replace(recipe, name="looked", evaluate_every=1))
+    unseen = vflan.train(vflan.replace(recipe, name="unseen"))
+    assert same_weights(looked, unseen) and looked.summary["heldout"] == 6 and looked.summary["rows"] == 26
+    table = looked.heldout()
+    assert sorted(table.step.unique()) == [0, 1, 2, 3, 4] and unseen.heldout().step.unique().tolist() == [4]
+    tasks = table[table.task != "all"].groupby("step").apply(lambda t: (t.loss * t.tokens).sum() / t.tokens.sum())
+    assert table[table.task == "all"].loss.tolist() == pytest.approx(tasks.tolist(), abs=1e-5)
+
+
+def test_held_out_rows_are_never_trained_on(recipe):
+    from vflan.batches import Data
+    from vflan.heldout import hold_out
+
+    data = Data([f"s{i}" for i in range(50)], *[[]] * 4, *[None] * 3)
+    kept, held = hold_out(data, 10)
+    assert sorted([*kept, *held]) == list(range(50)) and len(held) == 10
+    assert set(hold_out(data, 5)[1]) < set(held)  # a smaller slice is part of the larger one
+    with pytest.raises(ValueError, match="heldout_rows=50 of 50"):
+        hold_out(data, 50)
+
+
+def test_sample_answers_are_those_of_the_model(recipe):
+    run = vflan.train(vflan.replace(recipe, epochs=6, heldout_rows=4, evaluate_every=10))
+    said = run.sample_answers()
+    assert said.groupby("step").id.apply(list).map(str).nunique() == 1  # the same questions every time
+    last = said[said.step == said.step.max()]
+    rows = {row["id"]: row for row in json.loads(Path(recipe.samples).read_text())}
+    samples = [
+        {"text": rows[name]["conversations"][0]["value"], "image": str(Path(recipe.images) / rows[name]["image"])}
+        for name in last.id
+    ]
+    assert last.answer.tolist() == vflan.answer(run.load_model(), run.processor(), samples)
+    assert last.reference.tolist() == [rows[name]["conversations"][1]["value"] for name in last.id]
+
+
+def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(recipe, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr("vflan.log.time.perf_counter", lambda: next(clock))
+    run = vflan.train(vflan.replace(recipe, max_steps=4))
+    said = capsys.readouterr()
+    line = r"base: step \d of 4, loss [\d.]+, [\d,]+ tokens/s, fill \d+%, peak [\d.]+ GB, \d+ min left"
+    assert re.search(line, said.err) and said.out == ""
+    table = run.metrics()
+    assert (table.fill > 0.5).all() and (table.fill <= 1).all() and (table.useful > table.tokens).all()
+    assert (table.peak_gb > 0).all() and (table.tokens_per_second > 0).all()
+
+
+def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "trackio"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "calls = []\nclass config:\n    update = lambda values, **k: None\nclass Trackio:\n    def log(self, values, **k): calls.append((values, k))\n"
+        "    def finish(self): calls.append('end')\n"
+        "def init(project, **k):\n    calls.append((project, k))\n    return Trackio()\n"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
+    run = vflan.train(vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2))
+    calls = sys.modules.pop("trackio").calls
+    assert calls[0][0] == "vflan" and calls[0][1]["name"] == "base" and calls[-1] == "end"
+    logged = [values for values, _ in calls[1:-1]]
+    assert [values["loss"] for values in logged if "loss" in values] == run.metrics().loss.tolist()
+    assert "heldout/all" in logged[-1]
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_training(recipe, monkeypatch):
+    monkeypatch.setattr("vflan.processes.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        vflan.train(vflan.replace(recipe, trackers=("wandb",)))
+    assert not recipe.folder.exists()
+
+
+def test_a_step_without_a_supervised_token_stops_the_run_with_the_samples_names(recipe, monkeypatch):
+    def prepare(*a, real=TRAIN.prepare, **k):
+        data = real(*a, **k)
+        data.supervised[:] = 0
+        return data
+
+    monkeypatch.setattr(TRAIN, "prepare", prepare)
+    with pytest.raises(ValueError, match=r"no supervised token in step 1, samples s\d+, s\d+"):
+        vflan.train(recipe)
