@@ -762,6 +762,25 @@ def test_the_command_is_quick_to_start_and_prints_one_object(put):
     assert json.loads(run.stdout)["f1"] == pytest.approx(200 / 3)
 
 
+@pytest.mark.parametrize(
+    "content", ['[{"question_id": 0, "text": "a"}]', '{"question_id": 0, "text": "a"}', '{"0": "a"}']
+)
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x"])
+def test_answers_may_be_a_list_a_line_or_an_object_whatever_the_file_is_called(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    if name == "x.jsonl" and content.startswith('{"0"'):
+        with pytest.raises(ValueError, match="holds no answers"):
+            read_answers(tmp_path / name)
+    else:
+        assert [(r["id"], r["text"]) for r in read_answers(tmp_path / name)[0]] == [("0", "a")]
+
+
+def test_a_table_of_several_models_is_refused(put):
+    table = put("cap.csv", ",rec,total\none,1,36.1\ntwo,2,30.2\n")
+    with pytest.raises(ValueError, match="2 models"):
+        BENCHMARKS["mm_vet"].reviews(table, [])
+
+
 def test_answer_files_in_parts_are_read_together(put, tmp_path):
     put("parts/4_0.jsonl", said({0: "a"})), put("parts/4_1.jsonl", said({1: "b"}))
     assert [r["id"] for r in read_answers(tmp_path / "parts")[0]] == ["0", "1"]

@@ -49,6 +49,8 @@ def reviews(path, samples):
     """A Judgement (or None) for each sample; a dict of numbers where the file is the authors' table of results."""
     data = read_rows(path)
     if isinstance(data, list) and data and "total" in data[0]:
+        if len(data) > 1:
+            raise ValueError(f"{path} holds the results of {len(data)} models: keep the row of one.")
         return table(data[0])
     rows = data.items() if isinstance(data, dict) else [(str(r.get("question_id", r.get("id"))), r) for r in data]
     marks = {}
@@ -69,7 +71,7 @@ def table(row):
     for name, cell in row.items():
         if name == "runs":
             found[name] = [float(x) for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")]
-        elif name and not name.startswith("Unnamed"):
+        elif name and not name.startswith("Unnamed") and cell.replace(".", "", 1).isdigit():
             found[name] = float(cell)
     return found
 
