@@ -144,7 +144,9 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(saving,
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(OSError, match="disk is full: .*base.* its last checkpoint, step-00000002, is whole") as full:
+        with pytest.raises(
+            OSError, match="disk is full: .*base.* its last checkpoint, step-00000002, is whole"
+        ) as full:
             vflan.train(saving)
     assert "\n" not in str(full.value)
     assert [path.name for path in (saving.folder / "checkpoints").iterdir()] == ["step-00000002"]

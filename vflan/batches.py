@@ -17,9 +17,9 @@ from tqdm import tqdm
 from vflan import model as models
 from vflan.checks import check
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_many
-from vflan.mixtures import recipe_samples
+from vflan.mixtures import mixture_record, recipe_samples
 from vflan.pictures import read_picture, stamp
-from vflan.recipe import CACHE, Recipe, shown
+from vflan.recipe import CACHE, Recipe, shown, write_json
 
 MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
 TOWER_BATCH = 64  # pictures that go through the tower together, whatever the micro-batch
@@ -88,6 +88,7 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
     """
     samples, listing, repaired = recipe_samples(recipe), folder / "bad.jsonl", 0
     if judge:
+        write_json(folder / "mixture.json", mixture_record(recipe, samples))
         report = check(samples)
         bad, repaired = dict(zip(report.bad.row, report.bad.reason)), len(report.repaired)
     else:

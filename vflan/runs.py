@@ -13,7 +13,6 @@ from pathlib import Path
 
 from vflan.recipe import ROOT, Recipe, read_json, replace, resolve, shown, write_json
 
-
 PATIENCE = 5  # seconds that the processes of a killed run may need to go
 
 
