@@ -244,9 +244,11 @@ SOUND = st.tuples(
     st.sampled_from(["<image>\nWhat?", "What?\n<image>", "What?"]), st.lists(TEXT, min_size=1, max_size=4)
 ).map(lambda t: [{"from": ["human", "gpt"][i % 2], "value": v} for i, v in enumerate([t[0], *t[1]])])
 PICTURES = ["whole.png", "whole.jpg", "cmyk.jpg", "deep.png", "palette.png", "moving.gif", "clear.png", "line.png", "jpeg.png",
-            "empty.png", "text.jpg", "tall.bmp", "float.tiff", "folder.png", *(f"cut{i}.{k}" for i in range(8) for k in ("png", "jpg", "gif"))]  # fmt: skip
+            "empty.png", "text.jpg", "tall.bmp", "float.tiff", "folder.png",
+            *(f"cut{i}.{k}" for i in range(8) for k in ("png", "jpg", "gif"))]  # fmt: skip
 TRICKS = ["gone.png", "../secret.png", "/etc/hostname", "a\x00b.png", "x" * 5000, "a/" * 3000 + "b.png", "", ".", "..",
-          "images/../whole.png", "\ud800.png", "whole.png::x", "x.zip::whole.png", "whole.png/deeper.png", "~/x.png", "C:\\x.png", " whole.png "]  # fmt: skip
+          "images/../whole.png", "\ud800.png", "whole.png::x", "x.zip::whole.png", "whole.png/deeper.png", "~/x.png",
+          "C:\\x.png", " whole.png "]  # fmt: skip
 RECORD = st.fixed_dictionaries(
     {},
     optional={

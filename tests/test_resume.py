@@ -260,7 +260,8 @@ def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
     package = tmp_path / "packages" / "trackio"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
-        "calls = []\nclass config:\n    update = lambda values, **k: None\nclass Trackio:\n    def log(self, values, **k): calls.append((values, k))\n"
+        "calls = []\nclass config:\n    update = lambda values, **k: None\n"
+        "class Trackio:\n    def log(self, values, **k): calls.append((values, k))\n"
         "    def finish(self): calls.append('end')\n"
         "def init(project, **k):\n    calls.append((project, k))\n    return Trackio()\n"
     )
