@@ -15,6 +15,7 @@ from accelerate.utils import LoggerType
 
 import vflan
 from vflan import checkpoints, runs
+from vflan.heldout import hold_out
 from vflan.runs import Run
 
 vflan.train  # noqa: B018 (imports the file)
@@ -207,7 +208,10 @@ def test_the_last_checkpoint_holds_the_weights_that_the_run_ends_with(saving, mo
     assert same_weights(Run.open(saving.folder).at(), vflan.train(saving))
 
 
-def test_looking_at_held_out_rows_changes_nothing(recipe):
+@pytest.mark.parametrize("kept", [True, False], ids=["features kept", "features made as needed"])
+def test_looking_at_held_out_rows_changes_nothing(recipe, monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr("vflan.batches.MAX_KEPT_BYTES", 0)
     recipe = vflan.replace(recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3)
     looked = vflan.train(vflan.replace(recipe, name="looked", evaluate_every=1))
     unseen = vflan.train(vflan.replace(recipe, name="unseen"))
@@ -218,16 +222,25 @@ def test_looking_at_held_out_rows_changes_nothing(recipe):
     assert table[table.task == "all"].loss.tolist() == pytest.approx(tasks.tolist(), abs=1e-5)
 
 
-def test_held_out_rows_are_never_trained_on(recipe):
-    from vflan.batches import Data
-    from vflan.heldout import hold_out
+def test_held_out_rows_are_never_trained_on(recipe, monkeypatch):
+    trained = set()
 
-    data = Data([f"s{i}" for i in range(50)], *[[]] * 4, *[None] * 3)
-    kept, held = hold_out(data, 10)
-    assert sorted([*kept, *held]) == list(range(50)) and len(held) == 10
-    assert set(hold_out(data, 5)[1]) < set(held)  # a smaller slice is part of the larger one
+    def plan(data, recipe, of, real=TRAIN.plan):
+        batches = real(data, recipe, of)
+        trained.update(str(data.ids[row]) for rows in batches for row in rows)
+        return batches
+
+    monkeypatch.setattr(TRAIN, "plan", plan)
+    asked = set(vflan.train(vflan.replace(recipe, epochs=2, heldout_rows=4)).sample_answers().id)
+    assert len(trained) == 28 and len(asked) == 4 and not asked & trained
+
+
+def test_a_smaller_held_out_slice_is_part_of_a_larger_one():
+    ids = [f"s{i}" for i in range(50)]
+    kept, held = hold_out(ids, 10)
+    assert sorted([*kept, *held]) == list(range(50)) and set(hold_out(ids, 5)[1]) < set(held)
     with pytest.raises(ValueError, match="heldout_rows=50 of 50"):
-        hold_out(data, 50)
+        hold_out(ids, 50)
 
 
 def test_sample_answers_are_those_of_the_model(recipe):

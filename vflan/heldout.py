@@ -18,13 +18,13 @@ QUESTIONS = 4  # answered in words at every look, always the same
 ANSWER_TOKENS = 32
 
 
-def hold_out(data, count: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(ids, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows to train on, `count` rows held out): drawn by the hash of their ids, so the same for every seed and machine."""
-    if count >= len(data.ids):
-        raise ValueError(f"heldout_rows={count} of {len(data.ids)} usable rows leaves nothing to train on.")
     if not count:
-        return np.arange(len(data.ids)), np.arange(0)
-    order = sorted(range(len(data.ids)), key=lambda row: hashlib.sha256(data.ids[row].encode()).digest())
+        return np.arange(len(ids)), np.arange(0)
+    if count >= len(ids):
+        raise ValueError(f"heldout_rows={count} of {len(ids)} usable rows leaves nothing to train on.")
+    order = sorted(range(len(ids)), key=lambda row: hashlib.sha256(str(ids[row]).encode()).digest())
     return np.array(sorted(order[count:])), np.array(order[:count])
 
 

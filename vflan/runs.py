@@ -117,7 +117,7 @@ class Run:
             write_json(other.folder / "init.json", start)
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             (other.folder / "metrics.jsonl").write_text("".join(lines[: about["step"]]), encoding="utf-8")
-            other.finish(model, models.load_processor(recipe), whole, start.get("init"), steps=about["step"])
+            other.finish(model, models.load_processor(whole, model), whole, start.get("init"), steps=about["step"])
         return other
 
     def finish(self, model, processor, recipe, init, **summary) -> None:

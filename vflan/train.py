@@ -80,7 +80,7 @@ def _fit(run, recipe, accelerator):
     pictures = Pictures(data, model, processor, recipe)
     spread = processes.spread(accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe)
     learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
-    kept, heldout = hold_out(data, recipe.heldout_rows)
+    kept, heldout = hold_out(data.ids, recipe.heldout_rows)
     batches = plan(data, recipe, kept)
     about = dict(
         data=checkpoints.plan_hash(data, batches), recipe=recipe.to_dict(), processes=world, sharding=spread.how
@@ -89,8 +89,10 @@ def _fit(run, recipe, accelerator):
     log, look = Log(run.folder, len(batches), first, accelerator), None
     log.begin(recipe)
     if recipe.heldout_rows:
-        tasks = task_names(recipe, run.folder)
-        look = HeldOut(heldout, data, pictures, tasks, recipe, processor.tokenizer, spread)
+        own = Pictures(
+            data, model, processor, recipe
+        )  # what the others hold decides which go through the tower together
+        look = HeldOut(heldout, data, own, task_names(recipe, run.folder), recipe, processor.tokenizer, spread)
         if recipe.evaluate_every and not first:
             look(0, log)
 

@@ -1,0 +1,193 @@
+"""One process and two see the same samples and give the same losses, however the model is laid out over them."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import vflan
+from vflan import processes
+from vflan.runs import Run
+
+HOME = Path(__file__).resolve().parent.parent
+# What a person's own script looks like; beside it, what the tests want to know of the inside.
+SCRIPT = """
+import json, os, sys
+import vflan
+from vflan.recipe import Recipe
+from torch.distributed.tensor import DTensor
+vflan.train
+TRAIN, seen = sys.modules["vflan.train"], {}
+
+def spread(*arguments, real=TRAIN.processes.spread):
+    new = real(*arguments)
+    weights = [weight for weight in new.model.parameters() if weight.requires_grad]
+    local = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights)
+    seen.update(all=all(isinstance(w, DTensor) for w in weights), any=any(isinstance(w, DTensor) for w in weights))
+    tower = new.model.model.vision_tower.parameters()
+    seen.update(share=local / sum(w.numel() for w in weights), tower=any(isinstance(w, DTensor) for w in tower))
+    return new
+
+def learning_rate(step, *rest, real=TRAIN.learning_rate):
+    if step == stop:
+        raise KeyboardInterrupt
+    return real(step, *rest)
+
+TRAIN.processes.spread, TRAIN.learning_rate = spread, learning_rate
+for name, changes, stop in json.loads(sys.argv[2]):
+    recipe = vflan.replace(Recipe.from_dict(json.loads(sys.argv[1])), name=name, **changes)
+    try:
+        run = vflan.train(recipe)
+        if os.environ["RANK"] == "0":
+            (run.folder / "seen.json").write_text(json.dumps(seen))
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def mixed(recipe):
+    """20 steps, every micro-batch smaller than a process's share, clipped, with looks; a third of the rows have no picture."""
+    rows = json.loads(Path(recipe.samples).read_text())
+    for row in rows[::3]:
+        row.pop("image")
+        row["conversations"][0]["value"] = "What is a square?"
+    Path(recipe.samples).write_text(json.dumps(rows))
+    return vflan.replace(
+        recipe, max_steps=20, micro_batch=3, lr=1e-3, max_grad_norm=1.0, save_every=8, heldout_rows=5, evaluate_every=10
+    )
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def torchrun(recipe, trainings, nodes, folder):
+    """Run SCRIPT under torchrun in two processes: on one machine, or as if each were a machine of its own."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(2 // nodes),
+        "--nnodes",
+        str(nodes),
+    ]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
+    argument = [script, json.dumps(recipe.to_dict()), json.dumps(trainings)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder)
+    children = [subprocess.Popen([*command, "--node_rank", str(rank), *argument], **pipes) for rank in range(nodes)]
+    said = [child.communicate(timeout=300)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * nodes, "\n".join(said)
+
+
+def agree(run, one):
+    """Same rows, same losses, step by step and on the held-out rows."""
+    assert run.metrics().tokens.tolist() == one.metrics().tokens.tolist()
+    assert run.metrics().useful.tolist() == one.metrics().useful.tolist()
+    assert run.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
+    assert run.heldout().loss.tolist() == pytest.approx(one.heldout().loss.tolist(), abs=1e-5)
+    assert run.sample_answers().question.tolist() == one.sample_answers().question.tolist()
+    return True
+
+
+def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume_exactly(recipe, tmp_path):
+    recipe = mixed(recipe)
+    one = vflan.train(vflan.replace(recipe, name="one"))
+    killed = [["killed", {"sharding": "fsdp2"}, 13], ["killed", {"sharding": "fsdp2"}, None]]
+    trainings = [["replicated", {"sharding": "none"}, None], ["sharded", {"sharding": "fsdp2"}, None], *killed]
+    torchrun(recipe, trainings, 2, tmp_path)
+    replicated, sharded, resumed = (Run(one.folder.with_name(name)) for name in ("replicated", "sharded", "killed"))
+    for run, kind in ((replicated, "none"), (sharded, "fsdp2")):
+        assert (run.summary["processes"], run.summary["sharding"]) == (2, kind) and agree(run, one)
+    seen = json.loads((sharded.folder / "seen.json").read_text())
+    assert seen["all"] and seen["share"] == pytest.approx(0.5, abs=0.01) and not seen["tower"]
+    assert not json.loads((replicated.folder / "seen.json").read_text())["any"]
+    assert resumed.summary["parts"] == sharded.summary["parts"]
+    assert resumed.metrics().loss.tolist() == sharded.metrics().loss.tolist()
+    assert sharded.load_model()
+
+
+def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(recipe, capfd):
+    recipe = vflan.replace(mixed(recipe), max_steps=4, heldout_rows=0, evaluate_every=0)
+    one = vflan.train(vflan.replace(recipe, name="one"))
+    run = vflan.train(vflan.replace(recipe, name="two"), num_processes=2)
+    assert re.search(
+        r"^python -m torch.distributed.run .* -m vflan.train .*two --processes 2$", capfd.readouterr().out, re.M
+    )
+    assert run.summary["processes"] == 2 and run.load_model()
+    assert run.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: ZeRO is not run here")
+def test_deepspeed_trains_as_one_process_does_and_resumes(recipe, tmp_path):
+    recipe = mixed(recipe)
+    one = vflan.train(vflan.replace(recipe, name="one"))
+    whole = [[kind, {"sharding": kind}, None] for kind in ("zero2", "zero3")]
+    killed = [[f"{kind}-killed", {"sharding": kind}, stop] for kind in ("zero2", "zero3") for stop in (13, None)]
+    torchrun(recipe, [*whole, *killed], 1, tmp_path)
+    for kind in ("zero2", "zero3"):
+        run, resumed = (Run(one.folder.with_name(name)) for name in (kind, f"{kind}-killed"))
+        assert run.summary["sharding"] == kind and agree(run, one)
+        assert resumed.summary["parts"] == run.summary["parts"]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_what_can(recipe):
+    with pytest.raises(
+        ValueError, match="global_batch=8: 3 processes cannot share it evenly; start 2, or make it a multiple of 3"
+    ):
+        vflan.train(recipe, num_processes=3)
+    with pytest.raises(ValueError, match="global_batch=8: 16 processes are more than its samples; start 8"):
+        vflan.train(recipe, num_processes=16)
+    assert not recipe.folder.exists()
+
+
+def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    processes.check(recipe, 2)
+    with pytest.raises(ValueError, match="4 processes were asked for on a machine with 2 GPUs; start 2"):
+        processes.check(recipe, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two machines of two
+    processes.check(recipe, 4)
+
+
+def test_deepspeed_that_is_not_installed_is_told_before_training(recipe, monkeypatch):
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="sharding='zero3' needs DeepSpeed: pip install deepspeed"):
+        vflan.train(vflan.replace(recipe, sharding="zero3"), num_processes=2)
+
+
+def test_only_full_tuning_on_gpus_is_sharded_unless_the_recipe_says_so(recipe, monkeypatch):
+    lora = vflan.replace(recipe, lora_r=4, lora_alpha=8)
+    assert (
+        processes.sharding(recipe, 2) == "none"
+        and processes.sharding(vflan.replace(recipe, sharding="fsdp2"), 2) == "fsdp2"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [processes.sharding(r, n) for r, n in ((recipe, 2), (recipe, 1), (lora, 2))] == ["fsdp2", "none", "none"]
+
+
+def test_fewer_processes_than_asked_for_is_an_error(recipe):
+    run = Run(recipe.folder)
+    run.folder.mkdir(parents=True)
+    (run.folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    with pytest.raises(RuntimeError, match="2 processes were asked for, but 1"):
+        sys.modules["vflan.train"].fit(run.folder, 2)
+
+
+@pytest.mark.parametrize("change", [dict(bits=4, lora_r=4, lora_alpha=8), dict(optimizer="adamw_8bit")])
+def test_what_cannot_be_sharded_is_refused(recipe, change):
+    with pytest.raises(ValueError, match="cannot be shared out over processes; set sharding='none'"):
+        vflan.replace(recipe, sharding="fsdp2", **change)
