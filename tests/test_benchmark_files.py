@@ -301,7 +301,7 @@ def mmbench_table(n=3):
     image = base64.b64encode(picture()).decode()
     rows = [
         {
-            "index": q + k * 1_000_000,
+            "index": 11 * q + k * 1_000_000,
             "question": f"Which {q}?",
             "hint": "nan" if q else "Look.",
             "A": "x",
@@ -310,7 +310,7 @@ def mmbench_table(n=3):
             "D": "",
             "answer": "AB"[k],
             "category": "c",
-            "image": image if not k else str(q),
+            "image": image if not k else str(11 * q),
             "source": "s",
             "l2-category": "l",
             "comment": "",
@@ -324,7 +324,7 @@ def mmbench_table(n=3):
 
 def test_mmbench_is_read_from_its_table_and_scored_by_rotation(tmp_path, put, command, cache):
     mmbench_table().to_csv(tmp_path / "dev.tsv", sep="\t", index=False)
-    answers = {q + k * 1_000_000: "AB"[k] for k in range(2) for q in range(3)} | {1: "B"}
+    answers = {11 * q + k * 1_000_000: "AB"[k] for k in range(2) for q in range(3)} | {11: "B"}
     scores = command("mmbench", questions=tmp_path / "dev.tsv", answers=put("a.jsonl", said(answers)))
     assert scores["accuracy"] == pytest.approx(200 / 3) and scores["single_pass"] == pytest.approx(500 / 6)
     assert not cache.exists()  # scoring writes no pictures

@@ -11,7 +11,7 @@ Questions without an answer or a mark are left out.
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, contains, metrics, valid
+from vflan.benchmarks.benchmark import Benchmark, contains, metrics, out_of, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.benchmarks.vqa import write_json
 from vflan.judge import Judgement
@@ -82,7 +82,7 @@ def items(samples, answers, judgements=None):
     found = {"rule": metrics("rule", rule, samples, pooled=True)["rule"]} if all(s["label"] for s in samples) else {}
     if judgements is None:
         judgements = [Judgement(10 * x, "") if s.get("judge") == "rule" else None for x, s in zip(rule, samples)]
-    judged = [(s, j.score / 10) for s, j in zip(samples, judgements) if valid(j)]
+    judged = [(s, j.score / out_of(j)) for s, j in zip(samples, judgements) if valid(j)]
     if not judged:
         return found
     chosen = [s for s, _ in judged]
