@@ -63,5 +63,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs data/tiny/samples data/tiny/benchmarks vflan.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs data/tiny/samples data/tiny/benchmarks data/tiny/benchmarks_more vflan.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

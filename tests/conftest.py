@@ -1,14 +1,19 @@
 """Tiny random backbones and a handful of coloured squares: enough for every road test, made in a second, no network."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads make busy machines ten times slower
+os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")  # what the tests open leaves nothing in data/cache
 
 import pytest
 from PIL import Image
 
+atexit.register(shutil.rmtree, os.environ["VFLAN_CACHE"], ignore_errors=True)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 COLOURS = ["red", "green", "blue", "yellow"]
 
@@ -31,7 +36,7 @@ def backbones(tmp_path_factory):
 
 def make_backbones(folder, width=32, layers=2, seed=0):
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -60,6 +65,7 @@ def make_backbones(folder, width=32, layers=2, seed=0):
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in bytes_]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

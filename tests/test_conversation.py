@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, audit, encode, expand, prompt_ids
+from vflan.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    SYSTEM,
+    audit,
+    chat_template,
+    encode,
+    expand,
+    prompt_ids,
+)
+from vflan.recipe import ROOT
 
 
 def turns(*texts):
@@ -27,6 +37,14 @@ def tokenizer(backbones):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(backbones["language_model"])
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The mini world's, which begins every stretch of text with a space, as the older Vicunas' does."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny" / "language_model")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -102,6 +120,26 @@ def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
     for conversation, why in ((turns("What?"), "wrong order"), (turns("What?", " "), "empty answer"), ([], "no turns")):
         with pytest.raises(ValueError, match=why):
             encode(conversation, tokenizer)
+    for conversation, why in (
+        (turns("Describe.", "red"), "no image token"),
+        (turns("<image>", "red", "And?", "blue"), "2 answers: the plain template is a picture and one caption"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            encode(conversation, tokenizer, "plain")
+
+
+def test_the_chat_template_gives_trainings_ids_in_one_pass(tokenizer, tiny_tokenizer):
+    for spelling in (tokenizer, tiny_tokenizer):
+        ids, labels = encode(turns("<image>\nWhat color is it?", "a red square", "Is it big?", "no"), spelling)
+        picture = [{"type": "image"}, {"type": "text", "text": "What color is it?"}]
+        messages = [dict(role="user", content=picture), dict(role="assistant", content="a red square")]
+        messages += [dict(role="user", content="Is it big?")]
+        text = spelling.apply_chat_template(
+            messages, chat_template=chat_template(spelling), add_generation_prompt=True, tokenize=False
+        )
+        image = spelling.convert_tokens_to_ids("<image>")
+        end = max(i for i in range(1, len(ids)) if labels[i] != IGNORE_INDEX == labels[i - 1])
+        assert [IMAGE_TOKEN_INDEX if i == image else i for i in spelling(text).input_ids] == ids[:end]
 
 
 def test_expand_widens_the_picture_in_ids_and_labels_alike(tokenizer):

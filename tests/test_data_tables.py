@@ -53,7 +53,7 @@ def test_all_205_names_of_the_site_are_listed_once():
     site = tasks[tasks.in_site == "yes"]
     assert len(site) == 205 and site.task_name.is_unique and (site.task_name != "").all()
     assert (site.source == "MultiInstruct").sum() == 26
-    assert set(tasks.in_191) == {"certain", "unknown"} and (site.in_191 == "certain").sum() == 32
+    assert set(tasks.in_191) == {"yes", ""} and (site.in_191 == "yes").sum() == 32
     assert (tasks[tasks.in_paper == "no"].note != "").all()
 
 
@@ -68,3 +68,37 @@ def test_the_sources_agree_with_the_names():
     tasks = released_tasks()
     for row in tasks[tasks.task_name.str.contains("+", regex=False)].itertuples():
         assert row.source in (re.split(r"\+", row.task_name)[0], "CAT2000")
+
+
+def test_flags_and_licences_are_known_words():
+    tasks = released_tasks()
+    flags = tasks["flags"].str.split()  # tasks.flags is pandas' own
+    assert set(flags.explode().dropna()) == {"benchmark", "overlaps", "faces"}
+    assert set(tasks.licence) - {""} <= {
+        *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY (annotations)"),
+        *("MIT", "Apache-2.0", "BSD-3-Clause", "GPL-3.0", "DbCL-1.0"),
+        *("free with credit", "research only", "no redistribution", "own terms"),
+    }
+
+
+def test_a_source_has_one_licence_and_the_facts_are_in_the_table():
+    tasks = released_tasks()
+    by_source = tasks[tasks.source != "MultiInstruct"].groupby("source").licence
+    assert (by_source.nunique() == 1).all()
+    licence = by_source.first()
+    assert licence["Clevr"] == licence["visdial"] == "CC-BY-4.0" and licence["MEMOTION"] == "no redistribution"
+    assert licence["INATURALIST"] == "research only" and licence["coco"] == ""  # not stated on the site
+    named = tasks[tasks["flags"].str.contains("benchmark")].source
+    known = {
+        "ImageNet-A",
+        "ImageNet-C",
+        "ImageNet-R",
+        "ObjectNet",
+        "Winoground",
+        "VisDA-2017",
+        "MVTecAD",
+        "Set5",
+        "Road-Anomaly",
+    }
+    assert set(named) == known | {"NOCAPS"}
+    assert {"fairface", "LFW", "expw", "KVQA"} < set(tasks[tasks["flags"].str.contains("faces")].source)

@@ -10,10 +10,10 @@ import pytest
 HOME = Path(__file__).resolve().parent.parent
 # A room imports only rooms before it. Three know nothing of the house and so stand before those that use them:
 # conversation (check asks it what a row would lose), stats and judge (what scores stands after them).
-ROOMS = (
-    "recipe presets conversation pictures samples mixtures stats judge benchmarks contamination checks fetch".split()
-)
-ROOMS += "model batches runs train evaluate claims plots widgets world book".split()
+ROOMS = """
+recipe presets conversation pictures samples mixtures llava_mixture stats judge benchmarks contamination checks fetch
+model batches learner checkpoints processes runs log heldout train evaluate claims plots widgets world book
+""".split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 
 

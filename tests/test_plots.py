@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import matplotlib
@@ -73,6 +74,17 @@ def test_odd_text_is_drawn_as_it_is(tmp_path):
     question = {"image": None, "text": odd, "label": odd, "category": "x"}
     shown = "\n".join(texts(plots.before_after([question], {"base": [odd], "chat": [""]})))
     assert "$5" in shown and "(nothing)" in shown
+
+
+def test_a_lost_picture_is_said_and_one_in_a_zip_is_shown(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    fig, axes = plt.subplots(1, 3)
+    for ax, name in zip(axes, (f"{tmp_path}/a.zip::a.png", f"{tmp_path}/gone.png", None)):
+        plots.show(ax, name)
+    assert [len(ax.images) for ax in axes] == [1, 0, 0]
+    assert [ax.texts[0].get_text() for ax in axes[1:]] == ["missing picture", "text only"]
 
 
 def test_long_texts_are_cut_with_an_ellipsis():

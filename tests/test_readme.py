@@ -180,16 +180,28 @@ def test_a_floor_that_fails_stands_out_and_one_that_is_shown_is_not_judged():
 
 def test_the_cost_says_what_it_was_measured_on(home):
     checks = [
-        dict(name="demo_minutes", value=12.34, unit="min", target=30, holds=True, commit="abc1234"),
-        dict(name="matmul_gflops", value=40.0, unit="GFLOPS", target=None, holds=None, commit="abc1234"),
+        dict(name="demo_minutes", value=12.34, unit="min", target="at most 30", holds=True, commit="abc1234"),
+        dict(name="matmul_gflops", value=40.0, unit="GFLOPS", target="", holds=None, commit="abc1234"),
     ]
     machine = dict(cpu="some CPU", cores=2, memory_gb=8.0, load_at_start=0.1)
     record = dict(machine=machine, versions=dict(python="3.11.9", torch="2.13.0"), checks=checks)
     (home / "bench/results/demo.json").write_text(json.dumps(record))
     assert book.fill_readme(home) == ["cost"]
     text = (home / "README.md").read_text()
-    assert "| `make demo`, minutes without installing | 12.3 | 30 |" in text
+    assert "| `make demo`, minutes without installing | 12.3 | at most 30 |" in text
     assert "GFLOPS | 40.0 |  |" in text and "abc1234 on some CPU, 2 cores, 8.0 GB" in text and "torch 2.13.0." in text
+
+
+def test_a_bench_that_fails_or_was_not_run_says_so():
+    row = dict(unit="s", target="at most 1", commit="abc1234")
+    checks = [
+        dict(name="open_seconds", value=2.5, holds=False, **row),
+        dict(name="gpu", value="not measured", holds=None, **row),
+    ]
+    machine = dict(cpu="some CPU", cores=2, memory_gb=8.0, load_at_start=0.1)
+    text = book.bench_markdown({"data": dict(machine=machine, versions=dict(torch="2.13.0"), checks=checks)})
+    assert "| data: open_seconds | 2.5 | s | at most 1 | **no** |" in text
+    assert "| data: gpu | not measured | s | at most 1 |  |" in text and "`python -m bench.data` at abc1234" in text
 
 
 def test_a_page_without_its_markers_is_an_error_that_names_them(home):

@@ -1,5 +1,7 @@
 """Real Vision-Flan records, one a task, with their pictures. They may not be published, so without them these tests are skipped."""
 
+import zipfile
+
 import pytest
 
 import vflan
@@ -14,6 +16,17 @@ def real(shared):
 
 def test_every_real_sample_passes_the_check(real):
     report = vflan.check(vflan.load_samples(real / "annotation.json", real / "images"))
+    assert (report.rows, report.ok, len(report.repaired)) == (158, 158, 0), report
+
+
+def test_every_real_sample_passes_from_a_zip_that_is_not_unpacked(real, tmp_path):
+    with zipfile.ZipFile(tmp_path / "image_191-task_1k.zip", "w") as archive:
+        for picture in (real / "images").iterdir():
+            archive.write(picture, f"images_191task_1k/{picture.name}")
+    (tmp_path / "annotation.json").write_bytes((real / "annotation.json").read_bytes())
+    samples = vflan.load_samples(tmp_path / "annotation.json")
+    assert all(".zip::" in image for image in samples["image"]) and len(set(samples["task_name"])) == 158
+    report = vflan.check(samples)
     assert (report.rows, report.ok, len(report.repaired)) == (158, 158, 0), report
 
 

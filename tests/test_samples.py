@@ -1,12 +1,23 @@
+import io
 import json
-import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
+from vflan import samples as room
 from vflan.checks import check
-from vflan.mixtures import mix, subset
+from vflan.pictures import picture_trouble, read_picture
 from vflan.samples import load_samples, save_samples
 
 ASK, SAY = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}
@@ -24,12 +35,6 @@ def row(**changes):
     return {"id": "r", "image": "ok.png", "task_name": "t", "conversations": [ASK, SAY]} | changes
 
 
-def reason(folder, **changes):
-    report = check(load_samples(make(folder, row(**changes))))
-    assert report.rows == report.ok + len(report.bad)
-    return report.bad.reason.iloc[0] if len(report.bad) else "fine"
-
-
 def test_an_array_and_json_lines_load_alike(tmp_path):
     rows = [row(id=1), row(id="two", image=None, conversations=[{"from": "human", "value": "line\u2028sep"}, SAY])]
     array = load_samples(make(tmp_path, *rows)).to_list()
@@ -38,105 +43,317 @@ def test_an_array_and_json_lines_load_alike(tmp_path):
     assert [r["id"] for r in array] == ["1", "two"]
 
 
-def test_a_cut_off_file_is_an_error_that_says_so(tmp_path):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of tables, empty."""
+    monkeypatch.setattr(room, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "samples"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Call it, and from then on reading a samples file is an error."""
+
+    def refuse(*args):
+        raise AssertionError("the samples file was read again")
+
+    return lambda: [monkeypatch.setattr(room, name, refuse) for name in ("_json", "_parquet")]
+
+
+def texts(samples):
+    return [[turn["value"] for turn in turns] for turns in samples["conversations"]]
+
+
+def png(color="red"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_released_files_open_as_they_are(tmp_path):
+    """Rows as the five releases hold them: extra keys, no task name, no picture, ids that repeat, an empty answer."""
+    last, hello = {"from": "human", "value": "Name it.\n<image>"}, {"from": "human", "value": "Hello"}
+    flan = dict(id="GQA_1", image="ok.png", task_name="GQA", conversations=[last, SAY])
+    rows = [flan, flan | {"conversations": [ASK, {"from": "gpt", "value": ""}]}]
+    rows.append(dict(id="004539375", image="ok.png", conversations=[last, SAY]))
+    rows.append(dict(id="wgByO4Y_0", model="", conversations=[hello, SAY, hello, SAY]))
+    rows.append(dict(id=33471, image="../images/ok.png", conversations=[ASK, SAY, hello, SAY]))
+    samples = load_samples(make(tmp_path, *rows))
+    assert samples["id"][:] == ["GQA_1", "GQA_1", "004539375", "wgByO4Y_0", "33471"]
+    assert samples["task_name"][:] == ["GQA", "GQA", "", "", ""]
+    assert [bool(image) for image in samples["image"]] == [True, True, True, False, True]
+    assert texts(samples)[0][0] == "Name it.\n<image>"
+    report = check(samples)
+    assert (report.ok, list(report.bad.row), list(report.bad.reason)) == (4, [1], ["empty answer"])
+
+
+def test_rows_of_the_wrong_shape_are_kept_and_named(tmp_path):
+    odd = [None, 5, "text", [], {}, {"conversations": 3}, {"conversations": [1, None, {"from": 2, "value": ["x"]}]}]
+    odd += [
+        row(image=image) for image in (3, ["ok.png"], {"a": 1}, "", ".", "a\0b", "x" * 5000, "\ud800.png", "ok.png/")
+    ]
+    odd += [row(conversations=[ASK, {"from": "gpt", "value": "half \udc00 pair"}]), row(id=None), row(task_name=7)]
+    for lines in (False, True):
+        samples = load_samples(make(tmp_path, *odd, lines=lines))
+        assert len(samples) == len(odd) and samples[17]["id"] == "17" and samples[18]["task_name"] == "7"
+        assert texts(samples)[16][1] == "half \ufffd pair"
+        report = check(samples)
+        assert report.rows == len(odd) == report.ok + len(report.bad) and list(report.bad.row) == list(range(15))
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+def test_blocks_may_cut_a_file_anywhere(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(room, "_BLOCK", block)
+    draw = random.Random(block)
+    values = ["", "é漢\U0001f600", 'a "b" \\ \n\t', "\u2028", "x" * 90, "] , [", "<image>"]
+    rows = [row(id=i, more=[1.5e-7, -12, True, None, {"a": []}], task_name=draw.choice(values)) for i in range(30)] + [
+        12345
+    ]
+    whole = [[], rows[:1], rows]
+    for rows, layout in [(rows, layout) for rows in whole for layout in ({}, {"indent": 3}, {"ensure_ascii": False})]:
+        path = tmp_path / "rows.json"
+        path.write_text("\ufeff \n" + json.dumps(rows, **layout) + "\n\n", encoding="utf-8")
+        assert [one for some, _ in room._json(path) for one in some] == rows
+        if "indent" not in layout:
+            path.write_text("\r\n".join(json.dumps(one, **layout) for one in rows), encoding="utf-8")
+            assert [one for some, _ in room._json(path) for one in some] == rows
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 20])
+@pytest.mark.parametrize(
+    "text, where",
+    [
+        ('[\n{"id": 1},\n{"id": }]', "Expecting value: line 3, character 20"),
+        ('[{"id": 1}\n{"id": 2}]', "Expecting , or ]: line 2, character 11"),
+        ('[{"id": "a\nb"}]', "Invalid control character at: line 1, character 10"),
+        ('[{"id": 1},]', "line 1, character 11"),
+        ('[{"id": 1}', "Expecting , or ]: line 1, character 10"),
+        ('[{"id": "never closed', "Unterminated string starting at: line 1, character 8"),
+        ("[", "Expecting value or ]"),
+        ("[1] 2", "Extra data: line 1, character 4"),
+        ('{"id": 1}\n\n{"id" 2}\n', "line 3 is not json"),
+        ('{"id": 1}\n[2', "line 2 is not json"),
+        ("[" * 5000, "not whole json"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_says_where_and_what_to_do(tmp_path, monkeypatch, cache, block, text, where):
+    monkeypatch.setattr(room, "_BLOCK", block)
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as trouble:
+        load_samples(path)
+    assert where in str(trouble.value) and str(path) in str(trouble.value) and "again" in str(trouble.value)
+    assert not list(cache.glob("*.arrow")) and not list(cache.glob("*.part"))
+
+
+def test_a_cut_off_file_and_one_that_is_not_text_are_errors_that_say_so(tmp_path):
     path = make(tmp_path, row(), row())
     path.write_text(path.read_text()[:-30])
     with pytest.raises(ValueError, match="not whole json"):
         load_samples(path)
+    path.write_bytes(b'[{"id": "\xc3\xa9\xff"}]')
+    with pytest.raises(ValueError, match="byte 11 is not UTF-8"):
+        load_samples(path)
+    with pytest.raises(FileNotFoundError, match="data/README.md says how to get it"):
+        load_samples(tmp_path / "none.json")
 
 
-def test_samples_survive_writing_and_reading(tmp_path):
-    path = make(tmp_path, row(), row(conversations=[{"from": "human", "value": "hé"}, SAY], image=None))
-    samples = load_samples(path)
-    save_samples(samples, tmp_path / "again.json", tmp_path / "images")
-    assert load_samples(tmp_path / "again.json").to_list() == samples.to_list()
-    assert json.loads((tmp_path / "again.json").read_text())[0]["image"] == "ok.png"
+def test_a_second_open_reads_the_table_alone(tmp_path, cache, unread):
+    path = make(tmp_path, row(id=1), row(id=2))
+    first = load_samples(path)
+    unread()
+    second = load_samples(path)
+    assert second.to_list() == first.to_list() and len(list(cache.glob("*.arrow"))) == 1
+    assert second.cache_files == first.cache_files != []  # mapped, not held
+    make(tmp_path, row(id=1), row(id="other"))
+    with pytest.raises(AssertionError, match="read again"):
+        load_samples(path)
+
+
+def test_a_changed_file_takes_the_place_of_its_table_and_other_images_make_another(tmp_path, cache):
+    path = make(tmp_path, row(id=1))
+    old = load_samples(path)
+    new = load_samples(make(tmp_path, row(id=2), row(id=3)))
+    assert (old["id"][:], new["id"][:]) == (["1"], ["2", "3"]) and len(list(cache.glob("*.arrow"))) == 1
+    assert load_samples(path, tmp_path)[0]["image"] == str(tmp_path / "ok.png")
+    assert load_samples(path)[0]["image"] == str(tmp_path / "images" / "ok.png")
+
+
+def test_a_kill_while_converting_leaves_no_half_table_and_none_of_it_needs_torch(tmp_path, cache):
+    path = make(tmp_path, *[row(id=i) for i in range(500)])
+    child = """
+import sys, time
+from pathlib import Path
+from vflan import samples as room
+room._BLOCK, room.CACHE, whole = 4096, Path(sys.argv[2]), room._json
+def slow(path):
+    for number, part in enumerate(whole(path)):
+        if number == 5:
+            print("torch" in sys.modules, flush=True)
+            time.sleep(600)
+        yield part
+room._json = slow
+room.load_samples(sys.argv[1])
+"""
+    process = subprocess.Popen([sys.executable, "-c", child, path, cache.parent], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"False\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [file.stat().st_size > 4096 for file in cache.glob("*.part")] == [True] and not list(cache.glob("*.arrow"))
+    other = tmp_path / "other.json"  # a conversion of any file sweeps
+    other.write_text("[]")
+    assert len(load_samples(other)) == 0 and not list(cache.glob("*.part"))
+    assert load_samples(path)["id"][:] == [str(i) for i in range(500)]
+
+
+def test_of_several_openers_one_converts(tmp_path, cache, monkeypatch):
+    path, converted, convert = make(tmp_path, row(id=1)), [], room._convert
+
+    def slow(*args):
+        converted.append(args)
+        time.sleep(0.3)
+        convert(*args)
+
+    monkeypatch.setattr(room, "_convert", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert [samples["id"][:] for samples in pool.map(load_samples, [path] * 4)] == [["1"]] * 4
+    assert len(converted) == 1
 
 
 @pytest.mark.parametrize(
-    "turns, expected",
+    "damage",
     [
-        ([], "no turns"),
-        (None, "no turns"),
-        ([ASK], "wrong order"),
-        ([SAY], "wrong order"),
-        ([ASK, ASK, SAY], "wrong order"),
-        ([ASK, SAY, SAY], "wrong order"),
-        ([ASK, {"from": "bot", "value": "x"}], "unknown role"),
-        ([ASK, {"value": "x"}], "unknown role"),
-        ([ASK, {"from": "gpt", "value": " \n"}], "empty answer"),
-        ([ASK, {"from": "gpt", "value": None}], "empty answer"),
-        ([{"from": "human", "value": "What?"}, SAY], "picture without an image token"),
-        ([ASK, SAY, ASK, SAY], "image token in more than one question"),
-        ([ASK, {"from": "gpt", "value": "<image>"}], "image token in an answer"),
+        lambda data: data[:-8],  # a whole number of batches, but not all
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: bytes(len(data)),
+        lambda data: data.replace(b"\0\0\0\0\1\0\0\0\2\0\0\0", b"\0\0\0\0\1\0\0\0\0\0\xff\0"),  # where a text ends
+        lambda data: data.replace(b'"vflan"', b'"flanv"')[:300] + bytes(100) + data[400:],
     ],
 )
-def test_a_bad_conversation_is_named_with_its_reason(tmp_path, turns, expected):
-    assert reason(tmp_path, conversations=turns).startswith(expected)
+def test_a_damaged_table_is_made_again(tmp_path, cache, damage):
+    path = make(tmp_path, row(id=1), row(id=2))
+    load_samples(path)
+    (table,) = cache.glob("*.arrow")
+    whole = table.read_bytes()
+    table.write_bytes(damage(whole))
+    assert load_samples(path)["id"][:] == ["1", "2"] and table.read_bytes() == whole
 
 
-def test_an_image_token_without_a_picture_is_bad(tmp_path):
-    assert reason(tmp_path, image=None) == "image token without a picture"
+def test_a_cache_that_cannot_be_written_is_said_once_and_costs_memory_only(tmp_path, monkeypatch):
+    path = make(tmp_path, row(id=1), row(id=2))
+    expected = load_samples(path).to_list()
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(room, "CACHE", tmp_path / "file")
+    with pytest.warns(UserWarning, match="VFLAN_CACHE") as said:
+        samples = load_samples(path)
+    assert len(said) == 1 and samples.to_list() == expected
 
 
-def test_missing_truncated_and_undecodable_pictures_are_told_apart(tmp_path):
+def test_tables_are_mapped_and_stay_so_when_selected_joined_and_sent_to_another_process(tmp_path):
+    samples = load_samples(make(tmp_path, *[row(id=i) for i in range(100)]))
+    some = concatenate_datasets([samples.select(range(50, 60)), samples.select([3, 1])])
+    assert some["id"][:] == [str(i) for i in (*range(50, 60), 3, 1)]
+    sent = pickle.dumps(samples.select([7]))
+    assert pickle.loads(sent)[0]["id"] == "7" and len(sent) < 5000
+    assert len(samples.filter(lambda one: one["id"] == "9")) == 1
+
+
+def test_pictures_may_lie_in_a_zip_beside_the_file(tmp_path):
+    rows = [row(image=name) for name in ("a.png", "Müller.png", "gone.png", "../a.png", "/a.png", "sub/../a.png")]
+    path = tmp_path / "annotation.json"
+    path.write_text(json.dumps(rows))
+    with zipfile.ZipFile(tmp_path / "image_191-task_1k.zip", "w") as archive:
+        archive.writestr("images_191task_1k/a.png", png("blue"))
+        archive.writestr("images_191task_1k/Müller.png", png())
+    samples = load_samples(path)
+    assert samples[0]["image"] == f"{tmp_path / 'image_191-task_1k.zip'}::a.png"
+    assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
+    kinds = [picture_trouble(image).split(":")[0] for image in samples["image"]]
+    assert kinds == ["", "", "missing picture", "path outside the images folder", "path outside the images folder", ""]
+    again = load_samples(save_samples(samples, tmp_path / "again.json", tmp_path / "image_191-task_1k.zip"))
+    assert again.to_list() == samples.to_list()
+    (tmp_path / "image_191-task_1k.zip").write_bytes(b"PK half a download")
+    with pytest.raises(ValueError, match="not a whole zip archive; download it again"):
+        load_samples(path)
+
+
+def parquet(path, rows, **layout):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, **layout)
+
+
+def test_a_dataset_folder_of_several_parts_opens_with_its_pictures_inside(tmp_path, unread):
+    colors = [(i, 0, 0) for i in range(7)]
+    rows = [row(id=i, image={"bytes": png(color), "path": f"{i}.png"}) for i, color in enumerate(colors)]
+    rows[5] |= {"image": None}
+    rows[6] |= {"image": {"bytes": None, "path": "ok.png"}}
     make(tmp_path)
-    for kind in ("jpg", "png"):
-        Image.effect_noise((64, 64), 90).save(tmp_path / "images" / f"whole.{kind}")
-        data = (tmp_path / "images" / f"whole.{kind}").read_bytes()
-        (tmp_path / "images" / f"half.{kind}").write_bytes(data[: len(data) // 2])
-    (tmp_path / "images" / "text.png").write_text("not a picture")
-    assert reason(tmp_path, image="gone.png").startswith("missing picture")
-    assert reason(tmp_path, image="half.jpg").startswith("truncated picture")
-    assert reason(tmp_path, image="half.png").startswith("truncated picture")
-    assert reason(tmp_path, image="text.png").startswith("undecodable picture")
-    assert reason(tmp_path, image="whole.jpg") == "fine"
+    parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows[:4], row_group_size=3)
+    parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[4:], row_group_size=2)
+    samples = load_samples(tmp_path)
+    assert samples["id"][:] == list("0123456") and texts(samples) == [["<image>\nWhat?", "a dot"]] * 7
+    assert [read_picture(image).getpixel((0, 0)) for image in samples["image"][:5]] == colors[:5]
+    assert samples["image"][5:] == [None, str(tmp_path / "images" / "ok.png")]
+    assert load_samples(f"{tmp_path}/data/train-00001*")["id"][:] == list("456")
+    again = load_samples(save_samples(samples, tmp_path / "again.json", tmp_path), tmp_path)
+    assert again.to_list() == samples.to_list()
+    unread()
+    assert load_samples(tmp_path).to_list() == samples.to_list()
 
 
-def test_a_picture_outside_the_folder_is_bad_even_when_it_exists(tmp_path):
-    make(tmp_path)
-    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    os.symlink(tmp_path / "secret.png", tmp_path / "images" / "link.png")
-    (tmp_path / "images-too").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "images-too" / "x.png")
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "../images-too/x.png"):
-        assert reason(tmp_path, image=name).startswith("path outside"), name
-    assert reason(tmp_path, image="../images/ok.png") == "fine"
+def test_the_hubs_own_writer_and_plain_columns_open_alike(tmp_path):
+    turns = {"conversations": [[ASK, SAY]] * 2}
+    plain = Dataset.from_dict(turns | {"id": [1, 2], "image": ["ok.png", None], "model": ["", ""]})
+    plain.to_parquet(make(tmp_path).with_name("plain.parquet"))
+    assert load_samples(tmp_path / "plain.parquet")["image"][:] == [str(tmp_path / "images" / "ok.png"), None]
+    Dataset.from_dict(turns | {"image": [png("blue"), None]}).to_parquet(tmp_path / "bytes.parquet")
+    samples = load_samples(tmp_path / "bytes.parquet")
+    assert samples["id"][:] == ["0", "1"] and samples["image"][1] is None
+    assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_what_can_be_repaired_is_kept_and_said(tmp_path):
-    hello = {"from": "human", "value": "And?"}
+def test_a_parquet_file_that_is_broken_foreign_or_of_several_splits_is_an_error_that_says_so(tmp_path):
+    parquet(tmp_path / "train-0.parquet", [{"question": "?"}])
+    with pytest.raises(ValueError, match="has no column conversations, only question"):
+        load_samples(tmp_path)
+    parquet(tmp_path / "test-0.parquet", [row()])
+    with pytest.raises(ValueError, match="splits test, train; name one"):
+        load_samples(tmp_path)
+    (tmp_path / "train-0.parquet").write_bytes((tmp_path / "test-0.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a whole parquet file"):
+        load_samples(tmp_path / "train-0.parquet")
+    with pytest.raises(FileNotFoundError, match="no parquet file in this folder"):
+        load_samples(make(tmp_path).parent / "images")
+
+
+def test_samples_survive_writing_and_reading(tmp_path):
+    rows = [row(), row(conversations=[{"from": "human", "value": "hé"}, SAY], image=None), row(image="../x.png")]
+    samples = load_samples(make(tmp_path, *rows))
+    save_samples(samples, tmp_path / "again.json", tmp_path / "images")
+    assert load_samples(tmp_path / "again.json").to_list() == samples.to_list()
+    assert json.loads((tmp_path / "again.json").read_text())[0]["image"] == "ok.png"
+    assert len(load_samples(save_samples([], tmp_path / "none.json"))) == 0
+    with pytest.raises(TypeError):
+        save_samples([row(), {"id": object()}], tmp_path / "again.json")
+    assert len(load_samples(tmp_path / "again.json")) == 3 and not list(tmp_path.glob(".again*"))
+
+
+def test_texture_tells_where_the_picture_stands_and_how_long_texts_are(tmp_path):
+    def turns(question, *more):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "two words"}, *more]
+
     rows = [
-        row(conversations=[SAY, ASK, SAY]),
-        row(conversations=[ASK, SAY, hello]),
-        row(conversations=[{"from": "human", "value": "<image><image>\nWhat?"}, SAY]),
-        row(conversations=[ASK, {"from": "gpt", "value": ""}, hello, SAY]),
-        row(),
+        row(conversations=turns("<image>\nWhat is it?")),
+        row(conversations=turns("What is it?\n<image> ", ASK, SAY)),
+        row(conversations=turns("Is <image> it?")),
+        row(image=None, conversations=turns("Who?")),
+        row(conversations=[]),
+        row(conversations=[ASK]),
     ]
-    report = check(load_samples(make(tmp_path, *rows)))
-    assert (report.rows, report.ok, len(report.bad)) == (5, 5, 0)
-    assert list(report.repaired.row) == [0, 1, 2, 3]
-
-
-def test_mix_is_the_same_on_any_machine(tmp_path):
-    samples = load_samples(make(tmp_path, *[row(id=i, task_name=f"t{i % 6}") for i in range(60)]))
-    assert mix(samples, 2, 3, seed=0)["id"][:] == ["4", "22", "26", "34", "38", "50"]
-
-
-def test_mix_draws_tasks_and_samples_as_asked_and_larger_mixtures_hold_the_smaller(tmp_path):
-    samples = load_samples(make(tmp_path, *[row(id=i, task_name=f"t{i % 6}") for i in range(60)]))
-    small, large = mix(samples, 2, 3, seed=1), mix(samples, 4, 5, seed=1)
-    assert len(small) == 6 and len(set(small["task_name"])) == 2
-    assert set(small["id"]) < set(large["id"]) and len(large) == 20
-    assert mix(samples, 2, 3, seed=2)["id"][:] != small["id"][:]
-    assert len(mix(samples, 3, 1000)) == 30  # a task gives what it has
-    assert set(subset(samples, 5)["id"]) < set(subset(samples, 20)["id"])
-    with pytest.raises(ValueError, match="hold 6 tasks"):
-        mix(samples, 7)
-
-
-def test_twenty_thousand_rows_check_quickly_and_a_shared_picture_is_decoded_once(tmp_path):
-    samples = load_samples(make(tmp_path, *[row(id=i) for i in range(20_000)]))
-    start = time.process_time()
-    assert check(samples).ok == 20_000
-    assert time.process_time() - start < 5
+    found = room.texture(load_samples(make(tmp_path, *rows)))
+    assert list(found.image) == ["first", "last", "inside", "none", "none", "first"]
+    assert list(found.question) == [3, 3, 2, 1, 0, 1] and list(found.answer) == [2, 2, 2, 2, 0, 0]
+    assert list(found.turns) == [2, 4, 2, 2, 0, 1]
+    assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2

@@ -299,25 +299,44 @@ def floors_markdown(floors):
 def cost_markdown(record):
     """What bench.demo measured, as a table, and what it was measured on."""
     rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]] for row in record["checks"]]
+    return f"{markdown(['', 'measured', 'wanted'], rows)}\n\n{measured_on(record, 'demo')}"
+
+
+def bench_markdown(records):
+    """The figures of every other bench, {name: record}, one table: what was measured, what was wanted, whether it holds."""
+    rows, notes = [], []
+    for name, record in records.items():
+        for row in record["checks"]:
+            value = row["value"] if isinstance(row["value"], str) else f"{row['value']:,.6g}"
+            verdict = {True: "yes", False: "**no**", None: ""}[row["holds"]]
+            rows.append([f"{name}: {row['name']}", value, row["unit"], row["target"], verdict])
+        notes.append(measured_on(record, name))
+    return "\n\n".join([markdown(["figure", "measured", "unit", "wanted", "holds"], rows), *notes])
+
+
+def measured_on(record, name):
+    """With what, at which commit and on which machine a bench was run."""
     machine, versions = record["machine"], record["versions"]
     at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
-    note = f"Measured by `python -m bench.demo` at {at} on {machine['cpu']}, {machine['cores']} cores, "
+    note = f"Measured by `python -m bench.{name}` at {at} on {machine['cpu']}, {machine['cores']} cores, "
     note += f"{machine['memory_gb']} GB, load {machine['load_at_start']} at the start; "
-    note += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    return f"{markdown(['', 'measured', 'to stay under'], rows)}\n\n{note}"
+    return note + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
 
 
 def readme_tables(home=None):
-    """{marker: markdown} for the results that are there: `scores` and `cost`."""
+    """{marker: markdown} for the results that are there: `scores`, `cost` and `bench`."""
     home, tables = Path(home or ROOT), {}
     scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
     if scores.exists():
         tables["scores"] = scores_markdown(pd.read_csv(scores))
         if floors.exists():
             tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
-    cost = home / "bench" / "results" / "demo.json"
-    if cost.exists():
-        tables["cost"] = cost_markdown(json.loads(cost.read_text(encoding="utf-8")))
+    files = sorted((home / "bench" / "results").glob("*.json"))
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    if "demo" in records:
+        tables["cost"] = cost_markdown(records.pop("demo"))
+    if records:
+        tables["bench"] = bench_markdown(records)
     return tables
 
 

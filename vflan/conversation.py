@@ -14,12 +14,12 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# the same template for Hugging Face processors: saved with every run so that AutoProcessor alone can prompt the model
-CHAT_TEMPLATE = (
+# the same template for Hugging Face processors; GAP: see chat_template
+_CHAT_TEMPLATE = (
     "{{ '"
     + SYSTEM.replace("'", "\\'")
     + " ' }}{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>GAP' }}{% endfor %}"
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{{ ' ' if m.role == 'user' else eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -80,19 +80,47 @@ def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") ->
     `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns
     the caption and a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why nothing can be learned.
     """
-    pairs, has_image, _ = audit(conversations)
+    (encoded,) = encode_many([conversations], tokenizer, template)
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return encoded
+
+
+def encode_many(many, tokenizer, template: str = "vicuna_v1") -> list[tuple[list[int], list[int]] | ValueError]:
+    """`encode` for many conversations with one call of the tokenizer; where nothing can be learned stands the ValueError."""
+    begun = []
+    for conversations in many:
+        try:
+            begun.append(_texts(*audit(conversations)[:2], tokenizer, template))
+        except ValueError as trouble:
+            begun.append(trouble)
+    ids = iter(_tokenize(tokenizer, [start[:2] for start in begun if not isinstance(start, ValueError)]))
+    return [start if isinstance(start, ValueError) else start[2](next(ids)) for start in begun]
+
+
+def _texts(pairs, has_image, tokenizer, template) -> tuple:
+    """The texts to tokenise, what people said in them, and how ids and labels are put together from their ids."""
     said = "".join(map("".join, pairs))
     if template == "plain":
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
-        caption = _tokenize(tokenizer, [pairs[0][1] + "\n"], said)[0]
-        head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
-        return head + caption, [IGNORE_INDEX] * len(head) + caption
+        if len(pairs) > 1:
+            raise ValueError(f"{len(pairs)} answers: the plain template is a picture and one caption")
+        return [pairs[0][1] + "\n"], said, lambda ids: _caption(ids[0], tokenizer)
     head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
     texts = [
         text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")
     ]
-    ids = iter(_tokenize(tokenizer, [head, *texts], said))
+    return [head, *texts], said, lambda ids: _turns(ids, tokenizer, has_image)
+
+
+def _caption(caption: list[int], tokenizer) -> tuple[list[int], list[int]]:
+    head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
+    return head + caption, [IGNORE_INDEX] * len(head) + caption
+
+
+def _turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+    ids = iter(ids)
     input_ids = _head(next(ids), tokenizer, has_image)
     labels = [IGNORE_INDEX] * len(input_ids)
     for turn, (prompt, whole, answer) in enumerate(zip(ids, ids, ids)):
@@ -110,8 +138,21 @@ def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: boo
         return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
     question = text.replace(IMAGE, "").strip() if has_image else text
     head, prompts = _prompts([question], tokenizer, has_image)
-    ids = _tokenize(tokenizer, [head, *prompts], question)
+    (ids,) = _tokenize(tokenizer, [([head, *prompts], question)])
     return _head(ids[0], tokenizer, has_image) + ids[1]
+
+
+def chat_template(tokenizer) -> str:
+    """The template that is saved with every run, so that `AutoProcessor` alone prompts the model with training's very ids.
+
+    It tokenises in one pass, where training takes the text before and after the picture apart: for tokenizers that begin
+    every stretch of text with a space (but the ones after a special token, as Vicuna's), the space has to be written.
+    """
+    apart = prompt_ids(f"{IMAGE}\nWhat?", tokenizer)[len(_bos(tokenizer)) :]
+    apart[apart.index(IMAGE_TOKEN_INDEX)] = tokenizer.convert_tokens_to_ids(IMAGE)
+    spelt = f"{SYSTEM} USER: {IMAGE} \nWhat? ASSISTANT:"
+    gap = " \n" if tokenizer(spelt, add_special_tokens=False).input_ids == apart else "\n"
+    return _CHAT_TEMPLATE.replace("GAP", gap)
 
 
 def expand(ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int) -> tuple[list, list]:
@@ -139,11 +180,19 @@ def _head(ids: list[int], tokenizer, has_image: bool) -> list[int]:
     return [*_bos(tokenizer), *ids, *([IMAGE_TOKEN_INDEX] if has_image else [])]
 
 
-def _tokenize(tokenizer, texts: list[str], said: str) -> list[list[int]]:
-    """Ids of each text, no BOS. A "</s>" or "<image>" that a person wrote (`said`) is spelled out, never obeyed."""
+def _tokenize(tokenizer, asked: list[tuple[list[str], str]]) -> list[list[list[int]]]:
+    """Ids, no BOS, of each text of each (texts, said). A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
+    special = [token for token in tokenizer.all_special_tokens if token != SYSTEM]
+    plain = [not any(token in said for token in special) for _, said in asked]
+    texts = list(dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts))
+    known = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
+    return [
+        [known[text] for text in texts] if easy else _spell(tokenizer, texts) for (texts, _), easy in zip(asked, plain)
+    ]
+
+
+def _spell(tokenizer, texts: list[str]) -> list[list[int]]:
     eos = tokenizer.eos_token
-    if not any(token in said for token in tokenizer.all_special_tokens if token != SYSTEM):
-        return tokenizer(texts, add_special_tokens=False).input_ids
     lead = [text.startswith(f"{eos}USER: ") for text in texts]
     texts = [text[len(eos) :] if led else text for text, led in zip(texts, lead)]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids

@@ -1,17 +1,22 @@
 """The model: vision tower, projector, language model. The only file that knows module names, bitsandbytes and peft."""
 
 import hashlib
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -20,8 +25,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
-from vflan.conversation import CHAT_TEMPLATE, IMAGE
-from vflan.recipe import replace, resolve, weights_source
+from vflan.conversation import IMAGE, chat_template
+from vflan.recipe import replace, resolve, shown, weights_source
 
 logging.disable_progress_bar()  # a bar for each file read or written drowns a notebook
 
@@ -31,46 +36,91 @@ _NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"
 _LORA_TARGETS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's q_proj
 )
+_VICUNA = dict(vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5)
+_VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+_VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+_CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+_KNOWN = {  # the shapes behind the presets' hub ids, so that a run can be planned without a download
+    "lmsys/vicuna-7b-v1.5": (LlamaConfig, _VICUNA | _VICUNA_7B),
+    "lmsys/vicuna-13b-v1.5": (LlamaConfig, _VICUNA | _VICUNA_13B),
+    "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, _CLIP_L | dict(image_size=336, patch_size=14)),
+}
+_LLAVA_NAMES = (  # LLaVA's own names (its LlavaLlamaForCausalLM) and those of LlavaForConditionalGeneration
+    ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("model.", "model.language_model."),
+    ("lm_head.", "lm_head."),
+)
+_LLAVA_1_5 = dict(  # what LLaVA's config.json must not contradict
+    mm_projector_type="mlp2x_gelu",
+    mm_vision_select_layer=-2,
+    mm_vision_select_feature="patch",
+    mm_use_im_start_end=False,
+    mm_patch_merge_type="flat",
+)
 
 
 def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
     """The three parts as one `LlavaForConditionalGeneration`, in evaluation mode, on the CPU (quantised: on the GPU).
 
-    From the recipe's vision tower and language model with a fresh projector; or, with `weights` (a Run or its folder),
-    as that run left it. Any other weight that the files lack is an error, never a random guess.
+    From the recipe's vision tower and language model with a fresh projector; or, with `weights`, as those left it: a Run,
+    its folder or another Hugging Face folder of a LLaVA-1.5, a folder as LLaVA's own code writes it, or LLaVA's
+    `mm_projector.bin` alone, from which the paper starts. Any other weight that the files lack or hold in another shape
+    is an error, never a random guess.
     """
     dtype = compute_dtype(recipe)
-    if weights is not None:
-        folder = model_folder(weights)
-        model, info = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **_quantised(recipe, dtype)
+    source = None if weights is None else _source(weights)
+    if source is None or source.is_file() or _is_llavas(source):
+        model = _assemble(recipe, dtype, source)
+    else:
+        model = _load(LlavaForConditionalGeneration, source, dtype=dtype, **_quantised(recipe, dtype))
+        config = model.config
+        if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"{shown(source)} is no LLaVA-1.5: its vision_feature_layer is {config.vision_feature_layer} and its "
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}; one layer and 'default' are needed."
+            )
+    linears = sum(isinstance(layer, nn.Linear) for layer in model.model.language_model.modules())
+    wanted = dict.fromkeys(PARTS, 0) | dict(language_model=linears if recipe.bits < 16 else 0)
+    if (found := quantised_layers(model)) != wanted:
+        raise ValueError(
+            f"{shown(source) if source else recipe.language_model}: quantised layers are {found}, but bits={recipe.bits} means {wanted}; "
+            "begin from weights of 16 or 32 bits."
         )
-        _nothing_random(info, folder)
-        return model.eval()
-    tower_from, language_from = weights_source(recipe.vision_tower), weights_source(recipe.language_model)
-    tower, info = CLIPVisionModel.from_pretrained(tower_from, dtype=dtype, output_loading_info=True)
-    _nothing_random(info, recipe.vision_tower)
-    language_model, info = AutoModelForCausalLM.from_pretrained(
-        language_from, dtype=dtype, output_loading_info=True, **_quantised(recipe, dtype, skip=["lm_head"])
-    )
-    _nothing_random(info, recipe.language_model)
+    return model.eval()
+
+
+def _assemble(recipe, dtype, source):
+    """A model of the recipe's backbones, with what LLaVA's file or folder `source` holds in place of theirs."""
+    projector, of_source = None, {}
+    if source is not None:
+        projector, of_source = read_projector(source), _llavas_text_config(source)
+        text = of_source.get("config") or _config(recipe.language_model)
+        have = projector["linear_1.weight"].shape[1], projector["linear_2.weight"].shape[0]
+        want = _config(recipe.vision_tower).hidden_size, text.hidden_size
+        if have != want:
+            raise ValueError(
+                f"{shown(source)} joins a tower of width {have[0]} to a language model of width {have[1]}, but this recipe's "
+                f"have {want[0]} and {want[1]}; take the projector that was trained for them."
+            )
+    tower = _load(CLIPVisionModel, weights_source(recipe.vision_tower), dtype=dtype)
+    if source is not None and (theirs := _stored(source, "vision_tower.")):
+        tower.load_state_dict({name.removeprefix("model.vision_tower."): w for name, w in from_llava(theirs).items()})
+    language_from = source if of_source else weights_source(recipe.language_model)
+    options = _quantised(recipe, dtype, skip=["lm_head"]) | of_source
+    language_model = _load(AutoModelForCausalLM, language_from, dtype=dtype, **options)
     tokenizer = load_tokenizer(recipe)
     _grow_vocabulary(language_model, len(tokenizer))
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-        dtype=dtype,
-    )
+    language_model.config.architectures = [type(language_model).__name__]  # vLLM looks the class up by it
+    config = _llava_config(tower.config, language_model.config, tokenizer.convert_tokens_to_ids(IMAGE), dtype=dtype)
     with torch.device("meta"):  # the shell costs no memory; the loaded parts are put into it
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.device, dtype)
+    if projector is not None:
+        parts(model)["projector"].load_state_dict(projector)
     model.model.vision_tower = tower.to(language_model.device)
     model.model.language_model, model.lm_head = language_model.model, language_model.lm_head
     if recipe.bits < 16:
@@ -85,7 +135,26 @@ def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
         pad_token_id=tokenizer.pad_token_id,
     )
     assert not any(p.is_meta for p in model.parameters()), "a weight was left without a value"
-    return model.eval()
+    return model
+
+
+def meta_model(recipe) -> LlavaForConditionalGeneration:
+    """The recipe's model without any weight (on PyTorch's meta device), for counting and planning; the presets' shapes
+    are known without a download."""
+    vision, text = _config(recipe.vision_tower), _config(recipe.language_model)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(_llava_config(vision, text, text.vocab_size))
+
+
+def parameter_counts(model) -> dict[str, int]:
+    """How many parameters each part has (in 4 bits two of them count as one)."""
+    return {part: sum(weight.numel() for weight in module.parameters()) for part, module in parts(model).items()}
+
+
+def quantised_layers(model) -> dict[str, int]:
+    """How many 8- or 4-bit layers each part has; looked up by name, for bitsandbytes is imported only where it is used."""
+    names = ("Linear8bitLt", "Linear4bit")
+    return {part: sum(type(m).__name__ in names for m in module.modules()) for part, module in parts(model).items()}
 
 
 def load_tokenizer(recipe):
@@ -93,6 +162,10 @@ def load_tokenizer(recipe):
     tokenizer = AutoTokenizer.from_pretrained(weights_source(recipe.language_model))
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if hasattr(
+        tokenizer, "legacy"
+    ):  # a Llama's: how it spells the text after an end token; a saved copy would forget it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
@@ -100,10 +173,13 @@ def load_tokenizer(recipe):
     return tokenizer
 
 
-def load_processor(recipe) -> LlavaProcessor:
-    """Tokenizer and picture preparation (`pad`: on a square of CLIP's mean colour; `crop`: the centre), always by Pillow."""
-    tokenizer, folder = load_tokenizer(recipe), weights_source(recipe.vision_tower)
-    clip = CLIPImageProcessorPil.from_pretrained(folder).to_dict()
+def load_processor(recipe, model=None) -> LlavaProcessor:
+    """Tokenizer and picture preparation (`pad`: on a square of CLIP's mean colour; `crop`: the centre), always by Pillow.
+
+    A `model` that was made for other ones is an error.
+    """
+    tokenizer, vision = load_tokenizer(recipe), _config(recipe.vision_tower)
+    clip = CLIPImageProcessorPil.from_pretrained(weights_source(recipe.vision_tower)).to_dict()
     wanted = (
         "size",
         "crop_size",
@@ -117,15 +193,34 @@ def load_processor(recipe) -> LlavaProcessor:
     pictures = LlavaImageProcessorPil(
         **{k: clip[k] for k in wanted if k in clip}, do_pad=recipe.image_aspect_ratio == "pad"
     )
-    vision = AutoConfig.from_pretrained(folder)
-    vision = getattr(vision, "vision_config", vision)  # a whole CLIP brings its text side too
+    if pictures.crop_size["height"] != vision.image_size:
+        raise ValueError(
+            f"{recipe.vision_tower}: it looks at {vision.image_size} pixels a side, but its preprocessor_config.json "
+            f"prepares {pictures.crop_size['height']}; take both files from one place."
+        )
+    if model is not None:
+        text = _config(recipe.language_model)
+        theirs, inner = model.config, model.config.text_config
+        pairs = {
+            "picture's side": (theirs.vision_config.image_size, vision.image_size),
+            "patch size": (theirs.vision_config.patch_size, vision.patch_size),
+            "language model's width": (inner.hidden_size, text.hidden_size),
+            "language model's depth": (inner.num_hidden_layers, text.num_hidden_layers),
+            f"id of {IMAGE}": (theirs.image_token_id, tokenizer.convert_tokens_to_ids(IMAGE)),
+        }
+        odd = [f"{what} is {a}, not {b}" for what, (a, b) in pairs.items() if a != b]
+        if odd:
+            raise ValueError(
+                f"The weights to start from are not of {recipe.vision_tower} and {recipe.language_model}: "
+                f"the {' and the '.join(odd)}; name the backbones that they were trained with."
+            )
     return LlavaProcessor(
         pictures,
         tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which "default" drops again
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(tokenizer),
     )
 
 
@@ -188,15 +283,6 @@ def freeze(model, recipe) -> None:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    if recipe.bits == 4:
-        from bitsandbytes.nn import Linear4bit
-
-        odd = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, Linear4bit) and "language_model" not in name
-        ]
-        assert not odd, f"{odd[0]} was quantised; only the language model may be"
 
 
 def fingerprint(weights) -> str:
@@ -226,11 +312,12 @@ def shard(learner, recipe) -> None:
 def image_features(model, pixel_values):
     """What the projector reads: (pictures, patches, width) from the tower's last layer but one, class token dropped.
 
-    Equal to the model's own `get_image_features` before its projector, without computing the layers above.
+    Equal to the model's own `get_image_features` before its projector; the layers above are not computed.
     """
-    tower = model.model.vision_tower
+    tower, layers = model.model.vision_tower, model.model.vision_tower.encoder.layers
     hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
-    for layer in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
+    # hidden state 0 is what goes into the first layer, so there is one more of them than there are layers
+    for layer in layers[: range(len(layers) + 1)[model.config.vision_feature_layer]]:
         hidden = layer(hidden, None)
     return hidden[:, 1:]
 
@@ -250,17 +337,143 @@ def export(model, processor, recipe, folder, init=None) -> None:
         assert not unknown, f"{unknown[0]} was learned but has no place in the 16-bit model"
     if recipe.lora_r:
         _merge_adapters(model)
-    model.to(compute_dtype(recipe)).save_pretrained(folder)
+    # as the published LLaVA-1.5 folders name the tower's weights; transformers 5 reads both, vLLM and transformers 4 this
+    tower, published = "model.vision_tower.", "model.vision_tower.vision_model."
+    weights = model.to(compute_dtype(recipe)).state_dict()
+    weights = {name.replace(tower, published, 1): weight for name, weight in weights.items()}
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
 
 
-def model_folder(weights) -> Path:
-    """The Hugging Face folder of a Run, a run folder, or such a folder itself."""
-    folder = resolve(getattr(weights, "folder", weights))
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model; train that run first.")
-    return folder
+def read_projector(source) -> dict[str, torch.Tensor]:
+    """The weights of a projector, named as in `parts(model)["projector"]`, out of LLaVA's `mm_projector.bin` or whatever
+    else `load_model` starts from."""
+    source = _source(source)
+    ours = {f"{i}.{kind}": f"linear_{i // 2 + 1}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    stored = {name.split("projector.")[1]: weight for name, weight in _stored(source, "projector.").items()}
+    found = {ours.get(name, name): weight for name, weight in stored.items()}
+    if set(found) != set(ours.values()):
+        raise ValueError(
+            f"{shown(source)} holds {', '.join(sorted(stored)) or 'no projector'}; "
+            "LLaVA-1.5's projector is two layers (mm_projector.0 and mm_projector.2), each with weight and bias."
+        )
+    return found
+
+
+def save_projector(model, path) -> Path:
+    """Write the projector as LLaVA's own `mm_projector.bin`."""
+    path = resolve(path)
+    weights = parts(model)["projector"].state_dict(prefix="model.multi_modal_projector.")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({name: weight.cpu() for name, weight in to_llava(weights).items()}, scratch)
+    return scratch.replace(path)
+
+
+def to_llava(weights: dict) -> dict:
+    """A model's weights (`state_dict()`) under the names that LLaVA's own code gives them.
+
+    Our language models have a row more, for `<image>`: the vocab_size of LLaVA's config.json must count it.
+    """
+    return _renamed(weights, [(ours, theirs) for theirs, ours in _LLAVA_NAMES])
+
+
+def from_llava(weights: dict) -> dict:
+    """Weights under LLaVA's own names as `LlavaForConditionalGeneration` names them; tables that are computed are left out."""
+    computed = ("rotary_emb.inv_freq", "embeddings.position_ids")
+    return _renamed({name: w for name, w in weights.items() if not name.endswith(computed)}, _LLAVA_NAMES)
+
+
+def _renamed(weights, names):
+    renamed = {}
+    for name, weight in weights.items():
+        old, new = next(((old, new) for old, new in names if name.startswith(old)), (None, None))
+        if old is None:
+            raise ValueError(f"{name}: LLaVA-1.5 has no such weight.")
+        renamed[new + name.removeprefix(old)] = weight
+    return renamed
+
+
+def _source(weights) -> Path:
+    """Where weights lie: the Hugging Face folder of a Run, such a folder, one of LLaVA's, or LLaVA's mm_projector.bin."""
+    path = resolve(getattr(weights, "folder", weights))
+    path = path / "model" if (path / "model").is_dir() else path
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{shown(path)}: no such file or folder to take weights from.")
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{shown(path)} is a LoRA adapter, not a model; merge it into its base model first.")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{shown(path)} has no config.json and so holds no model; train that run to its end, or download all files."
+        )
+    alone = (path / "mm_projector.bin").is_file() and not _weight_files(path)
+    return path / "mm_projector.bin" if alone else path
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
+def _stored(source: Path, part: str) -> dict[str, torch.Tensor]:
+    """Those weights in a file, or a folder's files, whose names contain `part`."""
+    found = {}
+    for file in [source] if source.is_file() else _weight_files(source):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as stored:
+                    found |= {name: stored.get_tensor(name) for name in stored.keys() if part in name}
+            else:
+                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                found |= {name: weight for name, weight in stored.items() if part in name}
+        except Exception as trouble:  # pickle, zip and safetensors each have errors of their own
+            raise ValueError(
+                f"{shown(file)} is damaged, or holds more than weights (a pickle may hold code; none was run); download it again."
+            ) from trouble
+    return found
+
+
+def _is_llavas(folder: Path) -> bool:
+    return "mm_vision_tower" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _llavas_text_config(source: Path) -> dict:
+    """Options to load the language model that a folder of LLaVA's holds; none for a file."""
+    if source.is_file():
+        return {}
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    odd = {key: values[key] for key, known in _LLAVA_1_5.items() if values.get(key, known) != known}
+    if odd or values.get("model_type") not in ("llava", "llava_llama"):
+        raise ValueError(f"{shown(source)} is no LLaVA-1.5 on a Llama: {odd or values.get('model_type')}.")
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
+    return dict(config=LlamaConfig(**{key: value for key, value in values.items() if key in known}))
+
+
+def _config(source: str):
+    """The shape of a backbone (of a whole CLIP: its picture side)."""
+    where = weights_source(source)
+    if where in _KNOWN:
+        kind, values = _KNOWN[where]
+        return kind(**values)
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as trouble:
+        raise ValueError(f"{source}: no config.json could be read there ({str(trouble).splitlines()[0]})") from None
+    return getattr(config, "vision_config", config)
+
+
+def _llava_config(vision, text, image_token_index, **more) -> LlavaConfig:
+    vision._name_or_path = text._name_or_path = ""  # a folder of this machine says nothing to others
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token_index,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=text.tie_word_embeddings,
+        **more,
+    )
 
 
 def compute_dtype(recipe) -> torch.dtype:
@@ -301,12 +514,25 @@ def _merge_adapters(model) -> None:
     model.peft_config, model._hf_peft_config_loaded = {}, False
 
 
-def _nothing_random(info: dict, source) -> None:
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
+def _load(kind, source, **options):
+    """`kind.from_pretrained`, but a weight that the files lack, or hold in another shape, is an error."""
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report would list every weight of CLIP's text side
+    try:
+        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    finally:
+        logging.set_verbosity(loudness)
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{source}: {name} is {tuple(stored)} in the files but {tuple(wanted)} by config.json "
+            f"({len(info['mismatched_keys'])} such weights); take both from one place."
+        )
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{source} lacks {len(missing)} weights ({missing[0]}, ...); they would have been random. Is it the right folder?"
         )
+    return model
 
 
 def _grow_vocabulary(language_model, size: int) -> None:

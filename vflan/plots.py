@@ -11,15 +11,18 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.pictures import read_picture
 from vflan.recipe import ROOT
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
 TITLES = {"heldin": "held-in tasks", "heldout": "held-out tasks", "mmbench": "MMBench", "mme": "MME", "pope": "POPE",
-          "llava_bench": "LLaVA-Bench", "forgetting": "forgetting"}  # fmt: skip
+          "llava_bench": "LLaVA-Bench", "forgetting": "forgetting", "mm_vet": "MM-Vet", "mmmu": "MMMU", "gqa": "GQA",
+          "mmbench_cn": "MMBench-CN", "seed": "SEED-Bench", "vqav2": "VQAv2", "vizwiz": "VizWiz", "textvqa": "TextVQA",
+          "scienceqa": "ScienceQA", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST",
+          "miniimagenet": "miniImageNet", "textocr": "TextOCR", "wit": "WIT"}  # fmt: skip
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 SVG_LIMIT = 200_000  # bytes
 
@@ -100,14 +103,16 @@ def write(ax, x, y, text, **more):
 
 
 def show(ax, path):
-    """A picture without axes, small ones with hard pixels; a grey field where there is none."""
+    """A picture without axes, small ones with hard pixels; a grey field that says why where there is none."""
     ax.set_axis_off()
-    if not path:
+    try:
+        image, reason = read_picture(path) if path else None, "text only"
+    except OSError as trouble:
+        image, reason = None, str(trouble).split(":")[0]  # its kind: "missing picture"
+    if image is None:
         ax.add_patch(plt.Rectangle((0, 0), 1, 1, color=PALE, transform=ax.transAxes))
-        write(ax, 0.5, 0.5, "text only", ha="center", va="center", color=GREY)
+        write(ax, 0.5, 0.5, reason, ha="center", va="center", color=GREY)
         return
-    with Image.open(path) as image:
-        image = image.convert("RGB")
     ax.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
     ax.set_anchor("N")
 

@@ -22,12 +22,18 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "optimizer": ("adamw", "adamw_8bit"),
     "precision": ("fp32", "bf16"),
+    "packing": ("auto", "packed", "padded"),
+    "loss_average": ("tokens", "micro_batches"),
+    "sharding": ("auto", "none", "fsdp2", "zero2", "zero3"),
 }
+_TRACKERS = ("tensorboard", "wandb", "trackio")
+_WATCHING = ("save_every", "evaluate_every", "trackers")  # what is seen of a run, not what comes out of it
 _AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
 _AT_LEAST |= dict(
     lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
 )
-_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0)
+_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1)
+_AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,10 @@ class Recipe:
     image_aspect_ratio: str = "pad"  # `crop` in the projector stage, as LLaVA-1.5 really did
     num_tasks: int | None = None  # of `samples`; None: all
     per_task: int | None = None
-    num_samples: int | None = None  # a random subset of `samples`, after the two above
+    exclude: tuple[str, ...] = ()  # tasks left out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces
+    num_samples: int | None = None  # a random subset of `samples`, after the three above
+    temperature: float | None = None  # the tasks share `num_samples` in proportion to n ** (1 / temperature)
+    task_weights: tuple[str, ...] = ()  # or to weights, "task=2"; a task that is not named has weight 1
     more_samples: tuple[str, ...] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
     tune: tuple[str, ...] = ("projector",)  # which parts learn; the vision tower never does (paper, section 3)
     bits: int = 16  # 8 and 4: the language model is quantised (LoRA is then needed to tune it)
@@ -65,14 +74,25 @@ class Recipe:
     global_batch: int = 16  # samples an optimiser step, over all processes
     micro_batch: int = 16  # samples a forward pass of one process
     max_length: int = 2048  # tokens, the picture's included
+    packing: str = "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
+    pack_tokens: int | None = None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
+    loss_average: str = "tokens"  # each learned token of a global batch weighs the same; LLaVA averages micro_batches
+    feature_cache: bool = False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     seed: int = 0
+    sharding: str = (
+        "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
+    )
     save_every: int = 0  # steps between checkpoints to resume from; 0: none
+    heldout_rows: int = 0  # rows never trained on: their loss a task, and answers to a few of them
+    evaluate_every: int = 0  # steps between looks at the held-out rows; 0: one look, at the end
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written in any case
     max_bad_share: float = 0.01  # more bad rows than this and the run does not start
 
     def __post_init__(self):
-        for field in ("tune", "more_samples"):  # lists come from json and from notebooks
+        # lists come from json and from notebooks
+        for field in ("tune", "more_samples", "exclude", "task_weights", "trackers"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         for field, known in _CHOICES.items():
@@ -96,8 +116,26 @@ class Recipe:
             raise ValueError(
                 f"bits={self.bits}: a quantised language model learns only through LoRA; set lora_r (64, say)."
             )
+        if (self.temperature or self.weights) and not self.num_samples:
+            raise ValueError("temperature and task_weights share out rows: say with num_samples how many.")
+        if self.temperature and self.weights:
+            raise ValueError("temperature and task_weights both decide the shares: give one of them.")
         if self.lora_r and "language_model" not in self.tune:
             raise ValueError(f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0.")
+        if self.pack_tokens and self.pack_tokens < self.max_length:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
+                "raise it or lower max_length."
+            )
+        if self.sharding not in ("auto", "none") and (self.bits < 16 or self.optimizer == "adamw_8bit"):
+            raise ValueError(
+                f"sharding={self.sharding!r}: quantised weights and the 8-bit optimiser cannot be shared out over processes; "
+                "set sharding='none', or bits=16 and optimizer='adamw'."
+            )
+        if not set(self.trackers) <= set(_TRACKERS):
+            raise ValueError(f"trackers={self.trackers}: choose among {', '.join(_TRACKERS)}.")
+        if self.evaluate_every and not self.heldout_rows:
+            raise ValueError(f"evaluate_every={self.evaluate_every} has nothing to look at; set heldout_rows too.")
         if self.lora_r and not self.lora_alpha:
             raise ValueError(f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual.")
 
@@ -105,6 +143,11 @@ class Recipe:
     def folder(self) -> Path:
         """The run folder."""
         return resolve(self.runs) / self.name
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`task_weights` as numbers."""
+        return dict(map(_weight, self.task_weights))
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -163,10 +206,11 @@ def preset_names() -> list[str]:
 
 
 def differences(old: dict, new: dict) -> str:
-    """The fields in which two recipes (as dicts) differ, one line each; empty when they agree."""
-    return "\n".join(
-        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
-    )
+    """The fields that make two recipes (as dicts) two runs, one line each; a field that one lacks has its default."""
+    defaults = {name: field.default for name, field in _FIELDS.items() if field.default is not dataclasses.MISSING}
+    old, new = (json.loads(json.dumps({**defaults, **values})) for values in (old, new))
+    keys = [key for key in {**old, **new} if key not in _WATCHING]
+    return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key))
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -179,6 +223,20 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
 def weights_source(path: str) -> str:
     """A folder when it is there, else the hub id; a folder of ours that is missing is an error, not a download."""
     if resolve(path).exists():
@@ -186,6 +244,14 @@ def weights_source(path: str) -> str:
     if Path(path).is_absolute() or path.startswith(("data/", "runs/", ".")) or path.count("/") > 1:
         raise FileNotFoundError(f"{path}: no such folder; data/README.md says where the backbones come from.")
     return path
+
+
+def _weight(entry: str) -> tuple[str, float]:
+    task, equals, weight = entry.rpartition("=")
+    try:
+        return task, float(weight if equals else "")
+    except ValueError:
+        raise ValueError(f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example.") from None
 
 
 def _known(names) -> None:

@@ -1,58 +1,47 @@
 """Training: `train` for people, `fit` for each process. Plain PyTorch and Accelerate, the loop on one screen."""
 
 import argparse
-import json
 import math
 import os
 import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.checkpoint import state_dict as dcp
-from torch.nn.functional import cross_entropy
 
+from vflan import checkpoints, processes
 from vflan import model as models
-from vflan.batches import Pictures, plan, prepare
-from vflan.recipe import Recipe, differences, shown
-from vflan.runs import Run, launch, read_json, write_json
-
-_FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+from vflan.batches import Pictures, feed, plan, prepare
+from vflan.heldout import HeldOut, hold_out, task_names
+from vflan.learner import Learner
+from vflan.log import Log
+from vflan.recipe import Recipe, differences, read_json, resolve, shown, write_json
+from vflan.runs import Run, end_with_parent, launch
 
 
 def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1) -> Run:
     """Train a recipe, from the weights of `init` (a Run) if given, and return its Run.
 
-    A finished run is read, not trained again; the same folder asked for with another recipe is an error that names the
-    fields. With `num_processes` > 1 child processes do the work, on the same global batches.
+    A finished run is read, not trained again; one that was killed goes on from its last checkpoint; the same folder asked
+    for with another recipe is an error that names the fields. With `num_processes` > 1 child processes do the work, on the
+    same global batches. A script that torchrun has started, on one machine or on several that share the run's folder,
+    trains with the processes it has.
     """
-    run, start = Run(recipe.folder), _started_from(init)
-    if (run.folder / "recipe.json").is_file():
-        old = read_json(run.folder / "recipe.json") | read_json(run.folder / "init.json")
-        changed = differences(old, recipe.to_dict() | start)
-        if changed and (run.finished or _checkpoint(run).exists()):
-            where = shown(run.folder)
-            raise ValueError(
-                f"{where} holds another recipe's run:\n{changed}\nGive this one a new name, or delete {where}."
-            )
-        if run.finished:
-            return run
-        if changed:
-            shutil.rmtree(run.folder)
-    if recipe.global_batch % num_processes:
-        raise ValueError(
-            f"global_batch={recipe.global_batch} cannot be shared out evenly over {num_processes} processes."
-        )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / "recipe.json", recipe.to_dict())
-    write_json(run.folder / "init.json", start)
+    run, together = Run(recipe.folder), processes.started()
+    if together > 1:
+        processes.check(recipe, together)
+        with processes.join(recipe, run.folder).main_process_first():
+            if os.environ["RANK"] == "0":
+                _begin(run, recipe, init)
+        fit(run.folder)
+        return run
+    processes.check(recipe, num_processes)
+    _begin(run, recipe, init)
+    if run.finished:
+        return run
     if num_processes == 1:
         with torch.random.fork_rng():  # the caller's random numbers are the caller's
             fit(run.folder)
@@ -65,99 +54,88 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
 
 def fit(folder, num_processes: int | None = None) -> None:
     """Train the run that `folder` describes; every process of a distributed run calls this."""
-    run, clock = Run.open(folder), time.perf_counter()
-    recipe, init = run.recipe, read_json(run.folder / "init.json").get("init")
-    accelerator = _accelerator(recipe)
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    if num_processes not in (None, world):
-        raise RuntimeError(f"{num_processes} processes were asked for, but {world} found each other.")
-    if run.finished:
-        return
+    run = Run.open(folder)
+    processes.check(run.recipe, processes.started())
+    accelerator = processes.join(run.recipe, run.folder)
+    if num_processes not in (None, accelerator.num_processes):
+        raise RuntimeError(
+            f"{num_processes} processes were asked for, but {accelerator.num_processes} found each other."
+        )
+    if not run.finished:
+        with run.alone() if accelerator.is_main_process else nullcontext(), checkpoints.full_disk_is_told(run.folder):
+            _fit(run, run.recipe, accelerator)
 
-    model, processor = models.load_model(recipe, init), models.load_processor(recipe)
+
+def _fit(run, recipe, accelerator):
+    clock, init = time.perf_counter(), read_json(run.folder / "init.json").get("init")
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    model = models.load_model(recipe, init)
+    processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
         data = prepare(recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process)
-    pictures = Pictures(data, model.to(device), processor, recipe)
-    learner, sharded = Learner(model, recipe), _is_sharded(recipe, world)
-    if sharded:
-        models.shard(learner, recipe)
-    else:
-        learner = accelerator.prepare(learner)
-    optimizer, frozen = _optimizer(model, recipe), _fingerprint_frozen(model)
-    batches = plan(data, recipe)
-    first = _resume(run, learner, optimizer, sharded) if _checkpoint(run).exists() else 0
-    log = _Log(run, len(batches), first, accelerator.is_main_process)
+    # what is shared out is put on the devices piece by piece; the tower each process keeps whole
+    alone = processes.sharding(recipe, world) == "none"
+    (model if alone else models.parts(model)["vision_tower"]).to(device)
+    pictures = Pictures(data, model, processor, recipe)
+    spread = processes.spread(accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe)
+    learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
+    kept, heldout = hold_out(data, recipe.heldout_rows)
+    batches = plan(data, recipe, kept)
+    about = dict(
+        data=checkpoints.plan_hash(data, batches), recipe=recipe.to_dict(), processes=world, sharding=spread.how
+    )
+    first = _resume(run, spread, about)
+    log, look = Log(run.folder, len(batches), first, accelerator), None
+    log.begin(recipe)
+    if recipe.heldout_rows:
+        tasks = task_names(recipe, run.folder)
+        look = HeldOut(heldout, data, pictures, tasks, recipe, processor.tokenizer, spread)
+        if recipe.evaluate_every and not first:
+            look(0, log)
 
     learner.train()
-    for step, rows in enumerate(batches[first:], first):
+    steps = feed(data, pictures, batches, recipe, rank, world, first)
+    for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
+        began = time.perf_counter()
         torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
-        tokens, total = int(data.supervised[rows].sum()), torch.zeros((), device=device)
-        mine = rows[rank::world]
-        parts = [mine[i : i + recipe.micro_batch] for i in range(0, len(mine), recipe.micro_batch)]
-        for part in parts:
-            last = part is parts[-1]
-            if sharded:
-                learner.set_requires_gradient_sync(last)
-            with nullcontext() if last or sharded else accelerator.no_sync(learner), accelerator.autocast():
-                # over the tokens of the whole global batch: each weighs the same, wherever it was computed
-                loss = learner(*data.batch(part, device), pictures(part)) / tokens
+        names, tokens = ", ".join(data.ids[row] for row in rows), int(data.supervised[rows].sum())
+        if not tokens:
+            raise ValueError(f"Step {step + 1} has no supervised token, samples {names}.")
+        sums = torch.zeros(2, device=device)
+        for i, (part, weight) in enumerate(parts, 1):
+            batch = data.batch(part, device)
+            with spread.passes(last=i == len(parts)):
+                loss = learner(*batch, pictures(part)) / weight
                 accelerator.backward(loss * world)  # gradients are averaged over processes
-            total += loss.detach()
-        total = accelerator.reduce(total).item()
+            sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
+        total, positions = accelerator.reduce(sums).tolist()
         if not math.isfinite(total):
-            names = ", ".join(data.ids[row] for row in rows)
             raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {names}.")
-        if recipe.max_grad_norm:
+        if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
             nn.utils.clip_grad_norm_([w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        log(step + 1, total, optimizer.param_groups[0]["lr"], tokens)
-        if recipe.save_every and (step + 1) % recipe.save_every == 0 and step + 1 < len(batches):
-            _save(run, learner, optimizer, step + 1, accelerator, sharded)
+        rates = dict(useful=int(data.lengths[rows].sum()), positions=positions, seconds=time.perf_counter() - began)
+        log.step(step + 1, total, optimizer.param_groups[0]["lr"], tokens, **rates)
+        last = step + 1 == len(batches)
+        if look and (last or recipe.evaluate_every and (step + 1) % recipe.evaluate_every == 0):
+            look(step + 1, log)
+        if last and (recipe.save_every or not alone) or recipe.save_every and (step + 1) % recipe.save_every == 0:
+            log.sync()
+            checkpoints.save(run.folder, step + 1, spread, **about)
     log.close()
 
     assert _fingerprint_frozen(model) == frozen, "a frozen part moved during training"
-    whole = dcp.get_model_state_dict(learner, options=replace(_FULL, ignore_frozen_params=False)) if sharded else None
     if accelerator.is_main_process:
-        if sharded:
-            model = models.load_model(recipe, init).float()
-            model.load_state_dict({name.removeprefix("model."): weight for name, weight in whole.items()})
-        summary = dict(seconds=round(time.perf_counter() - clock, 1), processes=world, sharded=sharded)
-        summary |= dict(rows=len(data.ids), bad=data.bad, repaired=data.repaired)
-        _finish(run, recipe, model, processor, init, log, summary)
+        if not alone:  # each process holds a piece; the last checkpoint holds them all
+            model = checkpoints.learned(recipe, init, checkpoints.weights(checkpoints.found(run.folder)[0]))
+        summary = dict(seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.how)
+        summary |= dict(steps=len(batches), rows=len(kept), heldout=len(heldout), bad=data.bad, repaired=data.repaired)
+        run.finish(model, processor, recipe, init, **summary)
     accelerator.wait_for_everyone()
-
-
-class Learner(nn.Module):
-    """What is trained: from padded ids and picture features to the summed loss of the supervised tokens.
-
-    Rows are padded on the right and a causal model never looks right, so no mask is needed. Logits, the largest tensor
-    of the original, are computed at supervised positions only.
-    """
-
-    def __init__(self, model, recipe):
-        super().__init__()
-        self.model = model
-        if recipe.gradient_checkpointing:
-            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def forward(self, input_ids, at, keep, targets, features):
-        """input_ids (B, T); at (P, 2): row and first position of each picture; keep (N): positions in B*T that predict
-        targets (N); features (P, patches, width), or None for a batch of text. Returns a scalar."""
-        inner = self.model.model
-        embeds, projector = inner.language_model.get_input_embeddings()(input_ids), inner.multi_modal_projector
-        if features is not None:
-            seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
-            place = at[:, :1], at[:, 1:] + torch.arange(seen.shape[1], device=at.device)
-            embeds = embeds.index_put(place, seen)
-        else:  # every process must have a gradient for every weight
-            embeds = embeds + 0 * sum(weight.sum() for weight in projector.parameters())
-        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[keep])
-        return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -185,107 +163,70 @@ def _optimizer(model, recipe):
     return torch.optim.AdamW(options, lr=recipe.lr, fused=True)
 
 
-def _accelerator(recipe) -> Accelerator:
-    AcceleratorState._reset_state()  # a notebook trains several recipes in one process
-    half = models.compute_dtype(recipe) == torch.bfloat16
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if half else "no")
-
-
-def _is_sharded(recipe, world: int) -> bool:
-    """A fully tuned language model needs 16 bytes a weight, too much for one GPU from 7B on: it is shared out."""
-    wanted = torch.cuda.is_available() or os.environ.get("VFLAN_SHARD") == "1"  # the variable: to test it on CPUs
-    return wanted and world > 1 and "language_model" in recipe.tune and not recipe.lora_r
-
-
 def _fingerprint_frozen(model) -> str:
     return models.fingerprint((name, w) for name, w in model.named_parameters() if not w.requires_grad)
 
 
-def _checkpoint(run) -> Path:
-    return run.folder / "checkpoint.pt"
+def _begin(run, recipe, init) -> None:
+    """Write down what is to be trained, unless the folder holds a finished run of it."""
+    start = _started_from(init)
+    old = read_json(run.folder / "recipe.json") | read_json(run.folder / "init.json")
+    changed = differences(old, recipe.to_dict() | start) if old else ""
+    if changed and (run.finished or checkpoints.found(run.folder)):
+        where = shown(run.folder)
+        raise ValueError(
+            f"{where} holds another recipe's run:\n{changed}\nGive this one a new name, or delete {where}."
+        )
+    if run.finished:
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with run.alone():
+        for path in run.folder.iterdir() if changed else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        write_json(run.folder / "recipe.json", recipe.to_dict())
+        write_json(run.folder / "init.json", start)
 
 
-def _save(run, learner, optimizer, step, accelerator, sharded):
-    if sharded:
-        weights, moments = dcp.get_state_dict(learner, optimizer, options=_FULL)
-    else:  # by hand: torch's own helper stumbles over 8-bit layers
-        weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
-        moments = optimizer.state_dict()
-    if accelerator.is_main_process:
-        scratch = _checkpoint(run).with_suffix(".part")
-        torch.save(dict(step=step, weights=weights, moments=moments), scratch)
-        scratch.replace(_checkpoint(run))
-    accelerator.wait_for_everyone()
-
-
-def _resume(run, learner, optimizer, sharded) -> int:
-    saved = torch.load(_checkpoint(run), map_location="cpu", weights_only=True)
-    weights, moments = saved["weights"], saved["moments"]
-    if sharded:
-        dcp.set_state_dict(learner, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_FULL)
-    else:
-        learner.load_state_dict(weights, strict=False)
-        optimizer.load_state_dict(moments)
-    return saved["step"]
-
-
-def _finish(run, recipe, model, processor, init, log, summary):
-    """Write the model, then what is worth knowing of the run; done.json comes last, and whole."""
-    scratch, losses = run.folder / ".model", [line["loss"] for line in log.lines()]
-    for folder in (scratch, run.folder / "model"):
-        shutil.rmtree(folder, ignore_errors=True)
-    summary |= dict(steps=len(losses), tokens=log.tokens, first_loss=losses[0], last_loss=float(np.mean(losses[-10:])))
-    summary["parts"] = {name: models.fingerprint(part) for name, part in models.parts(model).items()}
-    models.export(model, processor, recipe, scratch, init)
-    scratch.replace(run.folder / "model")
-    write_json(run.folder / "done.json", summary)
-    _checkpoint(run).unlink(missing_ok=True)
-
-
-class _Log:
-    """metrics.jsonl, and one live line: a bar on a terminal, elsewhere a plain line a minute at most."""
-
-    def __init__(self, run, steps, first, active):
-        self.name, self.steps, self.active, self.path = run.name, steps, active, run.folder / "metrics.jsonl"
-        self.began = self.said = time.perf_counter()
-        if active:
-            kept = self.lines()[:first] if first else []
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            self.tokens = sum(line["tokens"] for line in kept)
-            self.file, self.bar = self.path.open("a", buffering=1, encoding="utf-8"), None
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=steps, initial=first, desc=run.name)
-
-    def lines(self):
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def __call__(self, step, loss, lr, tokens):
-        if not self.active:
-            return
-        now = time.perf_counter()
-        line = dict(step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(now - self.began, 3))
-        self.file.write(json.dumps(line) + "\n")
-        self.tokens += tokens
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.bar.update()
-        elif now - self.said > 60:
-            self.said = now
-            print(f"{self.name}: step {step} of {self.steps}, loss {loss:.3f}", flush=True)
-
-    def close(self):
-        if self.active:
-            self.file.close()
-            if self.bar is not None:
-                self.bar.close()
+def _resume(run, spread, about) -> int:
+    """The step to begin with: that after the newest whole checkpoint, whose weights and moments are put in place; else 0."""
+    found = [None]
+    if spread.accelerator.is_main_process:
+        found = [checkpoints.newest(run.folder)]
+    broadcast_object_list(found)
+    if found[0] is None:
+        return 0
+    path, then = found[0]
+    where = f"{shown(run.folder)}, {path.name}"
+    if then["data"] != about["data"]:
+        raise ValueError(
+            f"{where}: the samples, or how they are tokenised, are not those it began with; "
+            f"put them back, or delete {shown(run.folder)} to train anew."
+        )
+    if spread.how.startswith("zero") and (then["processes"], then["sharding"]) != (
+        about["processes"],
+        about["sharding"],
+    ):
+        raise ValueError(
+            f"{where} was written by {then['processes']} processes with {then['sharding']}; go on with the same."
+        )
+    if spread.accelerator.is_main_process:
+        other = [f"{key} {then[key]}, now {now}" for key, now in checkpoints.versions().items() if then[key] != now]
+        changed = f" It was written by other code ({'; '.join(other)}): the last bits may differ." if other else ""
+        print(f"{run.name} goes on after step {then['step']}.{changed}", file=sys.stderr, flush=True)
+    checkpoints.restore(path, spread)
+    return then["step"]
 
 
 def _started_from(init) -> dict:
     """What a run remembers of the run it begins with: where it is, and which weights were in it."""
     if init is None:
         return dict(init=None, init_weights=None)
+    if not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file():  # LLaVA's own file or folder
+        projector = models.read_projector(init).items()
+        return dict(init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector)))
     init = init if isinstance(init, Run) else Run.open(init)
     if not init.finished:
         raise ValueError(f"{shown(init.folder)} is not finished; train it to the end before starting from it.")
@@ -297,4 +238,5 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--processes", type=int, default=None, help="fail unless so many processes take part")
     arguments = parser.parse_args()
+    end_with_parent()
     fit(arguments.folder, arguments.processes)

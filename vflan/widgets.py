@@ -12,7 +12,8 @@ from pathlib import Path
 import ipywidgets as w
 import pandas as pd
 from IPython.display import HTML
-from PIL import Image
+
+from vflan.pictures import read_picture
 
 CELL = 'style="text-align:left;vertical-align:top;max-width:32em;white-space:pre-wrap"'
 
@@ -30,8 +31,7 @@ def picture(path, side=96):
     if not _is_path(path):
         return "(no picture)"
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        image = read_picture(path)
     except OSError:
         return f"(cannot open {escape(Path(path).name)})"
     if max(image.size) > side:

@@ -3,18 +3,22 @@
     <folder>/NAME/questions.jsonl    one question a line: question_id, image, text, label, category, ...
     <folder>/images/                 the pictures of all of them (or <folder>/NAME/images/)
 
+or the files that the benchmark's authors and LLaVA released, in <folder>/NAME/; each benchmark's file says which.
 `text` is the whole human turn, format prompt included ("Answer the question using a single word or phrase."), as in the
 question files that LLaVA released: what a model was asked can be read in the file.
 """
 
-import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from vflan.benchmarks.files import keep_picture, read_rows
+from vflan.pictures import picture_trouble
 
 
 @dataclass(frozen=True)
@@ -39,39 +43,40 @@ class Metric:
     def where(self, mask):
         return Metric(self.num[mask], self.den[mask], self.group[mask], self.cluster[mask])
 
+    def pooled(self):
+        """The same over all items together: questions count alike, not categories."""
+        return Metric(self.num, self.den, np.zeros(len(self.num)), self.cluster)
 
-def metrics(name, num, samples, den=None):
-    """{name: the macro average over categories, 'name/category': each of them}, for per-question arrays."""
+
+def metrics(name, num, samples, den=None, pooled=False):
+    """{name: the macro average over categories, 'name/category': each of them}, for per-question arrays.
+
+    With `pooled` the whole is over all questions together, as most official scripts have it.
+    """
     category = np.array([s["category"] for s in samples])
     cluster = np.array([str(s.get("image")) for s in samples])
     whole = Metric(
         np.asarray(num, float), np.ones(len(samples)) if den is None else np.asarray(den, float), category, cluster
     )
     kinds = list(dict.fromkeys(category))
-    return {name: whole} | {f"{name}/{k}": whole.where(category == k) for k in kinds if len(kinds) > 1}
+    parts = {f"{name}/{k}": whole.where(category == k) for k in kinds if len(kinds) > 1}
+    return {name: whole.pooled() if pooled else whole} | parts
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def load_questions(folder, name):
-    """The questions of <folder>/name with `image` as an absolute path (None: a question without a picture)."""
-    folder = Path(folder)
-    path = folder / name / "questions.jsonl"
+def read_questions(path):
+    """The rows of our own questions.jsonl with `image` as an absolute path (None: a question without a picture)."""
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there - run notebooks/01_data_exploration.ipynb, which writes the benchmarks."
         )
-    samples = read_jsonl(path)
-    own = folder / name / "images"
-    images = own if own.exists() else folder / "images"
+    samples = read_rows(path)
+    own = path.parent / "images"
+    images = own if own.exists() else path.parent.parent / "images"
     for number, sample in enumerate(samples, 1):
         missing = {"question_id", "text", "label"} - sample.keys()
         if missing:
             raise ValueError(f"{path}, line {number}: a question needs {', '.join(sorted(missing))}.")
-        sample["question_id"] = str(sample["question_id"])
-        sample.setdefault("category", name)
         sample["image"] = str((images / sample["image"]).absolute()) if sample.get("image") else None
     return samples
 
@@ -93,11 +98,21 @@ def contains(text, label):
 
 def majority(samples):
     """The most frequent label of each question's category: what a model can know without looking."""
-    counts = {}
+    counts, forms = {}, {}
     for s in samples:
         counts.setdefault(s["category"], Counter())[clean(s["label"])] += 1
-    best = {category: min(c, key=lambda label: (-c[label], label)) for category, c in counts.items()}
-    return [best[s["category"]] for s in samples]
+        forms.setdefault((s["category"], clean(s["label"])), str(s["label"]))
+    best = {c: min(n, key=lambda label, n=n: (-n[label], label)) for c, n in counts.items()}
+    return [forms[s["category"], best[s["category"]]] for s in samples]
+
+
+def valid(judgement):
+    """Whether a judge's verdict can be averaged: it is there and from 0 to 10, and so is the mark of a reference."""
+    return judgement is not None and 0 <= judgement.score <= 10 and 0 <= getattr(judgement, "reference", 0) <= 10
+
+
+def labelled(sample):
+    return bool(str(sample["label"] if sample["label"] is not None else "").strip())
 
 
 @dataclass(frozen=True)
@@ -106,27 +121,127 @@ class Benchmark:
 
     load(folder) -> list of sample dicts; parse(answer, sample) -> what was understood;
     items(samples, answers) -> dict of Metrics. `headline` is the metric that a table shows; `paper` the column of
-    Table 2.
+    Table 2; `judged` says that a judge's verdicts may be given to `items`.
     """
 
     name: str
     headline: str
     parse: Callable
-    items: Callable
-    load: Callable
+    measure: Callable  # (samples, answers[, judgements]) -> {metric name: Metric}, of questions that can be scored
+    read: Callable | None = None  # (released question file, file or folder of the labels, keep) -> samples
+    released: tuple[
+        str, ...
+    ] = ()  # what the question file may be called, the best first; a/b: the whole folder is read
+    source: str = ""  # where to get it
+    size: int = 0  # questions of the whole released set; 0: not one number
+    known: Callable = labelled  # sample -> whether its label can be scored
+    missing: str = (
+        "excluded"  # a question without an answer is `excluded`, or `wrong` where the official script says so
+    )
+    alone: Callable | None = None  # (samples, answers or None) -> the samples that lack a partner to be scored with
     blind: Callable = majority  # samples -> the answers of a model that sees nothing
     max_new_tokens: int = 16
     paper: str = ""
+    judged: bool = False
+    upload: Callable | None = None  # (samples, answers, path): write what the benchmark's server wants
+    reviews: Callable | None = None  # (released file of a judge's verdicts, samples) -> judgements
 
     def prompt(self, sample):
         """The text of the human turn, format prompt included."""
         return sample["text"]
 
-    def score(self, samples, answers):
-        """dict metric -> value on a scale of 0 to 100 (only MME's `total` is on its official scale)."""
+    def load(self, folder):
+        """The questions of <folder>/NAME. Says where they can be had if they are not there, and warns of those that
+        cannot be scored or whose number is not that of the release."""
+        here = Path(folder) / self.name
+        found = ((name, p) for name in ("questions.jsonl", *self.released) for p in sorted(here.glob(name)))
+        path = next((here if "/" in name else p for name, p in found), None)
+        if path is None:
+            theirs = f", or put {' or '.join(self.released)} there ({self.source})" if self.released else ""
+            raise FileNotFoundError(
+                f"{here}/questions.jsonl is not there - run notebooks/01_data_exploration.ipynb, which writes the mini "
+                f"world's{theirs}."
+            )
+        samples = self.questions(path)
+        unscored = [s["question_id"] for s in samples if not self.known(s)]
+        if 0 < len(unscored) < len(samples):
+            warnings.warn(
+                f"{self.name}: {len(unscored)} questions have no usable label and will not be scored (first: "
+                f"{unscored[0]}).",
+                stacklevel=2,
+            )
+        return samples
+
+    def questions(self, path, labels=None, keep=keep_picture):
+        """The samples of one question file, ours or a released one, with the labels of `labels` (a file or a folder;
+        default: the folder of the question file). `keep` stores pictures that come inside the file."""
+        path = Path(path)
+        here = path if path.is_dir() else path.parent
+        if self.read is None or (path.is_file() and self.is_ours(path)):
+            samples = read_questions(path)
+        else:
+            samples = self.read(path, Path(labels) if labels else here, keep)
+            if self.size and path.name != "questions.jsonl" and len(samples) != self.size:
+                warnings.warn(
+                    f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.", stacklevel=2
+                )
+        for sample in samples:
+            sample["question_id"] = str(sample["question_id"])
+            sample.setdefault("category", self.name)
+            sample.setdefault("label", None)
+            sample.setdefault("image", None)
+        if not samples:
+            raise ValueError(f"{path} holds no questions.")
+        return samples
+
+    def is_ours(self, path):
+        if path.suffix != ".jsonl":
+            return False
+        with path.open(encoding="utf-8-sig") as file:
+            head = file.readline(100_000)
+        named = path.name == "questions.jsonl" and "questions.jsonl" not in self.released
+        return named or ('"label"' in head and '"text"' in head)
+
+    def items(self, samples, answers, judgements=None):
+        """{metric name: Metric}. Left out are questions whose label is not known and, unless the official script counts
+        them as wrong, those whose answer is None; {} where nothing is left. See `problems` for how many and which.
+
+        judgements: a Judgement (or None) for each question, for a judged benchmark.
+        """
         if len(samples) != len(answers):
             raise ValueError(f"{self.name} has {len(samples)} questions, but {len(answers)} answers were given.")
-        return {name: metric.value() for name, metric in self.items(samples, answers).items()}
+        keep = [i for i, (s, a) in enumerate(zip(samples, answers))
+                if self.known(s) and (a is not None or self.missing == "wrong")]  # fmt: skip
+        chosen = [samples[i] for i in keep], ["" if answers[i] is None else str(answers[i]) for i in keep]
+        if not keep:
+            return {}
+        if not self.judged or judgements is None:
+            return self.measure(*chosen)
+        if len(judgements) != len(samples):
+            raise ValueError(f"{self.name} has {len(samples)} questions, but {len(judgements)} judgements were given.")
+        return self.measure(*chosen, [judgements[i] for i in keep])
+
+    def problems(self, samples, answers=None, pictures=False):
+        """{trouble: [question ids]} of everything that keeps a question from being scored as it stands; empty lists are
+        left out. `unknown_label`, `duplicate_question`, MME's `unpaired`; with answers `missing` and `empty`; with
+        `pictures` those that do not open ('id: why')."""
+        found = {"unknown_label": [s["question_id"] for s in samples if not self.known(s)]}
+        twice = Counter((s["question_id"], s["text"]) for s in samples)
+        found["duplicate_question"] = [id for (id, _), n in twice.items() for _ in range(n - 1)]
+        if answers is not None:
+            pairs = list(zip(samples, answers))
+            found["missing"] = [s["question_id"] for s, a in pairs if a is None]
+            found["empty"] = [s["question_id"] for s, a in pairs if a is not None and not str(a).strip()]
+        if pictures:
+            trouble = ((s["question_id"], picture_trouble(s["image"])) for s in samples if s["image"])
+            found["unreadable_picture"] = [f"{id}: {why}" for id, why in trouble if why]
+        if self.alone:
+            found["unpaired"] = [s["question_id"] for s in self.alone(samples, answers)]
+        return {trouble: ids for trouble, ids in found.items() if ids}
+
+    def score(self, samples, answers, judgements=None):
+        """dict metric -> value on a scale of 0 to 100 (only MME's points are on their official scale)."""
+        return {name: metric.value() for name, metric in self.items(samples, answers, judgements).items()}
 
     def baseline(self, samples):
         """What the majority answer scores: chance level, to be printed beside every score."""

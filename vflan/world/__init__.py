@@ -27,6 +27,7 @@ from vflan.world.scene import (
     sample_scene,
 )  # fmt: skip
 from vflan.world.tasks import KINDS, YES_NO, sample, table, unique
+from vflan.world.twins import write_twins
 from vflan.world.words import NUMBERS, describe, sentences
 
 CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 9000, 350, 3000, 0.06
@@ -34,7 +35,8 @@ VERSION = 6  # of the generated files; a folder of another version or seed is wr
 
 
 def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversations=CONVERSATIONS, questions=1.0):
-    """Write `samples/` and `benchmarks/` under `folder` (data/tiny); returns the folder. Done already: nothing happens.
+    """Write `samples/`, `benchmarks/` and `benchmarks_more/` under `folder` (data/tiny); returns the folder. Done already:
+    nothing happens.
 
     The sets are written beside and renamed when they are whole, so that no half-written set is taken for one.
     `questions` scales the benchmarks' sizes (tests use few).
@@ -42,7 +44,8 @@ def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversatio
     folder = Path(folder or ROOT / "data" / "tiny")
     sizes = dict(version=VERSION, seed=seed, captions=captions, per_kind=per_kind, conversations=conversations,
                  questions=questions)  # fmt: skip
-    for name, write in (("samples", write_samples), ("benchmarks", write_benchmarks)):
+    sets = dict(samples=write_samples, benchmarks=write_benchmarks, benchmarks_more=write_twins)
+    for name, write in sets.items():
         done = folder / name / "built.json"
         if done.exists() and json.loads(done.read_text()) == sizes:
             continue

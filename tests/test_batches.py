@@ -1,0 +1,421 @@
+"""What a step is fed: every row once, packed without a leak, pictures seen once; the proofs are in fp32, on random models."""
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vflan
+from vflan import batches, learner
+from vflan.batches import Data, Pictures, feed, micro_batches, pack, plan, prepare
+from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
+from vflan.learner import Learner, answer_loss
+from vflan.model import freeze, load_model, load_processor
+from vflan.pictures import read_picture
+
+
+@pytest.fixture
+def mixed(recipe):
+    """The recipe over 32 rows of many lengths: pictures (two rows share one), text-only rows, several turns."""
+    rows = json.loads(Path(recipe.samples).read_text())
+    for i, row in enumerate(rows):
+        turns = row["conversations"]
+        turns[1]["value"] = " and ".join(["a red square"] * (1 + i % 5))
+        if i % 3 == 1:
+            del row["image"]
+            turns[0]["value"] = "What is a square?"
+        if i % 4 == 3:
+            turns += [{"from": "human", "value": "Is it green?"}, {"from": "gpt", "value": "yes it is"}]
+    rows[2]["image"] = rows[0]["image"]
+    Path(recipe.samples).write_text(json.dumps(rows))
+    return vflan.replace(recipe, packing="packed", max_length=256)
+
+
+def prepared(recipe, folder):
+    """(model, data, pictures) as `fit` makes them."""
+    model, processor = load_model(recipe), load_processor(recipe)
+    freeze(model, recipe)
+    data = prepare(recipe, processor.tokenizer, model.config, folder)
+    return model, data, Pictures(data, model, processor, recipe)
+
+
+def summed(net, data, pictures, rows):
+    """Loss and gradients of some rows in one forward pass."""
+    net.zero_grad()
+    loss = net(*data.batch(rows, "cpu"), pictures(rows))
+    loss.backward()
+    return loss.item(), {
+        name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None
+    }
+
+
+def packing_error(net, data, pictures, rows):
+    """The largest difference, of loss or of any gradient, between one packed row and its conversations one by one; per token."""
+    packed, gradients = summed(net, data, pictures, rows)
+    alone = [summed(net, data, pictures, [row]) for row in rows]
+    tokens = data.supervised[rows].sum()
+    apart = {name: sum(found[name] for _, found in alone) for name in gradients}
+    worst = max((gradients[name] - apart[name]).abs().max().item() for name in gradients)
+    return max(abs(packed - sum(loss for loss, _ in alone)), worst) / tokens
+
+
+def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
+    """Features ahead of time, no mask, logits at answers only: the same number as the model's own loss."""
+    recipe = vflan.replace(mixed, packing="padded")
+    model, data, pictures = prepared(recipe, tmp_path)
+    chosen = [0, 1, 3]
+    ours = Learner(model, recipe)(*data.batch(chosen, "cpu"), pictures(chosen)) / data.supervised[chosen].sum()
+    ids, labels = zip(*(map(torch.from_numpy, data.row(row)) for row in chosen))
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
+    ids, labels = pad(ids, batch_first=True).long(), pad(labels, batch_first=True, padding_value=IGNORE_INDEX).long()
+    shown = [read_picture(str(data.pictures[data.picture[row]])) for row in (0, 3)]
+    pixels = load_processor(recipe).image_processor(shown, return_tensors="pt")["pixel_values"]
+    full = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, labels=labels).loss
+    assert torch.allclose(ours, full, atol=1e-5)
+
+
+def test_packed_rows_learn_what_they_learn_alone(mixed, tmp_path):
+    model, data, pictures = prepared(mixed, tmp_path)
+    rows = list(range(12))
+    assert {data.picture[row] >= 0 for row in rows} == {True, False}
+    assert packing_error(Learner(model, mixed), data, pictures, rows) < 1e-5
+
+
+def test_packed_rows_learn_alone_by_checkpoints_and_grouped_heads_too(mixed, tmp_path):
+    recipe = vflan.replace(mixed, gradient_checkpointing=True)
+    model, data, pictures = prepared(recipe, tmp_path)
+    config = model.config.text_config
+    assert config.num_key_value_heads < config.num_attention_heads
+    net = Learner(model, recipe).train()
+    assert packing_error(net, data, pictures, list(range(12))) < 1e-5
+
+
+def test_the_proof_of_packing_sees_a_leak(mixed, tmp_path):
+    """The same proof fails when position ids run on from one conversation into the next."""
+    model, data, pictures = prepared(mixed, tmp_path)
+
+    class Leaking(Learner):
+        def forward(self, input_ids, position_ids, *rest):
+            return super().forward(input_ids, torch.arange(position_ids.shape[1])[None], *rest)
+
+    assert packing_error(Leaking(model, mixed), data, pictures, list(range(12))) > 1e-4
+
+
+def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tmp_path):
+    """Left-padded prompts of two lengths, in the middle of training: the answers are those of the untouched model."""
+    model = load_model(mixed)
+    ids = torch.randint(5, 200, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    asked = dict(input_ids=ids, attention_mask=mask, max_new_tokens=8)
+    before = model.generate(**asked)
+    Learner(model, mixed)
+    assert torch.equal(model.generate(**asked), before)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
+@settings(deadline=None)
+def test_packs_hold_every_row_once_and_never_too_much(lengths):
+    groups = pack(np.array(lengths), 100)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in group) <= 100 for group in groups)
+    assert groups == pack(np.array(lengths), 100)
+
+
+def test_best_fit_fills_what_has_least_room():
+    assert pack([60, 50, 40, 45], 100) == [[0, 2], [1, 3]]
+
+
+def test_no_pack_is_left_nearly_empty():
+    assert [len(group) for group in pack([10] * 12, 100)] == [6, 6]  # first come, first served gives 10 and 2
+    assert [len(group) for group in pack([10] * 12, 100, processes=4)] == [3, 3, 3, 3]
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.sampled_from(["packed", "padded"]), st.randoms())
+@settings(deadline=None)
+def test_processes_share_a_step_in_as_many_micro_batches_each(world, each, packing, random):
+    data = data_of([random.randint(10, 99) for _ in range(64)], packing == "packed")
+    recipe = batches_recipe(packing=packing, micro_batch=3, max_length=100)
+    rows = np.array(random.sample(range(64), world * each))
+    shares = micro_batches(data, rows, recipe, world)
+    assert len(shares) == world and len({len(parts) for parts in shares}) == 1
+    assert sorted(row for parts in shares for part in parts for row in part) == sorted(rows)
+    if packing == "packed":
+        assert all(data.lengths[part].sum() <= 100 for parts in shares for part in parts)
+
+
+def test_logits_in_stretches_give_the_loss_and_gradients_of_all_at_once(monkeypatch):
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, 50, bias=False), torch.randn(70, 16, requires_grad=True)
+    targets, seen = torch.randint(0, 50, (70,)), []
+    head.register_forward_hook(lambda module, given, out: seen.append(out.numel()))
+
+    def run():
+        hidden.grad = head.weight.grad = None
+        loss = answer_loss(hidden, head, targets)
+        loss.backward()
+        return loss.detach(), hidden.grad, head.weight.grad
+
+    whole = run()
+    seen.clear()
+    monkeypatch.setattr(learner, "LOGITS", 600)
+    for ours, theirs in zip(run(), whole):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert max(seen) <= 600 and len(seen) == 2 * 6  # 12 rows at a time, forward and again in the backward pass
+    reference = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    assert torch.allclose(whole[0], reference, rtol=1e-6)
+
+
+def test_a_stretched_loss_trains_a_model_to_the_same_losses(mixed, monkeypatch):
+    whole = vflan.train(vflan.replace(mixed, name="whole", max_steps=3)).metrics()
+    monkeypatch.setattr(learner, "LOGITS", 5000)
+    pieces = vflan.train(vflan.replace(mixed, name="pieces", max_steps=3)).metrics()
+    assert pieces.loss.tolist() == pytest.approx(whole.loss.tolist(), abs=1e-5)
+
+
+def looks(monkeypatch):
+    """Records how many pictures each run of the tower saw."""
+    seen, real = [], batches.models.image_features
+    monkeypatch.setattr(batches, "_FEATURES", {})
+    monkeypatch.setattr(batches.models, "image_features", lambda m, pixels: seen.append(len(pixels)) or real(m, pixels))
+    return seen
+
+
+def test_the_tower_looks_once_at_a_shared_picture_and_never_for_text(mixed, tmp_path, monkeypatch):
+    seen = looks(monkeypatch)
+    model, data, pictures = prepared(mixed, tmp_path)
+    features = pictures([0, 1, 2, 3])  # 0 and 2 show the same picture, 1 is text
+    assert seen == [2] and features.shape[0] == 3 and torch.equal(features[0], features[1])
+    assert pictures([1, 4]) is None and pictures([0]) is not None and seen == [2]
+
+
+def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(mixed, tmp_path, monkeypatch):
+    looks(monkeypatch)
+    model, data, pictures = prepared(mixed, tmp_path)
+    ran = []
+    for i, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.requires_grad_(True)
+    assert not pictures([0]).requires_grad and ran == [0, 1]
+
+
+def test_a_large_set_is_read_as_it_comes_with_the_same_result(mixed, monkeypatch):
+    kept = vflan.train(vflan.replace(mixed, name="kept", max_steps=6)).metrics()
+    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batches, "TOWER_BATCH", 5)
+    read = vflan.train(vflan.replace(mixed, name="read", max_steps=6)).metrics()
+    assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
+
+
+def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batches, "TOWER_BATCH", 8)
+    model, data, pictures = prepared(mixed, tmp_path)
+    batches_, steps = plan(data, mixed), None
+    steps = feed(data, pictures, batches_, mixed)
+    next(steps)
+    shows = {int(which) for which in data.picture[batches_[1]] if which >= 0}
+    assert {key[0] for key in pictures.coming} == {str(data.pictures[which]) for which in shows} - {
+        key[0] for key in pictures.held
+    }
+    assert len(list(steps)) == 3 and not pictures.coming
+
+
+def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp_path):
+    model, data, pictures = prepared(mixed, tmp_path)
+    order = plan(data, vflan.replace(mixed, epochs=3))
+    whole, rest = list(feed(data, pictures, order, mixed)), list(feed(data, pictures, order, mixed, first=5))
+    assert len(whole) == 12 and [part.tolist() for parts in whole[5:] for part, _ in parts] == [
+        part.tolist() for parts in rest for part, _ in parts
+    ]
+
+
+@pytest.fixture
+def cached(mixed, tmp_path, monkeypatch):
+    """A recipe whose features stay on disk, in a folder of this test, and only there."""
+    monkeypatch.setattr(batches, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
+    return vflan.replace(mixed, feature_cache=True, max_steps=4)
+
+
+def settle(pictures):
+    pictures.readers.shutdown(wait=True)
+
+
+def test_features_on_disk_spare_the_tower(cached, tmp_path, monkeypatch):
+    model, data, pictures = prepared(cached, tmp_path)
+    rows, seen = list(range(32)), looks(monkeypatch)
+    first = pictures(rows)
+    settle(pictures)
+    assert len(list(tmp_path.glob("cache/features/*/*/*.npy"))) == sum(seen) == len(data.pictures)
+    again = Pictures(data, model, load_processor(cached), cached)
+    assert torch.equal(again(rows), first) and sum(seen) == len(data.pictures)
+
+
+def test_damaged_or_foreign_features_are_made_again(cached, tmp_path, monkeypatch):
+    model, data, pictures = prepared(cached, tmp_path)
+    rows, seen = list(range(32)), looks(monkeypatch)
+    first = pictures(rows)
+    settle(pictures)
+    files = sorted(tmp_path.glob("cache/features/*/*/*.npy"))
+    files[0].write_bytes(files[0].read_bytes()[:50])  # cut short by a crash of the machine
+    np.save(files[1], np.zeros((2, 2), dtype=np.float32))
+    files[2].unlink()  # killed before it was written
+    seen.clear()
+    again = Pictures(data, model, load_processor(cached), cached)
+    assert torch.equal(again(rows), first) and sum(seen) == 3
+    settle(again)
+    assert np.load(files[0]).shape == np.load(files[1]).shape == first.shape[1:]
+
+
+def test_another_tower_another_preparation_and_an_exchanged_file_are_other_features(cached, tmp_path, monkeypatch):
+    model, data, pictures = prepared(cached, tmp_path)
+    seen = looks(monkeypatch)
+    pictures([0])
+    settle(pictures)
+    Path(str(data.pictures[data.picture[0]])).touch()
+    Pictures(data, model, load_processor(cached), cached)([0])
+    Pictures(data, model, load_processor(vflan.replace(cached, image_aspect_ratio="crop")), cached)([0])
+    next(model.model.vision_tower.parameters()).data += 1
+    Pictures(data, model, load_processor(cached), cached)([0])
+    assert seen == [1, 1, 1, 1]
+
+
+def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(cached, tmp_path, monkeypatch, capfd):
+    def save(file, array):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(batches.np, "save", save)
+    assert vflan.train(cached).finished
+    assert capfd.readouterr().err.count("takes no more features (No space left on device); training goes on.") == 1
+    assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
+
+
+def test_accumulating_small_batches_is_the_same_as_one_large_batch(mixed):
+    """Padded in threes or eights, packed tightly or loosely: each learned token weighs the same."""
+    ways = [dict(micro_batch=3), dict(micro_batch=8), dict(micro_batch=1)]
+    one, *others = [
+        vflan.train(vflan.replace(mixed, name=f"m{i}", packing="padded", max_steps=4, **way))
+        for i, way in enumerate(ways)
+    ]
+    for other in others:
+        assert other.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
+    ways = [dict(pack_tokens=256), dict(pack_tokens=2000)]
+    one, other = [vflan.train(vflan.replace(mixed, name=f"p{i}", max_steps=4, **way)) for i, way in enumerate(ways)]
+    assert other.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("average", ["tokens", "micro_batches"])
+def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(mixed, tmp_path, average):
+    recipe = vflan.replace(mixed, packing="padded", micro_batch=2, loss_average=average)
+    model, data, pictures = prepared(recipe, tmp_path)
+    net, order = Learner(model, recipe), plan(data, recipe)
+    for world in (1, 2):
+        losses = []
+        for rank in range(world):
+            parts = next(feed(data, pictures, order, recipe, rank, world))
+            losses += [(net(*data.batch(part, "cpu"), pictures(part)).item(), weight, part) for part, weight in parts]
+        total = sum(loss / weight for loss, weight, _ in losses)
+        means = [loss / data.supervised[part].sum() for loss, _, part in losses]
+        whole = sum(loss for loss, _, _ in losses) / data.supervised[order[0]].sum()
+        assert len(losses) == 4 and total == pytest.approx(whole if average == "tokens" else np.mean(means))
+
+
+def test_two_processes_learn_packed_rows_as_one_does(mixed):
+    one = vflan.train(vflan.replace(mixed, name="one", max_steps=4)).metrics()
+    two = vflan.train(vflan.replace(mixed, name="two", max_steps=4), num_processes=2).metrics()
+    assert two.loss.tolist() == pytest.approx(one.loss.tolist(), abs=1e-4)
+
+
+def test_rows_are_what_encode_gives_with_the_picture_widened(mixed, tmp_path):
+    model, data, _ = prepared(mixed, tmp_path)
+    tokenizer, rows = load_processor(mixed).tokenizer, json.loads(Path(mixed.samples).read_text())
+    for row in range(32):
+        ids, labels = expand(
+            *encode(rows[row]["conversations"], tokenizer), model.config.image_seq_length, model.config.image_token_id
+        )
+        ours, learned = data.row(row)
+        assert ours.tolist() == ids and learned.tolist() == labels
+        assert data.lengths[row] == len(ids) and data.supervised[row] == sum(label >= 0 for label in labels)
+        assert data.ids[row] == rows[row]["id"]
+
+
+def test_many_conversations_are_encoded_as_each_alone(backbones):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(backbones["language_model"])
+    many = [
+        [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red one"}],
+        [{"from": "gpt", "value": "nothing was asked"}],
+        [{"from": "human", "value": "Write </s> here"}, {"from": "gpt", "value": "</s>USER: "}] * 2,
+        [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a blue one"}],
+    ]
+    for template in ("vicuna_v1", "plain"):
+        for conversations, found in zip(many, encode_many(many, tokenizer, template)):
+            if isinstance(found, ValueError):
+                with pytest.raises(ValueError, match=str(found)):
+                    encode(conversations, tokenizer, template)
+            else:
+                assert found == encode(conversations, tokenizer, template)
+
+
+def test_rows_live_in_flat_arrays(mixed, tmp_path, monkeypatch):
+    """Also when they come in several chunks, the last of them short and one without a usable row."""
+    whole = prepared(mixed, tmp_path)[1]
+    monkeypatch.setattr(batches, "_ENCODED_TOGETHER", 3)
+    data = prepared(mixed, tmp_path)[1]
+    for name in Data.__dataclass_fields__:
+        assert np.array_equal(getattr(data, name), getattr(whole, name)), name
+    assert data.tokens.dtype == np.int32 and data.start[-1] == len(data.tokens) == len(data.learned)
+    assert (data.tokens == IMAGE_TOKEN_INDEX).sum() == (data.picture >= 0).sum()
+
+
+def batches_recipe(**changes):
+    where = dict.fromkeys(["vision_tower", "language_model", "samples", "images", "runs"], "nowhere")
+    return vflan.Recipe(name="base", stage="base", **where, **changes)
+
+
+def data_of(lengths, packed=False, text_only=()):
+    lengths, empty = np.array(lengths), np.zeros(0)
+    picture = np.array([-1 if i in text_only else 0 for i in range(len(lengths))])
+    ids = np.arange(len(lengths)).astype(str)
+    return Data(ids, empty, empty, empty, empty, picture, lengths, lengths, 1, 0, packed)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_every_epoch_sees_every_row_once(packing):
+    data = data_of(np.random.default_rng(0).integers(10, 100, 800), packing == "packed")
+    steps = plan(data, batches_recipe(epochs=2, global_batch=16, packing=packing))
+    assert len(steps) == 100 and sorted(np.concatenate(steps[:50])) == list(range(800))
+    assert [step.tolist() for step in steps[:50]] != [step.tolist() for step in steps[50:]]
+
+
+def test_padded_batches_hold_like_lengths():
+    data = data_of(np.random.default_rng(0).integers(10, 100, 800))
+    steps = plan(data, batches_recipe(global_batch=16))
+    fill = sum(data.lengths[step].sum() for step in steps) / sum(16 * data.lengths[step].max() for step in steps)
+    assert fill > 0.9  # a random order gives 0.6
+
+
+def test_text_only_rows_go_in_padded_batches_of_their_own():
+    data = data_of([20] * 320, text_only=range(0, 320, 2))
+    steps = plan(data, batches_recipe(global_batch=16))
+    assert all(len({data.picture[row] for row in step}) == 1 for step in steps)
+
+
+def test_max_steps_decides_over_epochs():
+    data = data_of([20] * 100)
+    assert len(plan(data, batches_recipe(max_steps=30))) == 30  # more than an epoch: another begins
+    assert len(plan(data, batches_recipe(epochs=0.5, global_batch=10))) == 5
+
+
+def test_a_budget_below_the_longest_row_is_refused():
+    with pytest.raises(ValueError, match="pack_tokens=1024 is below max_length=2048"):
+        batches_recipe(pack_tokens=1024)

@@ -1,0 +1,208 @@
+"""Which rows a run trains on: drawn by hash, shared out over tasks, and written down."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import concatenate_datasets
+
+from vflan.mixtures import mix, mixture_record, recipe_samples, subset, task_flags
+from vflan.recipe import Recipe, differences, replace
+from vflan.samples import load_samples
+
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a dot"}]
+
+
+def make(folder, sizes, name="rows.json"):
+    """Samples of tasks with so many rows each, one of every task after another."""
+    left, rows = dict(sizes), []
+    while any(left.values()):
+        for task in (task for task in left if left[task]):
+            left[task] -= 1
+            rows.append({"id": len(rows), "task_name": task, "conversations": TURNS})
+    (folder / name).write_text(json.dumps(rows))
+    return load_samples(folder / name)
+
+
+@pytest.fixture
+def six(tmp_path):
+    return make(tmp_path, {f"t{i}": 10 for i in range(6)})
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    return make(tmp_path, {"small": 10, "middle": 90, "large": 900})
+
+
+def ids(samples):
+    return samples["id"][:]
+
+
+def counts(samples):
+    return Counter(samples["task_name"])
+
+
+def test_mix_is_the_same_on_any_machine(six):
+    assert ids(mix(six, 2, 3, seed=0)) == ["4", "22", "26", "34", "38", "50"]
+
+
+def test_mix_draws_tasks_and_samples_as_asked_and_larger_mixtures_hold_the_smaller(six):
+    small, large = mix(six, 2, 3, seed=1), mix(six, 4, 5, seed=1)
+    assert len(small) == 6 and len(set(small["task_name"])) == 2
+    assert set(small["id"]) < set(large["id"]) and len(large) == 20
+    assert ids(mix(six, 2, 3, seed=2)) != ids(small)
+    assert len(mix(six, 3, 1000)) == 30  # a task gives what it has
+    assert set(subset(six, 5)["id"]) < set(subset(six, 20)["id"])
+    with pytest.raises(ValueError, match="hold 6 tasks"):
+        mix(six, 7)
+
+
+def test_a_selection_is_mixed_like_the_same_rows_in_a_file(six, tmp_path):
+    kept = [row for row in range(60) if row % 6 != 2][::-1]  # backwards, and a task has gone
+    selected, written = six.select(kept), load_samples(save(tmp_path, six.select(kept).to_list()))
+    both = concatenate_datasets([six.select(kept[:30]), six.select(kept[30:])])
+    for draw in (lambda s: mix(s, 3, 4), lambda s: mix(s, total=20), lambda s: mix(s, None, 2), lambda s: subset(s, 7)):
+        assert ids(draw(selected)) == ids(draw(written)) == ids(draw(both))
+    with pytest.raises(ValueError, match="hold 5 tasks"):
+        mix(selected, 6)
+
+
+def save(folder, rows):
+    path = folder / "selected.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_without_a_temperature_the_tasks_share_in_proportion_to_their_sizes(uneven):
+    assert counts(mix(uneven, total=100)) == {"small": 1, "middle": 9, "large": 90}
+
+
+def test_temperature_evens_the_tasks_out(uneven):
+    shares = np.sqrt([10, 90, 900])
+    wanted = dict(zip(["small", "middle", "large"], np.rint(43 * shares / shares.sum()).astype(int)))
+    assert counts(mix(uneven, total=43, temperature=2)) == wanted == {"small": 3, "middle": 10, "large": 30}
+    even = counts(mix(uneven, total=27, temperature=1e9))
+    assert set(even.values()) == {9}
+
+
+def test_a_task_too_small_gives_all_and_the_others_share_the_rest(uneven):
+    assert counts(mix(uneven, total=300, temperature=1e9)) == {"small": 10, "middle": 90, "large": 200}
+    assert counts(mix(uneven, total=1000, temperature=5)) == {"small": 10, "middle": 90, "large": 900}
+    assert counts(mix(uneven, None, 100, total=120, temperature=1e9)) == {"small": 10, "middle": 55, "large": 55}
+
+
+def test_weights_decide_the_shares_and_zero_leaves_a_task_out(uneven):
+    assert counts(mix(uneven, total=40, weights={"large": 3, "small": 0})) == {"middle": 10, "large": 30}
+    assert counts(mix(uneven, total=40, weights={"small": 4})) == {"small": 10, "middle": 15, "large": 15}
+
+
+def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
+    for shares in ({"temperature": 3}, {"weights": {"small": 0.3}}, {}):
+        drawn = [set(ids(mix(uneven, total=total, **shares))) for total in range(1, 60)]
+        assert [len(rows) for rows in drawn] == list(range(1, 60))
+        assert all(small < large for small, large in zip(drawn, drawn[1:]))
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"temperature": 2}, "say with total= how many"),
+        ({"total": 5, "temperature": 2, "weights": {"small": 1}}, "give one of them"),
+        ({"total": 5, "temperature": 0}, "a number above 0"),
+        ({"total": 5, "weights": {"smal": 1}}, "'smal', which the samples do not hold; the closest is 'small'"),
+        ({"total": 5, "weights": {"small": -1}}, "at least 0"),
+        ({"total": 5, "weights": dict.fromkeys(["small", "middle", "large"], 0)}, "can give 1 to 0 rows"),
+        ({"total": 1001}, "can give 1 to 1000 rows"),
+        ({"total": 0}, "can give 1 to 1000 rows"),
+        ({"exclude": ["small", "middle", "large"]}, "no task is left"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made_is_one_sentence(uneven, asked, said):
+    with pytest.raises(ValueError, match=said):
+        mix(uneven, **asked)
+
+
+def test_tasks_are_left_out_by_name_or_by_flag(tmp_path):
+    names = ["VQAv2", "LFW+face_recognition", "ImageNet-A+image_classification", "STL-10+Image_Classification", "mine"]
+    samples = make(tmp_path, dict.fromkeys(names, 2))
+    assert set(mix(samples, exclude=["faces"])["task_name"]) == set(names) - {names[1]}
+    assert set(mix(samples, exclude=["benchmark", "mine"])["task_name"]) == {names[0], names[1], names[3]}
+    assert set(mix(samples, exclude="overlaps")["task_name"]) == {names[0], names[1], names[4]}
+    assert len(mix(samples, exclude=["GQA"])) == 10  # a released task that this file does not hold
+    with pytest.raises(ValueError, match="exclude='benchmarks'.*closest is 'benchmark'"):
+        mix(samples, exclude=["benchmarks"])
+    with pytest.raises(ValueError, match="closest is 'mine'"):
+        mix(samples, exclude=["miner"])
+    assert task_flags()["cinic-10+object_presence_animal"] == {"overlaps"}
+
+
+def recipe(folder, **changes):
+    return Recipe("r", "base", "v", "l", str(folder / "rows.json"), str(folder), str(folder), **changes)
+
+
+def test_a_recipe_can_say_all_of_it(uneven, tmp_path):
+    make(tmp_path, {"chat": 5}, "more.json")
+    more = (str(tmp_path / "more.json") + "#2",)
+    asked = recipe(tmp_path, temperature=1e9, num_samples=30, exclude=("middle",), more_samples=more)
+    assert counts(recipe_samples(asked)) == {"small": 10, "large": 20, "chat": 2}
+    asked = recipe(tmp_path, task_weights=("large=2", "middle=0"), num_samples=15)
+    assert counts(recipe_samples(asked)) == {"small": 5, "large": 10}
+    assert ids(recipe_samples(recipe(tmp_path, num_samples=9))) == ids(subset(uneven, 9))
+    assert Recipe.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"temperature": 2}, "say with num_samples how many"),
+        ({"task_weights": "VQAv2=2"}, "say with num_samples how many"),
+        ({"task_weights": ("a=2",), "temperature": 2, "num_samples": 3}, "give one of them"),
+        ({"task_weights": ("VQAv2",), "num_samples": 3}, "write it as task=weight"),
+        ({"task_weights": ("VQAv2=two",), "num_samples": 3}, "write it as task=weight"),
+        ({"temperature": 0, "num_samples": 3}, "temperature=0: a number of at least 0.1"),
+    ],
+)
+def test_a_recipe_that_says_too_little_or_too_much_is_refused(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        recipe(tmp_path, **changes)
+
+
+def test_a_run_that_an_older_vflan_wrote_is_the_same_recipe(tmp_path):
+    new = recipe(tmp_path).to_dict()
+    old = {key: value for key, value in new.items() if key not in ("exclude", "temperature", "task_weights")}
+    assert differences(old, new) == ""
+    assert "exclude" in differences(old, new | {"exclude": ["faces"]})
+
+
+def test_the_record_says_what_was_drawn_to_the_last_row(uneven, tmp_path):
+    make(tmp_path, {"chat": 5}, "more.json")
+    (tmp_path / "images").mkdir()
+    more = str(tmp_path / "more.json")
+    asked = recipe(tmp_path, per_task=20, num_samples=30, more_samples=(f"{more}#2", more))
+    record = mixture_record(asked, recipe_samples(asked))
+    assert record["rows"] == 37 and sum(record["tasks"].values()) == 37 and record["tasks"]["chat"] == 7
+    assert record["files"] == [
+        {"file": asked.samples, "rows": 30},
+        {"file": more, "rows": 2},
+        {"file": more, "rows": 5},
+    ]
+    assert json.loads(json.dumps(record)) == record
+    for other in (replace(asked, seed=1), replace(asked, num_samples=29)):
+        assert mixture_record(other, recipe_samples(other))["order"] != record["order"]
+
+
+def test_the_records_hash_knows_the_order_but_not_the_machine(six, tmp_path):
+    asked = recipe(tmp_path)
+    rows = [row | {"image": f"{row['id']}.png"} for row in six.to_list()]
+    orders = []
+    for folder in ("here", "there"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        samples = load_samples(save(tmp_path / folder, rows))
+        orders.append(mixture_record(asked, samples)["order"])
+        backwards = samples.select(range(59, -1, -1))
+        assert mixture_record(asked, backwards)["order"] != orders[-1]
+        assert mixture_record(asked, backwards.select(range(59, -1, -1)))["order"] == orders[-1]
+    assert orders[0] == orders[1]
+    rows[7]["image"] = "other.png"
+    assert mixture_record(asked, load_samples(save(tmp_path / "here", rows)))["order"] != orders[0]

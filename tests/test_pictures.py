@@ -1,0 +1,217 @@
+"""Pictures in folders, zips and parquet files: each is read, or named with its reason."""
+
+import io
+import os
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vflan import pictures
+from vflan.pictures import picture_bytes, picture_trouble, read_picture, stamp
+
+
+def encoded(color="red", kind="PNG", size=(9, 9)):
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", size, color) if color else Image.effect_noise(size, 90).convert("RGB")
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def zipped(path, members, utf8=True):
+    """A zip of {name: bytes}; without `utf8` it does not say in which code its names are, as many tools write it."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    if not utf8:
+        data = bytearray(path.read_bytes())
+        for mark, flags in ((b"PK\3\4", 7), (b"PK\1\2", 9)):  # the second byte of the flags, which holds the UTF-8 bit
+            at = data.find(mark)
+            while at >= 0:
+                data[at + flags] &= ~8
+                at = data.find(mark, at + 1)
+        path.write_bytes(data)
+    return path
+
+
+def pixel(name):
+    return read_picture(name).getpixel((0, 0))
+
+
+def test_a_palette_picture_and_a_rotated_one_become_what_llava_makes_of_them(tmp_path):
+    Image.new("P", (4, 2)).save(tmp_path / "palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees: LLaVA does not
+    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
+    for name in ("palette.gif", "turned.jpg"):
+        picture = read_picture(tmp_path / name)
+        assert (picture.mode, picture.size) == ("RGB", (4, 2))
+
+
+@pytest.mark.parametrize(
+    "written, asked",
+    [
+        ("a.jpg", "a.gif"),
+        ("a.png", "a.jpg"),
+        ("a.JPG", "a.jpg"),
+        ("a.jpeg", "a.jpg"),
+        ("Caf#U00e9 #U6f22.png", "Café 漢.png"),
+        ("smile#L01f600.png", "smile\U0001f600.png"),
+        ("Cafe\u0301.png", "Caf\u00e9.png"),  # decomposed on disk
+        ("Caf\u00e9.png", "Cafe\u0301.png"),
+        ("Caf├⌐.png", "Caf\u00e9.png"),  # UTF-8 read as code page 437
+        ("Caf#U00e9.jpg", "Caf\u00e9.gif"),  # two at once
+    ],
+)
+def test_a_lost_picture_is_found_under_the_name_that_tools_gave_it(tmp_path, written, asked):
+    (tmp_path / written).write_bytes(encoded())
+    archive = zipped(tmp_path / "pictures.zip", {written: encoded("blue")})
+    assert pixel(str(tmp_path / asked)) == (255, 0, 0) and pixel(f"{archive}::{asked}") == (0, 0, 255)
+    assert picture_trouble(str(tmp_path / asked)) == "" and stamp(tmp_path / asked) == stamp(tmp_path / written)
+
+
+def test_a_picture_that_is_there_is_never_exchanged_for_a_namesake(tmp_path):
+    for kind, color in (("jpg", "white"), ("png", "blue"), ("gif", "red")):
+        (tmp_path / f"a.{kind}").write_bytes(encoded(color))
+    assert [pixel(str(tmp_path / f"a.{kind}")) for kind in ("png", "gif")] == [(0, 0, 255), (255, 0, 0)]
+
+
+def test_a_namesake_that_is_a_link_is_not_taken(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(encoded())
+    os.symlink(tmp_path / "secret.png", tmp_path / "images" / "a.png")
+    assert picture_trouble(str(tmp_path / "images" / "a.jpg")).startswith("missing picture")
+
+
+def test_each_trouble_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, monkeypatch):
+    whole = encoded(None, "JPEG", (64, 64))
+    large, text = encoded("red", "PNG", (100, 100)), b"not a picture"
+    members = {
+        "whole.jpg": whole,
+        "half.jpg": whole[: len(whole) // 2],
+        "text.png": text,
+        "large.png": large,
+        "none": b"",
+    }
+    archive = zipped(tmp_path / "a.zip", members)
+    for name, data in members.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)  # Pillow refuses twice as much
+    for home in (f"{tmp_path}/", f"{archive}::"):
+        kinds = [
+            picture_trouble(f"{home}{name}").split(":")[0] for name in (*members, "gone.jpg", "folder.png", "a\0b")
+        ]
+        expected = ["", "truncated picture", "undecodable picture", "too many pixels", "undecodable picture"]
+        assert kinds == expected + ["missing picture"] * 3, home
+    assert picture_trouble("outside:../x.png") == "path outside the images folder: ../x.png"
+    for name in ("outside:../x.png", str(tmp_path / "half.jpg")):
+        with pytest.raises(OSError, match=f"^{picture_trouble(name).split(':')[0]}"):
+            read_picture(name)
+    with pytest.raises(FileNotFoundError, match="missing picture"):
+        picture_bytes(tmp_path / "gone.jpg")
+    assert stamp(tmp_path / "gone.jpg") == stamp("outside:../x.png") == ()
+
+
+@pytest.mark.parametrize("utf8", [True, False])
+def test_the_released_zip_is_read_in_place(tmp_path, utf8):
+    """One top folder that the annotation does not name, names that are not ASCII, and not a file unpacked."""
+    names = [f"images_191task_1k/{name}" for name in ("task_0_a.jpg", "WIT+x_1_Müller_漢.png")]
+    archive = zipped(tmp_path / "image_191-task_1k.zip", {names[0]: encoded("red"), names[1]: encoded("blue")}, utf8)
+    assert utf8 == (names[1] in zipfile.ZipFile(archive).namelist())
+    assert [pixel(f"{archive}::{name.split('/')[1]}") for name in names] == [(255, 0, 0), (0, 0, 255)]
+    assert [pixel(f"{archive}::{name}") for name in names] == [(255, 0, 0), (0, 0, 255)]
+    assert picture_bytes(f"{archive}::task_0_a.jpg") == encoded("red") and os.listdir(tmp_path) == [archive.name]
+
+
+def test_a_damaged_member_costs_that_picture_only(tmp_path):
+    archive = zipped(tmp_path / "a.zip", {f"{i}.png": encoded(None, size=(40, 40)) for i in range(3)})
+    whole = archive.read_bytes()
+    info, data = zipfile.ZipFile(archive).getinfo("1.png"), bytearray(whole)
+    data[info.header_offset + 60] ^= 255
+    archive.write_bytes(data)
+    assert [picture_trouble(f"{archive}::{i}.png").split(":")[0] for i in range(3)] == ["", "truncated picture", ""]
+    data[info.header_offset : info.header_offset + 4] = b"none"
+    archive.write_bytes(data)
+    assert picture_trouble(f"{archive}::1.png").startswith("truncated picture")
+    archive.write_bytes(whole)  # downloaded again
+    assert picture_trouble(f"{archive}::1.png") == ""
+
+
+def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures(tmp_path, monkeypatch):
+    (tmp_path / "text.zip").write_text("no zip")
+    archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})
+    assert picture_trouble(f"{tmp_path}/text.zip::a.png").split(":")[0] == "truncated picture"
+    assert picture_trouble(f"{tmp_path}/gone.zip::a.png").split(":")[0] == "missing picture"
+    monkeypatch.setattr(pictures, "MAX_MEMBER_BYTES", 10)
+    assert "unpacks to" in picture_trouble(f"{archive}::a.png")
+    locked, data = tmp_path / "locked.zip", bytearray(archive.read_bytes())
+    data[data.find(b"PK\1\2") + 8] |= 1
+    locked.write_bytes(data)
+    assert "encrypted" in picture_trouble(f"{locked}::a.png")
+
+
+def test_the_contents_of_a_zip_are_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    archive, opened = zipped(tmp_path / "a.zip", {"a.png": encoded("red"), "b.png": encoded("red")}), []
+
+    class Slow(zipfile.ZipFile):
+        def __init__(self, *args):
+            opened.append(args)
+            time.sleep(0.05)
+            super().__init__(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(pixel, [f"{archive}::{name}.png" for name in "ab" * 40])) == {(255, 0, 0)}
+    assert len(opened) == 1
+    before = stamp(f"{archive}::a.png")
+    monkeypatch.undo()
+    zipped(tmp_path / "new.zip", {"a.png": encoded("blue"), "c.png": b""}).replace(archive)
+    assert pixel(f"{archive}::a.png") == (0, 0, 255) and stamp(f"{archive}::a.png") != before
+
+
+def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
+    members = {f"{i}.png": encoded((i, 0, 0), size=(60, 60)) for i in range(100)}
+    archive = zipped(tmp_path / "a.zip", members)
+    assert pixel(f"{archive}::7.png") == (7, 0, 0)
+    pictures._lock.acquire()  # as if another thread opened an archive in the moment of the fork
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3)) else 1)
+    pictures._lock.release()
+    assert all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
+    hung = threading.Timer(60, os.kill, (child, 9))
+    hung.start()
+    assert os.waitpid(child, 0)[1] == 0
+    hung.cancel()
+
+
+def test_a_picture_is_read_from_its_row_of_a_parquet_file(tmp_path):
+    rows = [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(10)] + [None, {"bytes": None, "path": "x.png"}]
+    part = tmp_path / "part-0.parquet"
+    pq.write_table(pa.table({"image": rows}), part, row_group_size=4)
+    assert [pixel(f"{part}::{i}")[0] for i in (9, 0, 4, 3)] == [9, 0, 4, 3]
+    assert [picture_trouble(f"{part}::{i}").split(":")[0] for i in (10, 11, 12)] == ["missing picture"] * 3
+    assert len({stamp(f"{part}::{i}") for i in range(10)}) == 10
+    pq.write_table(pa.table({"image": [encoded("blue")]}), part)  # bytes without a struct
+    assert pixel(f"{part}::0") == (0, 0, 255)
+    part.write_bytes(b"PAR1 broken")
+    assert picture_trouble(f"{part}::0").startswith("undecodable picture")
+
+
+def test_a_verdict_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    name = tmp_path / "a.png"
+    name.write_bytes(encoded())
+    assert picture_trouble(name) == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)
+        assert picture_trouble(name) == ""
+    name.write_bytes(b"broken")
+    assert picture_trouble(name).startswith("undecodable picture")
+    name.unlink()
+    assert picture_trouble(name).startswith("missing picture")

@@ -1,0 +1,122 @@
+"""What a run writes while it runs: a line of json for each step and look, and one live line for people."""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+FILES = ("metrics", "heldout", "samples")
+
+
+class Log:
+    """metrics.jsonl, heldout.jsonl and samples.jsonl of a run folder, on the main process; trackers get the numbers too.
+
+    On a terminal one bar; elsewhere, notebooks and log files, a plain line a minute at most, on stderr, so that no
+    timing gets into a notebook's kept output.
+    """
+
+    def __init__(self, folder, steps, first, accelerator):
+        """Lines of steps after `first`, where the run now goes on, are cut: they will be written again."""
+        self.folder, self.steps, self.accelerator = folder, steps, accelerator
+        self.active, self.bar, self.files, self.metrics = accelerator.is_main_process, None, {}, []
+        if not self.active:
+            return
+        for name in FILES:
+            kept = [line for line in read_lines(folder, name) if line["step"] <= first]
+            if name == "metrics":
+                self.metrics = kept
+            (folder / f"{name}.jsonl").write_text("".join(map(_json, kept)), encoding="utf-8")
+            self.files[name] = (folder / f"{name}.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.began = self.said = time.perf_counter()
+        self.before = self.metrics[-1]["seconds"] if self.metrics else 0.0
+        self.first, self.useful = first, 0
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=first, desc=folder.name, dynamic_ncols=True)
+
+    def begin(self, recipe):
+        """Tell the trackers, if there are any, what is trained."""
+        if recipe.trackers:
+            config = {
+                key: value if isinstance(value, (int, float, str)) else str(value)
+                for key, value in recipe.to_dict().items()
+            }
+            names = {"wandb": {"name": recipe.name, "dir": str(self.folder)}, "trackio": {"name": recipe.name}}
+            self.accelerator.init_trackers("vflan", config=config, init_kwargs=names)
+
+    def step(self, step, loss, lr, tokens, useful, positions, seconds):
+        """One step: `tokens` are supervised, `useful` all tokens that are not padding, `positions` padding included."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        self.useful += useful
+        line = dict(
+            step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(self.before + now - self.began, 3)
+        )
+        line |= dict(useful=useful, fill=round(useful / positions, 4), tokens_per_second=round(useful / seconds))
+        line["peak_gb"] = round(peak_gb(), 3)
+        self.metrics.append(line)
+        self.files["metrics"].write(_json(line))
+        self.track(step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")})
+        rate = self.useful / (now - self.began)
+        says = f"loss {loss:.3f}, {rate:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
+        if self.bar is not None:
+            self.bar.set_postfix_str(says, refresh=False)
+            self.bar.update()
+        elif now - self.said > 60:
+            self.said = now
+            left = (now - self.began) / (step - self.first) * (self.steps - step)
+            print(
+                f"{self.folder.name}: step {step} of {self.steps}, {says}, {left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def look(self, name, step, rows):
+        """Lines about the held-out rows (heldout), or answers to them (samples)."""
+        if self.active:
+            self.files[name].write("".join(_json(dict(step=step) | row) for row in rows))
+            self.track(step, {f"heldout/{row['task']}": row["loss"] for row in rows if "loss" in row})
+
+    def track(self, step, numbers):
+        if self.accelerator.trackers and numbers:
+            self.accelerator.log(numbers, step=step)
+
+    def sync(self):
+        """Put what was written on the disk: a checkpoint must not know more than the lines before it."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self):
+        for file in self.files.values():
+            file.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_lines(folder, name) -> list[dict]:
+    """The lines of a run's NAME.jsonl; one that a crash cut off is left out."""
+    path, lines = folder / f"{name}.jsonl", []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held: of the GPU where there is one, else resident, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _json(line):
+    return json.dumps(line, ensure_ascii=False) + "\n"
