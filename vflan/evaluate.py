@@ -12,8 +12,9 @@ import pandas as pd
 from vflan import judge as judges
 from vflan.answers import answering, fingerprint_of_model
 from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.benchmark import Benchmark, metrics
+from vflan.benchmarks.benchmark import Benchmark
 from vflan.kept import alone, ask_and_keep, fingerprint_of_folder, fingerprint_of_questions, read_rows
+from vflan.pictures import stamp
 from vflan.recipe import resolve, shown
 from vflan.runs import Run
 from vflan.served import ServedModel
@@ -80,14 +81,19 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
 
 
 def names_of(benchmarks, folder):
-    """The benchmarks asked for, or all whose folder is there and that are not left out by default."""
-    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or ())
+    """The benchmarks asked for, or all that are there."""
+    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or present(folder))
     for unknown in set(names) - set(BENCHMARKS):
         raise ValueError(f"There is no benchmark {unknown!r}; known are {', '.join(BENCHMARKS)}.")
-    found = names or [key for key, b in BENCHMARKS.items() if getattr(b, "default", True) and (folder / key).is_dir()]
+    return names
+
+
+def present(folder):
+    """The names of the benchmarks whose folder is there."""
+    found = [name for name in BENCHMARKS if (Path(folder) / name).is_dir()]
     if not found:
         raise FileNotFoundError(
-            f"No benchmark in {shown(folder)} - run notebooks/01_data_exploration.ipynb, or give folder=."
+            f"No benchmark in {shown(Path(folder))} - run notebooks/01_data_exploration.ipynb, or give folder=."
         )
     return found
 
@@ -110,7 +116,7 @@ def questions_of(key, folder, judge=None, one_pass=False):
     samples = benchmark.load(folder)
     asked = [{"image": s["image"], "text": benchmark.prompt(s)} for s in samples]
     pictures = {a["image"] for a in asked} - {None}
-    if pictures and not any(map(os.path.exists, pictures)):
+    if pictures and not any(map(stamp, pictures)):
         raise FileNotFoundError(f"None of the {len(pictures)} pictures of {key} is there; the first: {min(pictures)}")
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
@@ -149,11 +155,11 @@ def asking(run, model, num_processes, batch_size, template):
 
 def judge_of(benchmark, samples, folder, judge):
     """The judge of a benchmark with its prompt, or None where an answer is read by the benchmark's own rule."""
-    chosen = judge.get(benchmark.name) if isinstance(judge, dict) else judge if judged(benchmark) else None
+    chosen = judge.get(benchmark.name) if isinstance(judge, dict) else judge if benchmark.judged else None
     if chosen is not None:
         bare = getattr(chosen, "prompt", chosen) is None
         return replace(chosen, prompt=judges.prompt_for(benchmark.name, folder)) if bare else chosen
-    if not judged(benchmark):
+    if not benchmark.judged:
         return None
     if lexicon := samples[0].get("lexicon"):
         return judges.RuleJudge(lexicon)
@@ -161,10 +167,6 @@ def judge_of(benchmark, samples, folder, judge):
         f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of vflan.judge, or name the "
         "benchmarks without it."
     )
-
-
-def judged(benchmark):
-    return getattr(benchmark, "judged", benchmark.name == "llava_bench")
 
 
 def baseline(benchmark, samples, judge):
@@ -182,13 +184,7 @@ def baseline(benchmark, samples, judge):
 
 def items_of(benchmark, samples, texts, judgements):
     """{metric: Metric}; failed judgements weigh nothing. A benchmark with a rule of its own is judged right or wrong."""
-    if judgements is None:
-        return benchmark.items(samples, texts)
-    if judged(benchmark):
-        new = hasattr(benchmark, "judged")  # until the benchmarks take judgements
-        return benchmark.items(samples, texts, judgements) if new else benchmark.items(samples, texts)
-    score = [j.score or 0.0 for j in judgements]
-    return metrics(benchmark.headline, score, samples, den=[0.0 if j.score is None else j.out_of for j in judgements])
+    return benchmark.items(samples, texts, judgements)
 
 
 def score_table(run, test, answers, seed=0):

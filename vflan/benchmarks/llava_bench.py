@@ -69,8 +69,8 @@ def reviews(path, samples):
     found = {}
     for row in read_rows(path):
         pair = row.get("tuple") or numbers(row.get("content", ""))
-        failed = len(pair) != 2 or min(pair) < 0
-        found[str(row["question_id"])] = None if failed else Review(pair[1], row.get("content", ""), pair[0])
+        review = Review(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
+        found[str(row["question_id"])] = review
     return [found.get(str(s["question_id"])) for s in samples]
 
 
