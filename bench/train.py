@@ -109,7 +109,7 @@ def real_lengths(folder, rows, body):
         global_batch=16,
         micro_batch=4,
         packing="packed",
-        pack_tokens=4096,
+        pack_tokens=3072,  # about as many forward passes a step as the baseline has
         seed=SEED,
     )
 
