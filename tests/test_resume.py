@@ -20,6 +20,19 @@ from vflan.runs import Run
 
 vflan.train  # noqa: B018 (imports the file)
 TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+TRACKIO = """
+calls = []
+class config:
+    update = lambda values, **options: None
+class Trackio:
+    def log(self, values, **options):
+        calls.append((values, options))
+    def finish(self):
+        calls.append("end")
+def init(project, **options):
+    calls.append((project, options))
+    return Trackio()
+"""  # as much of the package as Accelerate uses
 LORA = dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)
 
 
@@ -272,12 +285,7 @@ def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(
 def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
     package = tmp_path / "packages" / "trackio"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(
-        "calls = []\nclass config:\n    update = lambda values, **k: None\n"
-        "class Trackio:\n    def log(self, values, **k): calls.append((values, k))\n"
-        "    def finish(self): calls.append('end')\n"
-        "def init(project, **k):\n    calls.append((project, k))\n    return Trackio()\n"
-    )
+    (package / "__init__.py").write_text(TRACKIO)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
     run = vflan.train(vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2))

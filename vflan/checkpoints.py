@@ -165,7 +165,9 @@ def _write(scratch, spread) -> list[Path]:
         return [path for path in scratch.rglob("*") if path.is_file()] if main else []
     if spread.how == "none" and not main:
         return []
-    weights = {name: _local(weight) for name, weight in spread.model.named_parameters() if weight.requires_grad}
+    weights = {name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad}
+    assert spread.how == "none" or all(isinstance(weight, DTensor) for weight in weights.values()), "not in pieces now"
+    weights = {name: _local(weight) for name, weight in weights.items()}
     moments = spread.optimizer.state_dict()
     moments["state"] = {i: {key: _local(value) for key, value in of.items()} for i, of in moments["state"].items()}
     path = scratch / f"{rank}.pt"

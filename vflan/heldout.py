@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from vflan import model as models
 from vflan.batches import micro_batches
@@ -56,6 +56,8 @@ class HeldOut:
         with torch.no_grad(), self.spread.accelerator.autocast():
             log.look("heldout", step, self.losses())
             log.look("samples", step, [self.answer(row) for row in self.asked])
+        if isinstance(self.spread.learner, FSDPModule):
+            self.spread.learner.reshard()  # else a backward pass would do it, and none comes
         self.spread.learner.train()
 
     def losses(self) -> list[dict]:
