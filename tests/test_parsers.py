@@ -142,7 +142,8 @@ OPTIONS = ["red", "dark blue", "a green star", "none of these"]
 @pytest.mark.parametrize(
     "raw, read",
     [("B", "B"), ("B.", "B"), ("(B)", "B"), ("The answer is (B) dark blue", "B"), ("b", None), ("A or B", "B"),
-     ("(A) is wrong, so (C)", "C"), ("It is B because C is not", "C"), ("(A) not B ", "A"), ("(C) or (A) or (C)", "C"), ("", None), ("BB", None),
+     ("(A) is wrong, so (C)", "C"), ("It is B because C is not", "C"), ("(A) not B ", "A"), ("(C) or (A) or (C)", "C"),
+     ("", None), ("BB", None),
      ("dark blue", None), ("I am quite sure that it is dark blue", "B"), ("well I see dark blue and then red things", "A"),
      ("E", None), ("(E)", None), ("'B'", "B"), ("B:", "B"), ("Option B is the right one here", "B")],
 )  # fmt: skip
