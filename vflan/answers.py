@@ -1,8 +1,9 @@
 """Ask a model: answer() for any list of questions, answering() as they come.
 
 Three things make it quick without changing a single answer. What precedes the picture is the same for all questions and
-is read once; a picture is read once, however many questions are asked about it; and questions of one length share a
-batch, so that hardly anything is padding. The rest is greedy decoding, as the papers' benchmarks want it.
+is read once; a picture is read once, however many questions are asked about it; and several questions on one picture
+stand in one row behind it, each blind to the others, so that what was read is not copied for each of them. Rows of one
+length share a batch. The rest is greedy decoding, as the papers' benchmarks want it.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from vflan.model import image_features, parts
 from vflan.pictures import picture_trouble, read_picture
 
 SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
+ROW = 8  # questions on one picture that share a row: more would save little memory and attend to much in vain
+PREFIX, PAD = -1, -2  # whose a token is, where it is no question's: everybody's in its row, nobody's
 
 
 def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1"):
@@ -59,38 +62,37 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
         for (before, choose), pictures in groups.items():
             for cache, rows, failed in shelves(model, processor, before, pictures, batch_size):
                 yield from failed
-                rows.sort(key=lambda row: -len(row[2]))
-                for start in range(0, len(rows), batch_size):
-                    batch = rows[start : start + batch_size]
-                    prompts = [ids for *_, ids in batch]
-                    own = pick(cache, [slot for _, slot, _ in batch])
+                for batch in batches(rows, batch_size):
+                    own = pick(cache, [slot for slot, _ in batch])
+                    prompts = [[ids for _, ids in row] for _, row in batch]
+                    where = [index for _, row in batch for index, _ in row]
                     if choose:
-                        allowed = [samples[index]["choices"] for index, *_ in batch]
+                        allowed = [samples[index]["choices"] for index in where]
                         said = choices(model, own, prompts, allowed, starts, tokenizer)
                     else:
                         said = [
                             Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), finish)
                             for ids, finish in decode(model, own, prompts, max_new_tokens, tokenizer)
                         ]
-                    yield from zip((index for index, *_ in batch), said)
+                    yield from zip(where, said)
     finally:
         model.train(was_training)
 
 
 def shelves(model, processor, before, pictures, batch_size):
-    """Yields (cache, [(index, slot, ids)], failed): keys and values of some pictures, a slot each, and their questions.
+    """Yields (cache, [(slot, [(index, ids)])], failed): keys and values of some pictures, a slot each, and their questions.
 
     `before` is read once, each picture once. A shelf holds a batch of pictures or what fits in SHELF_BYTES, and at least
     enough to fill a batch with questions. Questions without a picture come with an empty cache. failed: the errors of
     pictures that cannot be read.
     """
-    device = model.device
+    device, language = model.device, parts(model)["language_model"]["model"]
     if None in pictures:
-        yield None, [(index, 0, ids) for index, ids in pictures.pop(None)], []
+        yield None, [(0, [question]) for question in pictures.pop(None)], []
     if not pictures:
         return
     head = DynamicCache()
-    model(input_ids=torch.tensor([before], device=device), past_key_values=head, use_cache=True, logits_to_keep=1)
+    language(input_ids=torch.tensor([before], device=device), past_key_values=head, use_cache=True)
     text = model.config.text_config
     tokens = len(before) + model.config.image_seq_length
     width = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -110,12 +112,25 @@ def shelves(model, processor, before, pictures, batch_size):
         values = torch.stack([values for _, values in seen]).to(device)
         found = parts(model)["projector"](image_features(model, values)).to(model.dtype)
         cache = pick(head, [0] * len(seen))
-        model(inputs_embeds=found, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        yield (
-            cache,
-            [(index, slot, ids) for slot, (path, _) in enumerate(seen) for index, ids in pictures[path]],
-            failed,
-        )
+        language(inputs_embeds=found, past_key_values=cache, use_cache=True)
+        yield cache, [(slot, pictures[path]) for slot, (path, _) in enumerate(seen)], failed
+
+
+def batches(rows, batch_size):
+    """Yields [(slot, [(index, ids)])]: about batch_size questions, at most ROW of them in a row, the longest rows first."""
+    cut = []
+    for slot, questions in rows:
+        size = math.ceil(len(questions) / math.ceil(len(questions) / ROW))
+        questions = sorted(questions, key=lambda question: -len(question[1]))
+        cut += [(slot, questions[start : start + size]) for start in range(0, len(questions), size)]
+    cut.sort(key=lambda row: -sum(len(ids) for _, ids in row[1]))
+    batch = []
+    for row in cut:
+        if batch and sum(len(questions) for _, questions in [*batch, row]) > batch_size:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield from [batch] if batch else []
 
 
 def pixels_of(processor, path):
@@ -154,55 +169,77 @@ def pick(cache, rows):
     return new
 
 
-def read(model, cache, prompts, pad):
-    """(logits of the last token, position of the next, mask): reads `prompts`, left-padded to the longest, after `cache`."""
-    device, past, width = model.device, cache.get_seq_length(), max(map(len, prompts))
-    pads = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    columns = torch.arange(width, device=device)
-    position = past + (columns - pads).clamp(min=0)
-    mask = None
-    if pads.any():
-        mask = torch.cat([ids.new_ones(len(prompts), past), (columns >= pads).long()], dim=1)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                logits_to_keep=1)  # fmt: skip
-    return out.logits[:, -1], position[:, -1:] + 1, mask
+def read(model, cache, owner, pieces, pad):
+    """(logits after the last token of each piece, owner): `pieces` are read after what `cache` holds.
+
+    pieces: for each row of the cache [(number, position, ids)], stretches of the questions of those numbers. owner:
+    (rows, tokens), whose each token in the cache is. A token attends to PREFIX and to its own question, as if alone.
+    """
+    width = max(sum(len(ids) for *_, ids in row) for row in pieces)
+    ids, mine, position, ends = [], [], [], []
+    for at, row in enumerate(pieces):
+        ids.append([token for *_, own in row for token in own])
+        mine.append([number for number, _, own in row for _ in own])
+        position.append([start + k for _, start, own in row for k in range(len(own))])
+        ends += [(at, sum(len(own) for *_, own in row[: k + 1]) - 1) for k in range(len(row))]
+        for values, blank in ((ids, pad), (mine, PAD), (position, 0)):
+            values[-1] += [blank] * (width - len(values[-1]))
+    ids, mine, position = (torch.tensor(values) for values in (ids, mine, position))
+    owner = torch.cat([owner, mine], dim=1)
+    mask, total = None, owner.shape[1]
+    if ((owner != PREFIX) & (owner != mine[:, :1])).any():  # else all that is there belongs to one question a row
+        earlier = torch.arange(total) <= torch.arange(total - width, total)[:, None]
+        seen = (owner[:, None] == PREFIX) | ((owner[:, None] == mine[:, :, None]) & earlier)
+        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+        mask = mask[:, None].to(model.device)
+    language = parts(model)["language_model"]
+    hidden = language["model"](input_ids=ids.to(model.device), attention_mask=mask, past_key_values=cache,
+                               position_ids=position.to(model.device), use_cache=True).last_hidden_state  # fmt: skip
+    rows, columns = zip(*ends)
+    return language["lm_head"](hidden[list(rows), list(columns)]), owner
+
+
+def first_pieces(cache, prompts):
+    """(owner, pieces) to begin with: `prompts`, for each row a list of ids, after a cache that all of them may see."""
+    past = cache.get_seq_length()
+    numbers = iter(range(sum(map(len, prompts))))
+    return torch.full((len(prompts), past), PREFIX), [[(next(numbers), past, ids) for ids in row] for row in prompts]
 
 
 def decode(model, cache, prompts, max_new_tokens, tokenizer):
-    """[(ids, `stop` or `length`)]: greedy continuations of `prompts`, which follow what `cache` has read already.
+    """[(ids, `stop` or `length`)]: greedy continuations of all `prompts` (for each row of the cache a list of ids).
 
-    A finished row leaves the batch once half of the rows are done.
+    A row whose questions are all answered leaves the batch once half of the rows are done.
     """
-    said, finish = [[] for _ in prompts], ["length"] * len(prompts)
-    logits, position, mask = read(model, cache, prompts, tokenizer.pad_token_id or 0)
-    rows, alive = list(range(len(prompts))), [True] * len(prompts)
+    owner, pieces = first_pieces(cache, prompts)
+    said, finish = [[] for row in pieces for _ in row], ["length" for row in pieces for _ in row]
     while True:
-        token = logits.argmax(-1)
-        for at, (row, new) in enumerate(zip(rows, token.tolist())):
-            if alive[at] and new == tokenizer.eos_token_id:
-                finish[row], alive[at] = "stop", False
-            elif alive[at]:
-                said[row].append(new)
-                alive[at] = len(said[row]) < max_new_tokens
-        if not any(alive):
+        logits, owner = read(model, cache, owner, pieces, tokenizer.pad_token_id or 0)
+        tokens = iter(logits.argmax(-1).tolist())
+        going = []
+        for row in pieces:
+            going.append([])
+            for number, position, ids in row:
+                token = next(tokens)
+                if token == tokenizer.eos_token_id:
+                    finish[number] = "stop"
+                    continue
+                said[number].append(token)
+                if len(said[number]) < max_new_tokens:
+                    going[-1].append((number, position + len(ids), [token]))
+        pieces = going
+        if not any(pieces):
             return list(zip(said, finish))
-        if sum(alive) * 2 <= len(alive):
-            keep = [at for at, going in enumerate(alive) if going]
-            where = torch.tensor(keep, device=token.device)
-            cache.batch_select_indices(where)
-            token, position, rows, alive = token[where], position[where], [rows[at] for at in keep], [True] * len(keep)
-            mask = mask if mask is None else mask[where]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1)  # fmt: skip
-        logits, position = out.logits[:, -1], position + 1
+        keep = [at for at, row in enumerate(pieces) if row]
+        if len(keep) * 2 <= len(pieces):
+            where = torch.tensor(keep)
+            cache.batch_select_indices(where.to(model.device))
+            owner, pieces = owner[where], [pieces[at] for at in keep]
 
 
 def choices(model, cache, prompts, allowed, starts, tokenizer):
     """[Answer]: of each prompt's `allowed` words the one whose first token (`starts`) is the likeliest next."""
-    logits, *_ = read(model, cache, prompts, tokenizer.pad_token_id or 0)
+    logits, _ = read(model, cache, *first_pieces(cache, prompts), tokenizer.pad_token_id or 0)
     said = []
     for row, own in zip(logits.float().cpu(), allowed):
         own = [word for word in own if starts[word] != tokenizer.unk_token_id] or own
