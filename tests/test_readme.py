@@ -44,6 +44,8 @@ def test_every_make_target_exists(target):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:vflan|bench)[\w.]*)", PAGE))))
 def test_every_module_that_is_run_exists_and_can_be_run(module):
     spec = importlib.util.find_spec(module)
+    if spec and spec.submodule_search_locations:  # a package is run by its __main__
+        spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec and '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8")
 
 

@@ -163,6 +163,8 @@ def judge_of(benchmark, samples, folder, judge):
         return None
     if lexicon := samples[0].get("lexicon"):
         return judges.RuleJudge(lexicon)
+    if all(s.get("judge") == "rule" for s in samples):  # a twin whose answers are short enough to be read
+        return None
     raise ValueError(
         f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of vflan.judge, or name the "
         "benchmarks without it."

@@ -8,6 +8,7 @@ or the files that the benchmark's authors and LLaVA released, in <folder>/NAME/;
 question files that LLaVA released: what a model was asked can be read in the file.
 """
 
+import json
 import re
 import warnings
 from collections import Counter
@@ -64,7 +65,8 @@ def metrics(name, num, samples, den=None, pooled=False):
 
 
 def read_questions(path):
-    """The rows of our own questions.jsonl with `image` as an absolute path (None: a question without a picture)."""
+    """The rows of our own questions.jsonl with `image` as an absolute path (None: a question without a picture), and with the
+    `lexicon` of a lexicon.json beside it, by which the mini world's rule judge reads answers."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -72,12 +74,14 @@ def read_questions(path):
         )
     samples = read_rows(path)
     own = path.parent / "images"
-    images = own if own.exists() else path.parent.parent / "images"
+    images, words = own if own.exists() else path.parent.parent / "images", path.parent / "lexicon.json"
+    more = {"lexicon": json.loads(words.read_text(encoding="utf-8"))} if words.exists() else {}
     for number, sample in enumerate(samples, 1):
         missing = {"question_id", "text", "label"} - sample.keys()
         if missing:
             raise ValueError(f"{path}, line {number}: a question needs {', '.join(sorted(missing))}.")
         sample["image"] = str((images / sample["image"]).absolute()) if sample.get("image") else None
+        sample |= more
     return samples
 
 

@@ -10,13 +10,12 @@ so that one can see *why* a model moved: `format` (answers written out in senten
 pairs), `hallucination` (pairs said that are not there) and `words`.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, read_questions, valid
+from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.judge import Judgement, RuleJudge, facts, is_long_form
 
@@ -29,12 +28,8 @@ class Review(Judgement):
 
 
 def read(path, labels, keep):
-    """Our questions with the `lexicon` of lexicon.json, by which their answers are read; or the released ones with
-    GPT-4's answer as `label` and the description of the picture as `context`."""
+    """The released questions with GPT-4's answer as `label` and the description of the picture as `context`."""
     here = path.parent
-    if (here / "lexicon.json").exists():
-        lexicon = json.loads((here / "lexicon.json").read_text(encoding="utf-8"))
-        return [s | {"lexicon": lexicon} for s in read_questions(path)]
     image, rows = pictures_in(here, "images"), read_rows(path)
     found = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl")
     reference = {str(r["question_id"]): r["text"] for r in read_rows(found)} if found and found != path else {}
