@@ -301,7 +301,7 @@ def mmbench_table(n=3):
     image = base64.b64encode(picture()).decode()
     rows = [
         {
-            "index": q + k * 1_000_000,
+            "index": 10 * q + k * 1_000_000,
             "question": f"Which {q}?",
             "hint": "nan" if q else "Look.",
             "A": "x",
@@ -310,7 +310,7 @@ def mmbench_table(n=3):
             "D": "",
             "answer": "AB"[k],
             "category": "c",
-            "image": image if not k else str(q),
+            "image": image if not k else str(10 * q),
             "source": "s",
             "l2-category": "l",
             "comment": "",
@@ -324,7 +324,7 @@ def mmbench_table(n=3):
 
 def test_mmbench_is_read_from_its_table_and_scored_by_rotation(tmp_path, put, command, cache):
     mmbench_table().to_csv(tmp_path / "dev.tsv", sep="\t", index=False)
-    answers = {q + k * 1_000_000: "AB"[k] for k in range(2) for q in range(3)} | {1: "B"}
+    answers = {10 * q + k * 1_000_000: "AB"[k] for k in range(2) for q in range(3)} | {10: "B"}
     scores = command("mmbench", questions=tmp_path / "dev.tsv", answers=put("a.jsonl", said(answers)))
     assert scores["accuracy"] == pytest.approx(200 / 3) and scores["single_pass"] == pytest.approx(500 / 6)
     assert not cache.exists()  # scoring writes no pictures
@@ -561,14 +561,18 @@ def test_cifar_is_read_from_its_pickles(tmp_path, put, command, cache):
 
 
 class Evil:
+    def __init__(self, run):
+        self.run = run
+
     def __reduce__(self):
-        return print, ("never",)
+        return self.run, ("never",)
 
 
-def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys):
+@pytest.mark.parametrize("run", [print, np.loadtxt, exec])
+def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys, run):
     here = tmp_path / "cifar-10-batches-py"
     here.mkdir()
-    (here / "test_batch").write_bytes(pickle.dumps({b"data": Evil()}))
+    (here / "test_batch").write_bytes(pickle.dumps({b"data": Evil(run)}))
     (here / "batches.meta").write_bytes(pickle.dumps({}))
     assert main(["cifar10", "--questions", str(here / "test_batch"), "--answers", "x"]) == 1
     out, err = capsys.readouterr()
@@ -760,6 +764,25 @@ def test_the_command_is_quick_to_start_and_prints_one_object(put):
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["f1"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"question_id": 0, "text": "a"}]', '{"question_id": 0, "text": "a"}', '{"0": "a"}']
+)
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x"])
+def test_answers_may_be_a_list_a_line_or_an_object_whatever_the_file_is_called(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    if name == "x.jsonl" and content.startswith('{"0"'):
+        with pytest.raises(ValueError, match="holds no answers"):
+            read_answers(tmp_path / name)
+    else:
+        assert [(r["id"], r["text"]) for r in read_answers(tmp_path / name)[0]] == [("0", "a")]
+
+
+def test_a_table_of_several_models_is_refused(put):
+    table = put("cap.csv", ",rec,total\none,1,36.1\ntwo,2,30.2\n")
+    with pytest.raises(ValueError, match="2 models"):
+        BENCHMARKS["mm_vet"].reviews(table, [])
 
 
 def test_answer_files_in_parts_are_read_together(put, tmp_path):

@@ -12,7 +12,7 @@ from vflan.evaluate import COLUMNS
 
 def scores(*rows):
     """(run, seed, benchmark, metric, value, half of the interval, majority) -> a table as evaluate makes it."""
-    return pd.DataFrame([[r, b, m, v, v - h, v + h, 100, s, z] for r, s, b, m, v, h, z in rows], columns=COLUMNS)
+    return pd.DataFrame([[r, b, m, v, v - h, v + h, 100, s, z, "", 0] for r, s, b, m, v, h, z in rows], columns=COLUMNS)
 
 
 def verdict(*values):

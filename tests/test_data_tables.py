@@ -19,7 +19,7 @@ def test_every_number_stands_once_and_says_how_well_it_is_known():
     assert list(table.columns) == ["paper", "item", "row", "column", "value", "unit", "confirmed", "note"]
     named = table[table.item != "Figures 5 to 8"]
     assert not named.duplicated(["paper", "item", "row", "column"]).any()
-    assert set(table.confirmed) == {"yes", "memory", "third-party"}
+    assert set(table.confirmed) == {"yes", "memory", "inferred", "third-party"}
     assert table.value.astype(float).notna().all()
     assert (table[table.confirmed != "yes"].note != "").all()
 

@@ -1,118 +1,118 @@
-"""A random model answers: batches must not change answers, and kept answers must be the right ones."""
+"""A random model answers: batches must not change answers, kept answers must be the right ones, and nothing is lost."""
 
 import json
+import multiprocessing
+import os
+import signal
 import sys
-from types import SimpleNamespace
+import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
 
-from vflan.conversation import IMAGE_TOKEN_INDEX, SYSTEM, prompt_ids
-from vflan.evaluate import answer, answering, evaluate
+from vflan import workers
+from vflan.answers import answer, answering, first_token
+from vflan.benchmarks import BENCHMARKS
+from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, kept_items, per_task
+from vflan.judge import Judgement
+from vflan.kept import Answer, alone, read_rows
 
-WORDS = "what is there a red blue green star circle in the picture ? yes no USER : ASSISTANT \n".split(" ")
-
-
-def tiny_tokenizer():
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<image>",
-        *dict.fromkeys([*SYSTEM.replace(".", " .").replace(",", " ,").split(), *WORDS]),
-    ]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-
-
-def tiny_model(tokenizer, seed=0):
-    torch.manual_seed(seed)
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    vision = CLIPVisionConfig(image_size=48, patch_size=12, **small)
-    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.6, pad_token_id=0, **small)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=16)
-    return LlavaForConditionalGeneration(config).eval()
+FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
+HOUSE = sys.modules["vflan.evaluate"]  # vflan.evaluate itself is the function
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    tokenizer = tiny_tokenizer()
-    processor = SimpleNamespace(
-        tokenizer=tokenizer,
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
-    )
-    return SimpleNamespace(model=tiny_model(tokenizer), processor=processor, folder=folder)
+    return make_tiny(tmp_path_factory.mktemp("pictures"))
 
 
-def questions(tiny, n=40):
-    rng = np.random.default_rng(1)
-    rows = []
-    for i in range(n):
-        text = " ".join(rng.choice(WORDS[:14], size=rng.integers(1, 12)))
-        rows.append({"text": text, "image": str(tiny.folder / f"{i % 5}.png") if i % 7 else None})
-    return rows
+@pytest.fixture
+def run(tiny, tmp_path):
+    write_pope(tmp_path / "benchmarks", tiny.folder)
+    return TinyRun(tmp_path, tiny)
 
 
-def by_generate(tiny, sample, max_new_tokens):
-    """The same question through transformers' own generate, one at a time: the reference."""
-    tokenizer, model = tiny.processor.tokenizer, tiny.model
-    ids, more = prompt_ids(sample["text"], tokenizer, "vicuna_v1", has_image=bool(sample["image"])), {}
-    if sample["image"]:
-        at = ids.index(IMAGE_TOKEN_INDEX)
-        ids = ids[:at] + [3] * 16 + ids[at + 1 :]
-        with Image.open(sample["image"]) as image:
-            more["pixel_values"] = tiny.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-    ids = torch.tensor([ids])
-    more |= {"attention_mask": torch.ones_like(ids), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_new_tokens, **more)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+@pytest.fixture
+def own_pictures(tiny, run):
+    """The run's pictures as files of its own, to be broken."""
+    link = run.folder / "benchmarks" / "images"
+    link.unlink()
+    link.mkdir()
+    for path in tiny.folder.glob("*.png"):
+        (link / path.name).write_bytes(path.read_bytes())
+    return link
+
+
+def generated(tiny, rows, tokens):
+    return [by_generate(tiny.model, tiny.processor, row, tokens) for row in rows]
+
+
+# -------------------------------------------------------------------------------------------------------- answer()
 
 
 def test_batched_answers_equal_those_of_generate_one_by_one(tiny):
-    rows = questions(tiny)
-    expected = [by_generate(tiny, row, 10) for row in rows]
-    assert len(set(expected)) > 10, "a model that always says the same would prove nothing"
-    assert len({len(e.split()) for e in expected}) > 1, "some answers should end early"
-    assert answer(tiny.model, tiny.processor, rows, max_new_tokens=10, batch_size=16) == expected
-    assert answer(tiny.model, tiny.processor, rows, max_new_tokens=10, batch_size=1) == expected
+    rows = questions(tiny, 24)
+    expected = generated(tiny, rows, 8)
+    texts = [text for text, _ in expected]
+    assert len(set(texts)) > 10, "a model that always says the same would prove nothing"
+    assert {finish for _, finish in expected} == {"stop", "length"}, "some answers should end early"
+    assert answer(tiny.model, tiny.processor, rows, max_new_tokens=8, batch_size=16) == texts
+    assert answer(tiny.model, tiny.processor, rows, max_new_tokens=8, batch_size=1) == texts
+    said = dict(answering(tiny.model, tiny.processor, rows, 8, 7))
+    assert [said[i][:2] for i in range(len(rows))] == expected
+
+
+def test_one_question_a_picture_equals_generate_too(tiny):
+    rows = questions(tiny, 7)[1:6]
+    assert len({row["image"] for row in rows}) == 5
+    expected = [text for text, _ in generated(tiny, rows, 6)]
+    for batch in (1, 2, 5):
+        assert answer(tiny.model, tiny.processor, rows, 6, batch) == expected
+
+
+def test_the_mini_world_answers_as_generate_does(tmp_path):
+    """Its committed backbones, a fresh projector, two questions of every kind of task, in fp32 (bench/evaluate.py asks them all)."""
+    import vflan
+    from vflan.model import load_model, load_processor
+    from vflan.world.scene import render
+    from vflan.world.tasks import KINDS, sample
+
+    recipe = vflan.preset("tiny").base
+    model, processor = load_model(recipe), load_processor(recipe)
+    rows = []
+    for kind in KINDS.values():
+        for scene, text, _ in sample(kind, 2, "equal", evaluation=True):
+            path = tmp_path / f"{len(rows) // 2}.png"  # two questions share a picture
+            if not path.exists():
+                render(scene).save(path)
+            rows.append({"text": text, "image": str(path)})
+    expected = [by_generate(model, processor, row, 3)[0] for row in rows]
+    assert len(rows) > 100 and len(set(expected)) > 20
+    assert answer(model, processor, rows, 3, 32) == expected
 
 
 def test_each_picture_goes_through_the_tower_once(tiny, monkeypatch):
-    seen, tower = [], type(tiny.model).get_image_features
+    from vflan import answers
 
-    def counting(model, pixel_values, **more):
+    seen, tower = [], answers.image_features
+
+    def counting(model, pixel_values):
         seen.append(len(pixel_values))
-        return tower(model, pixel_values=pixel_values, **more)
+        return tower(model, pixel_values)
 
-    monkeypatch.setattr(type(tiny.model), "get_image_features", counting)
-    rows = questions(tiny)
-    answer(tiny.model, tiny.processor, rows, max_new_tokens=2, batch_size=4)
+    monkeypatch.setattr(answers, "image_features", counting)
+    answer(tiny.model, tiny.processor, questions(tiny), max_new_tokens=2, batch_size=4)
     assert sum(seen) == 5
 
 
 def test_text_only_questions_need_no_picture(tiny):
     rows = [{"text": "what is there ?", "image": None}, {"text": "a star ?"}]
-    assert answer(tiny.model, tiny.processor, rows, 5) == [by_generate(tiny, {"image": None} | row, 5) for row in rows]
+    expected = generated(tiny, [{"image": None} | row for row in rows], 5)
+    assert answer(tiny.model, tiny.processor, rows, 5) == [text for text, _ in expected]
     assert answer(tiny.model, tiny.processor, []) == []
 
 
@@ -123,62 +123,88 @@ def test_answering_leaves_the_training_mode_as_it_was(tiny):
     tiny.model.eval()
 
 
+def test_a_broken_picture_is_an_error_with_a_reason_and_the_others_are_answered(tiny, tmp_path):
+    (tmp_path / "broken.png").write_bytes((tiny.folder / "0.png").read_bytes()[:900])
+    rows = questions(tiny, 20)
+    whole = answer(tiny.model, tiny.processor, rows, 3)
+    for at, image in ((4, tmp_path / "broken.png"), (9, tmp_path / "missing.png")):
+        rows[at] = rows[at] | {"image": str(image)}
+    said = dict(answering(tiny.model, tiny.processor, rows, 3, 4))
+    assert [i for i in said if said[i].finish == "error"] and sorted(said) == list(range(20))
+    assert said[4].reason.startswith("truncated picture") and said[9].reason.startswith("missing picture")
+    assert [said[i].text for i in range(20)] == [whole[i] if i not in (4, 9) else "" for i in range(20)]
+    with pytest.raises(ValueError, match="2 questions were not answered.*picture"):
+        answer(tiny.model, tiny.processor, rows, 3)
+
+
+def test_one_pass_takes_the_likelier_of_the_allowed_words(tiny):
+    rows = [row | {"choices": ["yes", "no"]} for row in questions(tiny)]
+    said = dict(answering(tiny.model, tiny.processor, rows, 5, 8))
+    assert {a.finish for a in said.values()} == {"choice"} and {a.text for a in said.values()} == {"yes", "no"}
+    for i in (1, 2, 8):  # as the logits of the whole prompt say
+        free = dict(answering(tiny.model, tiny.processor, [rows[i] | {"choices": None}], 1))[0].text
+        if free in ("yes", "no"):
+            assert said[i].text == free
+    assert said[1].text == likelier(tiny, rows[1])
+
+
+def likelier(tiny, row):
+    from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
+
+    ids = list(prompt_ids(row["text"], tiny.processor.tokenizer))
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    ids[at : at + 1] = [3] * 16
+    from PIL import Image
+
+    pixels = tiny.processor.image_processor([Image.open(row["image"])], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        logits = tiny.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
+    yes, no = (first_token(w, tiny.processor.tokenizer) for w in ("yes", "no"))
+    return "yes" if logits[yes] > logits[no] else "no"
+
+
+def test_one_pass_refuses_words_that_begin_alike(tiny):
+    rows = [{"text": "a star ?", "image": None, "choices": ["red star", "red circle"]}]
+    with pytest.raises(ValueError, match="cannot tell red star, red circle apart"):
+        dict(answering(tiny.model, tiny.processor, rows))
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ("what? (a) red (b) blue", "ab"),
+        ("what?\nA. red\nB. blue\nC. grey", "ABC"),
+        ("I see A star. Which?", "".join(LETTERS)),
+    ],
+)
+def test_only_letters_that_are_options_are_allowed(prompt, words):
+    assert allowed(LETTERS, prompt) == list(words)
+    assert allowed(("yes", "no"), prompt) == ["yes", "no"]
+
+
 # ------------------------------------------------------------------------------------------------- benchmarks of a run
-
-
-class TinyRun:
-    """What evaluate() needs of a Run: a folder with weights, a recipe, a model; it counts how often that is loaded."""
-
-    def __init__(self, folder, tiny, seed=0):
-        self.folder, self.tiny, self.loaded = folder, tiny, 0
-        self.recipe = SimpleNamespace(name="tiny-run", seed=seed, benchmarks=str(folder / "benchmarks"))
-        tiny.model.save_pretrained(folder / "model")
-
-    def load_model(self):
-        self.loaded += 1
-        return self.tiny.model
-
-    def processor(self):
-        return self.tiny.processor
-
-
-@pytest.fixture
-def run(tiny, tmp_path):
-    (tmp_path / "benchmarks" / "pope").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "images").symlink_to(tiny.folder)
-    rows = [
-        {
-            "question_id": str(i),
-            "image": f"{i % 5}.png",
-            "text": f"is there a {w} ?",
-            "label": label,
-            "category": category,
-        }
-        for i, (w, label, category) in enumerate(
-            [
-                ("star", "yes", "random"),
-                ("circle", "no", "random"),
-                ("red star", "yes", "popular"),
-                ("blue", "no", "popular"),
-            ]
-            * 3
-        )
-    ]
-    (tmp_path / "benchmarks" / "pope" / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return TinyRun(tmp_path, tiny)
 
 
 def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
     scores = evaluate(run)
-    assert list(scores.columns) == ["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"]
+    assert list(scores.columns) == COLUMNS
     assert {"f1", "accuracy/random", "accuracy/popular", "yes_ratio"} <= set(scores.metric)
     assert (scores.low <= scores.value + 1e-9).all() and (scores.value <= scores.high + 1e-9).all()
     always_yes = scores.set_index("metric").baseline
     assert always_yes["accuracy"] == pytest.approx(50) and always_yes["f1"] == pytest.approx(200 / 3)
+    assert set(scores.judge) == {""} and set(scores.problems) == {0}
     assert pd.read_csv(run.folder / "scores.csv").shape == scores.shape
 
 
-def test_a_second_evaluation_reads_the_answers_and_loads_no_model(run):
+def test_every_answer_is_kept_with_id_prompt_and_why_it_ended(run):
+    evaluate(run)
+    header, rows = lines(run.folder / "answers" / "pope.jsonl")
+    assert header["decoding"] == "greedy" and header["max_new_tokens"] == BENCHMARKS["pope"].max_new_tokens
+    assert sorted(int(row["question_id"]) for row in rows) == list(range(12))
+    assert all(row["prompt"].startswith("is there a ") and row["finish"] in ("stop", "length") for row in rows)
+
+
+def test_a_second_evaluation_reads_the_answers_and_loads_no_model_and_needs_no_pictures(run):
     first, second = evaluate(run), evaluate(run)
     assert run.loaded == 1
     pd.testing.assert_frame_equal(first, second)
@@ -187,23 +213,120 @@ def test_a_second_evaluation_reads_the_answers_and_loads_no_model(run):
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
     whole = evaluate(run)
     path = run.folder / "answers" / "pope.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:5]) + lines[5][:10])  # four answers, and a fifth cut off in the middle
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[:5]) + kept[5][:10])  # four answers, and a fifth cut off in the middle
     asked = []
 
     def listening(model, processor, samples, *more):
         asked.extend(samples)
         return answering(model, processor, samples, *more)
 
-    monkeypatch.setattr(sys.modules["vflan.evaluate"], "answering", listening)  # vflan.evaluate itself is the function
+    monkeypatch.setattr(HOUSE, "answering", listening)
     pd.testing.assert_frame_equal(evaluate(run), whole)
     assert len(asked) == 12 - 4
+    assert len(lines(path)[1]) == 12
+
+
+def slow(monkeypatch, after, pause=60.0):
+    """answering() that stops for `pause` seconds after so many answers."""
+
+    def answers(*arguments):
+        for number, row in enumerate(answering(*arguments), 1):
+            yield row
+            if number == after:
+                time.sleep(pause)
+
+    monkeypatch.setattr(HOUSE, "answering", answers)
+
+
+def wait_for(path, rows):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if len(read_rows(path)) > rows - 1:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path.name} never had {rows} rows")
+
+
+def test_an_evaluation_that_is_killed_loses_no_answer(run, monkeypatch):
+    whole = evaluate(run)
+    path = run.folder / "answers" / "pope.jsonl"
+    path.unlink()
+    slow(monkeypatch, after=5)
+    child = FORK.Process(target=evaluate, args=(run,), kwargs={"batch_size": 2})
+    child.start()
+    wait_for(path, 1 + 5)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    monkeypatch.setattr(HOUSE, "answering", answering)
+    first = lines(path)[1][:5]
+    pd.testing.assert_frame_equal(evaluate(run), whole)
+    rows = lines(path)[1]
+    assert rows[:5] == first and sorted(row["i"] for row in rows) == list(range(12))
+
+
+def test_of_two_evaluations_at_once_one_waits_and_no_question_is_asked_twice(run, monkeypatch, capfd):
+    whole = evaluate(run)
+    path = run.folder / "answers" / "pope.jsonl"
+    path.unlink()
+    slow(monkeypatch, after=5, pause=1.0)
+    child = FORK.Process(target=evaluate, args=(run,), kwargs={"batch_size": 2})
+    child.start()
+    wait_for(path, 1 + 5)
+    pd.testing.assert_frame_equal(evaluate(run), whole)
+    child.join()
+    assert child.exitcode == 0 and "waiting for it" in capfd.readouterr().out
+    assert sorted(row["i"] for row in lines(path)[1]) == list(range(12))
+
+
+def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"i": 0}\n{"i": 1')
+    assert read_rows(path) == [{"i": 0}] and path.read_text().endswith('{"i": 1')
+    with alone(path):
+        assert read_rows(path, mend=True) == [{"i": 0}] and path.read_text() == '{"i": 0}\n'
+
+
+def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
+    odd = Answer("yes\u2028no\x85\u00e4\n", "stop")
+    monkeypatch.setattr(HOUSE, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples))))
+    pd.testing.assert_frame_equal(evaluate(run), evaluate(run))
+    assert read_rows(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
+
+
+def test_a_damaged_line_is_named(run):
+    evaluate(run)
+    path = run.folder / "answers" / "pope.jsonl"
+    kept = path.read_text().splitlines()
+    path.write_text("\n".join([*kept[:3], "{oh", *kept[3:]]) + "\n")
+    with pytest.raises(ValueError, match=r"pope.jsonl, line 4 is damaged: delete that line"):
+        evaluate(run)
 
 
 def test_answers_of_another_model_are_refused(run, tiny):
     evaluate(run)
     tiny_model(tiny.processor.tokenizer, seed=1).save_pretrained(run.folder / "model")
-    with pytest.raises(ValueError, match="answers of another model"):
+    with pytest.raises(ValueError, match="answers of another model .*move the file away or delete it to ask again"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"one_pass": {"pope": ("yes", "no")}}, "decoding"),
+        ({"template": "plain"}, "template"),
+    ],
+)
+def test_answers_of_another_way_to_decode_are_refused(run, change, named):
+    evaluate(run)
+    with pytest.raises(ValueError, match=f"answers of another (questions .* and another )?{named}"):
+        evaluate(run, **change)
+
+
+def test_answers_of_another_length_are_refused(run, monkeypatch):
+    evaluate(run)
+    monkeypatch.setitem(BENCHMARKS, "pope", replace(BENCHMARKS["pope"], max_new_tokens=3))
+    with pytest.raises(ValueError, match=r"another max_new_tokens \(16, now 3\)"):
         evaluate(run)
 
 
@@ -218,26 +341,123 @@ def test_answers_to_other_questions_are_refused_but_labels_may_be_corrected(run)
         evaluate(run)
 
 
+def test_a_broken_picture_is_counted_and_asked_again_once_it_is_whole(run, own_pictures, capsys):
+    good = (own_pictures / "3.png").read_bytes()
+    (own_pictures / "3.png").write_bytes(good[:700])
+    scores = evaluate(run)
+    asked_of_it = sum(
+        row["image"] == "3.png" for row in read_rows(run.folder / "benchmarks/pope/questions.jsonl") if "image" in row
+    )
+    assert set(scores.problems) == {2} and asked_of_it in (
+        1,
+        2,
+    )  # the last line has no end, so the reader leaves it out
+    assert "2 problems in 12 questions; the first, question 3: truncated picture" in capsys.readouterr().out
+    rows = lines(run.folder / "answers" / "pope.jsonl")[1]
+    assert [row["answer"] for row in rows if row["finish"] == "error"] == ["", ""]
+    evaluate(run)
+    assert run.loaded == 1, "nothing can be done about it yet"
+    (own_pictures / "3.png").write_bytes(good)
+    assert set(evaluate(run).problems) == {0} and run.loaded == 2
+    assert len(lines(run.folder / "answers" / "pope.jsonl")[1]) == 14
+
+
+def test_answers_about_pictures_that_changed_are_refused_but_pictures_may_go(run, own_pictures, tiny):
+    whole = evaluate(run)
+    picture = own_pictures / "2.png"
+    old = picture.read_bytes()
+    picture.write_bytes(old + b"more")
+    with pytest.raises(ValueError, match=r"2 answers about pictures that have changed since \(first: 2.png\)"):
+        evaluate(run)
+    picture.unlink()
+    pd.testing.assert_frame_equal(evaluate(run), whole)
+
+
+def test_pictures_that_are_all_missing_are_named_before_anything_is_asked(run, own_pictures):
+    for path in own_pictures.iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="None of the 5 pictures of pope is there; the first: .*0.png"):
+        evaluate(run)
+    assert run.loaded == 0
+
+
+def test_one_pass_is_named_in_the_header_and_scored_by_the_same_rule(run):
+    scores = evaluate(run, one_pass=True)
+    header, rows = lines(run.folder / "answers" / "pope.jsonl")
+    assert header["decoding"] == "one pass: yes Yes no No"
+    assert {row["finish"] for row in rows} == {"choice"}
+    assert {row["answer"].lower() for row in rows} <= {"yes", "no"}
+    assert scores.value.notna().all()
+
+
+def test_several_processes_give_the_same_answers(run, monkeypatch):
+    whole = evaluate(run)
+    one = sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1]))
+    (run.folder / "answers" / "pope.jsonl").unlink()
+    monkeypatch.setattr(workers, "START", "fork")  # this process holds no GPU, and spawning would import torch anew
+    pd.testing.assert_frame_equal(evaluate(run, num_processes=2), whole)
+    assert run.loaded == 1 and sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1])) == one
+
+
+def test_questions_on_one_picture_stay_in_one_process():
+    asked = [{"image": f"{i % 4}.png" if i % 3 else None} for i in range(60)]
+    pieces = workers.cut(asked, 7)
+    assert sorted(sum(pieces, [])) == list(range(60)) and len(pieces) > 4
+    for picture in {"0.png", "1.png", "2.png", "3.png"}:
+        assert sum(any(asked[i]["image"] == picture for i in piece) for piece in pieces) == 1
+
+
+class DyingRun(TinyRun):
+    def load_model(self):
+        os._exit(3)
+
+
+def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
+    monkeypatch.setattr(workers, "START", "fork")
+    run.__class__ = DyingRun
+    with pytest.raises(RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"):
+        evaluate(run, num_processes=2)
+
+
+def test_a_model_in_memory_cannot_be_shared(run, tiny):
+    with pytest.raises(ValueError, match="num_processes=1, please"):
+        evaluate(run, model=tiny.model, name="x", num_processes=2)
+
+
 def test_a_swapped_model_is_kept_under_its_own_name(run, tiny):
     own = evaluate(run)
     other = tiny_model(tiny.processor.tokenizer, seed=3)
     swapped = evaluate(run, "pope", model=other, name="tiny-run swapped")
-    assert (
-        set(swapped.run) == {"tiny-run swapped"}
-        and (run.folder / "answers" / "tiny-run swapped" / "pope.jsonl").exists()
-    )
+    assert set(swapped.run) == {"tiny-run swapped"}
+    assert (run.folder / "answers" / "tiny-run swapped" / "pope.jsonl").exists()
     pd.testing.assert_frame_equal(evaluate(run), own)
+    assert len(pd.read_csv(run.folder / "scores.csv")) == len(own) + len(swapped)
     with pytest.raises(ValueError, match="both model= and name="):
         evaluate(run, model=other)
 
 
+def test_scores_written_before_judges_were_named_are_kept(run):
+    old = evaluate(run).drop(columns=["judge", "problems"]).assign(run="older")
+    old.to_csv(run.folder / "scores.csv", index=False)
+    evaluate(run)
+    evaluate(run)
+    kept = pd.read_csv(run.folder / "scores.csv")
+    assert list(kept.columns) == COLUMNS and len(kept) == 2 * len(old) and set(kept.problems) == {0}
+
+
 def test_unknown_benchmarks_and_missing_folders_are_named(run):
-    with pytest.raises(ValueError, match="'popes'; known are heldin"):
+    with pytest.raises(ValueError, match="'popes'; known are "):
         evaluate(run, "popes")
     with pytest.raises(FileNotFoundError, match="01_data_exploration"):
         evaluate(run, folder=run.folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="mme"):
-        evaluate(run, "mme")
+        evaluate(run, ["pope", "mme"])
+    assert run.loaded == 0
+
+
+def test_without_a_run_a_served_model_and_a_folder_are_needed():
+    with pytest.raises(ValueError, match=r"model=ServedModel\(...\) and folder="):
+        evaluate(None, "pope")
 
 
 def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(run, monkeypatch, tmp_path_factory):
@@ -255,3 +475,104 @@ def test_a_trained_run_is_evaluated_from_its_folder_alone(run, recipe):
     scores = evaluate(trained.folder)
     assert set(scores.run) == {"base"} and (trained.folder / "answers" / "pope.jsonl").exists()
     pd.testing.assert_frame_equal(evaluate(trained), scores)
+
+
+# ----------------------------------------------------------------------------------- tasks, pairs of runs, judges
+
+
+def test_each_task_has_a_row_with_its_own_interval(run):
+    scores = evaluate(run).set_index("metric")
+    tasks = per_task(run, "pope", "accuracy").set_index("task")
+    assert list(tasks.index) == ["random", "popular"] and list(tasks.n) == [6, 6]
+    for task, row in tasks.iterrows():
+        assert row.to_dict() == pytest.approx(scores.loc[f"accuracy/{task}", row.index].to_dict())
+    assert run.loaded == 1
+
+
+def test_a_table_of_tasks_needs_all_answers(run):
+    with pytest.raises(FileNotFoundError, match="pope.jsonl lacks 12 answers"):
+        per_task(run, "pope")
+
+
+def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory, monkeypatch):
+    evaluate(run)
+    folder = tmp_path_factory.mktemp("other")
+    other = TinyRun(folder, tiny)
+    other.recipe.benchmarks = run.recipe.benchmarks
+    labels = {s["text"]: s["label"] for s in BENCHMARKS["pope"].load(run.recipe.benchmarks)}
+    right = lambda m, p, samples, *more: ((i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples))  # noqa: E731
+    monkeypatch.setattr(HOUSE, "answering", right)
+    best = evaluate(other).set_index("metric").value
+    table = difference(other, run, "pope").set_index("metric")
+    mine = {key: m.value() for key, m in kept_items(run, "pope")[0].items()}
+    assert best["f1"] == 100 and table.difference["f1"] == pytest.approx(100 - mine["f1"])
+    assert ((table.low <= table.difference + 1e-9) & (table.difference <= table.high + 1e-9)).all()
+    alike = difference(run, run, "pope")
+    assert (alike.difference == 0).all() and (alike.p == 1).all() and table.p["accuracy"] < 1
+
+
+class Fixed:
+    """A judge with an opinion on everything but every third answer."""
+
+    title = "fixed 7"
+
+    def __init__(self):
+        self.seen = []
+
+    def judge(self, question, reference, answer, sample):
+        self.seen.append((question, reference, answer))
+        failed = len(self.seen) % 3 == 0
+        return Judgement(None, "no score in the reply") if failed else Judgement(1.0, "fine", out_of=2.0)
+
+
+def test_a_benchmark_with_a_rule_of_its_own_can_be_judged_and_failures_are_left_out(run, capsys):
+    ruled, judge = evaluate(run), Fixed()
+    scores = evaluate(run, judge={"pope": judge}).set_index("metric")
+    assert run.loaded == 1 and len(judge.seen) == 12
+    assert scores.value["f1"] == 50 and scores.n["f1"] == 8 and set(scores.problems) == {4}
+    assert set(scores.judge) == {"fixed 7"} and scores.baseline.isna().all()
+    assert "judge: no score in the reply" in capsys.readouterr().out
+    kept = pd.read_csv(run.folder / "scores.csv").fillna({"judge": ""})
+    assert len(kept[kept.metric == "f1"]) == 2 and len(kept) == len(ruled) + len(scores)
+
+
+def test_a_judge_for_all_is_only_asked_where_a_judge_is_needed(run):
+    judge = Fixed()
+    assert set(evaluate(run, judge=judge).judge) == {""} and not judge.seen
+
+
+@pytest.fixture
+def open_questions(run):
+    """Three questions of LLaVA-Bench's kind, in place of POPE; the lexicon is the mini world's."""
+    folder = run.folder / "benchmarks" / "llava_bench"
+    folder.mkdir()
+    rows = [
+        {"question_id": str(i), "image": f"{i}.png", "text": "what is there ?", "label": "a red star", "category": c,
+         "facts": [["red", "star"]]}
+        for i, c in enumerate(["conversation", "detail", "reasoning"])
+    ]  # fmt: skip
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "lexicon.json").write_text(json.dumps({"colors": ["red"], "shapes": ["star"]}))
+    return folder
+
+
+def test_the_mini_world_is_judged_by_its_rules_and_says_so(run, open_questions):
+    scores = evaluate(run, "llava_bench")
+    assert set(scores.judge) == {"rules 1"} and scores.baseline.notna().all()
+
+
+def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(run, open_questions, monkeypatch):
+    bench = BENCHMARKS["llava_bench"]
+    bare = lambda folder: [{k: v for k, v in s.items() if k != "lexicon"} for s in bench.load(folder)]  # noqa: E731
+    monkeypatch.setitem(BENCHMARKS, "llava_bench", replace(bench, load=bare))
+    with pytest.raises(ValueError, match=r"llava_bench needs a judge: give judge=EndpointJudge"):
+        evaluate(run, ["pope", "llava_bench"])
+    assert run.loaded == 0
+
+
+def test_the_numbers_of_a_score_do_not_depend_on_how_it_was_asked(run):
+    """Batch sizes and resumption change neither value nor interval."""
+    first = evaluate(run, batch_size=3)
+    (run.folder / "answers" / "pope.jsonl").unlink()
+    pd.testing.assert_frame_equal(evaluate(run, batch_size=64), first)
+    assert np.isfinite(first[["value", "low", "high", "baseline"]].to_numpy()).all()

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parent.parent
-# A room imports only rooms before it. Three know nothing of the house and so stand before those that use them:
-# conversation (check asks it what a row would lose), stats and judge (what scores stands after them).
+# A room imports only rooms before it. Some know nothing of the house and so stand before those that use them:
+# conversation (check asks it what a row would lose), stats, kept, endpoint and judge (what scores stands after them).
 ROOMS = """
-recipe presets conversation pictures samples mixtures llava_mixture stats judge benchmarks contamination checks fetch
-model batches learner checkpoints processes runs log heldout train evaluate claims plots widgets world book
+recipe presets conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
+checks fetch model batches learner checkpoints processes runs log heldout train answers served workers evaluate claims
+plots widgets world book
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from vflan.mixtures import mix, mixture_record, recipe_samples, subset, task_flags
 from vflan.recipe import Recipe, differences, replace
@@ -66,6 +66,12 @@ def test_a_selection_is_mixed_like_the_same_rows_in_a_file(six, tmp_path):
         assert ids(draw(selected)) == ids(draw(written)) == ids(draw(both))
     with pytest.raises(ValueError, match="hold 5 tasks"):
         mix(selected, 6)
+
+
+def test_rows_without_a_task_are_a_task_of_their_own():
+    samples = Dataset.from_dict({"id": ["a", "b", "c"], "task_name": ["x", None, None]})
+    assert len(mix(samples)) == 3 and ids(mix(samples, 1)) in (["a"], ["b", "c"])
+    assert len(mix(samples.select([]))) == 0
 
 
 def save(folder, rows):

@@ -3,10 +3,11 @@
 import json
 import zipfile
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vflan
@@ -257,6 +258,15 @@ def test_a_llava_of_another_kind_is_refused(recipe, reference, tmp_path):
         source = write(tmp_path / "llava", reference, recipe, **changes)
         with pytest.raises(ValueError, match=f"is no LLaVA-1.5 on a Llama: .*{said}"):
             load_model(recipe, source)
+    source = write(tmp_path / "llava", reference, recipe)
+    other = vflan.replace(recipe, vision_tower=str(copytree(recipe.vision_tower, tmp_path / "tower")))
+    shape = json.loads((tmp_path / "tower" / "config.json").read_text())
+    weights = load_file(tmp_path / "tower" / "model.safetensors")
+    weights["embeddings.position_embedding.weight"] = torch.zeros(17, 32)
+    save_file(weights, tmp_path / "tower" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(shape | dict(image_size=48)))
+    with pytest.raises(ValueError, match="llava brings a vision tower that is not of .*tower's shape"):
+        load_model(other, source)
 
 
 def test_a_run_can_be_given_where_a_folder_can(recipe):

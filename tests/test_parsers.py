@@ -27,7 +27,8 @@ from vflan.benchmarks.vqa import CONTRACTIONS, normalize, soft_accuracy
      ("couldn'tve", "couldn't've"), ("man's", "man 's"), ("let's", "let 's"), ("what?", "what"), ("red & blue", "red & blue"),
      ("(hello)", "hello"), ("(hello) there", "hello there"), ("x\ty\nz", "x y z"), ("  spaced   out ", "spaced out"),
      ("somebody'd", "somebodyd"), ("'ow's'at", "'ow 's'at"), ("", ""), ("...", ""), ("10:30", "10:30"), ("C++", "c"),
-     ("5%", "5%"), ("$1.00", "$1.00"), ("e-mail", "e mail"), ("well - known", "well known"), ("oclock", "o'clock"),
+     ("5%", "5%"), ("$1.00", "$1.00"), ("e-mail", "e mail"), ("e-mail - x", "email x"), ("well - known", "well known"),
+     ("oclock", "o'clock"),
      (".5", ".5"), ("5.", "5"), ("Ünïted", "ünïted"), ("no!", "no"), ("youre", "you're"), ("hes", "he's")],
 )  # fmt: skip
 def test_short_answers_are_normalised_as_the_evalai_server_does(raw, normal):
@@ -141,7 +142,8 @@ OPTIONS = ["red", "dark blue", "a green star", "none of these"]
 @pytest.mark.parametrize(
     "raw, read",
     [("B", "B"), ("B.", "B"), ("(B)", "B"), ("The answer is (B) dark blue", "B"), ("b", None), ("A or B", "B"),
-     ("(A) is wrong, so (C)", "C"), ("It is B because C is not", "C"), ("(A) not B ", "A"), ("", None), ("BB", None),
+     ("(A) is wrong, so (C)", "C"), ("It is B because C is not", "C"), ("(A) not B ", "A"), ("(C) or (A) or (C)", "C"),
+     ("", None), ("BB", None),
      ("dark blue", None), ("I am quite sure that it is dark blue", "B"), ("well I see dark blue and then red things", "A"),
      ("E", None), ("(E)", None), ("'B'", "B"), ("B:", "B"), ("Option B is the right one here", "B")],
 )  # fmt: skip

@@ -167,3 +167,11 @@ def test_colours_stay_apart_for_colour_blind_readers():
     seen = rgb @ np.array([[0.29275, 0.29275, -0.02234], [0.70725, 0.70725, 0.02234], [0, 0, 1]])
     apart = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(4, 1)]
     assert apart.min() > 0.1
+
+
+def test_packed_rows_show_every_conversation_and_the_padding():
+    turn = ([1, -200, -200, 5, 6], [-100, -100, -100, 5, 6])
+    ax = plots.packed_rows([[turn, turn], [turn]], budget=12).axes[0]
+    bars = [path for group in ax.collections for path in group.get_paths() if len(path.vertices) >= 4]
+    assert len(bars) == 3 * 3 + 2  # read, picture and learned of each conversation; padding after each row
+    assert ax.get_xlim() == (0, 12)

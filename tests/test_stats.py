@@ -1,5 +1,7 @@
 """Intervals cover what they should, and pictures count as one draw however many questions are asked about them."""
 
+from math import comb
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,6 +67,30 @@ def test_pairing_sees_a_small_difference_that_separate_intervals_miss():
     assert paired(a, a)[3] == 1
     same = paired(rng.random(300) < 0.5, rng.random(300) < 0.5)
     assert same[3] > 0.05 and same[1] < 0 < same[2]
+
+
+def test_the_permutation_test_agrees_with_mcnemars_exact_one():
+    """One question a picture: the sign test on the questions that only one of the two got right."""
+    a = np.array([1] * 12 + [0] * 3 + [1] * 40 + [0] * 45, float)
+    b = np.array([0] * 12 + [1] * 3 + [1] * 40 + [0] * 45, float)
+    exact = 2 * sum(comb(15, k) for k in range(4)) / 2**15
+    assert paired(a, b, rounds=20_000)[3] == pytest.approx(exact, rel=0.15)
+
+
+def test_chance_is_called_a_difference_about_one_time_in_twenty():
+    rng, found = np.random.default_rng(0), 0
+    for trial in range(200):
+        easiness = np.repeat(rng.beta(2, 2, 40), 5)  # pictures differ; questions on one share it
+        a, b = (rng.random(200) < easiness for _ in range(2))
+        found += paired(a, b, np.repeat(np.arange(40), 5), seed=trial, rounds=300)[3] < 0.05
+    assert found <= 20
+
+
+def test_ratios_are_compared_as_ratios():
+    """F1 is 2 tp / (2 tp + fp + fn): the difference is that of the two F1, not of their numerators."""
+    num_a, den_a, num_b, den_b = [2, 2, 0, 2], [2, 2, 1, 2], [2, 0, 0, 0], [2, 1, 1, 2]
+    difference, low, high, p = paired(num_a, num_b, den=(den_a, den_b))
+    assert difference == pytest.approx(6 / 7 - 2 / 6) and low <= difference <= high and 0 < p <= 1
 
 
 def test_wrong_shapes_are_named():

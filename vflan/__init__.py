@@ -18,7 +18,9 @@ _HOME = {
     "model": ["load_model", "parts", "swap_part"],
     "runs": ["Run"],
     "train": ["train"],
-    "evaluate": ["answer", "evaluate"],
+    "answers": ["answer"],
+    "served": ["ServedModel"],
+    "evaluate": ["evaluate"],
     "benchmarks": ["BENCHMARKS"],
 }
 _MODULES = ("plots", "world", "stats", "judge", "widgets")

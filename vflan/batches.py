@@ -17,9 +17,9 @@ from tqdm import tqdm
 from vflan import model as models
 from vflan.checks import check
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_many
-from vflan.mixtures import recipe_samples
+from vflan.mixtures import mixture_record, recipe_samples
 from vflan.pictures import read_picture, stamp
-from vflan.recipe import CACHE, Recipe, shown
+from vflan.recipe import CACHE, Recipe, shown, write_json
 
 MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
 TOWER_BATCH = 64  # pictures that go through the tower together, whatever the micro-batch
@@ -88,45 +88,44 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
     """
     samples, listing, repaired = recipe_samples(recipe), folder / "bad.jsonl", 0
     if judge:
+        write_json(folder / "mixture.json", mixture_record(recipe, samples))
         report = check(samples)
         bad, repaired = dict(zip(report.bad.row, report.bad.reason)), len(report.repaired)
     else:
         verdicts = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
         bad = {verdict["row"]: verdict["reason"] for verdict in verdicts}
-    wide, names, numbers = config.image_seq_length, {}, {}
-    tokens, learned, rows, picture = [], [], [], []
-    chunks = range(0, len(samples), _ENCODED_TOGETHER)
+    wide, text, numbers, names = config.image_seq_length, np.dtypes.StringDType(), {}, {}
+    chunks, blocks = range(0, len(samples), _ENCODED_TOGETHER), []
     for first in tqdm(chunks, desc="tokenising", disable=not judge or len(chunks) < 8, leave=False):
         chunk = samples[first : first + _ENCODED_TOGETHER]
-        good = [i for i in range(len(chunk["id"])) if first + i not in bad]
-        names |= {first + i: chunk["id"][i] for i in range(len(chunk["id"])) if first + i in bad}
-        encoded = encode_many([chunk["conversations"][i] for i in good], tokenizer, recipe.template)
-        for i, found in zip(good, encoded):
-            image = chunk["image"][i]
-            room = max(0, recipe.max_length - (wide - 1 if image else 0))
+        numbered = [(first + i, *row) for i, row in enumerate(zip(chunk["id"], chunk["image"], chunk["conversations"]))]
+        names |= {row: name for row, name, _, _ in numbered if row in bad}
+        numbered, usable = [row for row in numbered if row[0] not in bad], []
+        encoded = encode_many([turns for *_, turns in numbered], tokenizer, recipe.template)
+        for (row, name, image, _), found in zip(numbered, encoded):
             if not isinstance(found, ValueError):
+                room = max(0, recipe.max_length - (wide - 1 if image else 0))
                 ids, labels = (np.array(column[:room], dtype=np.int32) for column in found)
                 if (labels != IGNORE_INDEX).any():
-                    tokens.append(ids)
-                    learned.append(labels != IGNORE_INDEX)
-                    rows.append((chunk["id"][i], len(ids)))
-                    picture.append(numbers.setdefault(image, len(numbers)) if image else -1)
+                    which = numbers.setdefault(image, len(numbers)) if image else -1
+                    usable.append((name, which, len(ids), ids, labels != IGNORE_INDEX))
                     continue
                 found = f"no answer token within max_length={recipe.max_length}"
-            bad[first + i], names[first + i] = str(found), chunk["id"][i]
-        if len(tokens) > 1:  # one array in place of thousands
-            tokens, learned = [np.concatenate(tokens)], [np.concatenate(learned)]
+            bad[row], names[row] = str(found), name
+        if usable:  # a few arrays in place of thousands
+            name, which, length, ids, learned = zip(*usable)
+            counts = np.array(which), np.array(length)
+            blocks.append((np.array(name, dtype=text), *counts, np.concatenate(ids), np.concatenate(learned)))
     if judge:
         lines = [json.dumps(dict(row=row, id=names[row], reason=bad[row]), ensure_ascii=False) for row in sorted(bad)]
         listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if len(bad) > recipe.max_bad_share * len(samples) or not rows:
+    if len(bad) > recipe.max_bad_share * len(samples) or not blocks:
         some = "".join(f"\n  row {row} ({names[row]}): {bad[row]}" for row in sorted(bad)[:5])
         raise ValueError(
             f"{len(bad)} of {len(samples)} samples are bad, more than max_bad_share={recipe.max_bad_share} allows; "
             f"all are listed in {shown(listing)}.{some}"
         )
-    (tokens,), (learned,), picture, text = tokens, learned, np.array(picture), np.dtypes.StringDType()
-    ids, lengths = np.array([name for name, _ in rows], dtype=text), np.array([length for _, length in rows])
+    ids, picture, lengths, tokens, learned = map(np.concatenate, zip(*blocks))
     start = np.concatenate([[0], np.cumsum(lengths)])
     lengths = lengths + (wide - 1) * (picture >= 0)
     return Data(
@@ -158,6 +157,7 @@ class Pictures:
         self.data, self.model, self.preparation = data, model, processor.image_processor
         self.readers, self.coming, self.held, self.folder = ThreadPoolExecutor(4), {}, {}, None
         tower, config = models.parts(model)["vision_tower"], model.config
+        self.tower = tower
         self.shape, self.dtype = (config.image_seq_length, config.vision_config.hidden_size), tower.dtype
         size = len(data.pictures) * math.prod(self.shape) * tower.dtype.itemsize
         self.keeps = size <= MAX_KEPT_BYTES
@@ -191,7 +191,7 @@ class Pictures:
             some = new[i : i + TOWER_BATCH]
             pixels = torch.cat([found[key][1] for key in some])
             with torch.no_grad():
-                features = models.image_features(self.model, pixels.to(self.model.device))
+                features = models.image_features(self.model, pixels.to(self.tower.device))
             features = features.cpu() if self.keeps or self.folder else features
             self.held |= zip(some, features)
             if self.folder and self.writes:
@@ -204,7 +204,7 @@ class Pictures:
             return None
         if not all(key in self.held for key in keys):
             self.look(rows)
-        return torch.stack([self.held[key] for key in keys]).to(self.model.device)
+        return torch.stack([self.held[key] for key in keys]).to(self.tower.device)
 
     def _keys(self, rows):
         """The picture of each row that has one, by name, size and time: an exchanged file is another picture."""

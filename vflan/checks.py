@@ -17,8 +17,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from vflan import contamination
-from vflan.conversation import IGNORE_INDEX, IMAGE, audit, encode, expand
-from vflan.pictures import picture_bytes, picture_trouble, read_picture, stamp
+from vflan.conversation import IGNORE_INDEX, IMAGE, audit, encode_many
+from vflan.pictures import picture_bytes, read_picture, stamp
 from vflan.recipe import CACHE
 
 ROWS, PICTURES = 1000, 256  # read at a time
@@ -114,11 +114,11 @@ def check(
     of_picture, of_key = _by(asked, lambda q: [q["image"]]), _by(asked, lambda q: q["keys"])
 
     bad, repaired, found, shared, tasks = [], [], [], {}, {}
-    columns = ("id", "image", "task_name", "conversations")
-    for row, (name, image, task, turns) in enumerate(_rows(samples, columns)):
+    rows = _rows(samples, tokenizer, template)
+    for row, (name, image, task, turns, encoded) in enumerate(rows):
         number = names.get(image) if image else None
-        turns = [turn or {} for turn in turns or []]
-        reason, lost = _verdict(turns, image, troubles.get(number, ""), tokenizer, max_length, template, image_tokens)
+        room = max_length - (image_tokens - 1 if image else 0)  # the picture is one of the ids
+        reason, lost = _verdict(turns, image, troubles.get(number, ""), encoded, room, max_length)
         tally = tasks.setdefault(task or "", np.zeros(6, int))
         tally += (1, not reason, bool(reason), bool(lost), number in twins, number in copies)
         if reason:
@@ -163,7 +163,8 @@ def look_at(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, dict[in
             marks = "?" + ",?" * (len(part) - 1)
             query = f"select name, stamp, look from pictures where name in ({marks})"
             known = {key: (mark, look) for key, mark, look in shelf.execute(query, keys)}
-            stamps = list(pool.map(_stamp, part))  # on a network disk asking for the time takes as long as reading
+            # on a network disk asking for the time takes as long as reading
+            stamps = [repr(found) if found else "" for found in pool.map(stamp, part)]
             new = []
             for i, (key, mark) in enumerate(zip(keys, stamps)):
                 if mark and known.get(key, ("",))[0] == mark:
@@ -193,16 +194,8 @@ def _look(name: str):
         look["pixels"] = hashlib.blake2b(pixels, digest_size=16, salt=repr(pixels.shape).encode()[:16]).digest()
         look["views"] = contamination.views(picture)
         return look, ""
-    except Exception as error:  # Pillow raises many kinds for broken files
-        return None, picture_trouble(name) or f"undecodable picture: {name} ({error})"
-
-
-def _stamp(name: str) -> str:
-    """What changes when the picture does; empty if that cannot be told, and then the picture is looked at each time."""
-    try:
-        return repr(stamp(name))
-    except (OSError, ValueError):
-        return ""
+    except OSError as trouble:  # read_picture says why
+        return None, str(trouble)
 
 
 def _shelf() -> sqlite3.Connection:
@@ -222,30 +215,37 @@ def _shelf() -> sqlite3.Connection:
 def _distinct_pictures(samples: Dataset) -> dict[str, int]:
     """Each picture's name and number, in the order of the rows."""
     names = {}
-    for (name,) in _rows(samples, ("image",), bar=False):
-        if name:
-            names.setdefault(name, len(names))
+    for batch in samples.select_columns(["image"]).with_format(None).iter(ROWS):
+        for name in batch["image"]:
+            if name:
+                names.setdefault(name, len(names))
     return names
 
 
-def _rows(samples: Dataset, columns, bar: bool = True):
-    """Tuples of the columns, read some rows at a time: the conversations of a large set do not fit in memory."""
-    batches = samples.select_columns(list(columns)).with_format(None).iter(ROWS)
-    with _bar("rows", len(samples) if bar else 0) as shown:
-        for batch in batches:
-            yield from zip(*(batch[column] for column in columns))
-            shown.update(len(batch[columns[0]]))
+def _rows(samples: Dataset, tokenizer, template):
+    """Yields (id, image, task_name, conversations, encoded), a part of the rows in memory at a time."""
+    columns = ["id", "image", "task_name", "conversations"]
+    with _bar("rows", len(samples)) as bar:
+        for batch in samples.select_columns(columns).with_format(None).iter(ROWS):
+            *plain, many = (batch[column] for column in columns)
+            many = [[turn or {} for turn in turns or []] for turns in many]
+            encoded = encode_many(many, tokenizer, template) if tokenizer is not None else [None] * len(many)
+            yield from zip(*plain, many, encoded)
+            bar.update(len(many))
 
 
 def _bar(what: str, total: int) -> tqdm:
     """A progress bar for what takes longer than some seconds; where nobody watches, a line a minute."""
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    wait = dict(delay=3, mininterval=0.5) if watched else dict(delay=60, mininterval=60, maxinterval=60)
-    return tqdm(total=total, desc=f"check: {what}", unit="", leave=False, **wait)
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        style = dict(delay=3, leave=False)
+    else:
+        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} to go\n"
+        style = dict(delay=60, mininterval=60, maxinterval=60, leave=False, bar_format=line)
+    return tqdm(total=total, desc=f"check, {what}", **style)
 
 
-def _verdict(turns, image, trouble, tokenizer, max_length, template, image_tokens) -> tuple[str, str]:
-    """(why a row is bad, what of it is left out): at most one of the two is not empty."""
+def _verdict(turns, image, trouble, encoded, room, max_length) -> tuple[str, str]:
+    """(why a row is bad, what of it is left out): at most one of the two is not empty. `room`: ids that fit."""
     try:
         found = audit(turns)
         if found.has_image != bool(image):
@@ -253,13 +253,14 @@ def _verdict(turns, image, trouble, tokenizer, max_length, template, image_token
         if trouble:
             raise ValueError(trouble)
         lost = list(found.dropped)
-        if tokenizer is not None:
-            _, labels = expand(*encode(turns, tokenizer, template), image_tokens, 0)
-            learned = np.flatnonzero(np.array(labels[1:]) != IGNORE_INDEX) + 1  # nothing precedes the first token
-            if not len(learned) or learned[0] >= max_length:
+        if isinstance(encoded, ValueError):
+            raise encoded
+        if encoded is not None:
+            learned = np.flatnonzero(np.array(encoded[1]) != IGNORE_INDEX)
+            beyond = int((learned >= room).sum())
+            if beyond == len(learned):
                 raise ValueError(f"too long at max_length: no answer token within max_length={max_length}")
-            if learned[-1] >= max_length:
-                beyond = int((learned >= max_length).sum())
+            if beyond:
                 lost.append(f"{beyond} answer tokens beyond max_length={max_length}")
     except ValueError as reason:
         return str(reason), ""
@@ -270,6 +271,8 @@ def _kind(reason: str) -> str:
     first = reason.split(":")[0]
     if "image token" in first:
         return "image token count"
+    if reason.endswith("one caption"):
+        return "no single caption"
     return "unknown role" if first.startswith("unknown role") else first
 
 

@@ -3,12 +3,12 @@
 Scores are the table of vflan.evaluate, with one row for each seed of a run.
 """
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.kept import read_rows
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
 # aligns. (claim, run, benchmark, metric, rule, bound); "before" is the stage that the run started from.
@@ -39,7 +39,7 @@ def answered(run, benchmark, folder, name=None):
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{run.name} has no answers to {benchmark} yet: vflan.evaluate asks the questions.")
-    said = {row["i"]: row["answer"] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()[1:])}
+    said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
     return [sample | {"answer": said[i]} for i, sample in enumerate(BENCHMARKS[benchmark].load(folder))]
 
 

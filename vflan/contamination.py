@@ -3,8 +3,9 @@
 A copy is looked for in two steps. Every picture is described by two 8 x 8 views, of the whole and of what a 5 % crop on each
 side would leave; evaluation pictures with a like view are candidates. A candidate is then looked at again: the frame of the one
 picture inside the other is found by least squares, and the two count as copies only if nothing in that frame differs by more
-than JPEG at quality 30 and halving the size were seen to do. So recompressed, resized and slightly cropped copies are found, and
-two pictures that differ in one small object are not taken for copies. Mirrored, rotated and recoloured copies are not looked for.
+than JPEG at quality 30 and halving the size were seen to do. So copies are found that were recompressed, resized or cropped by 3 to
+6 % on each side, and two pictures that differ in one small object are not taken for copies. Mirrored, rotated and recoloured copies
+are not looked for.
 """
 
 import re
@@ -120,25 +121,32 @@ def distance(a: Fine, b: Fine, ways=(0, 1, 2)) -> float:
 
 def _like(mine: np.ndarray, others: np.ndarray):
     """Yields (i, j, root mean square difference) of the views that differ by at most LIKE."""
-    mine, others = (v.reshape(len(v), -1) for v in (mine, others))
+    mine, others = (v.reshape(len(v), SIDE * SIDE * 3) for v in (mine, others))
     lively = [np.flatnonzero(_lively(v)) for v in (mine, others)]
     if not len(lively[1]):
         return
     others = others[lively[1]].astype(np.float32)
-    norms, count = (others**2).sum(1), min(CANDIDATES, len(others))
-    step = max(1, (1 << 24) // len(others))
+    norms = (others**2).sum(1)
+    step = max(1, (1 << 25) // len(others))
     for start in range(0, len(lively[0]), step):
         rows = lively[0][start : start + step]
         some = mine[rows].astype(np.float32)
-        square = (some**2).sum(1)[:, None] + norms - 2 * some @ others.T
-        best = np.argpartition(square, count - 1, axis=1)[:, :count]
-        gaps = np.sqrt(np.take_along_axis(square, best, 1).clip(0) / some.shape[1])
-        for a, b in np.argwhere(gaps <= LIKE):
-            yield int(rows[a]), int(lively[1][best[a, b]]), float(gaps[a, b])
+        square = some @ others.T
+        square *= -2
+        square += norms
+        square += (some**2).sum(1)[:, None]
+        a, b = np.nonzero(square <= LIKE**2 * some.shape[1])
+        gaps = np.sqrt(square[a, b].clip(0) / some.shape[1])
+        order = np.lexsort((gaps, a))
+        taken = np.arange(len(a)) - np.searchsorted(a, a) < CANDIDATES  # `a` is sorted, so that it is its own a[order]
+        for k in order[taken]:
+            yield int(rows[a[k]]), int(lively[1][b[k]]), float(gaps[k])
 
 
 def _lively(flat_views: np.ndarray) -> np.ndarray:
-    return np.concatenate([v.reshape(len(v), -1, 3).std(1).max(1) > FLAT for v in np.array_split(flat_views, 64)])
+    return np.concatenate(
+        [v.reshape(len(v), SIDE * SIDE, 3).std(1).max(1) > FLAT for v in np.array_split(flat_views, 64)]
+    )
 
 
 def _framed(large: Fine, small: np.ndarray) -> float:

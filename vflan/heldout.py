@@ -10,6 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from vflan import model as models
+from vflan.batches import micro_batches
 from vflan.conversation import IGNORE_INDEX
 from vflan.mixtures import recipe_samples
 
@@ -39,7 +40,7 @@ class HeldOut:
 
     def __init__(self, rows, data, pictures, tasks, recipe, tokenizer, spread):
         self.data, self.pictures, self.tokenizer, self.spread = data, pictures, tokenizer, spread
-        self.size, self.task_of, self.tasks = recipe.micro_batch, tasks, {}
+        self.recipe, self.task_of, self.tasks = recipe, tasks, {}
         for row in map(int, rows):
             self.tasks.setdefault(tasks[row] or "no task", []).append(row)
         first, others = [own[0] for own in self.tasks.values()], [row for own in self.tasks.values() for row in own[1:]]
@@ -68,8 +69,7 @@ class HeldOut:
         world, rank = accelerator.num_processes, accelerator.process_index
         parts = []
         for i, name in enumerate(names):
-            own = self.tasks[name]
-            parts += [(i, own[start : start + self.size]) for start in range(0, len(own), self.size)]
+            parts += [(i, part) for part in micro_batches(self.data, np.array(self.tasks[name]), self.recipe)[0]]
         sums = torch.zeros(len(names), device=accelerator.device)
         for start in range(rank, rank + math.ceil(len(parts) / world) * world, world):
             i, rows = parts[min(start, len(parts) - 1)]

@@ -13,7 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from vflan import model as models
 from vflan.batches import packs
 
-LOGITS = 1 << 24  # logits that exist at a time (64 MB in fp32); more supervised positions are taken in turns
+LOGITS = 1 << 23  # logits that exist at a time (32 MB in fp32); more supervised positions are taken in turns
 
 
 class Learner(nn.Module):

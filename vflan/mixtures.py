@@ -38,11 +38,12 @@ def mix(
     `exclude` names tasks, or flags of data/tasks.csv: "benchmark" (the source is a benchmark's val or test set), "overlaps" (kin of
     the papers' evaluation sets), "faces". Flags are known for the names of Vision-Flan only. ValueError says what does not fit.
     """
-    tasks = _rows_by_task(samples)
-    for task in _excluded(exclude, tasks):
-        tasks.pop(task, None)
-    if exclude and not tasks:
-        raise ValueError(f"exclude={exclude}: no task is left.")
+    tasks = rows_by_task(samples)
+    if exclude:
+        out = _excluded(exclude, tasks)
+        tasks = {task: rows for task, rows in tasks.items() if task not in out}
+        if not tasks:
+            raise ValueError(f"exclude={exclude}: no task is left.")
     if num_tasks and num_tasks > len(tasks):
         raise ValueError(f"num_tasks={num_tasks}, but the samples hold {len(tasks)} tasks.")
     if total is None and (temperature is not None or weights is not None):
@@ -112,9 +113,9 @@ def _more_samples(recipe):
         yield name, load_samples(file, own if own.is_dir() else resolve(recipe.images)), int(count) if count else None
 
 
-def _rows_by_task(samples: Dataset) -> dict[str, np.ndarray]:
+def rows_by_task(samples: Dataset) -> dict[str, np.ndarray]:
     """Row numbers of each task, ascending. The names stay in Arrow: a million strings would not be small."""
-    names = samples.data.column("task_name").dictionary_encode().unify_dictionaries().combine_chunks()
+    names = samples.data.column("task_name").fill_null("").dictionary_encode().unify_dictionaries().combine_chunks()
     codes = names.indices.to_numpy(zero_copy_only=False)
     if samples._indices is not None:  # a selection; taking its strings through datasets costs a minute and gigabytes
         codes = codes[samples._indices.column(0).to_numpy()]

@@ -106,7 +106,12 @@ def _assemble(recipe, dtype, source):
             )
     tower = _load(CLIPVisionModel, weights_source(recipe.vision_tower), dtype=dtype)
     if source is not None and (theirs := _stored(source, "vision_tower.")):
-        tower.load_state_dict({name.removeprefix("model.vision_tower."): w for name, w in from_llava(theirs).items()})
+        theirs = {name.removeprefix("model.vision_tower."): weight for name, weight in from_llava(theirs).items()}
+        if {name: w.shape for name, w in theirs.items()} != {name: w.shape for name, w in tower.state_dict().items()}:
+            raise ValueError(
+                f"{shown(source)} brings a vision tower that is not of {recipe.vision_tower}'s shape; name its own as vision_tower."
+            )
+        tower.load_state_dict(theirs)
     language_from = source if of_source else weights_source(recipe.language_model)
     options = _quantised(recipe, dtype, skip=["lm_head"]) | of_source
     language_model = _load(AutoModelForCausalLM, language_from, dtype=dtype, **options)

@@ -212,6 +212,32 @@ def tokens(ids, labels, tokenizer, width=114, image_token=-200):
     return fig
 
 
+def packed_rows(rows, budget, image_token=-200):
+    """Rows of positions as a model reads them: conversations side by side, and what is left of the budget as padding.
+
+    rows: for each row a list of (ids, labels), whose picture is as wide as its features. Orange is learned, blue is a
+    picture, grey is only read, a white seam ends a conversation.
+    """
+    fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.1))
+    kinds = ((PALE, "only read"), ("#BFDDF0", "picture"), ("#D55E00", "learned"))
+    for y, conversations in enumerate(rows):
+        x = 0
+        for ids, labels in conversations:
+            kind = np.where(np.asarray(labels) >= 0, 2, np.where(np.asarray(ids) == image_token, 1, 0))
+            cuts = [0, *(np.flatnonzero(np.diff(kind)) + 1), len(kind)]
+            for a, b in zip(cuts, cuts[1:]):
+                ax.broken_barh([(x + a, b - a)], (y - 0.4, 0.8), color=kinds[kind[a]][0], lw=0)
+            x += len(kind)
+            ax.vlines(x, y - 0.45, y + 0.45, color="white", lw=1.5)
+        if x < budget:
+            ax.broken_barh([(x, budget - x)], (y - 0.4, 0.8), facecolor="none", edgecolor=GREY, lw=0.5, hatch="////")
+    ax.set(xlim=(0, budget), ylim=(len(rows) - 0.5, -0.5), yticks=[], xlabel="position in the row (hatched: padding)")
+    ax.grid(False)
+    marks = [plt.Rectangle((0, 0), 1, 1, color=color, label=label) for color, label in kinds]
+    ax.legend(handles=marks, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    return fig
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 

@@ -13,12 +13,15 @@ from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from vflan.conversation import IMAGE
 from vflan.pictures import INSIDE, OUTSIDE
 from vflan.recipe import CACHE
 
@@ -94,6 +97,33 @@ def save_samples(rows, path: str | os.PathLike, images: str | os.PathLike | None
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+def texture(samples: Dataset) -> pd.DataFrame:
+    """A row a sample, in their order: task_name, turns, question and answer (words of the first one of each), image.
+
+    `image` says where the first question names its picture: first, last, inside, or none. Read in stretches, in Arrow, so
+    that the full set's 1,664,261 rows take seconds and little memory; empty conversations count 0 words.
+    """
+    parts = []
+    for batch in samples.with_format("arrow").iter(batch_size=1 << 15):
+        turns = batch["conversations"].combine_chunks()
+        count = pc.fill_null(pc.list_value_length(turns), 0).to_numpy()
+        text = pc.utf8_trim_whitespace(pc.fill_null(pc.struct_field(turns.flatten(), "value"), ""))
+        start = np.cumsum(count) - count
+        asked, said = (text.take(np.clip(start + i, 0, max(0, len(text) - 1))) for i in (0, 1))
+        has = pc.match_substring(asked, IMAGE)
+        place = pc.if_else(
+            pc.starts_with(asked, IMAGE), "first", pc.if_else(pc.ends_with(asked, IMAGE), "last", "inside")
+        )
+        part = {"task_name": batch["task_name"].combine_chunks(), "turns": count}
+        part["question"] = np.where(
+            count > 0, pc.subtract(pc.count_substring_regex(asked, r"\S+"), has.cast("int32")), 0
+        )
+        part["answer"] = np.where(count > 1, pc.count_substring_regex(said, r"\S+"), 0)
+        part["image"] = np.where(count > 0, pc.if_else(has, place, "none"), "none")
+        parts.append(pd.DataFrame({name: np.asarray(column) for name, column in part.items()}))
+    return pd.concat(parts, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------------- where things are
@@ -185,11 +215,9 @@ def _open(table: Path, key: bytes) -> Dataset | None:
         with pa.memory_map(str(table)) as file:
             if (pa.ipc.open_stream(file).schema.metadata or {}).get(b"vflan") != key:
                 return None
-        samples = Dataset.from_file(str(table))
-        samples.data.validate()
-    except (OSError, pa.ArrowInvalid):
+        return Dataset.from_file(str(table))
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return samples
 
 
 def _convert(parts, root: Path, key: bytes, table: Path):

@@ -18,6 +18,13 @@ def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
     Returns (value, (rounds,) replicates). A ratio with an empty denominator counts as 0 in the value; a group that a
     replicate did not draw at all is left out of that replicate.
     """
+    tops, bottoms, sizes = tables(num, den, clusters, groups)
+    value = float(ratio(tops.sum(0), bottoms.sum(0)))
+    return value, np.concatenate([ratio(w @ tops, w @ bottoms, w @ sizes) for w in draws(len(tops), seed, rounds)])
+
+
+def tables(num, den, clusters, groups):
+    """Sums of num, of den and of ones, each (clusters, groups)."""
     num = np.asarray(num, float)
     if not len(num):
         raise ValueError("There is nothing to score: no items were given.")
@@ -27,20 +34,26 @@ def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
     k, g = cluster.max() + 1, group.max() + 1
     if len({len(num), len(den), len(cluster), len(group)}) > 1:
         raise ValueError("Values, weights, clusters and groups must have one entry for each item.")
-    tops, bottoms, sizes = (
+    return [
         np.bincount(cluster * g + group, weights=w, minlength=k * g).reshape(k, g)
         for w in (num, den, np.ones(len(num)))
+    ]
+
+
+def ratio(top, bottom, drawn=1.0):
+    """(..., groups) -> (...): the mean over the groups that were drawn; an empty denominator counts as 0."""
+    value, there = (
+        np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0),
+        np.broadcast_to(drawn, top.shape) > 0,
     )
-    rng, block = np.random.default_rng(seed), max(1, 20_000_000 // k)  # rounds at a time: pictures may be many
+    return (value * there).sum(-1) / np.maximum(there.sum(-1), 1)
 
-    def ratio(weights):
-        top, bottom, drawn = weights @ tops, weights @ bottoms, weights @ sizes > 0
-        value = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-        return (value * drawn).sum(-1) / np.maximum(drawn.sum(-1), 1)
 
-    blocks = [min(block, rounds - start) for start in range(0, rounds, block)]
-    draws = (rng.multinomial(k, np.full(k, 1 / k), size=size) for size in blocks)  # (size, k) times drawn
-    return float(ratio(np.ones(k))), np.concatenate([ratio(drawn) for drawn in draws])
+def draws(k, seed, rounds):
+    """Yields (some rounds, k) times that each of k clusters was drawn, `rounds` in all; a block at a time, as k may be large."""
+    rng, block = np.random.default_rng(seed), max(1, 20_000_000 // k)
+    for start in range(0, rounds, block):
+        yield rng.multinomial(k, np.full(k, 1 / k), size=min(block, rounds - start))
 
 
 def bootstrap(values, clusters=None, seed=0, den=None, groups=None, level=0.95, rounds=ROUNDS):
@@ -50,19 +63,31 @@ def bootstrap(values, clusters=None, seed=0, den=None, groups=None, level=0.95, 
     return value, float(low), float(high)
 
 
-def paired(a, b, clusters=None, seed=0, groups=None, level=0.95, rounds=ROUNDS):
-    """(difference a - b, low, high, p) of two models on the same items.
+def paired(a, b, clusters=None, seed=0, groups=None, level=0.95, rounds=ROUNDS, den=(None, None)):
+    """(difference a - b, low, high, p) of two models on the same items; den: their two denominators, for ratios like F1.
 
-    The differences are resampled by cluster, so what both models find hard cancels. p is two-sided: twice the smaller
-    share of replicates on the far side of zero, and never below 2 / (rounds + 1).
+    The interval resamples clusters for both at once, so what both find hard cancels. p is a two-sided permutation test:
+    were the models alike, exchanging their answers about a picture would change nothing; it is the share of such
+    exchanges that differ at least as much, and never below 1 / (rounds + 1).
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"A paired test needs the same items in both: got {len(a)} and {len(b)}.")
-    value, replicates = resampled(a - b, None, clusters, groups, seed, rounds)
+    (top_a, bottom_a, sizes), (top_b, bottom_b, _) = (tables(x, d, clusters, groups) for x, d in zip((a, b), den))
+    value = float(ratio(top_a.sum(0), bottom_a.sum(0)) - ratio(top_b.sum(0), bottom_b.sum(0)))
+    replicates = np.concatenate(
+        [ratio(w @ top_a, w @ bottom_a, w @ sizes) - ratio(w @ top_b, w @ bottom_b, w @ sizes)
+         for w in draws(len(sizes), seed, rounds)]
+    )  # fmt: skip
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    tail = 1 + min((replicates <= 0).sum(), (replicates >= 0).sum())
-    return value, float(low), float(high), float(min(1.0, 2 * tail / (rounds + 1)))
+    rng, step, extreme = np.random.default_rng(seed), max(1, 20_000_000 // len(sizes)), 1
+    for start in range(0, rounds, step):
+        swap = rng.integers(0, 2, (min(step, rounds - start), len(sizes))).astype(float)
+        tops, bottoms = swap @ (top_b - top_a), swap @ (bottom_b - bottom_a)
+        exchanged = ratio(top_a.sum(0) + tops, bottom_a.sum(0) + bottoms)
+        exchanged = exchanged - ratio(top_b.sum(0) - tops, bottom_b.sum(0) - bottoms)
+        extreme += int((np.abs(exchanged) >= abs(value) - 1e-9).sum())
+    return value, float(low), float(high), extreme / (rounds + 1)
 
 
 T975 = (

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import ipywidgets as w
 import pandas as pd
+from datasets import Dataset
 from IPython.display import HTML
 
+from vflan.mixtures import rows_by_task
 from vflan.pictures import read_picture
 
 CELL = 'style="text-align:left;vertical-align:top;max-width:32em;white-space:pre-wrap"'
@@ -20,6 +22,14 @@ CELL = 'style="text-align:left;vertical-align:top;max-width:32em;white-space:pre
 
 def _frame(rows):
     return rows.to_pandas() if hasattr(rows, "to_pandas") else pd.DataFrame(rows).reset_index(drop=True)
+
+
+def _tasks(samples):
+    """The samples, to be taken by number, and {task: row numbers}; a large Dataset stays on disk."""
+    if isinstance(samples, Dataset):
+        return samples, rows_by_task(samples)
+    frame = _frame(samples)
+    return frame.to_dict("records"), frame.groupby("task_name", sort=False).indices
 
 
 def _is_path(image):
@@ -56,26 +66,28 @@ def _said(conversations):
 
 def task_table(samples, limit=None):
     """One row a task: its name, its number of samples, and its first sample. Needs image, task_name, conversations."""
-    groups = list(_frame(samples).groupby("task_name", sort=False))[:limit]
-    rows = [
-        (escape(str(name)), f"{len(group):,}", picture(group.image.iloc[0]), _said(group.conversations.iloc[0]))
-        for name, group in groups
-    ]
+    samples, tasks = _tasks(samples)
+    rows = []
+    for name, numbers in list(tasks.items())[:limit]:
+        first = samples[int(numbers[0])]
+        said = _said(first["conversations"])
+        rows.append((escape(str(name)), f"{len(numbers):,}", picture(first.get("image")), said))
     return HTML(table(("task", "samples", "picture", "first sample"), rows))
 
 
 def task_browser(samples):
     """Choose a task and leaf through its samples."""
-    groups = {str(name): group for name, group in _frame(samples).groupby("task_name", sort=False)}
-    task = w.Dropdown(options=sorted(groups), description="task", layout=w.Layout(width="32em"))
+    samples, tasks = _tasks(samples)
+    task = w.Dropdown(options=sorted(tasks), description="task", layout=w.Layout(width="32em"))
     number = w.IntSlider(min=1, max=1, description="sample", continuous_update=False)
     page = w.HTML()
 
     def show(_=None):
-        group = groups[task.value]
-        number.max = len(group)
-        row = group.iloc[number.value - 1]
-        page.value = table(("picture", "conversation"), [(picture(row.image, 240), _said(row.conversations))])
+        numbers = tasks[task.value]
+        number.max = len(numbers)
+        row = samples[int(numbers[number.value - 1])]
+        said = _said(row["conversations"])
+        page.value = table(("picture", "conversation"), [(picture(row.get("image"), 240), said)])
 
     def first(_):
         number.value = 1

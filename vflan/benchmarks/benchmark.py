@@ -106,9 +106,15 @@ def majority(samples):
     return [forms[s["category"], best[s["category"]]] for s in samples]
 
 
+def out_of(judgement):
+    """What a judgement's score is held against: the mark of the reference where both were marked, else 10."""
+    return getattr(judgement, "out_of", 10.0)
+
+
 def valid(judgement):
-    """Whether a judge's verdict can be averaged: it is there and from 0 to 10, and so is the mark of a reference."""
-    return judgement is not None and 0 <= judgement.score <= 10 and 0 <= getattr(judgement, "reference", 0) <= 10
+    """Whether a judge's verdict can be averaged: it is there and from 0 to 10, and so is what it is held against."""
+    score = judgement.score if judgement is not None else None
+    return score is not None and 0 <= score <= 10 and 0 < out_of(judgement) <= 10
 
 
 def labelled(sample):
@@ -121,7 +127,7 @@ class Benchmark:
 
     load(folder) -> list of sample dicts; parse(answer, sample) -> what was understood;
     items(samples, answers) -> dict of Metrics. `headline` is the metric that a table shows; `paper` the column of
-    Table 2; `judged` says that a judge's verdicts may be given to `items`.
+    Table 2.
     """
 
     name: str
@@ -142,7 +148,7 @@ class Benchmark:
     blind: Callable = majority  # samples -> the answers of a model that sees nothing
     max_new_tokens: int = 16
     paper: str = ""
-    judged: bool = False
+    judged: bool = False  # its official number is a judge's
     upload: Callable | None = None  # (samples, answers, path): write what the benchmark's server wants
     reviews: Callable | None = None  # (released file of a judge's verdicts, samples) -> judgements
 
@@ -206,7 +212,8 @@ class Benchmark:
         """{metric name: Metric}. Left out are questions whose label is not known and, unless the official script counts
         them as wrong, those whose answer is None; {} where nothing is left. See `problems` for how many and which.
 
-        judgements: a Judgement (or None) for each question, for a judged benchmark.
+        judgements: a Judgement (or None) for each question. A benchmark that is not `judged` gets its headline from them,
+        as the paper lets Vicuna decide on forgetting; those that are not valid are left out.
         """
         if len(samples) != len(answers):
             raise ValueError(f"{self.name} has {len(samples)} questions, but {len(answers)} answers were given.")
@@ -215,11 +222,16 @@ class Benchmark:
         chosen = [samples[i] for i in keep], ["" if answers[i] is None else str(answers[i]) for i in keep]
         if not keep:
             return {}
-        if not self.judged or judgements is None:
+        if judgements is None:
             return self.measure(*chosen)
         if len(judgements) != len(samples):
             raise ValueError(f"{self.name} has {len(samples)} questions, but {len(judgements)} judgements were given.")
-        return self.measure(*chosen, [judgements[i] for i in keep])
+        verdicts = [judgements[i] for i in keep]
+        if self.judged:
+            return self.measure(*chosen, verdicts)
+        good = [(s, j) for s, j in zip(chosen[0], verdicts) if valid(j)]
+        marks, best = [j.score for _, j in good], [out_of(j) for _, j in good]
+        return metrics(self.headline, marks, [s for s, _ in good], den=best) if good else {}
 
     def problems(self, samples, answers=None, pictures=False):
         """{trouble: [question ids]} of everything that keeps a question from being scored as it stands; empty lists are

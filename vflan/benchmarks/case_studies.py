@@ -38,7 +38,6 @@ def read_textocr(path, labels, keep):
     samples = []
     for id, picture in data["imgs"].items():
         strings = [data["anns"][a]["utf8_string"] for a in data["imgToAnns"].get(id, ())]
-        strings = [s for s in strings if s.strip(". ")]
         samples.append(dict(question_id=id, text="Read all the text in the image.", label=" ".join(strings),
                             image=image(picture["file_name"].split("/")[-1])))  # fmt: skip
     return samples

@@ -124,11 +124,14 @@ def read_answers(path):
         if not parts:
             raise FileNotFoundError(f"{path} holds no answers: neither *.jsonl nor MME's TASK.txt.")
         return [row for part in parts for row in read_answers(part)[0]], broken
-    if path.suffix == ".jsonl" and path.is_file():
-        found = json_lines(path, path.read_text(encoding="utf-8-sig"), broken)
+    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".jsonl" and path.is_file() else ""
+    if text and not text.lstrip().startswith("["):
+        found = json_lines(path, text, broken)
     else:
-        found = read_rows(path)
-    if isinstance(found, dict):
+        found = json.loads(text) if text else read_rows(path)
+    if isinstance(found, dict) and first(found, ("question_id", "questionId")) is not None:
+        found = [found]  # a single answer
+    elif isinstance(found, dict):
         found = found.get("outputs", found)
         found = [v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v} for k, v in found.items()]
     rows = []

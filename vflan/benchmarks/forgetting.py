@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vflan.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics, valid
+from vflan.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
 from vflan.benchmarks.files import SHORT, pictures_in, read_rows
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
@@ -33,11 +33,7 @@ def parse(answer, sample=None):
     return clean(first_sentence(answer))
 
 
-def items(samples, answers, judgements=None):
-    """accuracy, averaged over the sets; a Judgement of 5 or more (of 10) counts as right, None is left out."""
-    if judgements is not None:
-        judged = [(s, j.score >= 5) for s, j in zip(samples, judgements) if valid(j)]
-        return metrics("accuracy", [ok for _, ok in judged], [s for s, _ in judged]) if judged else {}
+def items(samples, answers):
     labels = {}
     for s in samples:
         labels.setdefault(s["category"], set()).add(clean(s["label"]))
@@ -148,7 +144,7 @@ def read(path, labels, keep, name, other):
 
 def one(name, other, released, source):
     return Benchmark(name, "accuracy", parse, items, partial(read, name=name, other=other), released, source,
-                     missing="wrong", judged=True)  # fmt: skip
+                     missing="wrong")  # fmt: skip
 
 
 CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
@@ -178,4 +174,4 @@ class Forgetting(Benchmark):
         ]
 
 
-FORGETTING = Forgetting("forgetting", "accuracy", parse, items, missing="wrong", judged=True, paper="CF")
+FORGETTING = Forgetting("forgetting", "accuracy", parse, items, missing="wrong", paper="CF")

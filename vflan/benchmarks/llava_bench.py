@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, read_questions, valid
+from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, read_questions, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.judge import Judgement, RuleJudge, facts, is_long_form
 
 
 @dataclass(frozen=True)
 class Review(Judgement):
-    """A judge's verdict on two answers: `score` for the model's, `reference` for the one it is compared with."""
+    """A judge's verdict on two answers: `score` for the model's, `out_of` for the reference's."""
 
-    reference: float = float("nan")
+    out_of: float = 10.0
 
 
 def read(path, labels, keep):
@@ -69,8 +69,8 @@ def reviews(path, samples):
     found = {}
     for row in read_rows(path):
         pair = row.get("tuple") or numbers(row.get("content", ""))
-        failed = len(pair) != 2 or min(pair) < 0
-        found[str(row["question_id"])] = None if failed else Review(pair[1], row.get("content", ""), pair[0])
+        review = Review(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
+        found[str(row["question_id"])] = review
     return [found.get(str(s["question_id"])) for s in samples]
 
 
@@ -106,15 +106,14 @@ def items(samples, answers, judgements=None):
 
 
 def verdicts(samples, judgements):
-    """score: the model's marks over the reference's, all questions together, where the judge marked both (and both
-    means, times ten); else the mean mark in percent, averaged over categories."""
-    score = np.array([j.score / 10 for j in judgements])
-    if not all(hasattr(j, "reference") for j in judgements):
-        return metrics("score", score, samples)
-    reference = np.array([j.reference / 10 for j in judgements])
-    means = {"answer_mean": score, "reference_mean": reference}
-    found = metrics("score", score, samples, den=reference, pooled=True)
-    return found | {name: metrics(name, values, samples, pooled=True)[name] for name, values in means.items()}
+    """score: the model's marks over the reference's (or over 10), all questions together, and both means, times ten;
+    in the mini world the average over categories."""
+    marks, best = [j.score for j in judgements], [out_of(j) for j in judgements]
+    if "lexicon" in samples[0]:
+        return metrics("score", marks, samples, den=best)
+    means = {"answer_mean": marks, "reference_mean": best}
+    means = {name: metrics(name, np.array(of) / 10, samples, pooled=True)[name] for name, of in means.items()}
+    return metrics("score", marks, samples, den=best, pooled=True) | means
 
 
 def most_common_reference(samples):

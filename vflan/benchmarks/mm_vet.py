@@ -11,7 +11,7 @@ Questions without an answer or a mark are left out.
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, contains, metrics, valid
+from vflan.benchmarks.benchmark import Benchmark, contains, metrics, out_of, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.benchmarks.vqa import write_json
 from vflan.judge import Judgement
@@ -49,6 +49,8 @@ def reviews(path, samples):
     """A Judgement (or None) for each sample; a dict of numbers where the file is the authors' table of results."""
     data = read_rows(path)
     if isinstance(data, list) and data and "total" in data[0]:
+        if len(data) > 1:
+            raise ValueError(f"{path} holds the results of {len(data)} models: keep the row of one.")
         return table(data[0])
     rows = data.items() if isinstance(data, dict) else [(str(r.get("question_id", r.get("id"))), r) for r in data]
     marks = {}
@@ -69,7 +71,7 @@ def table(row):
     for name, cell in row.items():
         if name == "runs":
             found[name] = [float(x) for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")]
-        elif name and not name.startswith("Unnamed"):
+        elif name and not name.startswith("Unnamed") and cell.replace(".", "", 1).isdigit():
             found[name] = float(cell)
     return found
 
@@ -80,7 +82,7 @@ def items(samples, answers, judgements=None):
     found = {"rule": metrics("rule", rule, samples, pooled=True)["rule"]} if all(s["label"] for s in samples) else {}
     if judgements is None:
         judgements = [Judgement(10 * x, "") if s.get("judge") == "rule" else None for x, s in zip(rule, samples)]
-    judged = [(s, j.score / 10) for s, j in zip(samples, judgements) if valid(j)]
+    judged = [(s, j.score / out_of(j)) for s, j in zip(samples, judgements) if valid(j)]
     if not judged:
         return found
     chosen = [s for s, _ in judged]
