@@ -190,7 +190,8 @@ def _read(path):
 
 
 def _local(value):
-    return value.to_local() if isinstance(value, DTensor) else value
+    value = value.to_local() if isinstance(value, DTensor) else value
+    return value.detach() if torch.is_tensor(value) else value
 
 
 def _like(weight, parts):

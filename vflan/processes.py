@@ -7,11 +7,13 @@ ignores that plugin on a CPU without a word, and what cannot be tested on two co
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -102,8 +104,12 @@ def join(recipe: Recipe, folder) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a notebook trains several recipes in one process
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     half = models.compute_dtype(recipe) == torch.bfloat16
-    options = dict(log_with=list(recipe.trackers), project_dir=folder) if recipe.trackers else {}
-    PartialState(cpu=not torch.cuda.is_available())  # first, because Accelerate thinks DeepSpeed needs a GPU
+    options = {}
+    if recipe.trackers:
+        place = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
+        options = dict(log_with=list(recipe.trackers), project_config=place)
+    # first, because Accelerate thinks that DeepSpeed needs a GPU; and others wait while one checks a million samples
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     if sharding(recipe, started()).startswith("zero"):
         options["deepspeed_plugin"] = DeepSpeedPlugin(
             zero3_init_flag=False,

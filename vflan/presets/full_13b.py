@@ -2,7 +2,8 @@
 
 Hardware: 8 GPUs of 80 GB (the papers used A100s); num_processes 8, so that weights and optimiser are sharded over them.
 Cost: not measured here. LLaVA-1.5 reports 5.5 h for a 13B projector on 8 A100-80G; Vision-Flan prints no GPU hours, and its
-base stage is about 13,000 steps of 128 samples. Each run folder holds a whole model, 27 GB in bfloat16.
+base stage is about 13,000 steps of 128 samples. Each run folder holds a whole model, 27 GB in bfloat16. A checkpoint of
+full tuning holds 12 bytes a weight, 156 GB; two are kept and a third is there while it is written. save_every=0: none.
 Expect: the Vision-Flan rows of data/paper.csv.
 
 Stated by the papers: data, what is tuned, batch sizes, learning rates, one epoch, 128 steps of chat. Taken from LLaVA-1.5's scripts
@@ -30,6 +31,7 @@ def preset() -> Preset:
         micro_batch=32,
         precision="bf16",
         gradient_checkpointing=True,
+        save_every=1000,
     )
     base = replace(
         projector,
