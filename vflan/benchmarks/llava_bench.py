@@ -31,11 +31,12 @@ class Review(Judgement):
 def read(path, labels, keep):
     """Our questions with the `lexicon` of lexicon.json, by which their answers are read; or the released ones with
     GPT-4's answer as `label` and the description of the picture as `context`."""
-    here = path.parent
-    if (here / "lexicon.json").exists():
-        lexicon = json.loads((here / "lexicon.json").read_text(encoding="utf-8"))
-        return [s | {"lexicon": lexicon} for s in read_questions(path)]
-    image, rows = pictures_in(here, "images"), read_rows(path)
+    here, rows = path.parent, read_rows(path)
+    if rows and "label" in rows[0]:
+        lexicon = here / "lexicon.json"
+        more = {"lexicon": json.loads(lexicon.read_text(encoding="utf-8"))} if lexicon.exists() else {}
+        return [s | more for s in read_questions(path)]
+    image = pictures_in(here, "images")
     found = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl")
     reference = {str(r["question_id"]): r["text"] for r in read_rows(found)} if found and found != path else {}
     context = find(here, "context.jsonl")
