@@ -32,6 +32,23 @@ def test_right_answers_score_100_and_blind_ones_less(folder, name):
     assert benchmark.problems(samples, pictures=True) == {}
 
 
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("core")
+    (folder / "images").mkdir()
+    world.write_benchmarks(folder, seed=0, questions=0.05)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["heldin", "heldout", "pope", "mme", "mmbench", "llava_bench", "forgetting"])
+def test_the_benchmarks_of_the_notebooks_are_read_and_their_labels_score_best(core, name):
+    benchmark = BENCHMARKS[name]
+    samples = benchmark.load(core)
+    score = benchmark.score(samples, [s["label"] for s in samples])[benchmark.headline]
+    assert score >= (99 if name != "llava_bench" else 90) and benchmark.problems(samples, pictures=True) == {}
+    assert ("lexicon" in samples[0]) == (name == "llava_bench")
+
+
 def test_forgetting_is_the_mean_of_the_four_sets(folder):
     samples = BENCHMARKS["forgetting"].load(folder)
     assert {s["category"] for s in samples} == {"cifar10", "cifar100", "mnist", "miniimagenet"}

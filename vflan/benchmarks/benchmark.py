@@ -205,12 +205,12 @@ class Benchmark:
         return samples
 
     def is_ours(self, path):
-        if path.suffix != ".jsonl":
+        """Whether a file is in our own format; a benchmark that was released under its name reads both itself."""
+        if path.suffix != ".jsonl" or "questions.jsonl" in self.released:
             return False
         with path.open(encoding="utf-8-sig") as file:
             head = file.readline(100_000)
-        named = path.name == "questions.jsonl" and "questions.jsonl" not in self.released
-        return named or ('"label"' in head and '"text"' in head)
+        return path.name == "questions.jsonl" or ('"label"' in head and '"text"' in head)
 
     def items(self, samples, answers, judgements=None):
         """{metric name: Metric}. Left out are questions whose label is not known and, unless the official script counts

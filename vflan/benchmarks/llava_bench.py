@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, valid
+from vflan.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, read_questions, valid
 from vflan.benchmarks.files import find, pictures_in, read_rows
 from vflan.judge import Judgement, RuleJudge, facts, is_long_form
 
@@ -28,9 +28,11 @@ class Review(Judgement):
 
 
 def read(path, labels, keep):
-    """The released questions with GPT-4's answer as `label` and the description of the picture as `context`."""
-    here = path.parent
-    image, rows = pictures_in(here, "images"), read_rows(path)
+    """Our questions; or the released ones with GPT-4's answer as `label` and the description of the picture as `context`."""
+    here, rows = path.parent, read_rows(path)
+    if rows and "label" in rows[0]:
+        return read_questions(path)
+    image = pictures_in(here, "images")
     found = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl")
     reference = {str(r["question_id"]): r["text"] for r in read_rows(found)} if found and found != path else {}
     context = find(here, "context.jsonl")
