@@ -154,11 +154,13 @@ def _framed(large: Fine, small: np.ndarray) -> float:
 
     The picture is really cropped and shrunk at each step, so that the frame is exact to a fraction of a pixel.
     """
-    box, least, damping, best = np.array(_INNER), np.inf, 1e4, np.inf
+    difference = small - large.frame(_INNER)
+    best = _largest(difference)
+    if best > 6:  # too far off to come to anything
+        return best
     normal, gradient = _normal_equations(small)
-    trial = box
+    box, trial, least, damping = np.array(_INNER), np.array(_INNER), np.inf, 1e4
     for step in range(24):
-        difference = small - large.frame(trial)
         smooth = _blur(difference, 1)
         cost = float((smooth**2).sum())
         if cost < least:
@@ -167,10 +169,11 @@ def _framed(large: Fine, small: np.ndarray) -> float:
             best = min(best, _largest(difference))
         else:
             settled, damping = damping > 1e6, damping * 8
-        if settled or best < 0.3 or (step in (0, 6) and best > (6, 4)[step // 6]):
-            break  # found, or as good as it gets, or too far off to come to anything
+        if settled or best < 0.3 or (step == 6 and best > 4):
+            break  # found, as good as it gets, or getting nowhere
         trial = box + np.linalg.solve(normal + damping * np.eye(4), pull)
         trial = np.clip(trial, (0, 0, 1 - MAX_CROP, 1 - MAX_CROP), (MAX_CROP, MAX_CROP, 1, 1))
+        difference = small - large.frame(trial)
     return best
 
 
@@ -188,8 +191,10 @@ def _largest(difference: np.ndarray) -> float:
     """The largest difference anywhere, as a share of what ALLOWED allows."""
     worst = 0.0
     for radius, (luma, chroma) in ALLOWED.items():
-        top = np.abs(_blur(difference, radius)).max((0, 1))
-        worst = max(worst, top[0] / luma, top[1:].max() / chroma)
+        smooth = np.abs(_blur(difference, radius))
+        worst = max(worst, smooth[..., 0].max() / luma, smooth[..., 1:].max() / chroma)
+        if worst > 6:
+            break  # no copy; how far off does not matter
     return float(worst)
 
 
