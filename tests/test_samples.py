@@ -357,3 +357,11 @@ def test_texture_tells_where_the_picture_stands_and_how_long_texts_are(tmp_path)
     assert list(found.question) == [3, 3, 2, 1, 0, 1] and list(found.answer) == [2, 2, 2, 2, 0, 0]
     assert list(found.turns) == [2, 4, 2, 2, 0, 1]
     assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
+
+
+def test_the_released_zip_stands_in_for_a_folder_that_was_not_unpacked(tmp_path):
+    path = make(tmp_path, row())
+    with zipfile.ZipFile(tmp_path / "image_191.zip", "w") as archive:
+        archive.write(tmp_path / "images" / "ok.png", "images_191/ok.png")
+    samples = load_samples(path, tmp_path / "images_191")
+    assert samples[0]["image"].endswith("image_191.zip::ok.png") and check(samples).ok == 1

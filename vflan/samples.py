@@ -44,8 +44,9 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
 
     `path` is a file, a folder of parquet parts, or a pattern that names some of them. Columns: id, image (the string that
     `read_picture` takes, None for text-only), task_name, conversations (list of {from, value}). Pictures are looked for in `images`, a
-    folder or a zip; by default in the folder `images` beside the file, in the one image*.zip there, or beside the file itself. The first
-    open converts into data/cache and says which picture leaves its folder; nothing else is judged here: see `check`.
+    folder or a zip; by default in the folder `images` beside the file, in the one image*.zip there, or beside the file itself. That zip
+    also stands in for a folder that was not unpacked. The first open converts into data/cache and says which picture leaves its folder;
+    nothing else is judged here: see `check`.
     """
     parts, root = _parts(Path(path)), _images_root(Path(path), images)
     source = [*map(str, parts), str(root)]
@@ -148,9 +149,11 @@ def _parts(path: Path) -> list[Path]:
 
 def _images_root(path: Path, images) -> Path:
     folder = path if path.is_dir() else path.parent
+    zips, beside = list(folder.glob("image*.zip")), folder / "images"
     if images is None:
-        zips, beside = list(folder.glob("image*.zip")), folder / "images"
         images = beside if beside.is_dir() else zips[0] if len(zips) == 1 else folder
+    elif not Path(images).exists() and len(zips) == 1 and Path(images).suffix != ".zip":
+        images = zips[0]  # the folder that a recipe names was never unpacked
     root = Path(images).resolve()
     if _is_zip(root) and not zipfile.is_zipfile(root):
         lack = "not a whole zip archive" if root.exists() else "no such archive"
