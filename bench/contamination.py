@@ -1,12 +1,13 @@
 """How well copies of evaluation pictures are found among training pictures, how often others are taken for copies, how fast.
 
     python -m bench.contamination                 # into bench/results/data.json, about 15 minutes on two cores
-    python -m bench.contamination --pictures 500  # a quick look
+    python -m bench.contamination --pictures 500  # a quick look, not written down
 
-The thresholds of vflan/contamination.py were chosen on the mini world of seed 0 and on half of the real samples; here they
-are measured on the mini world of another seed, and on the other half where the real samples are at hand.
+The thresholds of vflan/contamination.py were chosen on the mini world of seed 0, with an eye on the real samples; here they are
+measured on the mini world of another seed. Of the real samples, where they are at hand, every second one is evaluated on and
+copied, the others are training pictures of no copy; they are the same ones that were looked at then.
 
-recall: of evaluation pictures copied into a training set (JPEG at quality 30; half the width and height; 5 % cut off at each
+Recall: of evaluation pictures copied into a training set (JPEG at quality 30; half the width and height; 5 % cut off at each
 of the four sides), the share that `check` reports as a copy of that picture; the lowest of the three kinds, over the copies of the
 mini world and of the real samples together. False alarms: the share of training pictures that are no copy and are reported.
 Minutes: 186,000 pictures at the rate of one thread here, times 8; an extrapolation, nothing ran on 8 cores. It counts the time of
@@ -83,7 +84,6 @@ def quality(folder: Path, world: Path, seed: int, pictures: int | None):
     training = [str(p) for p in sorted((world / "samples" / "images").iterdir())]
     training = sorted(draw.choice(training, pictures, replace=False)) if pictures else training
     real = [str(p) for p in sorted(REAL.iterdir())] if REAL.is_dir() else []
-    # every second real picture is evaluated on and copied; the others are training pictures of no copy
     chosen = {
         "mini": [str(p) for p in draw.choice(evaluation, min(len(evaluation), 1000), replace=False)],
         "real": real[1::2],
@@ -184,8 +184,10 @@ def main():
     command = " ".join(
         ["python -m bench.contamination", *("FOLDER" if a == options.world else a for a in sys.argv[1:])]
     )
+    if options.pictures:
+        print(json.dumps(values | notes, indent=1))
+        return
     write("data", CHECKS, values, command, contamination=notes)
-    print(json.dumps(notes, indent=1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def write(name, checks, values, command, **notes):
     versions = {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "datasets")}}
     record = {"machine": here, "versions": versions, "command": command}
     record |= {"notes": notes} if notes else {}
-    record["checks"] = [rows[figure] for figure in checks if figure in rows]
+    others = [figure for figure in rows if figure not in checks]  # of another bench that writes into the same file
+    record["checks"] = [rows[figure] for figure in [*checks, *others] if figure in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     for r in (rows[figure] for figure in values):

@@ -215,6 +215,14 @@ def test_a_broken_cache_is_made_again(tmp_path, cache):
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
 
 
+def test_a_cache_that_cannot_be_written_is_said_and_the_check_goes_on(tmp_path, monkeypatch):
+    samples = load_samples(make(tmp_path, row()))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(checks, "CACHE", tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert check(samples).ok == 1
+
+
 def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(50)]))
     monkeypatch.setattr(checks, "ROWS", 7)

@@ -5,6 +5,7 @@ import html
 import os
 import sqlite3
 import sys
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -199,16 +200,26 @@ def _look(name: str):
 
 
 def _shelf() -> sqlite3.Connection:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    shelf = sqlite3.connect(CACHE / SHELF, timeout=600)
+    file = CACHE / SHELF
     try:
-        shelf.execute("create table if not exists pictures (name blob primary key, stamp text, look blob)")
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError:  # not a database, a disk that was full: it can all be made again
-        shelf.close()
-        (CACHE / SHELF).unlink()
+        CACHE.mkdir(parents=True, exist_ok=True)
+        return _with_table(sqlite3.connect(file, timeout=600))
+    except (OSError, sqlite3.OperationalError) as trouble:  # no right to write there
+        warnings.warn(f"{file} cannot be written ({trouble}): a check that is cut off will start anew", stacklevel=4)
+        return _with_table(sqlite3.connect(":memory:"))
+    except sqlite3.DatabaseError:  # no database, after a disk was full, say: it can all be made again
+        file.unlink()
         return _shelf()
+
+
+def _with_table(shelf: sqlite3.Connection) -> sqlite3.Connection:
+    try:
+        with shelf:
+            shelf.execute("create table if not exists pictures (name blob primary key, stamp text, look blob)")
+            shelf.execute("delete from pictures where 0")  # fails where only reading is allowed
+    except sqlite3.Error:
+        shelf.close()
+        raise
     return shelf
 
 
