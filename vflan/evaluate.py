@@ -121,9 +121,12 @@ def questions_of(key, folder, judge=None, one_pass=False):
 
 
 def allowed(words, prompt):
-    """The words that may answer a prompt: letters only if the prompt has an option of that name, as `A.` or `(a)`."""
+    """The words that may answer a prompt: letters only if the prompt has an option of that name, as `A.` or `(a)`.
+
+    A question without options has none and is answered in full.
+    """
     named = [w for w in words if len(w) > 1 or re.search(rf"(?m)(?:^|\s)\(?{re.escape(w)}[.)]", prompt)]
-    return named or list(words)
+    return named if len(named) > 1 else []
 
 
 @contextmanager
@@ -151,9 +154,12 @@ def judge_of(benchmark, samples, folder, judge):
     """The judge of a benchmark with its prompt, or None where an answer is read by the benchmark's own rule."""
     chosen = judge.get(benchmark.name) if isinstance(judge, dict) else judge if judged(benchmark) else None
     if chosen is not None:
+        if without := [s["question_id"] for s in samples if s.get("label") is None]:
+            raise ValueError(f"{benchmark.name}: {len(without)} questions have no reference to judge by (first: "
+                             f"{without[0]}): the released reference answers belong beside the question file.")  # fmt: skip
         bare = getattr(chosen, "prompt", chosen) is None
         return replace(chosen, prompt=judges.prompt_for(benchmark.name, folder)) if bare else chosen
-    if not judged(benchmark):
+    if not judged(benchmark) or samples[0].get("judge") == "rule":  # the latter: a twin that brings its own rule
         return None
     if lexicon := samples[0].get("lexicon"):
         return judges.RuleJudge(lexicon)
@@ -184,9 +190,11 @@ def items_of(benchmark, samples, texts, judgements):
     """{metric: Metric}; failed judgements weigh nothing. A benchmark with a rule of its own is judged right or wrong."""
     if judgements is None:
         return benchmark.items(samples, texts)
+    if hasattr(benchmark, "judged"):
+        return benchmark.items(samples, texts, judgements)
+    # until the benchmarks take judgements
     if judged(benchmark):
-        new = hasattr(benchmark, "judged")  # until the benchmarks take judgements
-        return benchmark.items(samples, texts, judgements) if new else benchmark.items(samples, texts)
+        return benchmark.items(samples, texts)
     score = [j.score or 0.0 for j in judgements]
     return metrics(benchmark.headline, score, samples, den=[0.0 if j.score is None else j.out_of for j in judgements])
 
@@ -194,7 +202,7 @@ def items_of(benchmark, samples, texts, judgements):
 def score_table(run, test, answers, seed=0):
     """One row a metric, with its interval, the majority baseline, who judged, and how many questions had no answer."""
     texts, failed = [a.text for a in answers], [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
-    judgements, by = None, ""
+    judgements, by = None, judges.RULES if judged(test.benchmark) else ""
     if test.judge is not None:
         judgements = judges.judge_all(test.judge, test.samples, texts)
         failed += [(i, f"judge: {j.reason}") for i, j in enumerate(judgements) if j.score is None]
