@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -174,7 +175,8 @@ def test_one_pass_refuses_words_that_begin_alike(tiny):
     [
         ("what? (a) red (b) blue", "ab"),
         ("what?\nA. red\nB. blue\nC. grey", "ABC"),
-        ("I see A star. Which?", "".join(LETTERS)),
+        ("I see A star. Which?", ""),
+        ("Is this John A. Smith?", ""),
     ],
 )
 def test_only_letters_that_are_options_are_allowed(prompt, words):
@@ -534,6 +536,17 @@ def test_a_benchmark_with_a_rule_of_its_own_can_be_judged_and_failures_are_left_
     assert "judge: no score in the reply" in capsys.readouterr().out
     kept = pd.read_csv(run.folder / "scores.csv").fillna({"judge": ""})
     assert len(kept[kept.metric == "f1"]) == 2 and len(kept) == len(ruled) + len(scores)
+
+
+def test_a_judge_needs_references(run, monkeypatch):
+    bench = BENCHMARKS["pope"]
+
+    def without(folder):
+        return [s | {"label": None if s["question_id"] == "7" else s["label"]} for s in bench.load(folder)]
+
+    monkeypatch.setitem(BENCHMARKS, "pope", SimpleNamespace(name="pope", load=without, prompt=bench.prompt))
+    with pytest.raises(ValueError, match=r"pope: 1 questions have no reference to judge by \(first: 7\)"):
+        evaluate(run, "pope", judge={"pope": Fixed()})
 
 
 def test_a_judge_for_all_is_only_asked_where_a_judge_is_needed(run):

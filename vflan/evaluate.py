@@ -127,9 +127,12 @@ def questions_of(key, folder, judge=None, one_pass=False):
 
 
 def allowed(words, prompt):
-    """The words that may answer a prompt: letters only if the prompt has an option of that name, as `A.` or `(a)`."""
+    """The words that may answer a prompt: letters only if the prompt has an option of that name, as `A.` or `(a)`.
+
+    A question without options has none and is answered in full.
+    """
     named = [w for w in words if len(w) > 1 or re.search(rf"(?m)(?:^|\s)\(?{re.escape(w)}[.)]", prompt)]
-    return named or list(words)
+    return named if len(named) > 1 else []
 
 
 @contextmanager
@@ -157,14 +160,15 @@ def judge_of(benchmark, samples, folder, judge):
     """The judge of a benchmark with its prompt, or None where an answer is read by the benchmark's own rule."""
     chosen = judge.get(benchmark.name) if isinstance(judge, dict) else judge if benchmark.judged else None
     if chosen is not None:
+        if without := [s["question_id"] for s in samples if s.get("label") is None]:
+            raise ValueError(f"{benchmark.name}: {len(without)} questions have no reference to judge by (first: "
+                             f"{without[0]}): the released reference answers belong beside the question file.")  # fmt: skip
         bare = getattr(chosen, "prompt", chosen) is None
         return replace(chosen, prompt=judges.prompt_for(benchmark.name, folder)) if bare else chosen
-    if not benchmark.judged:
+    if not benchmark.judged or samples[0].get("judge") == "rule":  # the latter: a twin that brings its own rule
         return None
     if lexicon := samples[0].get("lexicon"):
         return judges.RuleJudge(lexicon)
-    if all(s.get("judge") == "rule" for s in samples):  # a twin whose answers are short enough to be read
-        return None
     raise ValueError(
         f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of vflan.judge, or name the "
         "benchmarks without it."
@@ -192,7 +196,7 @@ def items_of(benchmark, samples, texts, judgements):
 def score_table(run, test, answers, seed=0):
     """One row a metric, with its interval, the majority baseline, who judged, and how many questions had no answer."""
     texts, failed = [a.text for a in answers], [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
-    judgements, by = None, ""
+    judgements, by = None, judges.RULES if judged(test.benchmark) else ""
     if test.judge is not None:
         judgements = judges.judge_all(test.judge, test.samples, texts)
         failed += [(i, f"judge: {j.reason}") for i, j in enumerate(judgements) if j.score is None]

@@ -21,6 +21,7 @@ from vflan.endpoint import ask_all, endpoint_hash
 from vflan.kept import alone, fingerprint_of_folder, read_rows
 from vflan.recipe import CACHE, weights_source
 
+RULES = "rules 1"  # how rules are named in a score; the number grows when they change
 VERBS = set(
     "is are was were be has have shows show see sees can could may might must will looks look lies lie stands stand "
     "sits sit contains contain makes make belong there's it's i'm".split()
@@ -132,7 +133,7 @@ class RuleJudge:
     """
 
     lexicon: dict
-    title: str = "rules 1"
+    title: str = RULES
 
     def judge(self, question, reference, answer, sample):
         if not str(answer).strip():
