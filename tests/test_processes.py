@@ -31,7 +31,7 @@ def spread(*arguments, real=TRAIN.processes.spread):
     local = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights)
     seen.update(all=all(isinstance(w, DTensor) for w in weights), any=any(isinstance(w, DTensor) for w in weights))
     tower = new.model.model.vision_tower.parameters()
-    seen.update(share=local / sum(w.numel() for w in weights), tower=any(isinstance(w, DTensor) for w in tower))
+    seen.update(share=local / max(1, sum(w.numel() for w in weights)), tower=any(isinstance(w, DTensor) for w in tower))
     return new
 
 def learning_rate(step, *rest, real=TRAIN.learning_rate):

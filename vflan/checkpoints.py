@@ -134,9 +134,8 @@ def full_disk_is_told(folder: Path):
         yield
     except Exception as trouble:
         words = ("No space left", "os error 28", "file write failed")  # safetensors and torch say it in their own
-        if getattr(trouble, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
-            w in str(trouble) for w in words
-        ):
+        full = getattr(trouble, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(word in str(trouble) for word in words):
             raise
         for half in (folder / ".model", folder / "checkpoints" / ".part"):
             shutil.rmtree(half, ignore_errors=True)

@@ -46,9 +46,7 @@ class HeldOut:
         first, others = [own[0] for own in self.tasks.values()], [row for own in self.tasks.values() for row in own[1:]]
         self.asked = [*first, *others][:QUESTIONS]  # of different tasks, if there are as many
         spread.learner.greedy = partial(greedy, spread.model)
-        register_fsdp_forward_method(
-            spread.learner, "greedy"
-        )  # gathers sharded weights; does nothing if there are none
+        register_fsdp_forward_method(spread.learner, "greedy")  # sharded weights are gathered for it; else nothing
 
     def __call__(self, step: int, log) -> None:
         """Write the losses and the answers of `step` into the log; every process calls this."""

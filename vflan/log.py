@@ -22,18 +22,19 @@ class Log:
     def __init__(self, folder, steps, first, accelerator):
         """Lines of steps after `first`, where the run now goes on, are cut: they will be written again."""
         self.folder, self.steps, self.accelerator = folder, steps, accelerator
-        self.active, self.bar, self.files, self.metrics = accelerator.is_main_process, None, {}, []
+        self.active, self.bar, self.files = accelerator.is_main_process, None, {}
+        self.first, self.useful, self.busy, self.before = first, 0, 0.0, 0.0
         if not self.active:
             return
         for name in FILES:
-            kept = [line for line in read_lines(folder, name) if line["step"] <= first]
-            if name == "metrics":
-                self.metrics = kept
-            (folder / f"{name}.jsonl").write_text("".join(map(_json, kept)), encoding="utf-8")
-            self.files[name] = (folder / f"{name}.jsonl").open("a", buffering=1, encoding="utf-8")
+            path, scratch = folder / f"{name}.jsonl", folder / f".{name}.part"
+            kept = [line for line in read_lines(path) if line["step"] <= first]
+            scratch.write_text("".join(map(_json, kept)), encoding="utf-8")
+            scratch.replace(path)  # whole or not at all: the next kill may come now
+            self.files[name] = path.open("a", buffering=1, encoding="utf-8")
+            if name == "metrics" and kept:
+                self.before = kept[-1]["seconds"]
         self.began = self.said = time.perf_counter()
-        self.before = self.metrics[-1]["seconds"] if self.metrics else 0.0
-        self.first, self.useful = first, 0
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=first, desc=folder.name, dynamic_ncols=True)
 
@@ -52,28 +53,23 @@ class Log:
         if not self.active:
             return
         now = time.perf_counter()
-        self.useful += useful
+        self.useful, self.busy = self.useful + useful, self.busy + seconds
         line = dict(
             step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(self.before + now - self.began, 3)
         )
         line |= dict(useful=useful, fill=round(useful / positions, 4), tokens_per_second=round(useful / seconds))
         line["peak_gb"] = round(peak_gb(), 3)
-        self.metrics.append(line)
         self.files["metrics"].write(_json(line))
         self.track(step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")})
-        rate = self.useful / (now - self.began)
-        says = f"loss {loss:.3f}, {rate:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
+        says = f"loss {loss:.3f}, {self.useful / self.busy:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
         if self.bar is not None:
             self.bar.set_postfix_str(says, refresh=False)
             self.bar.update()
         elif now - self.said > 60:
             self.said = now
             left = (now - self.began) / (step - self.first) * (self.steps - step)
-            print(
-                f"{self.folder.name}: step {step} of {self.steps}, {says}, {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            place = f"{self.folder.name}: step {step} of {self.steps}"
+            print(f"{place}, {says}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
     def look(self, name, step, rows):
         """Lines about the held-out rows (heldout), or answers to them (samples)."""
@@ -100,15 +96,10 @@ class Log:
             self.bar.close()
 
 
-def read_lines(folder, name) -> list[dict]:
-    """The lines of a run's NAME.jsonl; one that a crash cut off is left out."""
-    path, lines = folder / f"{name}.jsonl", []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+def read_lines(path) -> list[dict]:
+    """The lines of a .jsonl file, none if there is none; one that a crash cut off is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def peak_gb() -> float:

@@ -80,12 +80,10 @@ def check(recipe: Recipe, world: int) -> None:
     batch, gpus, local = recipe.global_batch, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if batch % world:
         fair = max(n for n in range(1, world) if batch % n == 0)
-        why = (
-            f"{world} processes are more than its samples"
-            if batch < world
-            else f"{world} processes cannot share it evenly"
+        why = "are more than its samples" if batch < world else "cannot share it evenly"
+        raise ValueError(
+            f"global_batch={batch}: {world} processes {why}; start {fair}, or make it a multiple of {world}."
         )
-        raise ValueError(f"global_batch={batch}: {why}; start {fair}, or make it a multiple of {world}.")
     if gpus and local > gpus:
         raise ValueError(f"{local} processes were asked for on a machine with {gpus} GPUs; start {gpus} at most.")
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):

@@ -89,9 +89,8 @@ def _fit(run, recipe, accelerator):
     log, look = Log(run.folder, len(batches), first, accelerator), None
     log.begin(recipe)
     if recipe.heldout_rows:
-        own = Pictures(
-            data, model, processor, recipe
-        )  # what the others hold decides which go through the tower together
+        # pictures of their own: what is held decides which of those to train on go through the tower together
+        own = Pictures(data, model, processor, recipe)
         look = HeldOut(heldout, data, own, task_names(recipe, run.folder), recipe, processor.tokenizer, spread)
         if recipe.evaluate_every and not first:
             look(0, log)
@@ -215,12 +214,10 @@ def _resume(run, spread, about) -> int:
             f"{where}: the samples, or how they are tokenised, are not those it began with; "
             f"put them back, or delete {shown(run.folder)} to train anew."
         )
-    if spread.how.startswith("zero") and (then["processes"], then["sharding"]) != (
-        about["processes"],
-        about["sharding"],
-    ):
+    before, now = ((each["sharding"], each["processes"]) for each in (then, about))
+    if before != now and (before[0] + now[0]).count("zero"):  # the others' pieces can be laid out anew
         raise ValueError(
-            f"{where} was written by {then['processes']} processes with {then['sharding']}; go on with the same."
+            f"{where} was written with sharding={before[0]!r} by {before[1]} processes; go on with the same."
         )
     if spread.accelerator.is_main_process:
         other = [f"{key} {then[key]}, now {now}" for key, now in checkpoints.versions().items() if then[key] != now]
