@@ -196,7 +196,7 @@ def items_of(benchmark, samples, texts, judgements):
 def score_table(run, test, answers, seed=0):
     """One row a metric, with its interval, the majority baseline, who judged, and how many questions had no answer."""
     texts, failed = [a.text for a in answers], [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
-    judgements, by = None, judges.RULES if judged(test.benchmark) else ""
+    judgements, by = None, judges.RULES if test.benchmark.judged else ""
     if test.judge is not None:
         judgements = judges.judge_all(test.judge, test.samples, texts)
         failed += [(i, f"judge: {j.reason}") for i, j in enumerate(judgements) if j.score is None]
