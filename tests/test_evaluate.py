@@ -574,8 +574,14 @@ def test_the_mini_world_is_judged_by_its_rules_and_says_so(run, open_questions):
     assert set(scores.judge) == {"rules 1"} and scores.baseline.notna().all()
 
 
-def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(run, open_questions):
-    (open_questions / "lexicon.json").unlink()
+def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(run, open_questions, monkeypatch):
+    bench = BENCHMARKS["llava_bench"]
+
+    def load(folder):
+        return [{k: v for k, v in s.items() if k != "lexicon"} for s in bench.load(folder)]
+
+    released = SimpleNamespace(name="llava_bench", load=load, prompt=bench.prompt, judged=True)
+    monkeypatch.setitem(BENCHMARKS, "llava_bench", released)
     with pytest.raises(ValueError, match=r"llava_bench needs a judge: give judge=EndpointJudge"):
         evaluate(run, ["pope", "llava_bench"])
     assert run.loaded == 0
