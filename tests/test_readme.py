@@ -77,7 +77,7 @@ def test_python_compiles_and_names_only_what_vflan_has(code):
 def test_the_example_is_five_lines_that_end_in_scores():
     *_, last = example = [line for line in PYTHON[0].splitlines() if " = vflan." in line]
     assert len(example) == 5 and last.startswith("scores = vflan.evaluate(chat)")
-    assert re.search(r"DataFrame: (.*)", last)[1].split(", ") == COLUMNS
+    assert re.search(r"DataFrame: (.*)", last)[1].split(", ") == [*COLUMNS, "judge", "problems"]
 
 
 def test_names_in_the_text_exist():
