@@ -10,7 +10,7 @@ from types import ModuleType
 _HOME = {
     "recipe": ["preset", "Recipe", "replace"],
     "samples": ["load_samples", "save_samples"],
-    "mixtures": ["mix"],
+    "mixtures": ["mix", "diverse"],
     "llava_mixture": ["llava_mixture"],
     "checks": ["check"],
     "fetch": ["fetch"],
@@ -21,9 +21,10 @@ _HOME = {
     "answers": ["answer"],
     "served": ["ServedModel"],
     "evaluate": ["evaluate"],
+    "sweeps": ["sweep", "Arm", "Swap"],
     "benchmarks": ["BENCHMARKS"],
 }
-_MODULES = ("plots", "world", "stats", "judge", "widgets")
+_MODULES = ("plots", "world", "stats", "judge", "widgets", "claims")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [*_WHERE, *_MODULES]
 

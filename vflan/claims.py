@@ -1,14 +1,23 @@
 """From scores to verdicts: what is claimed, what was measured, whether it holds. Computed, never assumed.
 
-Scores are the table of vflan.evaluate, with one row for each seed of a run.
+The ledger (data/claims.csv) writes down each claim of the paper before it is measured: which runs are compared, by what,
+and the smallest effect that counts. `verdicts` measures them, question by question, over several seeds. Scores are the table
+of vflan.evaluate, with one row for each seed of a run.
 """
 
+import re
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from vflan.benchmarks import BENCHMARKS
-from vflan.kept import read_rows
+from vflan.benchmarks.benchmark import Metric
+from vflan.kept import keep_scores, read_rows
+from vflan.recipe import ROOT
+from vflan.stats import draws, ratio, tables
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
 # aligns. (claim, run, benchmark, metric, rule, bound); "before" is the stage that the run started from.
@@ -114,3 +123,177 @@ def floors(scores, losses=None):
         rows.append([*row, bool(last <= first / 2)])
     columns = ["claim", "needs", "measured", "each seed", "majority", "stage before", "holds"]
     return pd.DataFrame(rows, columns=columns).round(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- the ledger
+
+HOLDS, WEAKLY, NOT, FEW = "holds", "holds weakly", "does not hold at this scale", "not enough runs"
+MIN_SEEDS, ROUNDS, LEVEL = 3, 2000, 0.95
+VERDICTS = "claim statement comparison metric n_seeds effect low high smallest verdict".split()
+
+
+def ledger(path=None):
+    """The claims as a DataFrame: claim, statement, item (of the paper), comparison, metric, direction, smallest, notebook,
+    either_way (what lets it come out one way or the other).
+
+    A claim that is a number is counted in the correction for many claims; one with a letter (`1a`) is a part of it, shown
+    beside. comparison: labels of runs with signs and weights, `chat - 0.9 base`. metric: `benchmark:metric`, several are
+    averaged. direction: `above`, the effect is at least `smallest` and surely more than 0; `over` and
+    `below`, it is surely more or surely less than `smallest`.
+    """
+    table = pd.read_csv(path or ROOT / "data" / "claims.csv", dtype=str, keep_default_na=False)
+    table["smallest"] = table.smallest.astype(float)
+    if odd := sorted(set(table.direction) - {"above", "over", "below"}):
+        raise ValueError(f"direction {odd[0]!r} in the ledger: write above, over or below.")
+    if table.claim.duplicated().any():
+        raise ValueError(f"claim {table.claim[table.claim.duplicated()].iloc[0]} stands twice in the ledger.")
+    return table
+
+
+def terms(comparison):
+    """[(weight, label), ...] of a comparison: `chat - 0.9 base` is [(1, chat), (-0.9, base)]."""
+    found, sign, weight = [], 1.0, 1.0
+    for word in comparison.split():
+        if word in "+-":
+            sign = -1.0 if word == "-" else 1.0
+        elif re.fullmatch(r"\d*\.?\d+", word):
+            weight = float(word)
+        else:
+            found.append((sign * weight, word))
+            sign, weight = 1.0, 1.0
+    return found
+
+
+def verdicts(items, seeds, claims=None, rounds=ROUNDS):
+    """The ledger with what was measured: a row a claim, the columns VERDICTS.
+
+    items(label, seed, benchmark) -> {metric: Metric} of a run's kept answers (a Sweep's `items`), KeyError where there are
+    none; a claim that lacks a run gets the seeds that have all of them. claims: some rows of `ledger()`; the correction
+    always counts all of its whole claims.
+
+    The effect is paired: each seed's runs are compared on the same questions, and the seeds are averaged. Its standard error
+    has two levels, the spread of the seeds and a bootstrap over pictures; the interval is Student's t with the degrees of
+    freedom of both (Welch and Satterthwaite), at 95 % corrected for the number of claims (Bonferroni). `holds` is said of
+    that interval, `holds weakly` if only the uncorrected one says so; below three seeds nothing is said.
+    """
+    whole = int(ledger().claim.str.isdigit().sum())
+    rows = []
+    for claim in (ledger() if claims is None else claims).itertuples():
+        effects, parts = measured(items, seeds, terms(claim.comparison), claim.metric.split(), rounds)
+        value = float(np.mean(effects)) if effects else float("nan")
+        low, high = interval(effects, parts, 1 - (1 - LEVEL) / whole)
+        sure = verdict(value, low, high, claim.direction, claim.smallest)
+        weak = verdict(value, *interval(effects, parts, LEVEL), claim.direction, claim.smallest)
+        said = FEW if len(effects) < MIN_SEEDS else HOLDS if sure else WEAKLY if weak else NOT
+        rows.append([claim.claim, claim.statement, claim.comparison, claim.metric, len(effects), value, low, high,
+                     claim.smallest, said])  # fmt: skip
+    return pd.DataFrame(rows, columns=VERDICTS).round(2)
+
+
+def verdict(value, low, high, direction, smallest):
+    """Whether an effect with this interval is what was claimed."""
+    sure = dict(above=low > 0 and value >= smallest, over=low > smallest, below=high < smallest)
+    return bool(sure[direction])
+
+
+def measured(items, seeds, runs, measures, rounds=ROUNDS):
+    """([effect of each seed that has all runs], (rounds,) replicates of their mean over pictures drawn anew).
+
+    runs: [(weight, label)]; measures: `benchmark:metric`. A picture is drawn or not for all seeds and runs at once.
+    """
+    effects, replicates = [], 0.0
+    for seed in seeds:
+        value, drawn = 0.0, 0.0
+        try:
+            for measure in measures:
+                benchmark, _, metric = measure.partition(":")
+                for weight, label in runs:
+                    m = items(label, seed, benchmark)[metric]
+                    sums = tables(100 * m.num, m.den, m.cluster, m.group)
+                    value += weight * float(ratio(sums[0].sum(0), sums[1].sum(0))) / len(measures)
+                    again = [
+                        ratio(*(w @ part for part in sums))
+                        for w in draws(len(sums[0]), crc32(benchmark.encode()), rounds)
+                    ]
+                    drawn += weight * np.concatenate(again) / len(measures)
+        except KeyError:
+            continue
+        effects.append(value)
+        replicates += drawn
+    return effects, replicates / max(1, len(effects))
+
+
+def interval(effects, replicates, level):
+    """(low, high) of the mean effect at this level; NaN below two seeds, whose spread nobody knows."""
+    if len(effects) < 2:
+        return float("nan"), float("nan")
+    seeds, questions = np.var(effects, ddof=1) / len(effects), float(np.var(replicates))
+    total = seeds + questions
+    freedom = total**2 / (seeds**2 / (len(effects) - 1) + questions**2 / 1000) if total else 1.0
+    half = float(student.ppf((1 + level) / 2, freedom)) * total**0.5
+    return float(np.mean(effects) - half), float(np.mean(effects) + half)
+
+
+def keep_verdicts(path, found):
+    """Add verdicts to a csv; rows of the same claim are replaced, and the file is in the ledger's order."""
+    path = Path(path)
+    if path.exists():
+        found = pd.concat([pd.read_csv(path, dtype={"claim": str}), found.assign(claim=found.claim.astype(str))])
+        found = found.drop_duplicates("claim", keep="last")
+    order = {claim: i for i, claim in enumerate(ledger().claim)}
+    found = found.sort_values("claim", key=lambda column: column.map(order))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.to_csv(path, index=False)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what a notebook says of it
+
+
+def number(value):
+    """A Metric of a single number from 0 to 1, a correlation for instance, which has no questions to resample."""
+    return Metric(np.array([value], float), np.ones(1), np.zeros(1), np.zeros(1))
+
+
+def results(preset):
+    """Where the verdicts and scores of a preset's sweeps lie: (claims, sweeps); the frozen mini world speaks for `tiny`."""
+    name = Path(preset).stem.removesuffix("_frozen")
+    return tuple(ROOT / "data" / "results" / file for file in (f"claims_{name}.csv", f"{name}_sweeps.csv"))
+
+
+def publish(preset, found, scores, changes=None):
+    """Keep verdicts and scores of the long form in data/results; nothing of a short form (too few seeds, or `changes`), nor
+    of `tiny` itself, on which everything was chosen."""
+    if changes or Path(preset).stem == "tiny" or (found.n_seeds < MIN_SEEDS).all():
+        return
+    verdict_file, score_file = results(preset)
+    keep_verdicts(verdict_file, found)
+    keep_scores(score_file, scores)
+
+
+def committed(notebook, preset="tiny"):
+    """The committed verdicts of a notebook's claims ("06"), an empty table where there are none yet."""
+    path = results(preset)[0]
+    if not path.exists():
+        return pd.DataFrame(columns=VERDICTS)
+    table = pd.read_csv(path, dtype={"claim": str})
+    return table[table.claim.isin(ledger().query("notebook == @notebook").claim)]
+
+
+def shown_verdicts(found):
+    """Verdicts as a notebook shows them: claim, seeds, effect, interval, the smallest that counts, verdict."""
+    table = found.assign(interval=[f"[{r.low:.1f}, {r.high:.1f}]" if r.n_seeds > 1 else "" for r in found.itertuples()])
+    return table.set_index("claim")[["statement", "n_seeds", "effect", "interval", "smallest", "verdict"]]
+
+
+def reading(found, long):
+    """One line a whole claim: the verdict of the long form where there is one, else that of these runs."""
+    for row in found[found.claim.str.isdigit()].itertuples():
+        other = long[long.claim == row.claim]
+        if row.verdict == FEW and len(other):
+            row, source = next(other.itertuples()), "committed long form"
+        else:
+            source = "these runs"
+        interval = f", interval {row.low:.1f} to {row.high:.1f}" if row.low == row.low else ""
+        seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
+        yield f"{row.claim}. {row.statement}: {row.verdict} ({source}, {seeds}: {row.effect:+.1f}{interval})"

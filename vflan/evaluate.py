@@ -13,7 +13,7 @@ from vflan import judge as judges
 from vflan.answers import answering, fingerprint_of_model
 from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Benchmark
-from vflan.kept import alone, ask_and_keep, fingerprint_of_folder, fingerprint_of_questions, read_rows
+from vflan.kept import ask_and_keep, fingerprint_of_folder, fingerprint_of_questions, keep_scores, read_rows
 from vflan.pictures import stamp
 from vflan.recipe import resolve, shown
 from vflan.runs import Run
@@ -216,20 +216,6 @@ def interval(metric):
     """(value, low, high, n) of a Metric."""
     found = bootstrap(100 * metric.num, metric.cluster, den=metric.den, groups=metric.group)
     return *found, int((metric.den > 0).sum())
-
-
-def keep_scores(path, scores):
-    """Add scores to a csv; rows of the same run, benchmark, metric, seed and judge are replaced."""
-    with alone(path):
-        if path.exists():
-            old = pd.read_csv(path, dtype={"judge": str})
-            for column, blank in (("judge", ""), ("problems", 0)):  # older files have neither
-                old[column] = old[column].fillna(blank) if column in old else blank
-            scores = pd.concat([old, scores], ignore_index=True)
-            scores = scores.drop_duplicates(["run", "benchmark", "metric", "seed", "judge"], keep="last")
-        part = path.with_suffix(".part")
-        scores.to_csv(part, index=False, float_format="%.4f")
-        part.replace(path)
 
 
 # --------------------------------------------------------------------------------------- from the kept answers

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from filelock import FileLock, Timeout
 
 from vflan.pictures import picture_trouble
@@ -143,3 +144,17 @@ def _worth_another_try(answer, question):
 def _changed(size, image):
     now = size_of(image)  # scoring again needs neither the model nor the pictures
     return size is not None and now is not None and size != now
+
+
+def keep_scores(path, scores):
+    """Add scores to a csv; rows of the same run, benchmark, metric, seed and judge are replaced."""
+    with alone(path):
+        if path.exists():
+            old = pd.read_csv(path, dtype={"judge": str})
+            for column, blank in (("judge", ""), ("problems", 0)):  # older files have neither
+                old[column] = old[column].fillna(blank) if column in old else blank
+            scores = pd.concat([old, scores], ignore_index=True)
+            scores = scores.drop_duplicates(["run", "benchmark", "metric", "seed", "judge"], keep="last")
+        part = path.with_suffix(".part")
+        scores.to_csv(part, index=False, float_format="%.4f")
+        part.replace(path)

@@ -65,6 +65,33 @@ def subset(samples: Dataset, num_samples: int, seed: int = 0) -> Dataset:
     return samples.select(np.sort(_some(np.arange(len(samples)), num_samples, seed, "subset")))
 
 
+def diverse(samples: Dataset, num_samples: int, features=None, clusters: int = 200, seed: int = 0) -> Dataset:
+    """Rows chosen to differ, in the order of the file: k-means over what a row says and shows, then the clusters take turns.
+
+    features: (n, width) of the pictures, one row a sample (the vision tower's, averaged over patches); None: by text alone.
+    Text is TF-IDF of words and pairs of words, reduced to 64 numbers. Each cluster gives its most central rows first.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    if num_samples > len(samples):
+        raise ValueError(f"num_samples={num_samples}, but there are {len(samples)} samples.")
+    texts = [" ".join(turn["value"] for turn in turns) for turns in samples["conversations"][:]]
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[^\s.,?!]+").fit_transform(texts)
+    said = normalize(TruncatedSVD(min(64, words.shape[1] - 1), random_state=seed).fit_transform(words))
+    if features is not None:
+        seen = np.asarray(features, np.float32) - np.mean(features, 0, dtype=np.float32)
+        said = np.hstack([said, normalize(seen)])
+    means = MiniBatchKMeans(min(clusters, num_samples), random_state=seed, n_init=3).fit(said)
+    distance = ((said - means.cluster_centers_[means.labels_]) ** 2).sum(1)
+    order = np.lexsort((distance, means.labels_))
+    label = means.labels_[order]
+    rank = np.arange(len(order)) - np.searchsorted(label, label)  # 0 for each cluster's most central row
+    return samples.select(np.sort(order[np.lexsort((label, rank))[:num_samples]]))
+
+
 def recipe_samples(recipe) -> Dataset:
     """The rows a recipe trains on, bad ones included: its samples, mixed and drawn, then its further files."""
     samples = load_samples(resolve(recipe.samples), resolve(recipe.images))

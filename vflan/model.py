@@ -242,10 +242,12 @@ def parts(model) -> dict[str, nn.Module]:
 def swap_part(model, part: str, other):
     """The model with one part's weights replaced, in place, by those of `other` (Tables 6 and 7).
 
-    `other`: a model, a Run, or (for the language model) a causal language model of the same shape.
+    `other`: a model, a Run, or (for the language model) a causal language model of the same shape, or its folder or hub id.
     """
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
+    if isinstance(other, (str, os.PathLike)):
+        other = AutoModelForCausalLM.from_pretrained(weights_source(str(other)), dtype=torch.float32)
     other = other if isinstance(other, nn.Module) else other.load_model()
     if isinstance(other, LlavaForConditionalGeneration):
         source = parts(other)[part]

@@ -507,3 +507,108 @@ def gpt4_curves(scores, amounts, figure=None, reference=None):
     if figure is None:
         chosen = [(b, m, t.replace("Figure ", "Fig. ")) for b, m, t in chosen]
     return curves(scores, amounts, chosen, "GPT-4 instances", log=True, reference=reference)
+
+
+VERDICT_COLORS = {"holds": COLORS[2], "holds weakly": COLORS[5], "does not hold at this scale": COLORS[1]}
+
+
+def ledger(found, long=None):
+    """The ledger as a forest plot: a line a claim, its effect in points and the corrected interval, coloured by the verdict.
+
+    found: the table of claims.verdicts; without a verdict (too few seeds) a mark is hollow. long: the committed verdicts of
+    the long form, drawn small in grey above. A tick on each line is the smallest effect that counts.
+    """
+    fig, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(found)))
+    long = pd.DataFrame() if long is None or not len(long) else long.set_index("claim")
+    for y, row in enumerate(found.itertuples()):
+        if (
+            row.claim in long.index
+            and len(long)
+            and not np.allclose(long.effect[row.claim], row.effect, equal_nan=True)
+        ):
+            other = long.loc[row.claim]
+            ax.plot([other.low, other.high], [y - 0.24] * 2, color=GREY, lw=1.4)
+            ax.plot(other.effect, y - 0.24, "o", color=GREY, markersize=4)
+        color = VERDICT_COLORS.get(row.verdict, GREY)
+        if row.low == row.low:
+            ax.plot([row.low, row.high], [y, y], color=color, lw=2.6, alpha=0.6)
+        ax.plot(row.effect, y, "o", color=color if row.verdict in VERDICT_COLORS else "white", markeredgecolor=color)
+        ax.plot([row.smallest] * 2, [y - 0.32, y + 0.32], color=INK, lw=0.9)
+    ax.axvline(0, color=INK, lw=0.7, alpha=0.5)
+    labels = ["\n".join(textwrap.wrap(f"{row.claim}  {row.statement}", 62)[:2]) for row in found.itertuples()]
+    ax.set_yticks(range(len(found)), labels, fontsize=8)
+    ax.set(ylim=(len(found) - 0.4, -0.6), xlabel="effect, points (tick: the smallest that counts)")
+    ax.grid(axis="x", color=PALE)
+    seen = [verdict for verdict in VERDICT_COLORS if verdict in set(found.verdict)]
+    handles = [plt.Line2D([], [], marker="o", ls="", color=VERDICT_COLORS[verdict], label=verdict) for verdict in seen]
+    if len(seen) < found.verdict.nunique():
+        handles.append(
+            plt.Line2D([], [], marker="o", ls="", color="white", markeredgecolor=GREY, label="not enough runs")
+        )
+    if len(long):
+        handles.append(plt.Line2D([], [], marker="o", ls="-", color=GREY, markersize=4, label="committed long form"))
+    ax.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.08 - 0.5 / len(found)),
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
+    return fig
+
+
+def affinity(scores, runs, category, start="projector", benchmark="heldin"):
+    """A heat map: tuned on one category of tasks (rows), asked all of them (columns), the gain over `start` in points.
+
+    scores: of vflan.evaluate with a row a task (`accuracy/TASK`). runs: their names, `category-NAME`. category: {task: category}.
+    """
+    own = scores[(scores.benchmark == benchmark) & scores.metric.str.startswith("accuracy/")]
+    own = own.assign(category=own.metric.str.removeprefix("accuracy/").map(category)).dropna(subset="category")
+    table = own.groupby(["run", "category"]).value.mean().unstack()
+    gain = (table.loc[list(runs)] - table.loc[start])[sorted(table.columns)]
+    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.32 * len(gain)))
+    limit = max(1.0, float(np.nanmax(np.abs(gain))))
+    image = ax.imshow(gain, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (y, x), value in np.ndenumerate(gain.to_numpy()):
+        ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=INK)
+    ax.set_xticks(range(len(gain.columns)), gain.columns, rotation=40, ha="right", fontsize=8)
+    ax.set_yticks(range(len(gain)), [run.removeprefix("category-").replace("-", " ") for run in gain.index], fontsize=8)
+    ax.set(xlabel="asked", ylabel="tuned on")
+    ax.grid(False)
+    fig.colorbar(image, ax=ax, label="gain, points", shrink=0.7)
+    return fig
+
+
+def learning_curves(heldout, category):
+    """The loss on held-out rows of every task along a training, a panel a category. heldout: `Run.heldout()`."""
+    own = heldout[heldout.task != "all"]
+    groups = {}
+    for task in own.task.unique():
+        groups.setdefault(category.get(task, "other"), []).append(task)
+    lines = -(-len(groups) // 5)
+    fig, axes = plt.subplots(lines, 5, figsize=(9, 1.5 * lines + 0.4), sharex=True, squeeze=False)
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, sorted(groups)):
+        for i, task in enumerate(groups[name]):
+            part = own[own.task == task]
+            ax.plot(part.step, part.loss, color=COLORS[i % len(COLORS)], lw=1.1)
+        ax.set_title(f"{name} ({len(groups[name])})", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.set_ylim(bottom=0)
+    fig.supxlabel("step", fontsize=9)
+    fig.supylabel("loss a token on held-out rows", fontsize=9)
+    return fig
+
+
+def committed(name, preset="tiny_frozen"):
+    """Show a figure of the long form that is committed in figures/, or say in a line that there is none."""
+    from IPython.display import Image, display
+
+    path = ROOT / "figures" / preset / f"{name}.png"
+    if path.exists():
+        print(f"The committed long form, figures/{preset}/{name}.png:")
+        display(Image(filename=path, width=760))
+    else:
+        print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")

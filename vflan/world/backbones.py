@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from vflan.recipe import ROOT
 from vflan.world import scene as W
-from vflan.world.language_model import make_language_model, make_tokenizer
+from vflan.world.language_model import make_language_model, make_second_language_model, make_tokenizer
 from vflan.world.words import describe
 
 FOLDER = ROOT / "data" / "tiny"
@@ -133,7 +133,7 @@ def note_record(folder, **entries):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["tokenizer", "tower", "language_model"])
+    parser.add_argument("parts", nargs="*", default=["tokenizer", "tower", "language_model", "second_language_model"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args()
@@ -145,6 +145,8 @@ def main():
         note_record(args.folder, vision_tower=make_tower(args.folder, args.seed))
     if "language_model" in args.parts:
         note_record(args.folder, language_model=make_language_model(args.folder, args.seed))
+    if "second_language_model" in args.parts:
+        note_record(args.folder, second_language_model=make_second_language_model(args.folder, args.seed + 1))
 
 
 if __name__ == "__main__":

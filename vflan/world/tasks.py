@@ -75,6 +75,25 @@ def kind(category, **more):
     return declare
 
 
+# Kinds whose questions the benchmarks ask in the same words: whether they are trained on is no matter of chance.
+ASKED = ("exist_shape", "main_object", "handwritten_digit", "above", "statement_color", "statement_count", "is_background",
+         "has_letter", "choose_color", "choose_shape", "choose_background", "choose_place", "choose_present")  # fmt: skip
+
+
+def kinds(redraw=None):
+    """All kinds. With a seed `redraw`, the kinds that are held out though known from text are another draw, of equal number.
+
+    The kinds that are new in both, which the language model never met, stay held out.
+    """
+    if redraw is None:
+        return list(KINDS.values())
+    free = [k for k in KINDS.values() if k.in_text and k.name not in ASKED]
+    n = sum(k.split == "heldout" for k in free)
+    out = {free[i].name for i in rng_of("held-out kinds", redraw).permutation(len(free))[:n]}
+    split = {k.name: "heldout" if k.name in out else "train" for k in free}
+    return [replace(k, split=split.get(k.name, k.split)) for k in KINDS.values()]
+
+
 # ---------------------------------------------------------------------------------------------------------- small words
 
 
@@ -655,12 +674,12 @@ def sample(kind, n, *key, evaluation=False):
     return out
 
 
-def table():
+def table(redraw=None):
     """A DataFrame of the collection: task_name, group, category, split, in_text, instruction, answer (an example each)."""
     import pandas as pd
 
     rows = []
-    for k in KINDS.values():
+    for k in kinds(redraw):
         _, instruction, answer = sample(k, 1, "table")[0]
         rows.append(dict(task_name=k.name, group=k.group, category=k.category, split=k.split, in_text=k.in_text,
                          instruction=instruction, answer=answer))  # fmt: skip

@@ -1,0 +1,220 @@
+"""Sweeps: many runs that differ in a field or two, trained and asked side by side, each of them cached by its folder.
+
+    arms = {"few": Arm(replace(base, num_tasks=8, name="few"), init="projector"), "projector": Arm(p.projector)}
+    done = vflan.sweep(arms, seeds=[0, 1, 2], benchmarks=["pope", "mme"])
+    done.scores                                 # the table of vflan.evaluate, the column run holds the arm's label
+
+A sweep is plain Python: a dict that a loop fills. What is finished is not done again, and what was killed goes on.
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+
+from vflan import model as models
+from vflan.evaluate import evaluate, kept_items, present
+from vflan.recipe import Recipe, for_seed, resolve
+from vflan.runs import Run
+from vflan.train import train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run to train: its recipe and the label of the arm (or the Run) that it starts from."""
+
+    recipe: Recipe
+    init: str | Run | None = None
+    benchmarks: tuple[str, ...] | None = None  # None: those of the sweep
+
+    def needs(self):
+        return [self.init] if isinstance(self.init, str) else []
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The run of arm `of` with a part (projector, language_model) taken from arm `source` or a folder; nothing is trained.
+
+    `source` may be the label of an arm or a folder: of a run, or for the language model of any model of the same shape.
+    """
+
+    of: str
+    part: str
+    source: str
+    benchmarks: tuple[str, ...] | None = None
+
+    def needs(self):
+        return [self.of, self.source]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep made. runs: {(label, seed): Run}; of a Swap the run whose part was exchanged."""
+
+    runs: dict
+    asked: dict = field(repr=False)  # (label, seed) -> benchmarks
+    kept_as: dict = field(repr=False)  # (label, seed) -> the name of its answers, None for the run's own
+    folder: Path = None  # of the benchmarks
+
+    @cached_property
+    def scores(self):
+        """The table of `vflan.evaluate` for all arms and seeds, from kept answers; `run` is the label."""
+        tables = []
+        for (label, seed), run in self.runs.items():
+            table = pd.read_csv(run.folder / "scores.csv", dtype={"judge": str}, keep_default_na=True)
+            own = (table.run == (self.kept_as[label, seed] or run.recipe.name)) & table.benchmark.isin(
+                self.asked[label, seed]
+            )
+            tables.append(table[own].assign(run=label, seed=seed, judge=table.judge.fillna("")))
+        return pd.concat(tables, ignore_index=True)
+
+    def items(self, label, seed, benchmark):
+        """{metric: Metric} of one arm on one benchmark, question by question; KeyError for an arm that was not asked."""
+        return self._items(label, seed, benchmark)
+
+    @cached_property
+    def _items(self):
+        def read(label, seed, benchmark):
+            if benchmark not in self.asked[label, seed]:
+                raise KeyError(f"{label} was not asked {benchmark}")
+            return kept_items(self.runs[label, seed], benchmark, self.folder, self.kept_as[label, seed])[0]
+
+        return cache(read)
+
+
+def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_processes=1) -> Sweep:
+    """Train and evaluate all arms of all seeds, and return the Sweep.
+
+    arms: {label: Arm or Swap}; an arm may start from another arm of the same seed. seeds: each trains every arm again,
+    under names that tell (`for_seed`). benchmarks, folder: as for `evaluate`; benchmarks=() asks nothing. jobs: how many
+    arms at once, each on one thread (default: one for every core; one on a machine with GPUs, where `num_processes` share
+    an arm). A line for each arm that is done goes to stderr. An arm that fails stops the sweep after those that are
+    running; the error names it.
+    """
+    seeds, jobs = list(seeds), jobs or default_jobs()
+    folder = resolve(folder or next(arm.recipe.benchmarks for arm in arms.values() if isinstance(arm, Arm)))
+    benchmarks = tuple(present(folder) if benchmarks is None else benchmarks)
+    asked = {label: benchmarks if arm.benchmarks is None else tuple(arm.benchmarks) for label, arm in arms.items()}
+    todo = {(label, seed): arm for seed in seeds for label, arm in arms.items()}
+    for (label, _), arm in todo.items():
+        unknown = [need for need in arm.needs() if need not in arms and not (isinstance(arm, Swap) and is_folder(need))]
+        if unknown:
+            raise ValueError(f"{label} needs {unknown[0]!r}, which is no arm of this sweep and no folder.")
+    if repeated := repeated_names(arms):
+        raise ValueError(f"{repeated[0]} and {repeated[1]} would be trained in the same folder: give them other names.")
+    runs = {key: run_of(arms, *key) for key in todo}
+    kept_as = {(label, s): label.replace(" ", "-") if isinstance(a, Swap) else None for (label, s), a in todo.items()}
+    waiting = {key: [(need, key[1]) for need in arm.needs() if need in arms] for key, arm in todo.items()}
+    if len(done := _in_order(waiting)) < len(waiting):
+        raise ValueError(
+            f"These arms start from each other: {', '.join(sorted({k[0] for k in waiting if k not in done}))}."
+        )
+
+    def work(key):
+        arm, (label, seed) = todo[key], key
+        more = dict(benchmarks=asked[label], folder=str(folder))
+        if isinstance(arm, Swap):
+            source = str(runs[arm.source, seed].folder) if arm.source in arms else arm.source
+            return swap_and_ask, dict(
+                run=str(runs[key].folder), part=arm.part, source=source, name=kept_as[key], **more
+            )
+        init = runs[arm.init, seed] if isinstance(arm.init, str) else arm.init
+        return train_and_ask, dict(recipe=for_seed(arm.recipe, seed), init=init, num_processes=num_processes, **more)
+
+    _work_off(done, waiting, work, min(jobs, len(todo)))
+    return Sweep(runs, {key: asked[key[0]] for key in todo}, kept_as, folder)
+
+
+def default_jobs():
+    """How many arms are trained at once: one a core, one where there is a GPU."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def is_folder(source):
+    return any((resolve(source) / name).is_file() for name in ("recipe.json", "config.json"))
+
+
+def repeated_names(arms):
+    """Two labels with the same run folder but other recipes or starts, or None."""
+    seen = {}
+    for label, arm in arms.items():
+        if isinstance(arm, Arm):
+            other = seen.setdefault(arm.recipe.folder, label)
+            if arms[other] != arm:
+                return other, label
+
+
+def run_of(arms, label, seed):
+    arm = arms[label]
+    return run_of(arms, arm.of, seed) if isinstance(arm, Swap) else Run(for_seed(arm.recipe, seed).folder)
+
+
+def train_and_ask(recipe, init, benchmarks, folder, num_processes):
+    run = train(recipe, init=init, num_processes=num_processes)
+    if benchmarks:
+        evaluate(run, list(benchmarks), folder)
+
+
+def swap_and_ask(run, part, source, name, benchmarks, folder):
+    run = Run.open(run)
+    other = Run.open(source) if (resolve(source) / "recipe.json").is_file() else source
+    model = models.swap_part(run.load_model(), part, other)
+    evaluate(run, list(benchmarks), folder, model=model, name=name)
+
+
+def _in_order(waiting):
+    """The keys so that each comes after those that it waits for; keys in a circle are left out."""
+    order = []
+    while ready := [k for k, needs in waiting.items() if k not in order and all(n in order for n in needs)]:
+        order += ready
+    return order
+
+
+def _work_off(order, waiting, work, jobs):
+    """Do the work of all keys, `jobs` at once, none before those that it waits for."""
+    began, done, running, failed = time.monotonic(), set(), {}, None
+    if jobs == 1:
+        for key in order:
+            task, arguments = work(key)
+            task(**arguments)
+            _say(key, len(done := done | {key}), len(order), began)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        while len(done) < len(order):
+            for key in order:
+                free = key not in done and key not in running.values() and len(running) < jobs
+                if free and not failed and all(need in done for need in waiting[key]):
+                    task, arguments = work(key)
+                    running[pool.submit(task, **arguments)] = key
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                if future.exception():
+                    failed = failed or (key, future.exception())
+                else:
+                    done.add(key)
+                    _say(key, len(done), len(order), began)
+    if failed:
+        (label, seed), trouble = failed
+        raise RuntimeError(f"The arm {label!r} of seed {seed} failed: {type(trouble).__name__}: {trouble}") from trouble
+
+
+def _say(key, done, all_, began):
+    minutes = (time.monotonic() - began) / 60
+    print(f"[{done}/{all_}] {key[0]}, seed {key[1]} ({minutes:.1f} min)", file=sys.stderr, flush=True)
+
+
+def _one_thread():
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
