@@ -8,11 +8,14 @@ STAMP = $(VENV)/.installed
 NBVAL ?= $(wildcard notebooks/01_*.ipynb)
 
 # The tiny models are too small to share a step between cores: one thread is as fast, and many times faster on a busy machine.
-demo test lab: export OMP_NUM_THREADS ?= 1
+demo paper test lab: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lab bench lock format clean
+PAPER = -p seeds '[10, 11, 12, 13, 14]' -p instances '[30, 100, 300, 1000, 3000]' -p budget None -p beyond True
+
+.PHONY: help setup demo paper test lab bench lock format clean
 help:
 	@echo "make demo    install, then run the eight notebooks on the tiny preset and print the scores"
+	@echo "make paper   install, then every claim of the paper on the frozen mini world, five seeds (up to three hours)"
 	@echo "make test    install, then lint, format check and all tests"
 	@echo "make lab     install, then open JupyterLab in notebooks/"
 	@echo "make bench   measure demo and tests in a fresh clone (bench/results/demo.json)"
@@ -39,6 +42,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(PY) -m vflan.book tiny
 
+paper: $(STAMP)
+	$(PY) -m vflan.book tiny_frozen --notebooks 06 07 08 --write $(PAPER)
+
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -63,5 +69,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs data/tiny/samples data/tiny/benchmarks data/tiny/benchmarks_more vflan.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs data/frozen data/tiny/samples data/tiny/benchmarks data/tiny/benchmarks_more vflan.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

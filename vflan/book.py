@@ -3,6 +3,7 @@
     python -m vflan.book tiny                                   # all notebooks, about as long as a coffee
     python -m vflan.book tiny --notebooks 03 05 -p changes '{"seed": 1}'
     python -m vflan.book full_13b -p num_processes 8 --out my_run
+    python -m vflan.book tiny_frozen --notebooks 06 07 08 --write -p seeds '[10, 11]'   # `make paper` has the whole line
     python -m vflan.book --readme                               # run nothing: fill the tables of README.md from the results
 
 The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json.
@@ -32,6 +33,10 @@ from PIL import Image
 from vflan.benchmarks import BENCHMARKS
 from vflan.recipe import ROOT
 
+WRITTEN = {
+    "tiny": "notebooks",
+    "tiny_frozen": "notebooks/paper",
+}  # preset -> where its executed notebooks are committed
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -296,6 +301,15 @@ def floors_markdown(floors):
     return f"{markdown(list(rows.columns), rows.itertuples(index=False))}\n\n{held}"
 
 
+def claims_markdown(found):
+    """The whole claims of the ledger with their verdicts; parts of a claim stand in the file and in the notebooks."""
+    rows = []
+    for row in found[found.claim.str.isdigit()].itertuples():
+        interval = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
+        rows.append([row.claim, row.statement, row.n_seeds, interval, f"{row.smallest:g}", row.verdict])
+    return markdown(["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"], rows)
+
+
 def cost_markdown(record):
     """What bench.demo measured, as a table, and what it was measured on."""
     rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]] for row in record["checks"]]
@@ -324,13 +338,16 @@ def measured_on(record, name):
 
 
 def readme_tables(home=None):
-    """{marker: markdown} for the results that are there: `scores`, `cost` and `bench`."""
+    """{marker: markdown} for the results that are there: `scores`, `claims`, `cost` and `bench`."""
     home, tables = Path(home or ROOT), {}
     scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
     if scores.exists():
         tables["scores"] = scores_markdown(pd.read_csv(scores))
         if floors.exists():
             tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
+    verdicts = home / "data" / "results" / "claims_tiny.csv"
+    if verdicts.exists():
+        tables["claims"] = claims_markdown(pd.read_csv(verdicts, dtype={"claim": str}))
     files = sorted((home / "bench" / "results").glob("*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if "demo" in records:
@@ -386,8 +403,10 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     name = Path(preset).stem
     say = say or functools.partial(print, flush=True)
     parameters = dict(parameters or {})
-    if write and (preset != "tiny" or parameters):
-        raise ValueError("--write replaces the committed notebooks, which are those of `tiny` without parameters")
+    if write and (preset not in WRITTEN or preset == "tiny" and parameters):
+        raise ValueError(
+            "--write replaces the committed notebooks: those of `tiny` without parameters, and of `tiny_frozen`"
+        )
     if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
         parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
     out = Path(out or ROOT / "runs" / name).resolve()
@@ -418,7 +437,9 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
             if write and size > LIMIT:
                 raise Stopped(f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures")
             if write:
-                source.write_bytes(target.read_bytes())
+                place = ROOT / WRITTEN[preset] / source.name
+                place.parent.mkdir(exist_ok=True)
+                place.write_bytes(target.read_bytes())
             record["notebooks"].append(row)
             rows = {**known, **{r["name"]: r for r in record["notebooks"]}}
             kept = {**record, "notebooks": [rows[n] for n in sorted(rows)]}

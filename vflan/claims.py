@@ -6,6 +6,7 @@ of vflan.evaluate, with one row for each seed of a run.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from zlib import crc32
 
@@ -176,10 +177,9 @@ def verdicts(items, seeds, claims=None, rounds=ROUNDS):
     freedom of both (Welch and Satterthwaite), at 95 % corrected for the number of claims (Bonferroni). `holds` is said of
     that interval, `holds weakly` if only the uncorrected one says so; below three seeds nothing is said.
     """
-    whole = int(ledger().claim.str.isdigit().sum())
-    rows = []
+    whole, scored, rows = int(ledger().claim.str.isdigit().sum()), resampler(items, rounds), []
     for claim in (ledger() if claims is None else claims).itertuples():
-        effects, parts = measured(items, seeds, terms(claim.comparison), claim.metric.split(), rounds)
+        effects, parts = measured(scored, seeds, terms(claim.comparison), claim.metric.split())
         value = float(np.mean(effects)) if effects else float("nan")
         low, high = interval(effects, parts, 1 - (1 - LEVEL) / whole)
         sure = verdict(value, low, high, claim.direction, claim.smallest)
@@ -196,30 +196,40 @@ def verdict(value, low, high, direction, smallest):
     return bool(sure[direction])
 
 
-def measured(items, seeds, runs, measures, rounds=ROUNDS):
-    """([effect of each seed that has all runs], (rounds,) replicates of their mean over pictures drawn anew).
+def resampler(items, rounds=ROUNDS):
+    """scored(label, seed, measure) -> (value, (rounds,) replicates over pictures drawn anew), each computed once.
 
-    runs: [(weight, label)]; measures: `benchmark:metric`. A picture is drawn or not for all seeds and runs at once.
+    A picture is drawn or not for all seeds and runs at once, since all were asked about the same ones.
+    """
+
+    @cache
+    def weights(benchmark, pictures):
+        return np.concatenate(list(draws(pictures, crc32(benchmark.encode()), rounds))).astype(float)
+
+    @cache
+    def scored(label, seed, measure):
+        benchmark, _, metric = measure.partition(":")
+        m = items(label, seed, benchmark)[metric]
+        top, bottom, sizes = tables(100 * m.num, m.den, m.cluster, m.group)
+        drawn = weights(benchmark, len(top))
+        return float(ratio(top.sum(0), bottom.sum(0))), ratio(drawn @ top, drawn @ bottom, drawn @ sizes)
+
+    return scored
+
+
+def measured(scored, seeds, runs, measures):
+    """([effect of each seed that has all runs], (rounds,) replicates of their mean).
+
+    runs: [(weight, label)]; measures: `benchmark:metric`.
     """
     effects, replicates = [], 0.0
     for seed in seeds:
-        value, drawn = 0.0, 0.0
         try:
-            for measure in measures:
-                benchmark, _, metric = measure.partition(":")
-                for weight, label in runs:
-                    m = items(label, seed, benchmark)[metric]
-                    sums = tables(100 * m.num, m.den, m.cluster, m.group)
-                    value += weight * float(ratio(sums[0].sum(0), sums[1].sum(0))) / len(measures)
-                    again = [
-                        ratio(*(w @ part for part in sums))
-                        for w in draws(len(sums[0]), crc32(benchmark.encode()), rounds)
-                    ]
-                    drawn += weight * np.concatenate(again) / len(measures)
+            parts = [(weight, *scored(label, seed, measure)) for measure in measures for weight, label in runs]
         except KeyError:
             continue
-        effects.append(value)
-        replicates += drawn
+        effects.append(sum(weight * value for weight, value, _ in parts) / len(measures))
+        replicates += sum(weight * drawn for weight, _, drawn in parts) / len(measures)
     return effects, replicates / max(1, len(effects))
 
 

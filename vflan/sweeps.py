@@ -41,7 +41,7 @@ class Arm:
 class Swap:
     """The run of arm `of` with a part (projector, language_model) taken from arm `source` or a folder; nothing is trained.
 
-    `source` may be the label of an arm or a folder: of a run, or for the language model of any model of the same shape.
+    `source` is the label of an arm, or else the folder or hub id of a causal language model of the same shape.
     """
 
     of: str
@@ -50,7 +50,7 @@ class Swap:
     benchmarks: tuple[str, ...] | None = None
 
     def needs(self):
-        return [self.of, self.source]
+        return [self.of]
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,15 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
     asked = {label: benchmarks if arm.benchmarks is None else tuple(arm.benchmarks) for label, arm in arms.items()}
     todo = {(label, seed): arm for seed in seeds for label, arm in arms.items()}
     for (label, _), arm in todo.items():
-        unknown = [need for need in arm.needs() if need not in arms and not (isinstance(arm, Swap) and is_folder(need))]
-        if unknown:
-            raise ValueError(f"{label} needs {unknown[0]!r}, which is no arm of this sweep and no folder.")
+        if unknown := [need for need in arm.needs() if need not in arms]:
+            raise ValueError(f"{label} needs {unknown[0]!r}, which is no arm of this sweep.")
+        if isinstance(arm, Swap) and arm.part not in models.PARTS:
+            raise ValueError(f"{label}: there is no part {arm.part!r}; a model has {', '.join(models.PARTS)}.")
     if repeated := repeated_names(arms):
         raise ValueError(f"{repeated[0]} and {repeated[1]} would be trained in the same folder: give them other names.")
     runs = {key: run_of(arms, *key) for key in todo}
     kept_as = {(label, s): label.replace(" ", "-") if isinstance(a, Swap) else None for (label, s), a in todo.items()}
-    waiting = {key: [(need, key[1]) for need in arm.needs() if need in arms] for key, arm in todo.items()}
+    waiting = {(label, seed): [(need, seed) for need in after(arms, label)] for label, seed in todo}
     if len(done := _in_order(waiting)) < len(waiting):
         raise ValueError(
             f"These arms start from each other: {', '.join(sorted({k[0] for k in waiting if k not in done}))}."
@@ -138,8 +139,13 @@ def default_jobs():
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def is_folder(source):
-    return any((resolve(source) / name).is_file() for name in ("recipe.json", "config.json"))
+def after(arms, label):
+    """The labels that have to be done before this one: what it starts from, and a first label of the same run."""
+    arm = arms[label]
+    if isinstance(arm, Swap):
+        return [arm.of, *([arm.source] if arm.source in arms else [])]
+    twin = next(other for other, a in arms.items() if isinstance(a, Arm) and a.recipe.folder == arm.recipe.folder)
+    return [*arm.needs(), *([twin] if twin != label else [])]
 
 
 def repeated_names(arms):
@@ -148,7 +154,7 @@ def repeated_names(arms):
     for label, arm in arms.items():
         if isinstance(arm, Arm):
             other = seen.setdefault(arm.recipe.folder, label)
-            if arms[other] != arm:
+            if (arms[other].recipe, arms[other].init) != (arm.recipe, arm.init):
                 return other, label
 
 

@@ -451,7 +451,7 @@ def in_a_sentence(kind, answer):
     return said.get(answer, f"The picture shows {answer}.")
 
 
-def make_second_language_model(folder, seed=1, steps=1800, rows_a_step=6, budget=224, log=print):
+def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=224, log=print):
     """Pretrain on, from the shipped language model, to one that talks: answers in sentences, open questions at length.
 
     Vicuna v1.5 and LLaMA-2-Chat, which the paper exchanges in Table 7, are two that were finished differently from one
@@ -476,7 +476,7 @@ def make_second_language_model(folder, seed=1, steps=1800, rows_a_step=6, budget
         muon.step()
         adam.step()
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        if step % 200 == 199:
+        if step % 100 == 99:
             log(f"step {step + 1}, {time.process_time() - begin:.0f} s, loss {average:.3f}", flush=True)
     model.half().save_pretrained(folder / "second_language_model")
     tokenizer.save_pretrained(folder / "second_language_model")

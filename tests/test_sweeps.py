@@ -1,0 +1,75 @@
+"""Sweeps: arms train and answer side by side, what is finished is read, and a mistake is named before anything runs."""
+
+import json
+
+import pytest
+
+import vflan
+from vflan.recipe import replace
+
+
+@pytest.fixture
+def small(recipe, tmp_path):
+    """(a projector recipe, a base recipe, a folder with one benchmark of eight questions)."""
+    folder = tmp_path / "benchmarks"
+    (folder / "heldin").mkdir(parents=True)
+    (folder / "images").symlink_to(tmp_path / "images")
+    rows = [dict(question_id=str(i), image=f"{i}.png", text="What color is it?", label="red", category="color")
+            for i in range(8)]  # fmt: skip
+    (folder / "heldin" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = replace(recipe, name="base", max_steps=2, benchmarks=str(folder))
+    return replace(base, name="projector", stage="projector", tune=("projector",), template="plain"), base, folder
+
+
+def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
+    projector, base, _ = small
+    arms = {"projector": vflan.Arm(projector), "few": vflan.Arm(replace(base, name="few", num_tasks=2), init="projector"),
+            "few/old-projector": vflan.Swap("few", "projector", "projector")}  # fmt: skip
+    done = vflan.sweep(arms, [0, 3], jobs=1)
+    assert {(r.run, r.seed) for r in done.scores.itertuples()} == {(a, s) for a in arms for s in (0, 3)}
+    assert [done.runs["few", seed].name for seed in (0, 3)] == ["few", "few-seed3"]
+    assert done.runs["few", 3].folder.joinpath("init.json").read_text().count("projector-seed3") == 1
+    items = done.items("few/old-projector", 0, "heldin")["accuracy"]
+    assert len(items.num) == 8
+    with pytest.raises(KeyError):
+        done.items("few", 0, "pope")
+
+    monkeypatch.setattr("vflan.train.fit", lambda *_: pytest.fail("trained again"))
+    again = vflan.sweep(arms, [0, 3], jobs=1)
+    assert again.scores.value.equals(done.scores.value)
+
+
+def test_side_by_side_gives_the_same_weights_as_one_after_the_other(small, tmp_path):
+    projector, base, _ = small
+    arms = lambda runs: {  # noqa: E731
+        "projector": vflan.Arm(replace(projector, runs=str(tmp_path / runs))),
+        "a": vflan.Arm(replace(base, name="a", runs=str(tmp_path / runs)), init="projector"),
+        "the same": vflan.Arm(replace(base, name="a", runs=str(tmp_path / runs)), init="projector"),
+    }
+    one, two = (vflan.sweep(arms(name), jobs=jobs) for name, jobs in (("one", 1), ("two", 2)))
+    for label in ("projector", "a", "the same"):
+        assert one.runs[label, 0].summary["parts"] == two.runs[label, 0].summary["parts"]
+    assert list(one.scores.value) == list(two.scores.value)
+
+
+def test_an_arm_that_fails_is_named_and_what_was_done_stays(small, tmp_path):
+    projector, base, _ = small
+    lost = replace(base, name="lost", samples=str(tmp_path / "nowhere.json"))
+    arms = {"projector": vflan.Arm(projector), "lost": vflan.Arm(lost, init="projector")}
+    with pytest.raises(RuntimeError, match="'lost' of seed 0.*nowhere.json"):
+        vflan.sweep(arms, benchmarks=(), jobs=2)
+    assert vflan.Run.open(projector.folder).finished
+
+
+def test_mistakes_are_named_before_anything_is_trained(small):
+    projector, base, _ = small
+    first, arm = vflan.Arm(projector), vflan.Arm(base, init="projecter")
+    with pytest.raises(ValueError, match="base needs 'projecter'"):
+        vflan.sweep({"projector": first, "base": arm})
+    with pytest.raises(ValueError, match="one and two would be trained in the same folder"):
+        vflan.sweep({"one": vflan.Arm(base), "two": vflan.Arm(replace(base, lr=1e-2))})
+    with pytest.raises(ValueError, match="start from each other"):
+        vflan.sweep({"x": vflan.Arm(base, init="y"), "y": vflan.Arm(projector, init="x")})
+    with pytest.raises(ValueError, match="vision_tower.*projector"):
+        vflan.sweep({"projector": first, "odd": vflan.Swap("projector", "tower", "projector")})
+    assert not projector.folder.exists()
