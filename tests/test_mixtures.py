@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from vflan.mixtures import mix, mixture_record, recipe_samples, subset, task_flags
+from vflan.mixtures import diverse, mix, mixture_record, recipe_samples, subset, task_flags
 from vflan.recipe import Recipe, differences, replace
 from vflan.samples import load_samples
 
@@ -212,3 +212,26 @@ def test_the_records_hash_knows_the_order_but_not_the_machine(six, tmp_path):
     assert orders[0] == orders[1]
     rows[7]["image"] = "other.png"
     assert mixture_record(asked, load_samples(save(tmp_path / "here", rows)))["order"] != orders[0]
+
+
+def test_a_diverse_choice_takes_something_of_every_cluster(tmp_path):
+    """Ninety of three kinds and ten of another: a random tenth holds about one of the rare ones, a diverse one its share."""
+    turns = lambda q, a: [dict([("from", "human"), ("value", q)]), dict([("from", "gpt"), ("value", a)])]  # noqa: E731
+    rows = [
+        dict(id=str(i), task_name="t", conversations=turns("What color is the sky today?", f"blue {i % 3}"))
+        for i in range(90)
+    ]
+    rows += [
+        dict(id=f"r{i}", task_name="t", conversations=turns("Read the text on the sign.", f"exit {i}"))
+        for i in range(10)
+    ]
+    samples = load_samples(save(tmp_path, rows), None)
+    chosen = diverse(samples, 8, clusters=4)
+    assert len(chosen) == 8 and sum(name.startswith("r") for name in chosen["id"]) == 2
+    assert chosen["id"] == diverse(samples, 8, clusters=4)["id"]
+    seen = np.zeros((100, 4), np.float32)
+    seen[:3, 0] = 9.0  # three of the ninety show something else
+    by_picture = diverse(samples, 40, features=seen, clusters=12)
+    assert {"0", "1", "2"} <= set(by_picture["id"])
+    with pytest.raises(ValueError, match="there are 100 samples"):
+        diverse(samples, 101)

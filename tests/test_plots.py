@@ -175,3 +175,47 @@ def test_packed_rows_show_every_conversation_and_the_padding():
     bars = [path for group in ax.collections for path in group.get_paths() if len(path.vertices) >= 4]
     assert len(bars) == 3 * 3 + 2  # read, picture and learned of each conversation; padding after each row
     assert ax.get_xlim() == (0, 12)
+
+
+def verdict_rows(*rows):
+    from vflan.claims import VERDICTS
+
+    return pd.DataFrame([[c, f"statement {c}", "a - b", "x:y", n, e, low, high, 3.0, v] for c, n, e, low, high, v in rows],
+                        columns=VERDICTS)  # fmt: skip
+
+
+def test_the_ledger_shows_every_claim_with_interval_and_verdict_and_the_long_form_beside():
+    found = verdict_rows(("1", 5, 9.0, 4.0, 14.0, "holds"), ("1a", 1, 2.0, np.nan, np.nan, "not enough runs"))
+    long = verdict_rows(("1a", 5, -3.0, -6.0, 1.0, "does not hold at this scale"))
+    fig = plots.ledger(found, long)
+    said = " ".join(texts(fig))
+    assert "1  statement 1" in said and "1a" in said and "committed long form" in said and "not enough runs" in said
+    ax = fig.axes[0]
+    assert sorted(marks(ax, "o")) == [-3.0, 2.0, 9.0]
+    spans = [tuple(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2]
+    assert (4.0, 14.0) in spans and (-6.0, 1.0) in spans
+
+
+def test_affinity_is_the_gain_over_the_start_by_category():
+    rows = []
+    for run, values in {"projector": (40, 50, 20), "category-one": (60, 70, 25), "category-two": (40, 40, 80)}.items():
+        for task, value in zip(("a", "b", "c"), values):
+            rows.append([run, "heldin", f"accuracy/{task}", value])
+    scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value"])
+    fig = plots.affinity(scores, ["category-one", "category-two"], {"a": "one", "b": "one", "c": "two"})
+    gain = fig.axes[0].images[0].get_array()
+    assert np.allclose(gain, [[20, 5], [-5, 60]])
+
+
+def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
+    heldout = pd.DataFrame([[s, t, 1.0 / (s + 1), 5] for s in (0, 10) for t in ("a", "b", "c", "all")],
+                           columns=["step", "task", "loss", "tokens"])  # fmt: skip
+    fig = plots.learning_curves(heldout, {"a": "one", "b": "one", "c": "two"})
+    panels = [ax for ax in fig.axes if ax.lines]
+    assert [(ax.get_title(loc="left") or ax.get_title(), len(ax.lines)) for ax in panels] == [("one (2)", 2), ("two (1)", 1)]
+
+
+def test_a_committed_figure_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    plots.committed("affinity")
+    assert "make paper" in capsys.readouterr().out

@@ -26,10 +26,10 @@ BEFORE = {"base": "projector", "chat": "base"}
 FLOORS = [
     ("Base answers held-in tasks", "base", "heldin", "accuracy", "at least", 80),
     ("Base answers held-out tasks better than the majority answer", "base", "heldout", "accuracy", "over majority", 12),
-    ("Base answers held-out tasks better than the projector stage", "base", "heldout", "accuracy", "over before", 12),
-    *[(f"Base sees what is there, POPE {s}", "base", "pope", f"accuracy/{s}", "at least", 88)
+    ("Base answers held-out tasks better than the projector stage", "base", "heldout", "accuracy", "over before", 15),
+    *[(f"Base sees what is there, POPE {s}", "base", "pope", f"accuracy/{s}", "at least", 90)
       for s in ("random", "popular", "adversarial")],
-    *[(f"Base says yes about half of the time, POPE {s}", "base", "pope", f"yes_ratio/{s}", "within", (42, 58))
+    *[(f"Base says yes about half of the time, POPE {s}", "base", "pope", f"yes_ratio/{s}", "within", (44, 56))
       for s in ("random", "popular", "adversarial")],
     ("Base still classifies objects", "base", "forgetting", "accuracy/objects", "at least", 85),
     ("Base reads handwritten digits (shown beside, no floor)", "base", "forgetting", "accuracy/digits", "shown", None),
