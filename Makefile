@@ -10,7 +10,7 @@ NBVAL ?= $(wildcard notebooks/01_*.ipynb)
 # The tiny models are too small to share a step between cores: one thread is as fast, and many times faster on a busy machine.
 demo paper test lab: export OMP_NUM_THREADS ?= 1
 
-PAPER = -p seeds '[10, 11, 12, 13, 14]' -p instances '[30, 100, 300, 1000, 3000]' -p budget None -p beyond True
+PAPER = -p seeds '[10, 11, 12, 13, 14]' -p instances '[30, 100, 300, 1000, 3000]' -p beyond True
 
 .PHONY: help setup demo paper test lab bench lock format clean
 help:
