@@ -119,6 +119,22 @@ def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tm
     assert torch.equal(model.generate(**asked), before)
 
 
+def test_an_answer_cut_at_max_length_is_counted_and_listed_as_check_lists_it(mixed, tmp_path):
+    rows = json.loads(Path(mixed.samples).read_text())
+    rows[4]["conversations"].append({"from": "human", "value": "Why?"})  # is left out too, and said before the cut
+    Path(mixed.samples).write_text(json.dumps(rows))
+    processor, samples = load_processor(mixed), vflan.load_samples(mixed.samples, mixed.images)
+    whole = prepare(mixed, processor.tokenizer, load_model(mixed).config, tmp_path)
+    assert whole.repaired == 1 and whole.bad == 0
+    recipe = vflan.replace(mixed, max_length=int(np.sort(whole.lengths)[-8]), max_bad_share=1.0)
+    data = prepare(recipe, processor.tokenizer, load_model(mixed).config, tmp_path)
+    report = vflan.check(samples, processor.tokenizer, recipe.max_length, image_tokens=data.image_tokens)
+    listed = [json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()]
+    assert listed == report.repaired.to_dict("records") and data.repaired == len(listed) > 4
+    assert any("without an answer; " in row["reason"] and "answer tokens beyond" in row["reason"] for row in listed)
+    assert data.bad == len(report.bad) and data.lengths.max() == recipe.max_length
+
+
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
 @settings(deadline=None)
 def test_packs_hold_every_row_once_and_never_too_much(lengths):
