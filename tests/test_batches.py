@@ -405,6 +405,21 @@ def data_of(lengths, packed=False, text_only=()):
     return Data(ids, empty, empty, empty, empty, picture, lengths, lengths, 1, 0, packed)
 
 
+def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one():
+    """A step of the GPU presets on 8 processes: two passes each at 8,192 positions, eight at 2,048."""
+    lengths = np.random.default_rng(0).integers(620, 900, 128)
+    recipes = {name: vflan.replace(vflan.preset(name).base, packing="packed") for name in ("full_7b", "qlora_7b")}
+    shares = {
+        name: micro_batches(data_of(lengths, packed=True), np.arange(128), recipe, 8)
+        for name, recipe in recipes.items()
+    }
+    widest = {name: max(lengths[part].sum() for parts in share for part in parts) for name, share in shares.items()}
+    assert {name: len(share[0]) for name, share in shares.items()} == dict(full_7b=2, qlora_7b=8)
+    assert 4096 < widest["full_7b"] <= 8192 and widest["qlora_7b"] <= 2048
+    padded = vflan.replace(recipes["full_7b"], packing="padded")
+    assert {len(part) for part in micro_batches(data_of(lengths), np.arange(128), padded, 8)[0]} == {padded.micro_batch}
+
+
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_every_epoch_sees_every_row_once(packing):
     data = data_of(np.random.default_rng(0).integers(10, 100, 800), packing == "packed")
