@@ -96,10 +96,10 @@ def offline(monkeypatch):
 
 
 def test_a_layer_more_costs_as_much_as_the_one_before(middling):
-    """What lets a 13B be counted in a second: three and five layers tell eight."""
+    """What lets a 13B be counted in seconds: two and three layers tell eight."""
     recipe, shape = vflan.replace(middling, **LORA), (2, 78, 2, 100)
     whole, told = footprint._count(recipe, False, False, shape, 8), footprint.count(recipe, False, False, shape)
-    assert dict(told) == pytest.approx(dict(whole), rel=0.02)
+    assert {key: told[key] for key in whole} == pytest.approx(dict(whole), rel=0.02)
 
 
 def test_weights_gradients_and_moments_are_those_of_the_arithmetic():

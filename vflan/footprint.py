@@ -8,6 +8,7 @@ does not depend on the mask) and quantised layers, so that bitsandbytes need not
 import weakref
 from collections import Counter
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from vflan import model as models
 from vflan.learner import Learner
 from vflan.recipe import replace
 
-_FEW, _SOME = 3, 5  # layers; a deeper model is taken to grow on as from the one to the other
+_FEW, _SOME = 2, 3  # layers; a deeper model is taken to grow on as from the one to the other
 
 
 def count(recipe, half: bool, low: bool, shape: tuple[int, int, int, int]) -> Counter:
@@ -33,13 +34,19 @@ def count(recipe, half: bool, low: bool, shape: tuple[int, int, int, int]) -> Co
     tower looks at TOWER_BATCH pictures; picture: features of one. `half`: bf16 autocast; `low`: weights that learn are in that
     width too, as FSDP2 and ZeRO gather them.
     """
-    depth = models.shapes(recipe)[1].num_hidden_layers
-    few = _count(recipe, half, low, shape, min(depth, _FEW))
-    if depth <= _FEW:
-        return few
-    some = _count(recipe, half, low, shape, min(depth, _SOME))
-    ahead = (depth - _FEW) / (min(depth, _SOME) - _FEW)
-    return Counter({key: few[key] + ahead * (some[key] - few[key]) for key in some})
+    depth, width = models.shapes(recipe)[1].num_hidden_layers, 2 if half else 4
+    found = _count(recipe, half, low, shape, min(depth, _SOME))
+    if depth > _SOME:
+        few = _count(recipe, half, low, shape, _FEW)
+        found = {key: few[key] + (depth - _FEW) / (_SOME - _FEW) * (found[key] - few[key]) for key in found}
+    tower = _tower(recipe.vision_tower, recipe.language_model)
+    return Counter({**found, "tower/weights": tower, "weights": found["shared"] + width * tower})
+
+
+@lru_cache
+def _tower(tower, language_model) -> int:
+    recipe = SimpleNamespace(vision_tower=tower, language_model=language_model)
+    return models.parameter_counts(models.meta_model(recipe))["vision_tower"]
 
 
 @lru_cache(64)
@@ -52,8 +59,7 @@ def _count(recipe, half, low, shape, layers):
     if recipe.bits < 16:
         _quantise(parts["language_model"]["model"], recipe.bits)
     models.freeze(model, recipe)
-    found = Counter(weights=_size(model), shared=_size(model) - _size(parts["vision_tower"]))
-    found["tower/weights"] = sizes["vision_tower"]
+    found = Counter(shared=_size(model) - _size(parts["vision_tower"]))
     found["learning"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     outer = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     found["body"], found["outer"] = sizes["language_model"] - outer, outer + sizes["projector"]

@@ -150,9 +150,10 @@ def shapes(recipe) -> tuple[CLIPVisionConfig, LlamaConfig]:
 
 def meta_model(recipe, layers: int | None = None) -> LlavaForConditionalGeneration:
     """The recipe's model without any weight (on PyTorch's meta device), for counting and planning; the presets' shapes
-    are known without a download. With `layers` its language model has only so many."""
+    are known without a download. With `layers` tower and language model have only so many."""
     vision, text = shapes(recipe)
-    text.num_hidden_layers = layers or text.num_hidden_layers
+    for config in (vision, text):
+        config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         return LlavaForConditionalGeneration(_llava_config(vision, text, text.vocab_size))
 
