@@ -119,6 +119,22 @@ def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tm
     assert torch.equal(model.generate(**asked), before)
 
 
+def test_an_answer_cut_at_max_length_is_counted_and_listed_as_check_lists_it(mixed, tmp_path):
+    rows = json.loads(Path(mixed.samples).read_text())
+    rows[23]["conversations"].append({"from": "human", "value": "Why?"})  # is left out too, and said before the cut
+    Path(mixed.samples).write_text(json.dumps(rows))
+    processor, samples = load_processor(mixed), vflan.load_samples(mixed.samples, mixed.images)
+    whole = prepare(mixed, processor.tokenizer, load_model(mixed).config, tmp_path)
+    assert whole.repaired == 1 and whole.bad == 0
+    recipe = vflan.replace(mixed, max_length=int(np.sort(whole.lengths)[-8]), max_bad_share=1.0)
+    data = prepare(recipe, processor.tokenizer, load_model(mixed).config, tmp_path)
+    report = vflan.check(samples, processor.tokenizer, recipe.max_length, image_tokens=data.image_tokens)
+    listed = [json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()]
+    assert listed == report.repaired.to_dict("records") and data.repaired == len(listed) > 4
+    assert any("without an answer; " in row["reason"] and "answer tokens beyond" in row["reason"] for row in listed)
+    assert data.bad == len(report.bad) and data.lengths.max() == recipe.max_length
+
+
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
 @settings(deadline=None)
 def test_packs_hold_every_row_once_and_never_too_much(lengths):
@@ -387,6 +403,21 @@ def data_of(lengths, packed=False, text_only=()):
     picture = np.array([-1 if i in text_only else 0 for i in range(len(lengths))])
     ids = np.arange(len(lengths)).astype(str)
     return Data(ids, empty, empty, empty, empty, picture, lengths, lengths, 1, 0, packed)
+
+
+def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one():
+    """A step of the GPU presets on 8 processes: two passes each at 8,192 positions, eight at 2,048."""
+    lengths = np.random.default_rng(0).integers(620, 900, 128)
+    recipes = {name: vflan.replace(vflan.preset(name).base, packing="packed") for name in ("full_7b", "qlora_7b")}
+    shares = {
+        name: micro_batches(data_of(lengths, packed=True), np.arange(128), recipe, 8)
+        for name, recipe in recipes.items()
+    }
+    widest = {name: max(lengths[part].sum() for parts in share for part in parts) for name, share in shares.items()}
+    assert {name: len(share[0]) for name, share in shares.items()} == dict(full_7b=2, qlora_7b=8)
+    assert 4096 < widest["full_7b"] <= 8192 and widest["qlora_7b"] <= 2048
+    padded = vflan.replace(recipes["full_7b"], packing="padded")
+    assert {len(part) for part in micro_batches(data_of(lengths), np.arange(128), padded, 8)[0]} == {padded.micro_batch}
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])

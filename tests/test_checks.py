@@ -329,7 +329,7 @@ def odd_pictures(tmp_path_factory):
 
 
 class Counted:
-    rows = bad = kept = 0
+    rows = bad = kept = repaired = 0
 
 
 def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_ones(backbones, odd_pictures, tmp_path):
@@ -364,6 +364,9 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
         assert report.by_task[["ok", "bad"]].to_numpy().sum() == report.by_task.rows.sum() == len(records)
         if report.ok:
             data = prepare(recipe, tokenizer, Config, tmp_path)
+            listed = [json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()]
+            assert listed == report.repaired.to_dict("records") and data.repaired == len(listed)
+            count.repaired += len(listed)
             sound = [sample for number, sample in enumerate(samples) if number not in bad]
             assert list(data.ids) == [sample["id"] for sample in sound] and data.bad == len(bad)
             shown = [data.pictures[number] if number >= 0 else None for number in data.picture]
@@ -373,4 +376,4 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
         count.rows, count.bad = count.rows + report.rows, count.bad + len(bad)
 
     judge()
-    assert count.rows >= 1000 and count.bad > 300 and count.kept > 100
+    assert count.rows >= 1000 and count.bad > 300 and count.kept > 100 and count.repaired > 10

@@ -45,23 +45,31 @@ def test_only_what_the_recipe_names_moves(recipe):
         assert moved == set(tune)
 
 
-def test_a_frozen_part_that_moves_stops_the_run(recipe, monkeypatch):
+@pytest.mark.parametrize(
+    "part, tune",
+    [
+        ("vision_tower", ("projector", "language_model")),
+        ("projector", ("language_model",)),
+        ("language_model", ("projector",)),
+    ],
+)
+def test_a_frozen_part_that_moves_stops_the_run_and_is_named(recipe, monkeypatch, part, tune):
     original = torch.optim.AdamW.step
 
     def step(self, *arguments):
-        tower.data += 1
+        weight.data += 1
         return original(self, *arguments)
 
     def remember(model, recipe, freeze=TRAIN.models.freeze):
-        nonlocal tower
-        tower = next(parts(model)["vision_tower"].parameters())
+        nonlocal weight
+        weight = next(parts(model)[part].parameters())
         return freeze(model, recipe)
 
-    tower = None
+    weight = None
     monkeypatch.setattr(TRAIN.models, "freeze", remember)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(AssertionError, match="frozen part moved"):
-        vflan.train(vflan.replace(recipe, max_steps=2))
+    with pytest.raises(AssertionError, match=f"frozen part moved during training: {part.replace('_', ' ')}$"):
+        vflan.train(vflan.replace(recipe, max_steps=2, tune=tune))
     assert not Run.open(recipe.folder).finished
 
 

@@ -17,6 +17,7 @@ _HOME = {
     "conversation": ["encode"],
     "model": ["load_model", "parts", "swap_part"],
     "runs": ["Run"],
+    "plan": ["plan"],
     "train": ["train"],
     "answers": ["answer"],
     "served": ["ServedModel"],

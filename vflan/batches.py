@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from vflan import model as models
-from vflan.checks import check
+from vflan.checks import check, cut
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_many
 from vflan.mixtures import mixture_record, recipe_samples
 from vflan.pictures import read_picture, stamp
@@ -83,14 +83,15 @@ class Data:
 def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True) -> Data:
     """Check and tokenise the recipe's samples.
 
-    Bad rows are left out and listed in `folder`/bad.jsonl; too many stop the run before it starts. Without `judge` the
-    listing is read: another process of this run has just written it.
+    Bad rows are left out and listed in `folder`/bad.jsonl; too many stop the run before it starts. Rows that lose a part,
+    an answer's end beyond `max_length` for one, are trained on and listed in repaired.jsonl: row, id, reason. Without
+    `judge` bad.jsonl is read: another process of this run has just written it.
     """
-    samples, listing, repaired = recipe_samples(recipe), folder / "bad.jsonl", 0
+    samples, listing, repaired = recipe_samples(recipe), folder / "bad.jsonl", {}
     if judge:
         write_json(folder / "mixture.json", mixture_record(recipe, samples))
         report = check(samples)
-        bad, repaired = dict(zip(report.bad.row, report.bad.reason)), len(report.repaired)
+        bad, repaired = (dict(zip(table.row, table.reason)) for table in (report.bad, report.repaired))
     else:
         verdicts = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
         bad = {verdict["row"]: verdict["reason"] for verdict in verdicts}
@@ -99,26 +100,31 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
     for first in tqdm(chunks, desc="tokenising", disable=not judge or len(chunks) < 8, leave=False):
         chunk = samples[first : first + _ENCODED_TOGETHER]
         numbered = [(first + i, *row) for i, row in enumerate(zip(chunk["id"], chunk["image"], chunk["conversations"]))]
-        names |= {row: name for row, name, _, _ in numbered if row in bad}
+        names |= {row: name for row, name, _, _ in numbered if row in bad or row in repaired}
         numbered, usable = [row for row in numbered if row[0] not in bad], []
         encoded = encode_many([turns for *_, turns in numbered], tokenizer, recipe.template)
         for (row, name, image, _), found in zip(numbered, encoded):
-            if not isinstance(found, ValueError):
+            try:
+                if isinstance(found, ValueError):
+                    raise found
                 room = max(0, recipe.max_length - (wide - 1 if image else 0))
-                ids, labels = (np.array(column[:room], dtype=np.int32) for column in found)
-                if (labels != IGNORE_INDEX).any():
-                    which = numbers.setdefault(image, len(numbers)) if image else -1
-                    usable.append((name, which, len(ids), ids, labels != IGNORE_INDEX))
-                    continue
-                found = f"no answer token within max_length={recipe.max_length}"
-            bad[row], names[row] = str(found), name
+                ids, labels = (np.array(column, dtype=np.int32) for column in found)
+                if lost := cut(labels, room, recipe.max_length):
+                    repaired[row] = f"{repaired[row]}; {lost}" if row in repaired else f"left out: {lost}"
+                    names[row] = name
+                ids, learned = ids[:room], labels[:room] != IGNORE_INDEX
+                which = numbers.setdefault(image, len(numbers)) if image else -1
+                usable.append((name, which, len(ids), ids, learned))
+            except ValueError as reason:
+                bad[row], names[row] = str(reason), name
         if usable:  # a few arrays in place of thousands
             name, which, length, ids, learned = zip(*usable)
             counts = np.array(which), np.array(length)
             blocks.append((np.array(name, dtype=text), *counts, np.concatenate(ids), np.concatenate(learned)))
-    if judge:
-        lines = [json.dumps(dict(row=row, id=names[row], reason=bad[row]), ensure_ascii=False) for row in sorted(bad)]
-        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    repaired = {row: lost for row, lost in repaired.items() if row not in bad}
+    for path, found in ((listing, bad), (folder / "repaired.jsonl", repaired)) if judge else ():
+        lines = [dict(row=row, id=names[row], reason=found[row]) for row in sorted(found)]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     if len(bad) > recipe.max_bad_share * len(samples) or not blocks:
         some = "".join(f"\n  row {row} ({names[row]}): {bad[row]}" for row in sorted(bad)[:5])
         raise ValueError(
@@ -141,7 +147,7 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
         image_token_id=config.image_token_id,
         packed=packs(recipe),
         bad=len(bad),
-        repaired=repaired,
+        repaired=len(repaired),
     )
 
 

@@ -267,15 +267,19 @@ def _verdict(turns, image, trouble, encoded, room, max_length) -> tuple[str, str
         if isinstance(encoded, ValueError):
             raise encoded
         if encoded is not None:
-            learned = np.flatnonzero(np.array(encoded[1]) != IGNORE_INDEX)
-            beyond = int((learned >= room).sum())
-            if beyond == len(learned):
-                raise ValueError(f"too long at max_length: no answer token within max_length={max_length}")
-            if beyond:
-                lost.append(f"{beyond} answer tokens beyond max_length={max_length}")
+            lost += filter(None, [cut(np.array(encoded[1]), room, max_length)])
     except ValueError as reason:
         return str(reason), ""
     return "", "left out: " + "; ".join(lost) if lost else ""
+
+
+def cut(labels: np.ndarray, room: int, max_length: int) -> str:
+    """What of a row's answers lies beyond its first `room` ids, "" if nothing does; ValueError if all of them do."""
+    learned = np.flatnonzero(labels != IGNORE_INDEX)
+    beyond = int((learned >= room).sum())
+    if beyond == len(learned):
+        raise ValueError(f"too long at max_length: no answer token within max_length={max_length}")
+    return f"{beyond} answer tokens beyond max_length={max_length}" if beyond else ""
 
 
 def _kind(reason: str) -> str:

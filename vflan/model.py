@@ -143,10 +143,17 @@ def _assemble(recipe, dtype, source):
     return model
 
 
-def meta_model(recipe) -> LlavaForConditionalGeneration:
+def shapes(recipe) -> tuple[CLIPVisionConfig, LlamaConfig]:
+    """The configurations of the recipe's vision tower and language model, without a download for the presets' ones."""
+    return _config(recipe.vision_tower), _config(recipe.language_model)
+
+
+def meta_model(recipe, layers: int | None = None) -> LlavaForConditionalGeneration:
     """The recipe's model without any weight (on PyTorch's meta device), for counting and planning; the presets' shapes
-    are known without a download."""
-    vision, text = _config(recipe.vision_tower), _config(recipe.language_model)
+    are known without a download. With `layers` tower and language model have only so many."""
+    vision, text = shapes(recipe)
+    for config in (vision, text):
+        config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         return LlavaForConditionalGeneration(_llava_config(vision, text, text.vocab_size))
 

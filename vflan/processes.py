@@ -57,8 +57,8 @@ def spread(accelerator, learner: nn.Module, make_optimizer, recipe: Recipe) -> S
     return Spread(accelerator, how, model, learner, optimizer)
 
 
-def sharding(recipe: Recipe, world: int) -> str:
-    """What `recipe.sharding` comes to with so many processes.
+def sharding(recipe: Recipe, world: int, on_gpus: bool | None = None) -> str:
+    """What `recipe.sharding` comes to with so many processes, on GPUs or not (None: as this machine has them).
 
     A fully tuned language model needs 16 bytes a weight, too much for one GPU from 7B on: `auto` shares it out.
     """
@@ -67,7 +67,7 @@ def sharding(recipe: Recipe, world: int) -> str:
     if recipe.sharding != "auto":
         return recipe.sharding
     full = "language_model" in recipe.tune and not recipe.lora_r and recipe.optimizer == "adamw"
-    return "fsdp2" if full and torch.cuda.is_available() else "none"
+    return "fsdp2" if full and (torch.cuda.is_available() if on_gpus is None else on_gpus) else "none"
 
 
 def started() -> int:
@@ -77,13 +77,8 @@ def started() -> int:
 
 def check(recipe: Recipe, world: int) -> None:
     """Can `world` processes train this recipe? ValueError or ImportError, one sentence, if not; before any time is spent."""
-    batch, gpus, local = recipe.global_batch, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if batch % world:
-        fair = max(n for n in range(1, world) if batch % n == 0)
-        why = "are more than its samples" if batch < world else "cannot share it evenly"
-        raise ValueError(
-            f"global_batch={batch}: {world} processes {why}; start {fair}, or make it a multiple of {world}."
-        )
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shares(recipe, world)
     if gpus and local > gpus:
         raise ValueError(f"{local} processes were asked for on a machine with {gpus} GPUs; start {gpus} at most.")
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
@@ -95,6 +90,18 @@ def check(recipe: Recipe, world: int) -> None:
             raise ImportError(
                 f"trackers={recipe.trackers}: pip install {name}, or leave it out; metrics.jsonl is written anyway."
             )
+
+
+def shares(recipe: Recipe, world: int) -> int:
+    """The rows of a global batch that each of `world` processes takes; ValueError if they cannot share it evenly."""
+    batch = recipe.global_batch
+    if batch % world:
+        fair = max(n for n in range(1, world) if batch % n == 0)
+        why = "are more than its samples" if batch < world else "cannot share it evenly"
+        raise ValueError(
+            f"global_batch={batch}: {world} processes {why}; start {fair}, or make it a multiple of {world}."
+        )
+    return batch // world
 
 
 def join(recipe: Recipe, folder) -> Accelerator:

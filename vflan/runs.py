@@ -20,8 +20,9 @@ PATIENCE = 5  # seconds that the processes of a killed run may need to go
 class Run:
     """What `train` returns.
 
-    recipe.json, init.json (what it started from), bad.jsonl (rows left out, with reasons), metrics.jsonl (one line a step: step, loss,
-    lr, tokens, seconds, useful, fill, tokens_per_second, peak_gb), heldout.jsonl and samples.jsonl (if rows are held out),
+    recipe.json, init.json (what it started from), bad.jsonl (rows left out, with reasons), repaired.jsonl (rows trained on but for a
+    part, such as what lies beyond max_length), metrics.jsonl (one line a step: step, loss, lr, tokens, seconds, useful, fill,
+    tokens_per_second, peak_gb), heldout.jsonl and samples.jsonl (if rows are held out),
     checkpoints/ (while it is unfinished; see `at`), model/ (`AutoModelForImageTextToText` and `AutoProcessor` load it),
     done.json (written last, so that a half-written run is never taken for a finished one).
     """

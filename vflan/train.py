@@ -129,7 +129,8 @@ def _fit(run, recipe, accelerator):
             checkpoints.save(run.folder, step + 1, spread, **about)
     log.close()
 
-    assert _fingerprint_frozen(model) == frozen, "a frozen part moved during training"
+    moved = [part for part, now in _fingerprint_frozen(model).items() if now != frozen[part]]
+    assert not moved, f"a frozen part moved during training: {', '.join(moved)}"
     if accelerator.is_main_process:
         if not alone:  # each process holds a piece; the last checkpoint holds them all
             model = checkpoints.learned(recipe, init, checkpoints.weights(checkpoints.found(run.folder)[0]))
@@ -172,8 +173,13 @@ def _names(data, rows) -> str:
     return ", ".join(data.ids[row] for row in rows)
 
 
-def _fingerprint_frozen(model) -> str:
-    return models.fingerprint((name, w) for name, w in model.named_parameters() if not w.requires_grad)
+def _fingerprint_frozen(model) -> dict[str, str]:
+    """For each part a hash of its weights that must stand still, under the part's name in words."""
+    still = {
+        part: [(name, weight) for name, weight in module.named_parameters() if not weight.requires_grad]
+        for part, module in models.parts(model).items()
+    }
+    return {part.replace("_", " "): models.fingerprint(weights) for part, weights in still.items()}
 
 
 def _begin(run, recipe, init) -> None:

@@ -29,6 +29,7 @@ def preset() -> Preset:
         lr=1e-3,
         global_batch=256,
         micro_batch=32,
+        pack_tokens=8192,
         precision="bf16",
         gradient_checkpointing=True,
         save_every=1000,

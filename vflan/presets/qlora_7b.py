@@ -9,5 +9,5 @@ from vflan.recipe import Preset, replace
 
 
 def preset() -> Preset:
-    changes = dict(runs="runs/qlora_7b", bits=4, micro_batch=4, optimizer="adamw_8bit")
+    changes = dict(runs="runs/qlora_7b", bits=4, micro_batch=4, pack_tokens=None, optimizer="adamw_8bit")
     return Preset(*(replace(recipe, **changes) for recipe in lora_7b()))

@@ -1,0 +1,152 @@
+"""Whether a plan tells beforehand what training then holds, on a CPU; and what it says for machines that are not here."""
+
+import html
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch.profiler import profile
+
+import vflan
+from tests.conftest import make_backbones, make_squares
+from vflan import footprint
+from vflan.recipe import Recipe
+
+TRAIN = sys.modules.get("vflan.train") or __import__("importlib").import_module("vflan.train")
+FULL = dict(tune=("projector", "language_model"))
+LORA = FULL | dict(lora_r=16, lora_alpha=32, lora_dropout=0.05)
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """A recipe over a random Llama of 19 million weights and rows of up to 120 tokens: large enough that its tensors are
+    what its memory is spent on."""
+    folder = tmp_path_factory.mktemp("middling")
+    make_backbones(folder, width=512, layers=8)
+    path = make_squares(folder, rows=12)
+    rows = json.loads(path.read_text())
+    for i, row in enumerate(rows):
+        row["conversations"][1]["value"] = " and ".join(["a red square on grey"] * (4 + i // 2))
+    path.write_text(json.dumps(rows))
+    backbones = dict(vision_tower=str(folder / "vision_tower"), language_model=str(folder / "language_model"))
+    more = dict(global_batch=4, micro_batch=2, max_steps=2, max_length=512, lr=1e-4)
+    return Recipe("base", "base", samples=str(path), images=str(folder / "images"), runs="", **backbones, **more)
+
+
+def measured(recipe, monkeypatch):
+    """The most bytes that PyTorch's CPU allocator had given out at a time in the training loop, by its own reports to the
+    profiler, weights included: what lies beside tensors (Python, libraries, the allocator's gaps) is not in it."""
+    model, weights = [], []
+    profiler = profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    real = TRAIN.models.freeze, TRAIN.feed, TRAIN.Log.close
+
+    def freeze(loaded, *arguments):
+        model.append(loaded)
+        return real[0](loaded, *arguments)
+
+    def feed(*arguments):
+        weights.append(sum(weight.numel() * weight.element_size() for weight in model[0].parameters()))
+        profiler.start()
+        return real[1](*arguments)
+
+    def close(log):
+        profiler.stop()
+        return real[2](log)
+
+    monkeypatch.setattr(TRAIN.models, "freeze", freeze)
+    monkeypatch.setattr(TRAIN, "feed", feed)
+    monkeypatch.setattr(TRAIN.Log, "close", close)
+    monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
+    vflan.train(recipe)
+    held = most = weights[0]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(FULL),
+        dict(FULL, micro_batch=4, gradient_checkpointing=True),
+        dict(tune=("projector",)),
+        dict(LORA),
+        dict(LORA, bits=4, optimizer="adamw_8bit"),
+    ],
+    ids=["full", "full, one pass, checkpointing", "projector", "LoRA", "QLoRA"],
+)
+def test_the_planned_peak_is_the_measured_one(middling, monkeypatch, tmp_path, changes):
+    recipe = vflan.replace(middling, runs=str(tmp_path), **changes)
+    planned, held = vflan.plan(recipe, gpu="cpu"), measured(recipe, monkeypatch)
+    print(planned, held / 1e9)
+    assert planned.steps == 2 and planned.fits
+    assert planned.peak == pytest.approx(held, rel=0.15)
+
+
+# --------------------------------------------------------------------------------------- machines that are not here
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_a_layer_more_costs_as_much_as_the_one_before(middling):
+    """What lets a 13B be counted in seconds: two and three layers tell eight."""
+    recipe, shape = vflan.replace(middling, **LORA), (2, 78, 2, 100)
+    whole, told = footprint._count(recipe, False, False, shape, 8), footprint.count(recipe, False, False, shape)
+    assert {key: told[key] for key in whole} == pytest.approx(dict(whole), rel=0.02)
+
+
+def test_weights_gradients_and_moments_are_those_of_the_arithmetic():
+    seven = vflan.preset("full_7b").base
+    one, eight = (vflan.plan(seven, gpus=n).memory for n in (1, 8))
+    weights, tower = 6_738_415_616 + 20_979_712, 303_507_456
+    assert one["weights"] == 4 * weights + 2 * tower and one["gradients"] == 4 * weights
+    assert one["optimiser"] == 8 * weights and one["exchange"] == 0
+    assert eight["weights"] == pytest.approx(4 * weights / 8 + 2 * tower) and eight["optimiser"] == weights
+    thrifty = vflan.plan(vflan.replace(seven, optimizer="adamw_8bit")).memory
+    assert thrifty["optimiser"] == pytest.approx(2 * weights, rel=0.02)
+
+
+def test_the_presets_fit_where_their_docstrings_say():
+    qlora, lora, full = (vflan.preset(name).base for name in ("qlora_7b", "lora_7b", "full_13b"))
+    small = vflan.plan(qlora, gpu="RTX4090-24G")
+    assert small.fits and small.peak < 16e9 and not small.changes
+    assert vflan.plan(lora, gpu="L40S-48G").fits and not vflan.plan(lora, gpu="RTX4090-24G").fits
+    assert vflan.plan(full, gpus=8).fits and small.hours > 0 and small.kwh == pytest.approx(small.hours * 0.45)
+
+
+def test_what_does_not_fit_comes_with_what_was_tried(middling):
+    found = vflan.plan(vflan.replace(vflan.preset("full_7b").base, gradient_checkpointing=False))
+    said = str(found)
+    assert not found.fits and "does NOT fit into 1 x A100-80G" in said and "gradient_checkpointing=True:" in said
+    assert any("gpus=" in change and change.endswith("fits") for change in found.changes)
+    assert any("lora_r=128" in change for change in found.changes) and any("bits=4" in c for c in found.changes)
+    assert all(html.escape(change) in found._repr_html_() for change in found.changes)
+
+
+def test_lengths_are_read_where_they_can_be_and_else_assumed_and_said(middling):
+    here, away = vflan.plan(middling, gpu="cpu"), vflan.plan(vflan.preset("full_7b").projector)
+    assert here.tokens < 8 * 120 and "12 of 12 rows" in str(here) and "assumed" not in str(here)
+    assert away.steps == math.ceil(558_128 / 256) and "assumed: lengths like LLaVA-1.5's, 558,128 rows" in str(away)
+    with pytest.raises(ValueError, match="gone.json is not there, and how many rows"):
+        vflan.plan(vflan.replace(middling, samples="gone.json"))
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        (dict(gpu="A100"), "no gpu='A100' in the list; known ones are A100-40G, A100-80G"),
+        (dict(gpus=0), "gpus=0"),
+        (dict(share=40), "share=40"),
+        (dict(gpus=3), "global_batch=4: 3 processes cannot share it evenly"),
+    ],
+)
+def test_bad_input_is_said_in_one_sentence(middling, asked, says):
+    with pytest.raises(ValueError, match=says):
+        vflan.plan(middling, **asked)
