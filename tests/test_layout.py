@@ -12,8 +12,8 @@ HOME = Path(__file__).resolve().parent.parent
 # conversation (check asks it what a row would lose), stats, kept, endpoint and judge (what scores stands after them).
 ROOMS = """
 recipe presets conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
-checks fetch model batches learner checkpoints processes runs log heldout train answers served workers evaluate claims
-plots widgets world book
+checks fetch model batches learner checkpoints processes share runs log heldout train answers served workers evaluate claims
+plots widgets world report book
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 
