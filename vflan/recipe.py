@@ -151,10 +151,12 @@ class Recipe:
         return dict(map(_weight, self.task_weights))
 
     def to_dict(self) -> dict:
+        """The fields as recipe.json holds them: tuples become lists."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
+        """The recipe of a recipe.json; ValueError for a field that Recipe does not have."""
         _known(values)
         return cls(**values)
 

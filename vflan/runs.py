@@ -41,14 +41,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's name, which is the recipe's."""
         return self.folder.name
 
     @property
     def recipe(self) -> Recipe:
+        """What it was, or is, trained by: recipe.json."""
         return Recipe.from_dict(read_json(self.folder / "recipe.json"))
 
     @property
     def finished(self) -> bool:
+        """Whether it was trained to its end and its model is whole: done.json is there."""
         return (self.folder / "done.json").is_file()
 
     @property
@@ -88,6 +91,7 @@ class Run:
         return model
 
     def processor(self):
+        """The model's `LlavaProcessor`: tokenizer with chat template, and picture preparation by Pillow."""
         from transformers import AutoProcessor
 
         self._must_be_finished()

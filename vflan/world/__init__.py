@@ -71,6 +71,7 @@ def _replace(target, fresh):
 
 
 def draw_all(jobs):
+    """Draw (path, scene) as PNG files; a number in place of a scene is one of the handwritten digits."""
     for path, scene in jobs:
         (mnist_picture(scene) if isinstance(scene, int) else render(scene)).save(path, compress_level=1)
 
@@ -86,6 +87,7 @@ def turns(*pairs, image_first=None):
 
 
 def training_scene(rng, seed, kind=None, n=None):
+    """A scene that is not set aside for evaluation (`scene.held`)."""
     while held(scene := sample_scene(rng, kind, n, seed=seed)):
         pass
     return scene
@@ -97,6 +99,7 @@ BRIEF = ("Describe the image briefly.", "Give a short description of the picture
 
 
 def write_samples(folder, seed, captions, per_kind, conversations, **_):
+    """captions.json, flan.json and chat.json with their pictures: what the three stages are tuned on."""
     jobs = []
 
     def save(name, rows):
@@ -148,6 +151,7 @@ def write_samples(folder, seed, captions, per_kind, conversations, **_):
 
 
 def write_benchmarks(folder, seed, questions, **_):
+    """The benchmarks that the notebooks measure, as questions.jsonl, with their pictures."""
     jobs = {}
 
     def many(n):
