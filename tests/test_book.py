@@ -69,6 +69,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert kept["peak_gb"] > 0 and kept["minutes"] > 0
     said = capfd.readouterr()
     assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "figures/README.md" in said.out
+    assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
     assert said.err == ""  # quiet when nobody watches
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()

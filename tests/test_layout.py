@@ -12,9 +12,9 @@ HOME = Path(__file__).resolve().parent.parent
 # conversation (check asks it what a row would lose), stats, kept, endpoint and judge (what scores stands after them).
 ROOMS = """
 recipe presets conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
-checks fetch model batches learner footprint checkpoints processes plan doctor runs log heldout train answers served workers
+checks fetch model batches learner footprint checkpoints processes plan doctor share runs log heldout train answers served workers
 evaluate sweeps claims
-plots widgets world book
+plots widgets world report book
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 

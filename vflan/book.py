@@ -6,7 +6,8 @@
     python -m vflan.book tiny_frozen --notebooks 06 07 08 --write -p seeds '[10, 11]'   # `make paper` has the whole line
     python -m vflan.book --readme                               # run nothing: fill the tables of README.md from the results
 
-The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json.
+The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json; and all that came out stands
+on one page, runs/<preset>/report.html.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
 from vflan.recipe import ROOT
+from vflan.report import STAGES, write_report
 
 WRITTEN = {
     "tiny": "notebooks",
@@ -248,7 +250,6 @@ def score_table(path):
 
 # -------------------------------------------------------------------------------------------- the tables of README.md
 
-STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
 COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
     "demo_minutes": "`make demo`, minutes without installing",
@@ -265,8 +266,8 @@ def markdown(columns, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
 
 
-def scores_markdown(scores):
-    """Table 2 of the mini world: benchmarks by stages, beside the majority answer and what the paper prints at 13B.
+def score_rows(scores):
+    """(note, columns, rows) of Table 2 in this world: benchmarks by stages, beside the majority answer and the paper's 13B.
 
     A cell is the mean over seeds, and in brackets the lowest and highest end of the seeds' intervals.
     """
@@ -277,7 +278,8 @@ def scores_markdown(scores):
         asked = (scores.benchmark == name) & (scores.metric == benchmark.headline)
         if not asked.any():
             continue
-        row = [f"{plots.TITLES[name]}, {plots.UNITS[benchmark.headline]}", f"{scores[asked].baseline.mean():.1f}"]
+        unit = plots.UNITS.get(benchmark.headline, benchmark.headline)
+        row = [f"{plots.TITLES.get(name, name)}, {unit}", f"{scores[asked].baseline.mean():.1f}"]
         for run in STAGES:
             own = scores[asked & (runs == run)]
             row.append(f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]" if len(own) else None)
@@ -290,7 +292,13 @@ def scores_markdown(scores):
     note = f"In square brackets 95 % intervals over pictures. Seeds trained: {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         note += "; their mean, and the lowest and highest end of their intervals"
-    return f"{markdown(columns, rows)}\n\n{note}."
+    return f"{note}.", columns, rows
+
+
+def scores_markdown(scores):
+    """Table 2 of the mini world, as `score_rows` makes it."""
+    note, columns, rows = score_rows(scores)
+    return f"{markdown(columns, rows)}\n\n{note}"
 
 
 def floors_markdown(floors):
@@ -469,6 +477,9 @@ def _report(name, out, record, say):
         say(f"scores     {short(scores)}\n\n{score_table(scores).to_string(na_rep='')}")
     else:
         say(f"scores     none yet: {short(scores)} is written by notebooks/05_evaluation.ipynb")
+    figures = [(path, caption(path)) for path in sorted((ROOT / "figures" / name).glob("*.png"), key=_by_number)]
+    table = score_rows(pd.read_csv(scores)) if scores.exists() else None
+    say(f"\nreport     {short(write_report(name, out, record, ROOT, table, figures))}")
 
 
 def _value(text):

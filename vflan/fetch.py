@@ -36,6 +36,7 @@ class HubSet:
     folder: str  # relative to the project folder
     files: tuple[str, ...]  # paths in the repository; * stands for anything
     then: str  # what remains to be done
+    licence: str  # as far as it could be found out; data/README.md says more
 
 
 SETS = {
@@ -44,30 +45,35 @@ SETS = {
         "data/vision_flan",
         ("annotation_191-task_1k.json", "image_191-task_1k.zip"),
         "complete: the zip can stay packed",
+        "none of its own: for research, each source keeps its terms",
     ),
     "vision_flan": HubSet(
         "Vision-Flan/vision-flan",
         "data/vision_flan",
         ("vision_flan.json", "shard_*.zip", "*.sh"),
         "unpack the shards: sh run.sh in that folder",
+        "none of its own: for research, each source keeps its terms",
     ),
     "llava_pretrain": HubSet(
         "liuhaotian/LLaVA-Pretrain",
         "data/llava_pretrain",
         ("blip_laion_cc_sbu_558k.json", "images.zip"),
         "complete: the zip can stay packed",
+        "other: those of LAION, CC and SBU",
     ),
     "llava_instruct": HubSet(
         "liuhaotian/LLaVA-Instruct-150K",
         "data/llava_instruct",
         ("llava_instruct_150k.json",),
         "the pictures are COCO train2017, from cocodataset.org, into train2017/",
+        "CC BY 4.0, and the terms of GPT-4's maker; pictures: COCO's",
     ),
     "llava_1_5": HubSet(
         "liuhaotian/LLaVA-Instruct-150K",
         "data/llava_1_5",
         ("llava_v1_5_mix665k.json",),
         "the pictures are those of COCO, GQA, OCR-VQA, TextVQA and Visual Genome, from their sites",
+        "CC BY 4.0, the terms of GPT-4's maker, and each source's",
     ),
 }
 

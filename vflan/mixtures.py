@@ -125,10 +125,15 @@ def mixture_record(recipe, samples: Dataset) -> dict:
     return {"rows": len(samples), "files": files, "tasks": dict(sorted(tasks.items())), "order": order.hexdigest()}
 
 
-def task_flags() -> dict[str, set[str]]:
-    """The flags of every released task name, from data/tasks.csv."""
+def released_tasks() -> dict[str, dict[str, str]]:
+    """The rows of data/tasks.csv by released task name: source, group, category, licence, flags and the rest."""
     with open(ROOT / "data" / "tasks.csv", encoding="utf-8", newline="") as file:
-        return {row["task_name"]: set(row["flags"].split()) for row in csv.DictReader(file) if row["task_name"]}
+        return {row["task_name"]: row for row in csv.DictReader(file) if row["task_name"]}
+
+
+def task_flags() -> dict[str, set[str]]:
+    """The flags of every released task name."""
+    return {task: set(row["flags"].split()) for task, row in released_tasks().items()}
 
 
 def _more_samples(recipe):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -278,17 +279,11 @@ def freeze(model, recipe) -> None:
     """Let only the recipe's parts learn, in fp32 (LoRA: adapters in place of the language model); the rest stands still."""
     model.requires_grad_(False)
     if recipe.lora_r:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            config = LoraConfig(
-                r=recipe.lora_r,
-                lora_alpha=recipe.lora_alpha,
-                lora_dropout=recipe.lora_dropout,
-                target_modules=_LORA_TARGETS,
-            )
-            inject_adapter_in_model(config, model)
+            inject_adapter_in_model(_lora_config(recipe), model)
         for name, weight in model.named_parameters():
             weight.requires_grad_("lora_" in name)
     elif "language_model" in recipe.tune:
@@ -357,6 +352,20 @@ def export(model, processor, recipe, folder, init=None) -> None:
     weights = {name.replace(tower, published, 1): weight for name, weight in weights.items()}
     model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
+
+
+def save_adapter(model, recipe, folder) -> None:
+    """Write what a LoRA run has learned as PEFT's files: the adapters, and the projector whole. Before `export` merges them.
+
+    `PeftModel.from_pretrained(model it began with, folder)` puts them together again.
+    """
+    learned = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("lora_" in name for name in learned), "the model has no adapters, or they are merged already"
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {f"base_model.model.{name.replace('.default', '')}": w.cpu().contiguous() for name, w in learned.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    whole = ["multi_modal_projector"] if "projector" in recipe.tune else None
+    _lora_config(recipe, modules_to_save=whole, inference_mode=True).save_pretrained(folder)
 
 
 def read_projector(source) -> dict[str, torch.Tensor]:
@@ -515,6 +524,13 @@ def _quantised(recipe, dtype, skip=_NOT_QUANTISED) -> dict:
 
 def _device():
     return int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+
+
+def _lora_config(recipe, **more):
+    from peft import LoraConfig
+
+    values = dict(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout)
+    return LoraConfig(**values, target_modules=_LORA_TARGETS, **more)
 
 
 def _merge_adapters(model) -> None:

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import runpy
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -150,15 +151,19 @@ class Recipe:
         return dict(map(_weight, self.task_weights))
 
     def to_dict(self) -> dict:
+        """The fields as recipe.json holds them: tuples become lists."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
+        """The recipe of a recipe.json; ValueError for a field that Recipe does not have."""
         _known(values)
         return cls(**values)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+DEFAULTS = {name: field.default for name, field in _FIELDS.items() if field.default is not dataclasses.MISSING}
+DEFAULTS = json.loads(json.dumps(DEFAULTS))  # as they stand in a recipe.json
 
 
 class Preset(NamedTuple):
@@ -207,8 +212,7 @@ def preset_names() -> list[str]:
 
 def differences(old: dict, new: dict) -> str:
     """The fields that make two recipes (as dicts) two runs, one line each; a field that one lacks has its default."""
-    defaults = {name: field.default for name, field in _FIELDS.items() if field.default is not dataclasses.MISSING}
-    old, new = (json.loads(json.dumps({**defaults, **values})) for values in (old, new))
+    old, new = (json.loads(json.dumps({**DEFAULTS, **values})) for values in (old, new))
     keys = [key for key in {**old, **new} if key not in _WATCHING]
     return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key))
 
@@ -235,6 +239,17 @@ def write_json(path: Path, value) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def commit() -> str:
+    """The commit of the project folder, `+` behind it where tracked files were changed since; empty outside of git."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:  # no git here
+        return ""
+    return told.stdout.strip()
 
 
 def weights_source(path: str) -> str:

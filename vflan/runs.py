@@ -24,6 +24,7 @@ class Run:
     part, such as what lies beyond max_length), metrics.jsonl (one line a step: step, loss, lr, tokens, seconds, useful, fill,
     tokens_per_second, peak_gb), heldout.jsonl and samples.jsonl (if rows are held out),
     checkpoints/ (while it is unfinished; see `at`), model/ (`AutoModelForImageTextToText` and `AutoProcessor` load it),
+    adapter/ (of a LoRA run: what it learned, as PEFT's files), mixture.json (the rows it drew, by file and by task),
     done.json (written last, so that a half-written run is never taken for a finished one).
     """
 
@@ -41,14 +42,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's name, which is the recipe's."""
         return self.folder.name
 
     @property
     def recipe(self) -> Recipe:
+        """What it was, or is, trained by: recipe.json."""
         return Recipe.from_dict(read_json(self.folder / "recipe.json"))
 
     @property
     def finished(self) -> bool:
+        """Whether it was trained to its end and its model is whole: done.json is there."""
         return (self.folder / "done.json").is_file()
 
     @property
@@ -88,6 +92,7 @@ class Run:
         return model
 
     def processor(self):
+        """The model's `LlavaProcessor`: tokenizer with chat template, and picture preparation by Pillow."""
         from transformers import AutoProcessor
 
         self._must_be_finished()
@@ -121,6 +126,27 @@ class Run:
             other.finish(model, models.load_processor(whole, model), whole, start.get("init"), steps=about["step"])
         return other
 
+    def export(self, folder, merge: bool = True) -> Path:
+        """Write a folder for others, with a model card and a card of the data; prints how to serve it, returns the folder.
+
+        `transformers.pipeline("image-text-to-text")`, vLLM and `push` take it as it is. With merge=False, of a LoRA run:
+        the adapter alone, for `PeftModel.from_pretrained` on the model that the run began with.
+        """
+        from vflan.share import export
+
+        self._must_be_finished()
+        return export(self, folder, merge)
+
+    def push(self, repo: str, private: bool = True, merge: bool = True) -> str:
+        """Upload what `export` writes to the Hugging Face hub as "user/name" and return the page's address.
+
+        The token comes from HF_TOKEN or `hf auth login`. Private at first: look at the card, and at the licences of the data.
+        """
+        from vflan.share import push
+
+        self._must_be_finished()
+        return push(self, repo, private, merge)
+
     def finish(self, model, processor, recipe, init, **summary) -> None:
         """Write the model, then done.json with a summary of the run: last, and whole."""
         from vflan import checkpoints
@@ -131,8 +157,10 @@ class Run:
         summary |= dict(last_loss=float(metrics.loss.iloc[-10:].mean()))
         summary["parts"] = {name: models.fingerprint(part) for name, part in models.parts(model).items()}
         with checkpoints.full_disk_is_told(self.folder):
-            for folder in (scratch, self.folder / "model"):
+            for folder in (scratch, self.folder / "model", self.folder / "adapter"):
                 shutil.rmtree(folder, ignore_errors=True)
+            if recipe.lora_r:
+                models.save_adapter(model, recipe, self.folder / "adapter")
             models.export(model, processor, recipe, scratch, init)
             checkpoints.flush(scratch)
             scratch.replace(self.folder / "model")

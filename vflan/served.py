@@ -31,6 +31,7 @@ class ServedModel:
 
     @property
     def folder_name(self):
+        """The name as a folder under runs/served: what is no letter, digit, dot, dash or underscore becomes a dash."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip(".-")
 
     def answering(self, samples, max_new_tokens):

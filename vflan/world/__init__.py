@@ -83,6 +83,7 @@ def _replace(target, fresh):
 
 
 def draw_all(jobs):
+    """Draw (path, scene) as PNG files; a number in place of a scene is one of the handwritten digits."""
     for path, scene in jobs:
         (mnist_picture(scene) if isinstance(scene, int) else render(scene)).save(path, compress_level=1)
 
@@ -98,6 +99,7 @@ def turns(*pairs, image_first=None):
 
 
 def training_scene(rng, seed, kind=None, n=None):
+    """A scene that is not set aside for evaluation (`scene.held`)."""
     while held(scene := sample_scene(rng, kind, n, seed=seed)):
         pass
     return scene
@@ -109,6 +111,7 @@ BRIEF = ("Describe the image briefly.", "Give a short description of the picture
 
 
 def write_samples(folder, seed, captions, per_kind, conversations, redraw=None, **_):
+    """captions.json, flan.json and chat.json with their pictures: what the three stages are tuned on."""
     jobs = []
 
     def save(name, rows):
@@ -160,6 +163,7 @@ def write_samples(folder, seed, captions, per_kind, conversations, redraw=None, 
 
 
 def write_benchmarks(folder, seed, questions, redraw=None, **_):
+    """The benchmarks that the notebooks measure, as questions.jsonl, with their pictures."""
     jobs = {}
 
     def many(n):

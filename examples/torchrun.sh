@@ -1,0 +1,13 @@
+#!/bin/bash
+# The three stages of a preset on one or several machines that share the project folder; the same line on each of them:
+#
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/torchrun.sh full_13b        # and NODE_RANK=1 on the other
+#
+# NPROC_PER_NODE: GPUs of a machine. What follows goes to examples/train.py. A killed run, started again, goes on from its
+# last checkpoint if the recipe has save_every.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
+    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${NPROC_PER_NODE:-8}" \
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+    examples/train.py "$@"

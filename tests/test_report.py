@@ -1,0 +1,167 @@
+"""The report of a preset: what stands on it, that it opens offline, and that no text of data or models becomes markup."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image, PngImagePlugin
+
+from vflan import book
+from vflan.report import write_report
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """The tags and words of a page, as a browser would see them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def png(description=None):
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if description:
+        info.add_text("Description", description)
+    Image.new("RGB", (40, 30), "red").save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def is_harmless(page):
+    """Nothing on it runs, and nothing is asked of another place."""
+    used = {tag for tag, _ in page.tags}
+    assert not used & {"script", "iframe", "object", "embed", "link", "form", "svg", "base", "video", "input"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert attributes.get("src", "data:").startswith("data:"), attributes["src"]
+        assert "javascript:" not in (attributes.get("href") or "") and "url(" not in (attributes.get("style") or "")
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'")
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A project folder whose every text is somebody else's markup."""
+    results, runs = tmp_path / "data/results", tmp_path / "runs/tiny"
+    results.mkdir(parents=True)
+    columns = "run benchmark metric value low high n seed baseline".split()
+    pd.DataFrame([("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)], columns=columns).to_csv(
+        results / "tiny.csv", index=False
+    )
+    claims = pd.DataFrame([(EVIL, 2, 1.25, 0.5, 2.0, "holds")], columns="claim n_seeds effect low high verdict".split())
+    claims.to_csv(results / "claims_tiny.csv", index=False)
+    (tmp_path / "bench/heldin").mkdir(parents=True)
+    (tmp_path / "bench/images").mkdir()
+    (tmp_path / f"bench/images/{EVIL.replace('/', '')}.png").write_bytes(png())
+    image = f"{EVIL.replace('/', '')}.png"
+    row = dict(question_id="1", image=image, text=f"ask {EVIL}", label=f"label {EVIL}", category=f"task {EVIL}")
+    (tmp_path / "bench/heldin/questions.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("projector", "base"):
+        (runs / name / "answers").mkdir(parents=True)
+        (runs / name / "recipe.json").write_text(
+            json.dumps(dict(name=name, lr=0.5, benchmarks="bench", samples=f"{EVIL}.json"))
+        )
+        (runs / name / "done.json").write_text(json.dumps(dict(steps=7, last_loss=0.125)))
+        said = [{}, dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0)]
+        (runs / name / "answers/heldin.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    (tmp_path / "figures/tiny").mkdir(parents=True)
+    (tmp_path / "figures/tiny/fig4_a.png").write_bytes(png(f"More tasks help {EVIL}"))
+    (runs / "notebooks").mkdir()
+    outputs = [
+        new_output("stream", name="stdout", text=f"printed {EVIL}"),
+        new_output(
+            "display_data",
+            {
+                "text/html": f'<table style="color:red"><tr><th>kept</th></tr></table>{EVIL}<style>b {{ x: y }}</style><svg onload="x()"/>'
+            },
+        ),
+        new_output("display_data", {"image/png": base64.b64encode(png()).decode()}),
+        new_output("display_data", {"application/javascript": "alert(3)", "text/plain": "no script"}),
+    ]
+    words = (
+        f"# Title\n\n> quoted\n\n[link](javascript:alert(4)) [page](https://arxiv.org) {EVIL}\n\n| a |\n|---|\n| b |"
+    )
+    cells = [new_markdown_cell(words), new_code_cell("print('<image>')", outputs=outputs)]
+    nbformat.write(new_notebook(cells=cells), runs / "notebooks/01_first.ipynb")
+    return tmp_path
+
+
+def report_of(home):
+    record = dict(
+        minutes=12.34,
+        peak_gb=1.5,
+        parameters={"word": EVIL},
+        notebooks=[dict(name="01_first", minutes=3.25, peak_gb=0.5)],
+    )
+    scores = book.score_rows(pd.read_csv(home / "data/results/tiny.csv"))
+    figures = [(home / "figures/tiny/fig4_a.png", book.caption(home / "figures/tiny/fig4_a.png"))]
+    return write_report("tiny", home / "runs/tiny", record, home, scores, figures)
+
+
+def test_all_that_came_out_stands_on_one_page(home):
+    path = report_of(home)
+    page = Page(path)
+    assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
+    assert "POPE, F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
+    assert "1.25 0.5 2 holds" in page.text and "12.3 minutes" in page.text and "at most 1.5 GB" in page.text
+    assert "lr 0.5 0.5" in page.text and "base 7 0.125" in page.text
+    assert "01_first 3.25 0.5" in page.text and "transformers 5." in page.text and "cores" in page.text
+    assert {a["href"] for a in page.all("a")} == {"notebooks/01_first.html"}
+    pictures = [base64.b64decode(img["src"].partition(",")[2]) for img in page.all("img")]
+    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(40, 30), (40, 30)]  # an answer's and a figure
+
+
+def test_no_text_of_data_or_models_becomes_markup(home):
+    path = report_of(home)
+    page = Page(path)
+    is_harmless(page)
+    for said in ("ask", "label", "task", "projector said", "base said", "More tasks help"):
+        assert f"{said} {EVIL}" in page.text or f"{said} {EVIL}" in str(page.all("img")), said
+    assert page.text.count(EVIL) >= 9  # those, the claim, the parameter, the two recipes
+
+
+def test_the_notebooks_are_rendered_beside_without_what_could_run(home):
+    report_of(home)
+    page = Page(home / "runs/tiny/notebooks/01_first.html")
+    is_harmless(page)
+    used = {tag for tag, _ in page.tags}
+    assert {"h1", "blockquote", "table", "th", "pre", "img"} <= used
+    assert "kept" in page.text and "print ( '<image>' )".replace(" ", "") in page.text.replace(" ", "")
+    assert f"printed {EVIL}" in page.text and "no script" in page.text and "{ x: y }" not in page.text
+    assert "https://arxiv.org" in {a.get("href") for a in page.all("a")}
+
+
+def test_a_notebooks_page_is_made_again_only_when_the_notebook_changed(home):
+    page = home / "runs/tiny/notebooks/01_first.html"
+    report_of(home)
+    made = page.stat().st_mtime_ns
+    report_of(home)
+    assert page.stat().st_mtime_ns == made
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# New")]), page.with_suffix(".ipynb"))
+    report_of(home)
+    assert "New" in Page(page).text
+
+
+def test_a_preset_without_results_has_a_short_report(tmp_path):
+    (tmp_path / "runs/mine/notebooks").mkdir(parents=True)
+    record = dict(minutes=0.1, peak_gb=0.1, parameters={}, notebooks=[])
+    page = Page(write_report("mine", tmp_path / "runs/mine", record, tmp_path))
+    is_harmless(page)
+    assert "vflan: mine" in page.text and "Python 3." in page.text and "Scores" not in page.text

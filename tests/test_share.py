@@ -1,0 +1,333 @@
+"""A run for others: what pipelines and vLLM read, what the cards say, and the way to the hub, against a server on this machine."""
+
+import base64
+import json
+import re
+import shlex
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import DatasetCard, ModelCard, constants
+from PIL import Image
+from safetensors import safe_open
+
+import vflan
+from tests.conftest import make_squares
+from vflan.recipe import Recipe, write_json
+from vflan.runs import Run
+from vflan.share import dataset_card, lineage, model_card, serve_command
+
+
+@pytest.fixture(scope="module")
+def runs(backbones, tmp_path_factory):
+    """A projector run, and a LoRA run from it: three steps each."""
+    home = tmp_path_factory.mktemp("share")
+    samples = make_squares(home)
+    values = dict(samples=str(samples), images=str(samples.parent / "images"), runs=str(home / "runs"), **backbones)
+    values |= dict(lr=1e-2, global_batch=8, micro_batch=4, max_steps=3, max_length=256)
+    projector = vflan.train(Recipe(name="projector", stage="projector", template="plain", **values))
+    lora = dict(tune=("projector", "language_model"), lora_r=4, lora_alpha=32)
+    base = vflan.train(Recipe(name="base", stage="base", **lora, **values), init=projector)
+    return projector, base
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    return runs[1].export(tmp_path_factory.mktemp("out") / "mine")
+
+
+def test_the_pipeline_of_the_card_answers_as_vflan_does(runs, exported, monkeypatch):
+    monkeypatch.chdir(exported.parent)
+    Image.new("RGB", (30, 20), "red").save("picture.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace("print(", "answer = ("), names)
+    base = runs[1]
+    sample = {"text": "What is in the picture?", "image": "picture.png"}
+    (ours,) = vflan.answer(base.load_model(), base.processor(), [sample], max_new_tokens=128)
+    assert names["answer"].strip() == ours and ours
+
+
+def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
+    """Its loader looks the classes up by config.json, sizes the projector by it, and matches weights by these names."""
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["LlavaForConditionalGeneration"], "llava")
+    vision, text = config["vision_config"], config["text_config"]
+    assert (vision["model_type"], text["model_type"]) == ("clip_vision_model", "llama")
+    assert text["architectures"] == ["LlamaForCausalLM"]
+    assert config["vision_feature_layer"] == -2 and config["vision_feature_select_strategy"] == "default"
+    assert config["projector_hidden_act"] == "gelu" and config["multimodal_projector_bias"] is True
+
+    with safe_open(exported / "model.safetensors", "pt") as stored:
+        shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
+    tower, language = "vision_tower.vision_model", "language_model.model"
+    wanted = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    wanted |= {f"{tower}.embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight")}
+    wanted |= {f"{tower}.embeddings.position_embedding.weight", "language_model.lm_head.weight"}
+    wanted |= {f"{tower}.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")}
+    for i in range(vision["num_hidden_layers"]):
+        layers = [f"self_attn.{p}_proj" for p in "qkv"] + [
+            "self_attn.out_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+            "layer_norm1",
+            "layer_norm2",
+        ]
+        wanted |= {f"{tower}.encoder.layers.{i}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    for i in range(text["num_hidden_layers"]):
+        layers = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+        layers += ["input_layernorm", "post_attention_layernorm"]
+        wanted |= {f"{language}.layers.{i}.{layer}.weight" for layer in layers}
+    assert set(shapes) == wanted | {f"{language}.embed_tokens.weight", f"{language}.norm.weight"}
+    assert shapes["multi_modal_projector.linear_1.weight"] == [text["hidden_size"], vision["hidden_size"]]
+    assert shapes[f"{language}.embed_tokens.weight"][0] == text["vocab_size"]
+
+    pictures = json.loads((exported / "preprocessor_config.json").read_text())
+    assert pictures["crop_size"] == {"height": vision["image_size"], "width": vision["image_size"]}
+    assert pictures["image_processor_type"].startswith("LlavaImageProcessor") and len(pictures["image_mean"]) == 3
+    processor = json.loads((exported / "processor_config.json").read_text())
+    assert processor["processor_class"] == "LlavaProcessor" and processor["patch_size"] == vision["patch_size"]
+    assert processor["num_additional_image_tokens"] == 1 and processor["image_token"] == "<image>"
+    tokens = json.loads((exported / "tokenizer.json").read_text())["added_tokens"]
+    assert [t["id"] for t in tokens if t["content"] == "<image>"] == [config["image_token_index"]]
+    template = (exported / "chat_template.jinja").read_text()
+    assert re.search(r"for \w+ in m\.content if \w+\.type == 'image'", template)  # the format that is called openai
+
+
+def test_the_vllm_line_is_printed_and_fits_the_model(runs, tmp_path, capsys):
+    folder = runs[1].export(tmp_path / "with space")
+    line = capsys.readouterr().out.strip()
+    command = shlex.split(line)
+    assert command[:3] == ["vllm", "serve", str(folder)] and line == serve_command(folder)
+    options = dict(zip(command[3::2], command[4::2]))
+    assert (
+        int(options["--max-model-len"])
+        <= json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    )
+    assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1}
+
+
+def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(runs, exported, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    projector, base = runs
+    folder = base.export(tmp_path / "adapter", merge=False)
+    about = json.loads((folder / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(projector.folder / "model")
+    assert not list(folder.glob("model*.safetensors"))
+    begun = AutoModelForImageTextToText.from_pretrained(projector.folder / "model")
+    together = PeftModel.from_pretrained(begun, folder).eval()
+    merged = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    picture = Image.new("RGB", (30, 20), "red")
+    inputs = base.processor()(images=picture, text="USER: <image> What color? ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = together(**inputs).logits, merged(**inputs).logits
+        bare = projector.load_model()(**inputs).logits
+    assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(bare, theirs, atol=1e-3)
+
+
+def test_what_cannot_be_exported_says_why(runs, exported, tmp_path):
+    projector, base = runs
+    with pytest.raises(ValueError, match="projector has no adapter: it was not tuned with LoRA"):
+        projector.export(tmp_path / "a", merge=False)
+    with pytest.raises(FileExistsError, match="not empty"):
+        base.export(exported)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        Run(tmp_path).export(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------------------- the cards
+
+
+def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
+    """The files that a finished run keeps, without a model."""
+    folder = folder / name
+    folder.mkdir(parents=True)
+    values = dict(
+        vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5", images="i", runs="runs"
+    )
+    values |= dict(samples="data/vision_flan/annotation_191-task_1k.json")
+    write_json(folder / "recipe.json", Recipe(name=name, stage="base", **values | recipe).to_dict())
+    write_json(folder / "init.json", dict(init=init and str(init)))
+    write_json(folder / "done.json", dict(steps=3, rows=30, first_loss=4.0, last_loss=1.25))
+    if mixture:
+        files = [dict(file=recipe.get("samples", values["samples"]), rows=sum(mixture.values()))]
+        write_json(folder / "mixture.json", dict(rows=sum(mixture.values()), files=files, tasks=mixture, order="abc"))
+    if scores:
+        head = "run,benchmark,metric,value,low,high,n,seed,baseline,judge,problems\n"
+        (folder / "scores.csv").write_text(head + "".join(f"{line}\n" for line in scores))
+    return Run(folder)
+
+
+def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stages(tmp_path):
+    first = kept(tmp_path, "projector", samples="data/llava_pretrain/blip_laion_cc_sbu_558k.json", mixture={"": 100})
+    tasks = {"CLEVR_CoGenT+Question_Answering": 20, "VQA_color": 7, "fairface+image_classification_race": 3}
+    scores = [
+        "base,pope,f1,81.25,79,83,100,0,50,,0",
+        "base,pope,yes_ratio,50,40,60,100,0,50,,0",
+        "other,mme,score,9,8,10,9,0,5,,0",
+    ]
+    base = kept(tmp_path, "base", first.folder, tasks, scores, lr=0.125)
+    assert lineage(base.folder) == [first.folder, base.folder]
+    card = model_card(base, "mine")
+    about = ModelCard(card.content).data.to_dict()
+    assert about["base_model"] == ["openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"]
+    assert about["datasets"] == ["liuhaotian/LLaVA-Pretrain", "Vision-Flan/vision-flan_191-task_1k"]
+    assert (about["license"], about["pipeline_tag"]) == ("other", "image-text-to-text")
+    (result,) = about["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "pope" and result["metrics"] == [{"type": "f1", "value": 81.25}]
+    assert "| pope | f1 | 81.2 | 79.0 to 83.0 | 50.0 | 100 |" in card.text and "yes_ratio" not in card.text
+    assert "| lr | 0.125 |" in card.text and "Llama 2 Community License" in card.text
+    assert "| base | base | 30 | 3 | 3 | projector | 0.125 |" in card.text
+    assert "| projector | base | 30 |  | 3 | projector |" in card.text  # captions have no tasks
+    assert "none of its own" in card.text and "LAION" in card.text
+    assert "| CC-BY-4.0 | 2 | 23 | CLEVR_CoGenT, fairface |" in card.text and "| not stated |" in card.text
+    assert "Faces or identities are the subject of 1 of the tasks." in card.text
+    data = dataset_card(base)
+    assert DatasetCard(data.content).data.to_dict()["size_categories"] == "n<1K"
+    assert "| CLEVR_CoGenT+Question_Answering | 20 | CLEVR_CoGenT | CC-BY-4.0 |" in data.text and "`abc`" in data.text
+
+
+def test_the_mini_worlds_card_says_what_it_is_and_an_unevaluated_run_that_it_was_not(tmp_path):
+    tiny = dict(vision_tower="data/tiny/vision_tower", language_model="data/tiny/language_model")
+    run = kept(tmp_path, "base", samples="data/tiny/samples/flan.json", mixture={"color_of": 5}, **tiny)
+    card = model_card(run, "mine")
+    about = card.data.to_dict()
+    assert about["license"] == "apache-2.0" and not {"base_model", "datasets", "model-index"} & set(about)
+    assert "drawn shapes" in card.text and "It was not evaluated." in card.text
+    more = kept(tmp_path, "mixed", samples="data/tiny/samples/flan.json", more_samples=("mine.json#5",), **tiny)
+    assert model_card(more, "mine").data.license == "other" and "was not kept" in model_card(more, "mine").text
+
+
+def test_no_path_of_this_machine_and_no_markup_of_others_gets_into_a_card(tmp_path):
+    evil = "a | b\n<script>alert(1)</script>"
+    run = kept(tmp_path, "base", tmp_path / "mm_projector.bin", {evil: 4}, samples=str(tmp_path / "mine.json"))
+    for card in (model_card(run, "mine"), dataset_card(run)):
+        assert str(tmp_path) not in card.content and "<script>" not in card.content and "mine.json" in card.content
+    assert "| a \\| b &lt;script&gt;alert(1)&lt;/script&gt; | 4 |" in dataset_card(run).text
+
+
+def test_an_exported_run_has_both_cards(runs, exported):
+    assert ModelCard.load(exported / "README.md").data.library_name == "transformers"
+    assert "32 rows" in DatasetCard.load(exported / "data" / "README.md").text
+    for file in exported.rglob("*.json"):
+        assert str(runs[1].folder.parent.parent) not in file.read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub:
+    """A stand-in for the hub that takes commits: create, preupload, LFS in one piece, commit."""
+
+    def __init__(self):
+        self.files, self.blobs, self.asked, self.refuse = {}, {}, [], None
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                status, answer = (hub.refuse, {}) if hub.refuse else hub.answer(self, self.path.split("?")[0], body)
+                answer = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_PUT = do_GET = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, request, path, body):
+        self.asked.append((path, request.headers.get("Authorization"), body))
+        if path == "/api/repos/create":
+            return 200, {"url": f"{self.endpoint}/me/mine"}
+        if path == "/api/validate-yaml":
+            return 200, {}
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            mode = {True: "lfs", False: "regular"}
+            return 200, {
+                "files": [dict(path=n, uploadMode=mode[n.endswith(".safetensors")], shouldIgnore=False) for n in names]
+            }
+        if path.endswith("/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            return 200, {
+                "objects": [
+                    each | dict(actions={"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}) for each in wanted
+                ]
+            }
+        if path.startswith("/lfs/"):
+            self.blobs[path.removeprefix("/lfs/")] = body
+            return 200, {}
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+                if line["key"] == "lfsFile":
+                    self.files[value["path"]] = self.blobs[value["oid"]]
+            return 200, {"commitUrl": f"{self.endpoint}/me/mine/commit/1", "commitOid": "1" * 40}
+        return 404, {}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_a_pushed_run_arrives_as_it_is_exported(runs, exported, hub, capsys):
+    page = runs[1].push("me/mine")
+    assert page.startswith(hub.endpoint) and "vllm serve me/mine" in capsys.readouterr().out
+    ours = {str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    assert b'model="me/mine"' in hub.files["README.md"] and b'model="mine"' in ours["README.md"]
+    assert set(hub.files) == set(ours) and all(hub.files[name] == ours[name] for name in set(ours) - {"README.md"})
+    create = next(json.loads(body) for path, _, body in hub.asked if path == "/api/repos/create")
+    assert create["name"] == "mine" and "private" in (create.get("visibility"), create.get("private") and "private")
+    signed = {path: token for path, token, _ in hub.asked if not path.startswith("/lfs/")}
+    assert set(signed.values()) == {"Bearer hf_of_this_test"}
+    assert not any(b"hf_of_this_test" in data for data in hub.files.values())
+    assert not list(runs[1].folder.glob(".push-*"))  # nothing stays behind
+
+
+def test_a_push_that_cannot_be_is_one_sentence(runs, hub, monkeypatch):
+    run = runs[1]
+    with pytest.raises(ValueError, match="user/name"):
+        run.push("mine")
+    hub.refuse = 403
+    with pytest.raises(PermissionError, match="does not let this token write to me/mine"):
+        run.push("me/mine")
+    hub.refuse = 400
+    with pytest.raises(ConnectionError, match="push again"):
+        run.push("me/mine")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        run.push("me/mine")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("vflan.share.get_token", lambda: None)
+    with pytest.raises(PermissionError, match="HF_TOKEN"):
+        run.push("me/mine")
+    assert not list(run.folder.glob(".push-*"))
