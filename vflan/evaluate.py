@@ -237,15 +237,42 @@ def keep_scores(path, scores):
 
 def kept_items(run, benchmark, folder=None, name=None, judge=None):
     """{metric: Metric} of the answers that a finished evaluation kept; nothing is loaded and nobody is asked again."""
+    test, texts = _kept_answers(run, benchmark, folder, name, judge)
+    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else None
+    return items_of(test.benchmark, test.samples, texts, judgements), test.blind
+
+
+def _kept_answers(run, benchmark, folder, name, judge):
+    """(Questions, the answer to each)."""
     run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     test = questions_of(benchmark, resolve(folder or run.recipe.benchmarks), judge)
     said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
     if missing := len(test.samples) - len(said):
         raise FileNotFoundError(f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions.")
-    texts = [said[i] for i in range(len(said))]
-    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else None
-    return items_of(test.benchmark, test.samples, texts, judgements), test.blind
+    return test, [said[i] for i in range(len(said))]
+
+
+def judged_answers(run, benchmark, folder=None, name=None, judge=None):
+    """The questions of a benchmark as list[dict], each with the kept `answer`, whether it is `right`, and the judge's `reason`.
+
+    By the benchmark's own rule of reading, a question at a time (a rotated or paired question may be right alone); a judged
+    answer is right from half of the points on. None where a label is not known, or the judge failed. Nobody is asked again.
+    """
+    test, texts = _kept_answers(run, benchmark, folder, name, judge)
+    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
+    rows = []
+    for sample, text, judgement in zip(test.samples, texts, judgements):
+        right, reason = None, ""
+        if judgement:
+            reason = judgement.reason
+            if judgement.score is not None:
+                right = 2 * judgement.score >= judgement.out_of
+                reason = f"{judgement.score:g} of {judgement.out_of:g}: {reason}"
+        elif found := test.benchmark.items([sample], [text]):
+            right = found.get("accuracy", found[test.benchmark.headline]).value() >= 50
+        rows.append(sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason})
+    return rows
 
 
 def per_task(run, benchmark="heldout", metric=None, folder=None, name=None):
