@@ -256,23 +256,30 @@ def _kept_answers(run, benchmark, folder, name, judge):
 def judged_answers(run, benchmark, folder=None, name=None, judge=None):
     """The questions of a benchmark as list[dict], each with the kept `answer`, whether it is `right`, and the judge's `reason`.
 
-    By the benchmark's own rule of reading, a question at a time (a rotated or paired question may be right alone); a judged
-    answer is right from half of the points on. None where a label is not known, or the judge failed. Nobody is asked again.
+    Right is what scores half of the points or more, of the judge's or of the benchmark's own rule, each question alone: its
+    other rotations or its pair do not count here. None where the judge failed. Nobody is asked again.
     """
     test, texts = _kept_answers(run, benchmark, folder, name, judge)
     judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
     rows = []
     for sample, text, judgement in zip(test.samples, texts, judgements):
-        right, reason = None, ""
-        if judgement:
-            reason = judgement.reason
-            if judgement.score is not None:
-                right = 2 * judgement.score >= judgement.out_of
-                reason = f"{judgement.score:g} of {judgement.out_of:g}: {reason}"
-        elif found := test.benchmark.items([sample], [text]):
-            right = found.get("accuracy", found[test.benchmark.headline]).value() >= 50
+        if judgement is None:
+            right, reason = _is_right(test.benchmark, sample, text), ""
+        elif judgement.score is None:
+            right, reason = None, judgement.reason
+        else:
+            right = 2 * judgement.score >= judgement.out_of
+            reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
         rows.append(sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason})
     return rows
+
+
+def _is_right(benchmark, sample, text):
+    found = benchmark.items([sample], [text])
+    metric = found.get("accuracy") or found.get(benchmark.headline)
+    if metric is None:  # it scores pairs
+        return benchmark.parse(text, sample) == benchmark.parse(str(sample["label"]), sample)
+    return metric.value() >= 50
 
 
 def per_task(run, benchmark="heldout", metric=None, folder=None, name=None):
