@@ -25,6 +25,7 @@ from vflan.plots import TOKEN_COLORS
 
 CELL = 'style="text-align:left;vertical-align:top;max-width:32em;white-space:pre-wrap"'
 LINE = "border:solid color-mix(in srgb, currentColor 18%, transparent)"  # seen in light and dark themes alike
+_LABEL = {"description_width": "initial"}  # as wide as its words
 GOOD, POOR = "#009E73", "#D55E00"
 
 
@@ -79,9 +80,15 @@ def _beside(image, text):
 
 
 def _choice(options, name, width="16em"):
-    return w.Dropdown(
-        options=options, description=name, layout=w.Layout(width=width), style={"description_width": "initial"}
-    )
+    return w.Dropdown(options=options, description=name, layout=w.Layout(width=width), style=_LABEL)
+
+
+def _number(name):
+    return w.BoundedIntText(value=1, min=1, max=1, description=name, layout=w.Layout(width="9em"), style=_LABEL)
+
+
+def _row(*controls):
+    return w.HBox(controls, layout=w.Layout(flex_flow="row wrap", grid_gap="2px 14px"))
 
 
 def _button(text, **more):
@@ -155,7 +162,7 @@ def task_browser(samples, tasks=None, recipe=None):
         known[columns] = known[columns].replace("", pd.NA).fillna("in no list")
     choices = {name: _choice(["all", *sorted(known[name].unique())], name, "20em") for name in columns}
     task = _choice(sorted(numbers), "task", "26em")
-    number = w.BoundedIntText(value=1, min=1, max=1, description="sample", layout=w.Layout(width="12em"))
+    number = _number("sample")
     back, on = _button("◀ back", tooltip="previous sample"), _button("next ▶", tooltip="next sample")
     page, tokenizers = w.HTML(), []
 
@@ -198,7 +205,7 @@ def task_browser(samples, tasks=None, recipe=None):
     back.on_click(lambda _: number.set_trait("value", max(1, number.value - 1)))
     on.on_click(lambda _: number.set_trait("value", number.value % number.max + 1))
     show()
-    return w.VBox([w.HBox([*choices.values(), task]), w.HBox([back, on, number]), page])
+    return w.VBox([_row(*choices.values(), task), _row(back, on, number), page])
 
 
 def _load_tokenizer(recipe):
@@ -275,7 +282,7 @@ def answer_browser(rows, page_size=5):
         if column in asked and not (column == "run" and "benchmark" in asked):
             filters[column] = _choice(["all", *sorted(asked[column].astype(str).unique())], name, "22em")
     verdict = _choice(["all"], "show", "18em")
-    number = w.BoundedIntText(value=1, min=1, max=1, description="page", layout=w.Layout(width="12em"))
+    number = _number("page")
     page, busy = w.HTML(), []
 
     def update(_=None):
@@ -314,16 +321,17 @@ def answer_browser(rows, page_size=5):
     for control in (*runs, *filters.values(), verdict, number):
         control.observe(update, "value")
     update()
-    return w.VBox([w.HBox([*runs, verdict]), w.HBox([*filters.values(), number]), page])
+    return w.VBox([_row(*runs, verdict), _row(*filters.values(), number), page])
 
 
 def _grid(columns, rows):
     """A table with thin lines that follows the theme; cells are HTML already."""
     head = f"{LINE};border-width:0 0 2px;text-align:left;padding:4px 10px 4px 0"
     cell = f"{LINE};border-width:0 0 1px;vertical-align:top;padding:6px 10px 6px 0;white-space:pre-wrap;max-width:24em"
+    long = "max-height:15em;overflow:auto"  # an answer that never ends must not push the others away
     html = "".join(f'<th style="{head}">{escape(str(column))}</th>' for column in columns)
     for row in rows:
-        html += "<tr>" + "".join(f'<td style="{cell}">{text}</td>' for text in row) + "</tr>"
+        html += "<tr>" + "".join(f'<td style="{cell}"><div style="{long}">{text}</div></td>' for text in row) + "</tr>"
     return f'<table style="border-collapse:collapse;margin-top:6px">{html}</table>'
 
 
@@ -354,12 +362,16 @@ def chat(runs, pictures=None, max_new_tokens=64):
     """
     runs = {run.name: run for run in (runs if isinstance(runs, (list, tuple)) else [runs])}
     pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-    run, temperature = _choice(list(runs), "run"), w.FloatSlider(max=1.5, step=0.1, description="temperature")
+    run, temperature = (
+        _choice(list(runs), "run"),
+        w.FloatSlider(max=1.5, step=0.1, description="temperature", style=_LABEL),
+    )
     question = w.Text(placeholder="ask about the picture", continuous_update=False, layout=w.Layout(width="32em"))
     send, stop = _button("ask", button_style="primary"), _button("stop", disabled=True)
     upload, another = w.FileUpload(accept="image/*", description="own picture"), _button("another picture")
     look = w.Checkbox(description="where it looks", indent=False, layout=w.Layout(width="auto"))
-    layer = w.Dropdown(options=["mean"], description="layer", disabled=True, layout=w.Layout(width="12em"))
+    layer = _choice(["mean"], "layer", "9em")
+    layer.disabled = True
     view, page = w.HTML(), w.HTML()
     now = SimpleNamespace(image=pictures[0], place=0, turns=[], maps=None, note="", loaded=None, stopped=Event())
 
@@ -443,7 +455,7 @@ def chat(runs, pictures=None, max_new_tokens=64):
     layer.observe(see, "value")
     take(pictures[0])
     tools = [another] * (len(pictures) > 1) + [upload, look, layer]
-    return w.VBox([w.HBox([run, temperature]), w.HBox(tools), w.HBox([view, page]), w.HBox([question, send, stop])])
+    return w.VBox([_row(run, temperature), _row(*tools), w.HBox([view, page]), _row(question, send, stop)])
 
 
 def _stream(*arguments):
