@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vflan
 from vflan import batches, learner
-from vflan.batches import Data, Pictures, feed, micro_batches, pack, plan, prepare
+from vflan.batches import Data, Pictures, feed, micro_batches, pack, packed_step, plan, prepare
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
 from vflan.learner import Learner, answer_loss
 from vflan.model import freeze, load_model, load_processor
@@ -450,3 +450,24 @@ def test_max_steps_decides_over_epochs():
 def test_a_budget_below_the_longest_row_is_refused():
     with pytest.raises(ValueError, match="pack_tokens=1024 is below max_length=2048"):
         batches_recipe(pack_tokens=1024)
+
+
+def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, tmp_path):
+    """The same rows in the same step, packed alike, with the same ids and labels."""
+    recipe = vflan.replace(mixed, max_length=128, epochs=2)
+    _, data, _ = prepared(recipe, tmp_path)
+    samples, tokenizer = vflan.load_samples(recipe.samples, recipe.images), load_processor(recipe).tokenizer
+    order = plan(data, recipe)
+    for row in (0, 17):
+        step, steps, rows = packed_step(samples, row, vflan.replace(recipe, packing="padded"), tokenizer)
+        assert (
+            steps == len(order) == 8 and row in order[step - 1] and not any(row in some for some in order[: step - 1])
+        )
+        (groups,) = micro_batches(data, order[step - 1], recipe)
+        assert [[number for number, *_ in own] for own in rows] == [group.tolist() for group in groups]
+        assert len(groups) > 1 and max(map(len, groups)) > 1, "one conversation a row would prove nothing"
+        for number, ids, labels in (one for own in rows for one in own):
+            expected = data.row(number)
+            assert list(ids) == expected[0].tolist() and list(labels) == expected[1].tolist()
+    unread = next(row for row in range(32) if row not in order[0])
+    assert packed_step(samples, unread, vflan.replace(recipe, max_steps=1), tokenizer) is None

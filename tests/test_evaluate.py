@@ -18,7 +18,7 @@ from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_m
 from vflan import workers
 from vflan.answers import answer, answering, first_token
 from vflan.benchmarks import BENCHMARKS
-from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, kept_items, per_task
+from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, judged_answers, kept_items, per_task
 from vflan.judge import Judgement
 from vflan.kept import Answer, alone, read_rows
 
@@ -593,3 +593,34 @@ def test_the_numbers_of_a_score_do_not_depend_on_how_it_was_asked(run):
     (run.folder / "answers" / "pope.jsonl").unlink()
     pd.testing.assert_frame_equal(evaluate(run, batch_size=64), first)
     assert np.isfinite(first[["value", "low", "high", "baseline"]].to_numpy()).all()
+
+
+def test_judged_answers_say_which_are_right_as_the_score_does(run):
+    scores = evaluate(run, "pope").set_index("metric").value
+    rows = judged_answers(run, "pope")
+    assert [row["answer"] for row in rows] == [row["answer"] for row in sorted(
+        lines(run.folder / "answers" / "pope.jsonl")[1], key=lambda row: row["i"])]  # fmt: skip
+    assert 100 * np.mean([row["right"] for row in rows]) == pytest.approx(scores["accuracy"])
+    assert 0 < sum(row["right"] for row in rows) < len(rows), "a model that is always right would prove nothing"
+    assert {row["benchmark"] for row in rows} == {"pope"} and not any(row["reason"] for row in rows)
+
+
+def test_a_judges_reason_is_told_with_its_marks_and_half_of_them_are_right(run):
+    class Judge:
+        title = "strict 1"
+
+        def judge(self, question, reference, answer, sample):
+            marks = {"0": 1.0, "1": 2.0}.get(sample["question_id"])
+            return Judgement(marks, "because" if marks else "no score in the reply", out_of=4.0)
+
+    evaluate(run, "pope")
+    first, second, third, *_ = judged_answers(run, "pope", judge={"pope": Judge()})
+    assert (first["right"], first["reason"]) == (False, "1 of 4: because")
+    assert (second["right"], second["reason"]) == (True, "2 of 4: because")
+    assert (third["right"], third["reason"]) == (None, "no score in the reply")
+
+
+def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
+    rows = [dict(question_id="a", image="a.png", text="?", label="yes", category="color")]
+    assert BENCHMARKS["mme"].items(rows, ["Yes"]) == {}
+    assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [True, False]

@@ -271,10 +271,10 @@ def test_sample_answers_are_those_of_the_model(recipe):
 
 def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(recipe, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr("vflan.log.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("vflan.progress.time.perf_counter", lambda: next(clock))
     run = vflan.train(vflan.replace(recipe, max_steps=4))
     said = capsys.readouterr()
-    line = r"base: step \d of 4, loss [\d.]+, [\d,]+ tokens/s, fill \d+%, peak [\d.]+ GB, \d+ min left"
+    line = r"base: \d of 4 steps, loss [\d.]+, [\d,]+ tokens/s, fill \d+%, peak [\d.]+ GB, \d+ min left"
     assert re.search(line, said.err) and said.out == ""
     table = run.metrics()
     assert (table.fill > 0.5).all() and (table.fill <= 1).all() and (table.useful > table.tokens).all()

@@ -1,8 +1,14 @@
 """The widgets, without a browser: what they show, that text is escaped, and that they answer to their controls."""
 
+import io
 import subprocess
 import sys
+import time
+from threading import Event
+from types import SimpleNamespace
 
+import ipywidgets as w
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -27,8 +33,26 @@ def samples(png):
     return [row("color", "first?"), row("color", "second?"), row("shape", "third?")]
 
 
-def controls(box):
-    return box.children[0].children, box.children[1]
+def find(box, kind, description=""):
+    """The control of a widget by what stands on it."""
+    inside = [box]
+    while inside:
+        one = inside.pop(0)
+        if isinstance(one, kind) and getattr(one, "description", "") == description:
+            return one
+        inside += getattr(one, "children", ())
+    raise LookupError(f"no {kind.__name__} {description!r}")
+
+
+def page(box):
+    return box.children[-1].value
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
 
 
 def test_the_module_needs_no_torch():
@@ -39,24 +63,73 @@ def test_the_module_needs_no_torch():
 def test_model_and_data_text_is_escaped_everywhere(samples, png):
     rows = [{"image": png, "text": EVIL, "label": EVIL, "answer": EVIL}]
     pages = [widgets.task_table(samples).data, widgets.answer_table(rows).data]
-    pages += [widgets.task_browser(samples).children[1].value, widgets.answer_browser(rows).children[1].value]
+    both = {EVIL: rows, "b": [rows[0] | {"reason": EVIL, "right": False}]}
+    pages += [
+        page(widgets.task_browser(samples)),
+        page(widgets.answer_browser(rows)),
+        page(widgets.answer_browser(both)),
+    ]
     pages += [widgets.chat_table([(EVIL, EVIL)], png).data]
-    for page in pages:
-        assert "<script" not in page and "&lt;script" in page
+    for html in pages:
+        assert "<script" not in html and "&lt;script" in html
 
 
 def test_task_table_counts_each_task_once(samples):
-    page = widgets.task_table(pd.DataFrame(samples)).data
-    assert page.count("<tr>") == 1 + 2 and "first?" in page and "second?" not in page and "&lt;image" not in page
+    html = widgets.task_table(pd.DataFrame(samples)).data
+    assert html.count("<tr>") == 1 + 2 and "first?" in html and "second?" not in html and "&lt;image" not in html
 
 
 def test_task_browser_leafs_and_returns_to_the_first_sample_of_a_new_task(samples):
-    (task, number), page = controls(widgets.task_browser(samples))
-    assert "first?" in page.value and number.max == 2
+    box = widgets.task_browser(samples)
+    task, number = find(box, w.Dropdown, "task"), find(box, w.BoundedIntText, "sample")
+    assert "first?" in page(box) and number.max == 2
+    find(box, w.Button, "next ▶").click()
+    assert "second?" in page(box) and "2 of 2 samples of color" in page(box)
+    find(box, w.Button, "next ▶").click()  # after the last comes the first
+    assert "first?" in page(box)
     number.value = 2
-    assert "second?" in page.value
     task.value = "shape"
-    assert "third?" in page.value and (number.value, number.max) == (1, 1)
+    assert "third?" in page(box) and (number.value, number.max) == (1, 1)
+    find(box, w.Button, "◀ back").click()
+    assert "third?" in page(box)
+
+
+def test_tasks_are_chosen_by_group_and_category(samples):
+    known = pd.DataFrame(
+        [("color", "questions", "attributes"), ("shape", "questions", "forms"), ("other", "captions", "captions")],
+        columns=["task_name", "group", "category"],
+    )
+    box = widgets.task_browser([*samples, samples[0] | {"task_name": "stray"}], known)
+    group, category, task = (find(box, w.Dropdown, name) for name in ("group", "category", "task"))
+    assert group.options == ("all", "in no list", "questions") and task.options == ("color", "shape", "stray")
+    group.value = "questions"
+    assert category.options == ("all", "attributes", "forms") and task.options == ("color", "shape")
+    category.value = "forms"
+    assert task.options == ("shape",) and "third?" in page(box)
+    group.value = "in no list"  # has no forms: the category gives way
+    assert category.value == "all" and task.options == ("stray",) and "first?" in page(box)
+
+
+def test_a_sample_is_shown_token_by_token_and_in_its_packed_row(squares, recipe):
+    import vflan
+
+    samples = vflan.load_samples(squares, squares.parent / "images")
+    box = widgets.task_browser(samples, recipe=recipe)
+    html = page(box)
+    assert html.count("#F6C9A8") > 5 and html.count("#BFDDF0") > 2  # learned tokens, pictures
+    assert "step" in html and "of 4" in html  # 32 rows, 8 a step
+    assert html.count("outline:2px") == 1, "one conversation of the packed rows is this one"
+    broken = widgets.task_browser(samples, recipe=vflan.replace(recipe, language_model="runs/nowhere"))
+    assert "What color is it?" in page(broken) and page(broken).rstrip("</div>p").endswith(")")
+
+
+def test_tokens_have_the_colours_of_their_role():
+    words = SimpleNamespace(decode=lambda ids: {1: "ask", 2: "<b>", 3: "\n"}[ids[0]])
+    html = widgets.token_line([1, -200, 3, 2], [-100, -100, -100, 2], words)
+    spans = html.split("</div>")[0].split("<span")[1:]
+    assert [text.split(">")[1].split("<")[0] for text in spans] == ["ask", "picture", "↵", "&lt;b&gt;"]
+    colors = [text.split("background:")[1][:7] for text in spans]
+    assert colors == ["#EDEDED", "#BFDDF0", "#EDEDED", "#F6C9A8"]
 
 
 def test_rows_without_a_picture_and_lost_pictures_are_said(tmp_path):
@@ -70,13 +143,52 @@ def test_answer_browser_filters_and_pages():
         {"text": f"q{i}", "label": "yes", "answer": "Yes." if i % 2 else "no", "benchmark": "ab"[i > 5]}
         for i in range(12)
     ]
-    (group, wrong, number), page = controls(widgets.answer_browser(rows))
-    assert number.max == 3 and "12 answers" in page.value
-    wrong.value = True
-    assert "6 answers" in page.value and "✓" not in page.value
-    group.value = "a"
-    assert "3 answers" in page.value and number.max == 1
+    box = widgets.answer_browser(rows)
+    number, show = find(box, w.BoundedIntText, "page"), find(box, w.Dropdown, "show")
+    assert number.max == 3 and "12 of 12 questions; right: answer 50%" in page(box)
+    show.value = "wrong"
+    assert "6 of 12 questions" in page(box) and "✓" not in page(box)
+    find(box, w.Dropdown, "benchmark").value = "a"
+    assert "3 of 12 questions" in page(box) and number.max == 1 and show.value == "wrong"
     assert "right" not in rows[0]
+
+
+def two_runs():
+    asked = [{"text": f"q{i}", "label": "yes", "category": f"kind{i // 2}", "benchmark": "ab"[i > 3]} for i in range(6)]
+    rights = {"base": "110100", "chat": "101100"}
+    return {name: [q | {"answer": f"{name} on {q['text']}", "right": bit == "1", "reason": f"{name}: since"}
+                   for q, bit in zip(asked, bits)] for name, bits in rights.items()}  # fmt: skip
+
+
+def test_two_runs_stand_side_by_side_and_are_told_apart():
+    box = widgets.answer_browser(two_runs())
+    show, other = find(box, w.Dropdown, "show"), find(box, w.Dropdown, "beside")
+    assert (find(box, w.Dropdown, "run").value, other.value) == ("base", "chat")
+    assert "base 50%, chat 50%" in page(box) and "base on q0" in page(box) and "chat: since" in page(box)
+    found = {}
+    for what in show.options:
+        show.value = what
+        found[what] = [i for i in range(6) if f"base on q{i}" in page(box)]
+    assert found == {"all": [0, 1, 2, 3, 4], "both right": [0, 3], "both wrong": [4, 5],
+                     "only base right": [1], "only chat right": [2]}  # fmt: skip
+    other.value = "base"
+    assert "only base right" in show.options and "chat on" not in page(box)
+
+
+def test_tasks_follow_the_benchmark():
+    box = widgets.answer_browser(two_runs())
+    benchmark, task = find(box, w.Dropdown, "benchmark"), find(box, w.Dropdown, "task")
+    assert task.options == ("all", "kind0", "kind1", "kind2")
+    task.value = "kind1"
+    assert "2 of 6 questions" in page(box)
+    benchmark.value = "b"
+    assert task.options == ("all", "kind2") and task.value == "all" and "2 of 6 questions" in page(box)
+
+
+def test_runs_that_were_asked_other_questions_cannot_stand_side_by_side():
+    runs = two_runs()
+    with pytest.raises(ValueError, match="base and chat were not asked the same questions"):
+        widgets.answer_browser(runs | {"chat": runs["chat"][:-1]})
 
 
 def test_a_rows_own_verdict_wins_over_the_comparison():
@@ -84,36 +196,144 @@ def test_a_rows_own_verdict_wins_over_the_comparison():
     assert "✓" in widgets.answer_table(rows).data
 
 
-def test_chat_asks_the_run_and_keeps_the_conversation(monkeypatch, png):
-    import vflan
+# ----------------------------------------------------------------------------------------------------------------- chat
 
-    class Run:
-        loads = 0
 
-        def load_model(self):
-            self.loads += 1
-            return "model"
+class Run:
+    def __init__(self, name="run"):
+        self.name, self.loads = name, 0
 
-        def processor(self):
-            return "processor"
+    def load_model(self):
+        self.loads += 1
+        return f"model of {self.name}"
 
-    asked = []
+    def processor(self):
+        return "processor"
 
-    def answer(model, processor, rows, max_new_tokens):
-        asked.append((model, processor, rows[0]["image"], rows[0]["text"]))
-        if "fail" in rows[0]["text"]:
-            raise ValueError("no such picture")
-        return [EVIL]
 
-    monkeypatch.setitem(vars(vflan), "answer", answer)
-    run = Run()
-    box = widgets.chat(run, png)
-    page, (question, send) = box.children[0], box.children[1].children
+@pytest.fixture
+def talk(monkeypatch):
+    """In place of a model: what was asked of it, and a word at a time until told to go on."""
+    talk = SimpleNamespace(asked=[], go_on=Event(), looked=[])
+
+    def stream(model, processor, text, image, tokens, temperature, stop):
+        talk.asked.append((model, processor, text, image, tokens, temperature))
+        if "fail" in text:
+            raise ValueError("no such thing\nat line 3")
+        yield EVIL
+        while not talk.go_on.wait(0.01):
+            if stop.is_set():
+                return
+        yield " the end"
+
+    def maps(model, processor, text, image):
+        talk.looked.append((model, text))
+        return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None], Image.new("RGB", (48, 48), "blue")
+
+    monkeypatch.setattr(widgets, "_stream", stream)
+    monkeypatch.setattr(widgets, "_maps", maps)
+    return talk
+
+
+def said(box):
+    return box.children[2].children[1].value
+
+
+def view(box):
+    return box.children[2].children[0].value
+
+
+def ask(box, text, wait=True):
+    send = find(box, w.Button, "ask")
+    next(c for c in box.children[-1].children if isinstance(c, w.Text)).value = text
     send.click()
-    assert asked == []  # nothing was asked
+    if wait:
+        until(lambda: not send.disabled)
+
+
+def test_chat_asks_the_run_and_keeps_the_conversation(talk, png):
+    talk.go_on.set()
+    run = Run()
+    box = widgets.chat(run, png, max_new_tokens=9)
+    find(box, w.FloatSlider, "temperature").value = 0.7
+    ask(box, "  ")
+    assert talk.asked == []  # nothing was asked
     for text in ("what?", "fail"):
-        question.value = text
-        send.click()
-    assert asked == [("model", "processor", png, "what?"), ("model", "processor", png, "fail")]
-    assert run.loads == 1 and question.value == "" and not send.disabled
-    assert "what?" in page.value and "&lt;script" in page.value and "(no such picture)" in page.value
+        ask(box, text)
+    assert talk.asked == [("model of run", "processor", text, png, 9, 0.7) for text in ("what?", "fail")]
+    assert run.loads == 1 and find(box, w.Button, "stop").disabled
+    assert "what?" in said(box) and "&lt;script" in said(box) and "<script" not in said(box)
+    assert "(no such thing)" in said(box) and "line 3" not in said(box) and "the end" in said(box)
+
+
+def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(talk, png):
+    box = widgets.chat(Run(), png)
+    ask(box, "what?", wait=False)
+    until(lambda: "alert" in said(box))
+    send, stop = find(box, w.Button, "ask"), find(box, w.Button, "stop")
+    assert send.disabled and not stop.disabled
+    ask(box, "one more?", wait=False)
+    stop.click()
+    until(lambda: not send.disabled)
+    assert "the end" not in said(box) and len(talk.asked) == 1 and stop.disabled
+    talk.go_on.set()
+    ask(box, "again?")  # an old stop does not end a new answer
+    assert "the end" in said(box)
+
+
+def test_another_run_answers_and_the_first_is_let_go(talk, png):
+    talk.go_on.set()
+    first, second = Run("base"), Run("chat")
+    box = widgets.chat([first, second], png)
+    for name in ("base", "chat", "chat", "base"):
+        find(box, w.Dropdown, "run").value = name
+        ask(box, "what?")
+    assert [model for model, *_ in talk.asked] == [f"model of {n}" for n in ("base", "chat", "chat", "base")]
+    assert (first.loads, second.loads) == (2, 1)
+    assert said(box).count("<b>base</b>") == 2 and said(box).count("<b>chat</b>") == 2
+
+
+def test_pictures_are_taken_in_turn_or_uploaded(talk, png):
+    talk.go_on.set()
+    box = widgets.chat(Run(), [png, Image.new("RGB", (48, 48), "blue")])
+    first = view(box)
+    ask(box, "what?")
+    find(box, w.Button, "another picture").click()
+    assert view(box) != first and "what?" not in said(box), "another picture, another conversation"
+    find(box, w.Button, "another picture").click()
+    assert view(box) == first
+    upload, own = find(box, w.FileUpload, "own picture"), io.BytesIO()
+    Image.new("RGBA", (20, 20), "green").save(own, "PNG")
+    file = dict(name=EVIL, type="image/png", size=9, last_modified=pd.Timestamp(0), content=memoryview(own.getvalue()))
+    upload.value = (file,)
+    ask(box, "and this?")
+    assert talk.asked[-1][3].getpixel((0, 0)) == (0, 128, 0) and "<script" not in view(box)
+    upload.value = (file | {"name": "a.txt", "content": memoryview(b"no picture")},)
+    assert "a.txt is no picture that can be opened" in view(box) and "(no picture)" in view(box)
+
+
+def test_where_it_looks_is_a_map_for_each_layer(talk, png):
+    talk.go_on.set()
+    box = widgets.chat(Run(), png)
+    look, layer = find(box, w.Checkbox, "where it looks"), find(box, w.Dropdown, "layer")
+    look.value = True
+    assert talk.looked == [] and layer.disabled  # nothing was asked yet
+    ask(box, "what?")
+    assert talk.looked == [("model of run", "what?")] and layer.options == ("mean", 1, 2, 3)
+    assert "32% of its attention" in view(box)
+    layer.value = 3
+    assert "48% of its attention" in view(box)
+    look.value = False
+    assert "attention" not in view(box) and layer.disabled
+
+
+def test_a_heat_map_covers_the_strongest_patch_most():
+    weights = np.zeros((4, 4))
+    weights[1, 2], weights[0, 0] = 0.2, 0.1
+    shown = np.asarray(widgets.heat_map(Image.new("RGB", (48, 48), "white"), weights, side=80)).astype(int)
+    white = 255 * 3 - shown.sum(2)  # how far from white
+    patches = white.reshape(4, 20, 4, 20).mean((1, 3))
+    assert (
+        patches.argmax() == 6 and 0 < patches[0, 0] < patches[1, 2] and (np.delete(patches.ravel(), [0, 6]) == 0).all()
+    )
+    assert widgets.heat_map(Image.new("RGB", (48, 48)), np.zeros((2, 2))).size == (240, 240)

@@ -18,6 +18,7 @@ from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, prompt_i
 from vflan.kept import Answer
 from vflan.model import image_features, parts
 from vflan.pictures import picture_trouble, read_picture
+from vflan.progress import counted
 
 SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
 ROW = 8  # questions on one picture that share a row: more would save little memory and attend to much in vain
@@ -30,7 +31,8 @@ def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template
     Equals asking one by one (up to floating point: in half precision a near tie may fall the other way). ValueError
     where a picture cannot be read.
     """
-    said = dict(answering(model, processor, samples, max_new_tokens, batch_size, template))
+    said = answering(model, processor, samples, max_new_tokens, batch_size, template)
+    said = dict(counted(said, "answering", len(samples), "questions"))
     if failed := [i for i in said if said[i].finish == "error"]:
         raise ValueError(
             f"{len(failed)} questions were not answered, first question {failed[0]}: {said[failed[0]].reason}"

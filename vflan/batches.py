@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vflan import model as models
 from vflan.checks import check, cut
-from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_many
+from vflan.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, encode_many, expand
 from vflan.mixtures import mixture_record, recipe_samples
 from vflan.pictures import read_picture, stamp
-from vflan.recipe import CACHE, Recipe, shown, write_json
+from vflan.progress import counted
+from vflan.recipe import CACHE, Recipe, replace, shown, write_json
 
 MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
 TOWER_BATCH = 64  # pictures that go through the tower together, whatever the micro-batch
@@ -97,7 +97,9 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
         bad = {verdict["row"]: verdict["reason"] for verdict in verdicts}
     wide, text, numbers, names = config.image_seq_length, np.dtypes.StringDType(), {}, {}
     chunks, blocks = range(0, len(samples), _ENCODED_TOGETHER), []
-    for first in tqdm(chunks, desc="tokenising", disable=not judge or len(chunks) < 8, leave=False):
+    if judge:  # one process tells for all
+        chunks = counted(chunks, "tokenising", len(samples), "rows", _ENCODED_TOGETHER)
+    for first in chunks:
         chunk = samples[first : first + _ENCODED_TOGETHER]
         numbered = [(first + i, *row) for i, row in enumerate(zip(chunk["id"], chunk["image"], chunk["conversations"]))]
         names |= {row: name for row, name, _, _ in numbered if row in bad or row in repaired}
@@ -263,14 +265,14 @@ def plan(data: Data, recipe: Recipe, of=None) -> list[np.ndarray]:
     a batch should hold all lengths, the shuffle is enough. An epoch's last batch is filled from its start.
     """
     of = np.arange(len(data.ids)) if of is None else of
-    rows, size, lengths, text = len(of), recipe.global_batch, data.lengths[of], data.picture[of] < 0
+    rows, size = len(of), recipe.global_batch
     steps = recipe.max_steps or max(1, math.ceil(rows * recipe.epochs / size))
     batches, epoch = [], 0
     while len(batches) < steps:
         draw = np.random.Generator(np.random.PCG64([recipe.seed, epoch]))
         order = np.resize(draw.permutation(rows), math.ceil(rows / size) * size)
         if not packs(recipe):
-            key = lengths[order] + text[order] * 10**6
+            key = data.lengths[of[order]] + (data.picture[of[order]] < 0) * 10**6
             cuts = range(0, len(order), 32 * size)
             order = order[np.concatenate([cut + np.argsort(key[cut : cut + 32 * size], kind="stable") for cut in cuts])]
         batches += [of[order[i * size : (i + 1) * size]] for i in draw.permutation(len(order) // size)]
@@ -328,6 +330,31 @@ def micro_batches(data: Data, rows, recipe: Recipe, world: int = 1) -> list[list
         return [[part[i : i + size] for i in range(0, len(part), size)] for part in mine]
     groups = pack(data.lengths[rows], recipe.pack_tokens or recipe.max_length, world)
     return [[rows[group] for group in groups[rank::world]] for rank in range(world)]
+
+
+def packed_step(samples, row: int, recipe: Recipe, tokenizer):
+    """For people to look at: the first step of a packed training on `samples` that reads row number `row`.
+
+    (step, steps, rows): counted from 1; rows is a list of packed rows, each a list of (row number, input_ids, labels) with
+    the picture as wide as its features. Only this step is tokenised, so it is quick on a million samples; rows that
+    cannot be used are taken for usable in the order, and left out of the step. None where no step reads the row.
+    """
+    recipe = replace(recipe, packing="packed")
+    steps = plan(None, recipe, np.arange(len(samples)))
+    step = next((step for step, rows in enumerate(steps, 1) if row in rows), None)
+    if step is None:
+        return None
+    wide, image_token = models.picture_tokens(recipe), tokenizer.convert_tokens_to_ids(IMAGE)
+    batch = samples.select(steps[step - 1])
+    encoded = encode_many(batch["conversations"][:], tokenizer, recipe.template)
+    whole = {
+        int(number): [column[: recipe.max_length] for column in expand(*found, wide, image_token)]
+        for number, found in zip(steps[step - 1], encoded)
+        if not isinstance(found, ValueError)
+    }
+    numbers, lengths = list(whole), [len(ids) for ids, _ in whole.values()]
+    groups = pack(lengths, recipe.pack_tokens or recipe.max_length) if whole else []
+    return step, len(steps), [[(numbers[i], *whole[numbers[i]]) for i in group] for group in groups]
 
 
 def feed(data: Data, pictures: Pictures, batches, recipe: Recipe, rank: int = 0, world: int = 1, first: int = 0):

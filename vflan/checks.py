@@ -4,7 +4,6 @@ import hashlib
 import html
 import os
 import sqlite3
-import sys
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from vflan import contamination
 from vflan.conversation import IGNORE_INDEX, IMAGE, audit, encode_many
 from vflan.pictures import picture_bytes, read_picture, stamp
+from vflan.progress import progress
 from vflan.recipe import CACHE
 
 ROWS, PICTURES = 1000, 256  # read at a time
@@ -157,7 +156,11 @@ def look_at(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, dict[in
     """(n,) LOOKs of pictures, and {index: why it cannot be used}. Sound pictures are remembered by name and stamp."""
     names = list(names)
     looks, troubles = np.zeros(len(names), LOOK), {}
-    with closing(_shelf()) as shelf, ThreadPoolExecutor(threads) as pool, _bar("pictures", len(names)) as bar:
+    with (
+        closing(_shelf()) as shelf,
+        ThreadPoolExecutor(threads) as pool,
+        progress("checking pictures", len(names), "pictures") as bar,
+    ):
         for start in range(0, len(names), PICTURES):
             part = names[start : start + PICTURES]
             keys = [name.encode("utf-8", "surrogatepass") for name in part]
@@ -236,23 +239,13 @@ def _distinct_pictures(samples: Dataset) -> dict[str, int]:
 def _rows(samples: Dataset, tokenizer, template):
     """Yields (id, image, task_name, conversations, encoded), a part of the rows in memory at a time."""
     columns = ["id", "image", "task_name", "conversations"]
-    with _bar("rows", len(samples)) as bar:
+    with progress("checking rows", len(samples), "rows") as bar:
         for batch in samples.select_columns(columns).with_format(None).iter(ROWS):
             *plain, many = (batch[column] for column in columns)
             many = [[turn or {} for turn in turns or []] for turns in many]
             encoded = encode_many(many, tokenizer, template) if tokenizer is not None else [None] * len(many)
             yield from zip(*plain, many, encoded)
             bar.update(len(many))
-
-
-def _bar(what: str, total: int) -> tqdm:
-    """A progress bar for what takes longer than some seconds; where nobody watches, a line a minute."""
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
-        style = dict(delay=3, leave=False)
-    else:
-        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} to go\n"
-        style = dict(delay=60, mininterval=60, maxinterval=60, leave=False, bar_format=line)
-    return tqdm(total=total, desc=f"check, {what}", **style)
 
 
 def _verdict(turns, image, trouble, encoded, room, max_length) -> tuple[str, str]:
@@ -329,7 +322,7 @@ def _compared(names, looks, others, other_looks, threads):
         (i, j), ways = pair
         return (i, j), contamination.distance(fine(names[i]), fine(others[j]), ways)
 
-    with ThreadPoolExecutor(threads) as pool, _bar("copies", len(pairs)) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress("comparing pictures", len(pairs), "pairs") as bar:
         for start in range(0, len(pairs), PICTURES):
             part = pairs[start : start + PICTURES]
             yield from pool.map(compare, part)

@@ -223,15 +223,49 @@ def interval(metric):
 
 def kept_items(run, benchmark, folder=None, name=None, judge=None):
     """{metric: Metric} of the answers that a finished evaluation kept; nothing is loaded and nobody is asked again."""
+    test, texts = _kept_answers(run, benchmark, folder, name, judge)
+    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else None
+    return items_of(test.benchmark, test.samples, texts, judgements), test.blind
+
+
+def _kept_answers(run, benchmark, folder, name, judge):
+    """(Questions, the answer to each)."""
     run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     test = questions_of(benchmark, resolve(folder or run.recipe.benchmarks), judge)
     said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
     if missing := len(test.samples) - len(said):
         raise FileNotFoundError(f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions.")
-    texts = [said[i] for i in range(len(said))]
-    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else None
-    return items_of(test.benchmark, test.samples, texts, judgements), test.blind
+    return test, [said[i] for i in range(len(said))]
+
+
+def judged_answers(run, benchmark, folder=None, name=None, judge=None):
+    """The questions of a benchmark as list[dict], each with the kept `answer`, whether it is `right`, and the judge's `reason`.
+
+    Right is what scores half of the points or more, of the judge's or of the benchmark's own rule, each question alone: its
+    other rotations or its pair do not count here. None where the judge failed. Nobody is asked again.
+    """
+    test, texts = _kept_answers(run, benchmark, folder, name, judge)
+    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
+    rows = []
+    for sample, text, judgement in zip(test.samples, texts, judgements):
+        if judgement is None:
+            right, reason = _is_right(test.benchmark, sample, text), ""
+        elif judgement.score is None:
+            right, reason = None, judgement.reason
+        else:
+            right = 2 * judgement.score >= judgement.out_of
+            reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
+        rows.append(sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason})
+    return rows
+
+
+def _is_right(benchmark, sample, text):
+    found = benchmark.items([sample], [text])
+    metric = found.get("accuracy") or found.get(benchmark.headline)
+    if metric is None:  # it scores pairs
+        return benchmark.parse(text, sample) == benchmark.parse(str(sample["label"]), sample)
+    return metric.value() >= 50
 
 
 def per_task(run, benchmark="heldout", metric=None, folder=None, name=None):

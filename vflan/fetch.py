@@ -23,8 +23,8 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
-from tqdm.auto import tqdm
 
+from vflan.progress import progress
 from vflan.recipe import resolve, shown
 
 
@@ -149,7 +149,7 @@ def _download(url: str, file: RepoFile, target: Path) -> None:
         with open(part, "ab") as out:
             start = out.tell()
             if start < file.size:
-                http_get(url, out, resume_size=start, headers=headers, displayed_filename=file.path, tqdm_class=_Bar)
+                http_get(url, out, resume_size=start, headers=headers, displayed_filename=file.path, tqdm_class=_bar)
         if part.stat().st_size < file.size:
             raise ConnectionError(f"{file.path} broke off. What has come so far is kept: fetch again.")
         if _is_whole(part, file):
@@ -178,7 +178,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {file.size}\0".encode())
     with (
         open(path, "rb") as content,
-        _Bar(desc=f"checking {file.path}", total=file.size, unit="B", unit_scale=True) as bar,
+        progress(f"checking {file.path}", file.size, "B") as bar,
     ):
         while block := content.read(2**20):
             digest.update(block)
@@ -197,12 +197,9 @@ def _check_space(name: str, folder: Path, missing: list[RepoFile]) -> None:
         )
 
 
-class _Bar(tqdm):
-    """A progress bar for people: silent when nobody watches (no terminal, no notebook)."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.pop("name", None)
-        super().__init__(*args, **kwargs | {"disable": None})
+def _bar(desc: str, total: int | None, initial: int = 0, **_):
+    """What the hub's download takes for a class of bars."""
+    return progress(f"fetching {desc}", total or 0, "B", initial)
 
 
 def main() -> None:

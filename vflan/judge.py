@@ -19,6 +19,7 @@ from typing import Protocol
 from vflan.conversation import prompt_ids
 from vflan.endpoint import ask_all, endpoint_hash
 from vflan.kept import alone, fingerprint_of_folder, read_rows
+from vflan.progress import counted
 from vflan.recipe import CACHE, weights_source
 
 RULES = "rules 1"  # how rules are named in a score; the number grows when they change
@@ -284,7 +285,8 @@ class EndpointJudge:
                 print(self.estimate(list(todo.values()), len(wanted) - len(todo)), flush=True)
             with path.open("a", encoding="utf-8") as file:
                 for _ in range(2):
-                    for key, reply in self._ask({k: text for k, text in todo.items() if k not in known}):
+                    left = {k: text for k, text in todo.items() if k not in known}
+                    for key, reply in counted(self._ask(left), "judging", len(left), "answers"):
                         if reply.trouble or self.prompt.read(reply.text) is None:
                             trouble[key] = reply.trouble or f"no score in the reply: {reply.text[:80]!r}"
                             continue
@@ -342,12 +344,12 @@ class LocalJudge:
         prompts = [self._ids(self.prompt.fill(*row)) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
         found, version = {}, self._version
-        for start in range(0, len(order), self.batch_size):
-            some = order[start : start + self.batch_size]
-            for i, reply in zip(some, self._replies([prompts[i] for i in some])):
-                score, out_of = self.prompt.read(reply) or (None, 1.0)
-                reason = reply if score is not None else f"no score in the reply: {reply[:80]!r}"
-                found[i] = Judgement(score, reason, out_of, version)
+        batches = (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+        said = (pair for some in batches for pair in zip(some, self._replies([prompts[i] for i in some])))
+        for i, reply in counted(said, "judging", len(order), "answers"):
+            score, out_of = self.prompt.read(reply) or (None, 1.0)
+            reason = reply if score is not None else f"no score in the reply: {reply[:80]!r}"
+            found[i] = Judgement(score, reason, out_of, version)
         return [found[i] for i in range(len(rows))]
 
     @property

@@ -14,6 +14,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from vflan.pictures import picture_trouble
+from vflan.progress import counted
 from vflan.recipe import shown
 
 
@@ -37,7 +38,8 @@ def ask_and_keep(path, header, samples, asked, ask):
         todo = [i for i in range(len(asked)) if i not in answers or _worth_another_try(answers[i], asked[i])]
         if todo:
             with path.open("a", encoding="utf-8") as file:
-                for j, answer in ask([asked[i] for i in todo]):
+                said = ask([asked[i] for i in todo])
+                for j, answer in counted(said, f"answering {path.stem}", len(todo), "questions"):
                     i = todo[j]
                     answers[i] = answer
                     row = {"i": i, "question_id": samples[i]["question_id"], "prompt": asked[i]["text"]}

@@ -7,7 +7,8 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
+
+from vflan.progress import progress
 
 FILES = ("metrics", "heldout", "samples")
 
@@ -15,15 +16,14 @@ FILES = ("metrics", "heldout", "samples")
 class Log:
     """metrics.jsonl, heldout.jsonl and samples.jsonl of a run folder, on the main process; trackers get the numbers too.
 
-    On a terminal one bar; elsewhere, notebooks and log files, a plain line a minute at most, on stderr, so that no
-    timing gets into a notebook's kept output.
+    And one live line, `progress`'s, which goes to stderr, so that no timing gets into a notebook's kept output.
     """
 
     def __init__(self, folder, steps, first, accelerator):
         """Lines of steps after `first`, where the run now goes on, are cut: they will be written again."""
-        self.folder, self.steps, self.accelerator = folder, steps, accelerator
+        self.folder, self.accelerator = folder, accelerator
         self.active, self.bar, self.files = accelerator.is_main_process, None, {}
-        self.first, self.useful, self.busy, self.before = first, 0, 0.0, 0.0
+        self.useful, self.busy, self.before = 0, 0.0, 0.0
         if not self.active:
             return
         for name in FILES:
@@ -34,9 +34,8 @@ class Log:
             self.files[name] = path.open("a", buffering=1, encoding="utf-8")
             if name == "metrics" and kept:
                 self.before = kept[-1]["seconds"]
-        self.began = self.said = time.perf_counter()
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=first, desc=folder.name, dynamic_ncols=True)
+        self.began = time.perf_counter()
+        self.bar = progress(folder.name, steps, "steps", first, leave=True)
 
     def begin(self, recipe):
         """Tell the trackers, if there are any, what is trained."""
@@ -62,14 +61,8 @@ class Log:
         self.files["metrics"].write(_json(line))
         self.track(step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")})
         says = f"loss {loss:.3f}, {self.useful / self.busy:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
-        if self.bar is not None:
-            self.bar.set_postfix_str(says, refresh=False)
-            self.bar.update()
-        elif now - self.said > 60:
-            self.said = now
-            left = (now - self.began) / (step - self.first) * (self.steps - step)
-            place = f"{self.folder.name}: step {step} of {self.steps}"
-            print(f"{place}, {says}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+        self.bar.set_postfix_str(says, refresh=False)
+        self.bar.update()
 
     def look(self, name, step, rows):
         """Lines about the held-out rows (heldout), or answers to them (samples)."""

@@ -170,6 +170,12 @@ def quantised_layers(model) -> dict[str, int]:
     return {part: sum(type(m).__name__ in names for m in module.modules()) for part, module in parts(model).items()}
 
 
+def picture_tokens(recipe) -> int:
+    """How many positions a picture takes in the language model: one for each patch of the recipe's vision tower."""
+    vision = _config(recipe.vision_tower)
+    return (vision.image_size // vision.patch_size) ** 2
+
+
 def load_tokenizer(recipe):
     """The language model's tokenizer, with `<image>` and a padding token in it (the unknown token pads, as in LLaVA)."""
     tokenizer = AutoTokenizer.from_pretrained(weights_source(recipe.language_model))

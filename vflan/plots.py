@@ -18,6 +18,7 @@ from vflan.recipe import ROOT
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
+TOKEN_COLORS = {"learned": "#F6C9A8", "only read": PALE, "picture": "#BFDDF0"}
 TITLES = {"heldin": "held-in tasks", "heldout": "held-out tasks", "mmbench": "MMBench", "mme": "MME", "pope": "POPE",
           "llava_bench": "LLaVA-Bench", "forgetting": "forgetting", "mm_vet": "MM-Vet", "mmmu": "MMMU", "gqa": "GQA",
           "mmbench_cn": "MMBench-CN", "seed": "SEED-Bench", "vqav2": "VQAv2", "vizwiz": "VizWiz", "textvqa": "TextVQA",
@@ -189,10 +190,10 @@ def tokens(ids, labels, tokenizer, width=114, image_token=-200):
     boxes, x, line = [], 0, 0
     for token, label in zip(ids, labels):
         if token == image_token:
-            text, color = "picture", "#BFDDF0"
+            text, color = "picture", TOKEN_COLORS["picture"]
         else:
             text = tokenizer.decode([token]) if token >= 0 else str(token)
-            color = "#F6C9A8" if label >= 0 else PALE
+            color = TOKEN_COLORS["learned" if label >= 0 else "only read"]
         text = text.replace("\n", "\u21b5").replace("\t", "\u21e5").strip(" ") or "\u00b7"
         if len(text) > 40:  # a whole opening sentence may be one token
             text = f"{text[:24]} \u2026 {text[-12:]}"
@@ -204,7 +205,7 @@ def tokens(ids, labels, tokenizer, width=114, image_token=-200):
     fig.subplots_adjust(0.01, 0.01, 0.99, 0.99)
     ax.set(xlim=(-0.5, width + 1), ylim=(line + 2.1, -0.6))
     ax.set_axis_off()
-    for x, text, color in ((0, "learned", "#F6C9A8"), (9, "only read", PALE), (20, "picture", "#BFDDF0")):
+    for x, (text, color) in zip((0, 9, 20), TOKEN_COLORS.items()):
         boxes.append((x, line + 1.5, text, color))  # the legend
     for x, y, text, color in boxes:
         ax.add_patch(plt.Rectangle((x - 0.4, y - 0.4), len(text) + 0.8, 0.8, color=color, lw=0))
@@ -219,7 +220,7 @@ def packed_rows(rows, budget, image_token=-200):
     picture, grey is only read, a white seam ends a conversation.
     """
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.1))
-    kinds = ((PALE, "only read"), ("#BFDDF0", "picture"), ("#D55E00", "learned"))
+    kinds = ((PALE, "only read"), (TOKEN_COLORS["picture"], "picture"), ("#D55E00", "learned"))
     for y, conversations in enumerate(rows):
         x = 0
         for ids, labels in conversations:

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from vflan.conversation import IMAGE
 from vflan.pictures import INSIDE, OUTSIDE
+from vflan.progress import progress
 from vflan.recipe import CACHE
 
 _SCHEMA = pa.schema(
@@ -36,7 +36,6 @@ _SCHEMA = pa.schema(
 _LAYOUT = 1  # of the table; another number makes every table again
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # how an Arrow stream that was written to its end ends
 _BLOCK = 1 << 23  # bytes of json read at a time; its rows are one batch of the table
-_BAR = 1 << 26  # files larger than this show a progress bar
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
@@ -248,7 +247,7 @@ def _batches(parts, root: Path):
     """The rows of all files in Arrow's form, some thousands at a time."""
     place, number = _placing(root), 0
     size = sum(part.stat().st_size for part in parts)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=parts[0].name, disable=size < _BAR) as bar:
+    with progress(f"reading {parts[0].name}", size, "B") as bar:
         for part in parts:
             with open(part, "rb") as file:
                 is_parquet = file.read(4) == b"PAR1"

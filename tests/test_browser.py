@@ -1,0 +1,212 @@
+"""The three widgets as people meet them: JupyterLab, a kernel, and a real Chromium that clicks.
+
+Skipped where Chromium or the package playwright is missing (`pip install playwright`; no browser of its own is needed).
+Pictures of what it saw go to the folder VFLAN_SCREENSHOTS, where that is set. Runs of the tiny preset are used if they
+are there; else a small world is drawn and three models are trained for two steps.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+from vflan import world
+from vflan.evaluate import present
+from vflan.recipe import ROOT, preset, resolve
+from vflan.runs import Run
+
+SECONDS = 240  # that a busy machine may need for one step
+CELLS = {  # what of each notebook is run: the cells that hold these words
+    "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
+    "04": ["preset = ", "import vflan", "talk, tasks = ", "chats.append", "questions = [q |", "widgets.chat"],
+    "05": ["preset = ", "import vflan", "def stages", "names = present", "def score", "widgets.answer_browser"],
+}
+
+
+def finished():
+    """Whether the tiny preset's first seed is trained and evaluated, and its world drawn."""
+    p = preset("tiny")
+    asked = resolve(p.base.benchmarks)
+    if not resolve(p.base.samples).is_file() or not asked.is_dir() or not all(Run(r.folder).finished for r in p):
+        return False
+    return all((recipe.folder / "answers" / f"{name}.jsonl").is_file() for recipe in p for name in present(asked))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the three notebooks, cut to the cells that lead to their widget."""
+    folder = tmp_path_factory.mktemp("lab")
+    changes, skipped = {}, ["def score"]  # its answers are kept
+    if not finished():
+        small = world.build(folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1)
+        for path in (small / "benchmarks").iterdir():
+            if path.is_dir() and path.name not in ("pope", "llava_bench", "images"):
+                shutil.rmtree(path)
+        changes = dict(samples=str(small / "samples/flan.json"), images=str(small / "samples/images"), num_samples=40,
+                       benchmarks=str(small / "benchmarks"), runs=str(folder / "runs"), max_steps=2)  # fmt: skip
+        skipped = []
+    for start, wanted in CELLS.items():
+        (path,) = (ROOT / "notebooks").glob(f"{start}_*.ipynb")
+        whole, cells = nbformat.read(path, 4), []
+        for words in wanted:
+            if words not in skipped:
+                (cell,) = (cell for cell in whole.cells if cell.cell_type == "code" and words in cell.source)
+                cells.append(nbformat.v4.new_code_cell(cell.source.replace("world.build()", "world")))
+        cells[0].source += f"\nchanges = {changes!r}\nseeds = [0]"
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata=whole.metadata)
+        nbformat.write(notebook, folder / f"{start}.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    """The address of a JupyterLab of this folder, with a token."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no question over the notebook
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}",
+               "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=secret",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
+    own = {f"JUPYTER{what}_DIR": str(folder / what.rpartition("_")[2].lower())
+           for what in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}  # fmt: skip
+    env = os.environ | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
+    try:
+        end = time.monotonic() + SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=secret", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[-2000:]
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/doc/tree/{{}}.ipynb?token=secret"
+    finally:
+        server.terminate()  # it shuts its kernels down
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def notebook(browser, lab):
+    """notebook("01") opens it, runs all its cells, and gives the page and its widget."""
+    page = browser.new_page(viewport={"width": 1180, "height": 1600})
+    page.set_default_timeout(1000 * SECONDS)
+
+    def run(start):
+        page.goto(lab.format(start))
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.locator(".widget-vbox, .jp-RenderedText[data-mime-type*=error]").first.wait_for()
+        assert errors(page) == []
+        return page, page.locator(".jp-OutputArea-output .widget-vbox").first
+
+    yield run
+    page.close()
+
+
+def errors(page):
+    return page.locator(".jp-RenderedText[data-mime-type*=error]").all_inner_texts()
+
+
+def keep(widget, name):
+    """A picture of the widget for people, if they want one."""
+    if place := os.environ.get("VFLAN_SCREENSHOTS"):
+        path = Path(place) / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        widget.screenshot(path=path)
+        with Image.open(path) as picture:
+            picture.convert("RGB").quantize(128).save(path, optimize=True)
+        assert path.stat().st_size < 150_000
+
+
+def choose(widget, name, option):
+    field = widget.locator(".widget-dropdown").filter(has=widget.page.get_by_text(name, exact=True))
+    field.locator("select").select_option(option)
+
+
+def says(widget, *texts):
+    for text in texts:
+        widget.get_by_text(text).first.wait_for()
+
+
+def test_the_task_browser(notebook):
+    page, widget = notebook("01")
+    says(widget, "as the model reads it", "where a packed training reads it")
+    choose(widget, "group", "classification")
+    choose(widget, "category", "image-text matching")
+    says(widget, "1 of")
+    widget.get_by_role("button", name="next").click()
+    says(widget, "2 of")
+    assert widget.locator("img").evaluate("image => image.naturalWidth") > 0
+    assert errors(page) == []
+    keep(widget, "widgets-tasks")
+
+
+def test_the_answer_browser(notebook):
+    page, widget = notebook("05")
+    says(widget, "questions; right: base")
+    choose(widget, "benchmark", "pope")
+    choose(widget, "show", "both wrong")
+    says(widget, "right: base 0%, chat 0%")
+    choose(widget, "beside", "projector")
+    choose(widget, "show", "all")
+    says(widget, "projector ", "Is there")
+    choose(widget, "beside", "chat")
+    choose(widget, "benchmark", "llava_bench")
+    says(widget, "of 10:")  # the judge's reason
+    assert errors(page) == []
+    keep(widget, "widgets-answers")
+
+
+def test_the_chat(notebook, tmp_path):
+    page, widget = notebook("04")
+    answers = widget.locator("div[style*=pre-wrap]")
+    widget.get_by_role("button", name="another picture").click()
+    widget.get_by_label("where it looks").check()
+    for number, question in enumerate(
+        ["Please give a detailed description of the image.", "What is the color of the circle?"], 1
+    ):
+        widget.get_by_placeholder("ask about the picture").fill(question)
+        widget.get_by_role("button", name="ask").click()
+        says(widget, question)
+        page.wait_for_function(
+            "button => !button.disabled", arg=widget.get_by_role("button", name="ask").element_handle()
+        )
+        assert answers.inner_text().count("you ") == number and "(" not in answers.inner_text()
+        choose(widget, "run", "base" if number == 1 else "chat")
+    says(widget, "of its attention is on the picture")
+    choose(widget, "layer", "2")
+    assert errors(page) == []
+    keep(widget, "widgets-chat")
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "own.png")
+    with page.expect_file_chooser() as chooser:
+        widget.get_by_role("button", name="own picture").click()
+    chooser.value.set_files(tmp_path / "own.png")
+    says(widget, "own.png")
+    assert answers.inner_text().strip() == ""

@@ -1,0 +1,118 @@
+"""One answer as it is written: the words of `answer`, stopped when asked, errors where they are read; and where it looks."""
+
+import sys
+import time
+from threading import Event, active_count
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import make_tiny, questions
+
+from vflan.answers import answer
+from vflan.streaming import attention_maps, seen, stream
+
+ROOM = sys.modules["vflan.streaming"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("pictures"))
+
+
+def ask(tiny, row, tokens=8, **more):
+    return list(stream(tiny.model, tiny.processor, row["text"], row["image"], tokens, **more))
+
+
+def test_the_pieces_make_up_the_answer(tiny):
+    rows = questions(tiny, 12)
+    pieces = [ask(tiny, row) for row in rows]
+    assert max(map(len, pieces)) > 3, "it comes word by word"
+    said = answer(tiny.model, tiny.processor, rows, max_new_tokens=8)
+    assert len(set(said)) > 5 and ["".join(some).split() for some in pieces] == [text.split() for text in said]
+
+
+def test_a_picture_may_be_in_memory(tiny):
+    row = questions(tiny, 2)[1]
+    with Image.open(row["image"]) as image:
+        assert ask(tiny, row | {"image": image.convert("RGBA")}) == ask(tiny, row)
+
+
+def test_temperature_draws_other_words(tiny):
+    row = questions(tiny, 2)[1]
+    torch.manual_seed(0)
+    assert len({"".join(ask(tiny, row, temperature=1.5)) for _ in range(5)}) > 1
+    assert len({"".join(ask(tiny, row, temperature=0)) for _ in range(3)}) == 1
+
+
+def long_row(tiny):
+    return next(row for row in questions(tiny, 40) if row["image"] and len(ask(tiny, row, 40)) >= 39)
+
+
+def test_stop_ends_the_answer_where_it_stands(tiny):
+    row, stop, said = long_row(tiny), Event(), []
+    for piece in stream(tiny.model, tiny.processor, row["text"], row["image"], 2000, stop=stop):
+        said.append(piece)
+        if len(said) == 3:
+            stop.set()
+    assert 3 <= len(said) < 500
+
+
+def test_who_stops_reading_leaves_no_thread_behind(tiny):
+    row, threads = long_row(tiny), active_count()
+    pieces = stream(tiny.model, tiny.processor, row["text"], row["image"], 2000)
+    next(pieces)
+    assert active_count() == threads + 1
+    pieces.close()
+    assert active_count() == threads
+
+
+def test_an_error_in_the_thread_is_raised_to_the_reader(tiny, monkeypatch):
+    def generate(**_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiny.model, "generate", generate)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(tiny, questions(tiny, 2)[1])
+    with pytest.raises(OSError, match="missing picture"):
+        ask(tiny, {"text": "what?", "image": "nowhere.png"})
+    assert time.monotonic() - began < 10
+
+
+def test_attention_is_a_share_of_each_layer_and_the_model_is_left_as_it_was(tiny):
+    row = questions(tiny, 2)[1]
+    before = tiny.model.model.language_model.config._attn_implementation
+    maps = attention_maps(tiny.model, tiny.processor, row["text"], row["image"])
+    assert (
+        maps.shape == (2, 4, 4) and (maps >= 0).all() and (0 < maps.sum((1, 2))).all() and (maps.sum((1, 2)) < 1).all()
+    )
+    assert before != "eager" and tiny.model.model.language_model.config._attn_implementation == before
+    other = attention_maps(tiny.model, tiny.processor, row["text"] + " red star", row["image"])
+    assert not np.allclose(maps, other)
+
+
+def test_attention_maps_are_those_of_the_models_own_forward(tiny):
+    """Against the tokens laid out by hand: the last row of each layer's weights, at the picture's sixteen positions."""
+    row = questions(tiny, 2)[1]
+    inputs = ROOM._inputs(tiny.model, tiny.processor, row["text"], row["image"], "vicuna_v1")
+    at = (inputs["input_ids"][0] == 3).nonzero().flatten()
+    assert at.tolist() == list(range(int(at[0]), int(at[0]) + 16))
+    tiny.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            layers = tiny.model(**inputs, output_attentions=True).attentions
+    finally:
+        tiny.model.set_attn_implementation("sdpa")
+    expected = [layer[0].mean(0)[-1, at[0] : at[0] + 16].reshape(4, 4) for layer in layers]
+    maps = attention_maps(tiny.model, tiny.processor, row["text"], row["image"])
+    assert np.allclose(maps, torch.stack(expected).numpy(), atol=1e-6)
+
+
+def test_seen_is_the_picture_as_the_tower_gets_it(tiny):
+    wide = Image.new("RGB", (96, 48), "red")
+    wide.paste("blue", (24, 0, 72, 48))  # what the centre crop keeps
+    view = seen(tiny.processor, wide)
+    assert view.size == (48, 48)
+    assert np.abs(np.asarray(view).astype(int) - [0, 0, 255]).max() <= 1
