@@ -212,7 +212,10 @@ def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
                            columns=["step", "task", "loss", "tokens"])  # fmt: skip
     fig = plots.learning_curves(heldout, {"a": "one", "b": "one", "c": "two"})
     panels = [ax for ax in fig.axes if ax.lines]
-    assert [(ax.get_title(loc="left") or ax.get_title(), len(ax.lines)) for ax in panels] == [("one (2)", 2), ("two (1)", 1)]
+    assert [(ax.get_title(loc="left") or ax.get_title(), len(ax.lines)) for ax in panels] == [
+        ("one (2)", 2),
+        ("two (1)", 1),
+    ]
 
 
 def test_a_committed_figure_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
