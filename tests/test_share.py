@@ -167,6 +167,7 @@ def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stage
     tasks = {"CLEVR_CoGenT+Question_Answering": 20, "VQA_color": 7, "fairface+image_classification_race": 3}
     scores = [
         "base,pope,f1,81.25,79,83,100,0,50,,0",
+        "base,llava_bench,score,70,60,80,9,0,15,rule judge,0",
         "base,pope,yes_ratio,50,40,60,100,0,50,,0",
         "other,mme,score,9,8,10,9,0,5,,0",
     ]
@@ -177,7 +178,8 @@ def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stage
     assert about["base_model"] == ["openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"]
     assert about["datasets"] == ["liuhaotian/LLaVA-Pretrain", "Vision-Flan/vision-flan_191-task_1k"]
     assert (about["license"], about["pipeline_tag"]) == ("other", "image-text-to-text")
-    (result,) = about["model-index"][0]["results"]
+    result, judged = about["model-index"][0]["results"]
+    assert judged["dataset"]["type"] == "llava_bench" and "| 9 | rule judge |" in card.text
     assert result["dataset"]["type"] == "pope" and result["metrics"] == [{"type": "f1", "value": 81.25}]
     assert "| pope | f1 | 81.2 | 79.0 to 83.0 | 50.0 | 100 |" in card.text and "yes_ratio" not in card.text
     assert "| lr | 0.125 |" in card.text and "Llama 2 Community License" in card.text

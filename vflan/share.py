@@ -101,7 +101,10 @@ def _linked(source, target):
     """Weights are read only, and may have 27 GB: for an upload they need not be copied."""
     if Path(source).suffix != ".safetensors":
         return shutil.copy2(source, target)
-    return os.link(source, target)
+    try:
+        return os.link(source, target)
+    except OSError:  # a file system without hard links
+        return shutil.copy2(source, target)
 
 
 def folder_length(folder: Path) -> int:
@@ -176,7 +179,7 @@ def model_card(run, name: str, merged: bool = True) -> ModelCard:
     begun = read_json(stages[0][0] / "init.json").get("init")
     made += f"\n\nThe first of these began with the weights of `{_public(begun)}`." if begun else ""
     used = [f"- {_cell(_public(model))}: {BACKBONES.get(model, _own(model))}" for model in backbones]
-    world = "the drawn pictures of a generated mini world, of 48 pixels a side" if tiny else "photographs"
+    world = "the drawn pictures of a generated mini world, of 48 pixels a side" if tiny else "the sets named below"
     content = f"""
 # {_cell(name)}
 
@@ -352,22 +355,14 @@ def _scores(run) -> pd.DataFrame:
 def _score_lines(scores):
     if scores.empty:
         return "It was not evaluated."
-    rows = [
-        [
-            row.benchmark,
-            row.metric,
-            f"{row.value:.1f}",
-            f"{row.low:.1f} to {row.high:.1f}",
-            f"{row.baseline:.1f}",
-            row.n,
-        ]
-        for row in scores.itertuples()
-    ]
-    columns = ["benchmark", "metric", "value", "95 % interval", "majority answer", "questions"]
-    return (
-        _table(columns, rows)
-        + "\n\nOn a scale of 0 to 100. The intervals are over the benchmark's pictures, for one training."
-    )
+    rows = []
+    for r in scores.itertuples():
+        judge = r.judge if isinstance(r.judge, str) else ""  # NaN where a rule of the benchmark reads the answers
+        rows.append(
+            [r.benchmark, r.metric, f"{r.value:.1f}", f"{r.low:.1f} to {r.high:.1f}", f"{r.baseline:.1f}", r.n, judge]
+        )
+    columns = ["benchmark", "metric", "value", "95 % interval", "majority answer", "questions", "judge"]
+    return f"{_table(columns, rows)}\n\nOn a scale of 0 to 100. The intervals are over the benchmark's pictures, for one training."
 
 
 def _origin(file):
