@@ -86,7 +86,8 @@ def backbone(source: str) -> str:
     except FileNotFoundError as trouble:
         return str(trouble)
     if folder.is_dir():
-        whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        whole = weights and (folder / "config.json").is_file()
         return "" if whole else f"{source}: config.json and weights are not both in it; get them from one place"
     known = isinstance(try_to_load_from_cache(source, "config.json"), str)
     return (
