@@ -54,7 +54,7 @@ def test_the_gpus_that_are_here_are_held_against_the_plan(found):
     published = dict(vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5")
     large = published | dict(precision="bf16", gradient_checkpointing=True, global_batch=8)
     (line,) = (line for line in found(**large) if "here are" in line)
-    assert line.startswith("base needs") and "GB on each of 2 GPUs, here are 0; vflan.plan" in line
+    assert line.startswith("base needs") and "GB on each of 8 GPUs, here are 0; vflan.plan" in line
     assert any("here are 2 of 24 GB" in line for line in found(gpus=[24e9, 24e9], **large))
     assert not any("here are" in line for line in found(gpus=[141e9] * 8, **large))
 

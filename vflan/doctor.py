@@ -69,10 +69,10 @@ def missing(name: str) -> list[str]:
     lines, recipes = [], preset(name)
     for recipe in recipes:
         lines += [backbone(recipe.vision_tower), backbone(recipe.language_model), *samples(recipe), *packages(recipe)]
-        try:
-            lines.append(memory(recipe))
-        except (OSError, ValueError) as trouble:  # of the backbones it is told above
-            lines.append("" if isinstance(trouble, OSError) else f"{recipe.name}: {trouble}")
+    try:
+        lines.append(memory(recipes.base))  # the most demanding of the three
+    except (OSError, ValueError) as trouble:  # of missing backbones it is told above
+        lines.append("" if isinstance(trouble, OSError) else f"{recipes.base.name}: {trouble}")
     if not any((resolve(recipes.base.benchmarks) / benchmark).is_dir() for benchmark in BENCHMARKS):
         lines.append(
             f"{recipes.base.benchmarks}: no benchmark there, so nothing can be scored; {_source(recipes.base.benchmarks)}"
@@ -86,7 +86,8 @@ def backbone(source: str) -> str:
     except FileNotFoundError as trouble:
         return str(trouble)
     if folder.is_dir():
-        whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        whole = weights and (folder / "config.json").is_file()
         return "" if whole else f"{source}: config.json and weights are not both in it; get them from one place"
     known = isinstance(try_to_load_from_cache(source, "config.json"), str)
     return (
@@ -132,9 +133,9 @@ def memory(recipe: Recipe) -> str:
     room = min((gpu.total_memory for gpu in here), default=0)
     if here and plan(recipe, len(here), SCALE).peak <= room:
         return ""
-    tried = (plan(recipe, number, SCALE) for number in (1, 2, 4, 8, 16) if recipe.global_batch % number == 0)
+    tried = (plan(recipe, number, SCALE) for number in (1, 8) if recipe.global_batch % number == 0)
     fits = next((found for found in tried if found.fits), None)
-    needs = f"{fits.peak / GB:.0f} GB on each of {fits.gpus} GPUs" if fits else "more than 16 GPUs of 80 GB"
+    needs = f"{fits.peak / GB:.0f} GB on each of {fits.gpus} GPUs" if fits else "more than 8 GPUs of 80 GB"
     return f"{recipe.name} needs {needs}, here are {len(here)}{f' of {room / GB:.0f} GB' if here else ''}; {hint}"
 
 

@@ -1,6 +1,7 @@
 """Vicuna-7B v1.5 with LoRA in the tuning stages: LLaVA-1.5's published LoRA values (r 128, alpha 256, dropout 0.05).
 
-Hardware: a GPU of 48 GB or more, or several of 24 GB with a smaller micro_batch (every process holds the whole model).
+Hardware: a GPU of 48 GB or more, or smaller ones with a smaller pack_tokens (every process holds the whole model).
+Memory, by vflan.plan (computed, not measured): 29 GB for the base stage, 21 GB for the projector.
 Cost: not measured here. Expect: close to full tuning on most benchmarks in LLaVA-1.5's own table; Vision-Flan prints no LoRA row.
 """
 
