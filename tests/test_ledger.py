@@ -147,3 +147,28 @@ def test_verdicts_are_kept_by_claim(tmp_path):
     claims.keep_verdicts(path, first.assign(claim="2"))
     kept = claims.keep_verdicts(path, first.assign(effect=1.0))
     assert list(kept.claim) == ["1", "2"] and list(kept.effect)[0] == 1.0
+
+
+def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
+    short, long = (claims.verdicts(items(0.3), range(n), claim(), rounds=50) for n in (1, 5))
+    nothing = claims.verdicts(items(0.3), [], claim(), rounds=50)
+    none = claims.committed("06").iloc[:0]
+    assert "not enough runs (these runs, 1 seed: +" in next(claims.reading(short, none))
+    assert "holds (committed long form, 5 seeds: +" in next(claims.reading(short, long))
+    assert "holds (these runs, 5 seeds" in next(claims.reading(long, none))
+    assert "make paper" in next(claims.reading(nothing, none))
+
+
+def test_only_the_long_form_is_published(tmp_path, monkeypatch):
+    import vflan.claims as module
+
+    monkeypatch.setattr(module, "results", lambda preset: (tmp_path / "claims.csv", tmp_path / "sweeps.csv"))
+    scores = pd.DataFrame([["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]],
+                          columns="run benchmark metric value low high n seed baseline judge problems".split())  # fmt: skip
+    short, long = (claims.verdicts(items(0.3), range(n), claim(), rounds=50) for n in (1, 5))
+    claims.publish("tiny_frozen", short, scores)
+    claims.publish("tiny", long, scores)
+    claims.publish("tiny_frozen", long, scores, changes={"lr": 1})
+    assert not list(tmp_path.iterdir())
+    claims.publish("tiny_frozen", long, scores)
+    assert sorted(f.name for f in tmp_path.glob("*.csv")) == ["claims.csv", "sweeps.csv"]

@@ -304,6 +304,9 @@ def reading(found, long):
             row, source = next(other.itertuples()), "committed long form"
         else:
             source = "these runs"
+        if not row.n_seeds:
+            yield f"{row.claim}. {row.statement}: needs runs that only the long form has (make paper)"
+            continue
         interval = f", interval {row.low:.1f} to {row.high:.1f}" if row.low == row.low else ""
         seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
         yield f"{row.claim}. {row.statement}: {row.verdict} ({source}, {seeds}: {row.effect:+.1f}{interval})"
