@@ -201,7 +201,7 @@ def run_notebook(source, target, parameters):
             parameters=parameters,
             kernel_name="python3",
             language="python",
-            extra_arguments=["--IPKernelApp.log_level=40"],  # no remarks on how the kernel is connected
+            extra_arguments=["--IPKernelApp.log_level=50"],  # no remarks on how the kernel is connected, or was stopped
             cwd=str(source.parent),
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
         )

@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from vflan.benchmarks import BENCHMARKS
 from vflan.fetch import SETS
 from vflan.plan import plan
-from vflan.recipe import CACHE, Recipe, preset, preset_names, resolve, shown, weights_source
+from vflan.recipe import CACHE, Recipe, preset, preset_names, replace, resolve, shown, weights_source
 
 PACKAGES = {  # and what it means when one is not there
     **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "datasets"), "pip install -r requirements.lock"),
@@ -30,7 +30,7 @@ PACKAGES = {  # and what it means when one is not there
     "deepspeed": "only for sharding='zero2' and 'zero3'",
     "flash-attn": "only to be faster: attention is PyTorch's without it",
 }
-DRAWN = "vflan.world.build() draws it, as notebook 01 does"
+DRAWN = "vflan.world.build_for(preset) draws it, as notebook 01 does"
 SCALE, GB = "A100-80G", 1e9  # the board that a need is told for, and its figures' unit
 
 
@@ -70,7 +70,11 @@ def missing(name: str) -> list[str]:
     for recipe in recipes:
         lines += [backbone(recipe.vision_tower), backbone(recipe.language_model), *samples(recipe), *packages(recipe)]
     try:
-        lines.append(memory(recipes.base))  # the most demanding of the three
+        base = recipes.base  # the most demanding of the three
+        there = resolve(
+            base.samples
+        ).exists()  # how many rows are lacking matters for the hours only
+        lines.append(memory(base if there else replace(base, num_samples=base.num_samples or base.global_batch)))
     except (OSError, ValueError) as trouble:  # of missing backbones it is told above
         lines.append("" if isinstance(trouble, OSError) else f"{recipes.base.name}: {trouble}")
     if not any((resolve(recipes.base.benchmarks) / benchmark).is_dir() for benchmark in BENCHMARKS):
@@ -108,7 +112,8 @@ def samples(recipe: Recipe):
 
 
 def _source(path: str) -> str:
-    return DRAWN if resolve(path).is_relative_to(resolve("data/tiny")) else "data/README.md says where it comes from"
+    drawn = any(resolve(path).is_relative_to(resolve(world)) for world in ("data/tiny", "data/frozen"))
+    return DRAWN if drawn else "data/README.md says where it comes from"
 
 
 def packages(recipe: Recipe):

@@ -34,6 +34,7 @@ class Arm:
     benchmarks: tuple[str, ...] | None = None  # None: those of the sweep
 
     def needs(self):
+        """The labels of the arms that have to be there."""
         return [self.init] if isinstance(self.init, str) else []
 
 
@@ -50,6 +51,7 @@ class Swap:
     benchmarks: tuple[str, ...] | None = None
 
     def needs(self):
+        """The labels of the arms that have to be there; `source` may be something else."""
         return [self.of]
 
 
