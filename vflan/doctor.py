@@ -71,9 +71,7 @@ def missing(name: str) -> list[str]:
         lines += [backbone(recipe.vision_tower), backbone(recipe.language_model), *samples(recipe), *packages(recipe)]
     try:
         base = recipes.base  # the most demanding of the three
-        there = resolve(
-            base.samples
-        ).exists()  # how many rows are lacking matters for the hours only
+        there = resolve(base.samples).exists()  # how many rows are lacking matters for the hours only
         lines.append(memory(base if there else replace(base, num_samples=base.num_samples or base.global_batch)))
     except (OSError, ValueError) as trouble:  # of missing backbones it is told above
         lines.append("" if isinstance(trouble, OSError) else f"{recipes.base.name}: {trouble}")
