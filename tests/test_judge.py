@@ -125,8 +125,11 @@ def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_t
 
 
 def test_the_key_stands_in_no_output_no_file_and_no_repr(serve, judge, tmp_path, capfd):  # noqa: F811
-    serve(lambda body, n: (400, {"error": {"message": f"your key {KEY} at {judge} is odd"}}) if n == 1 else said("No"))
+    refusal = (400, {"error": {"message": f"your key {KEY} for http is odd"}})
+    server = serve(lambda body, n: refusal if "Prediction: two" in str(body) else said("No"))
+    refusal[1]["error"]["message"] += f" at {server.url}"
     found = ask(judge, ["one", "two", "three"])
+    assert "Error code: 400" in found[1].reason
     out = capfd.readouterr()
     kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "secret" not in repr(judge) + repr(found) + out.out + out.err + kept
