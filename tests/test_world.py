@@ -182,3 +182,27 @@ def test_a_finished_world_is_not_written_again(built):
     before = (built / "samples" / "built.json").stat().st_mtime_ns
     world.build(built, captions=60, per_kind=4, conversations=60, questions=0.15)
     assert (built / "samples" / "built.json").stat().st_mtime_ns == before
+
+
+def test_another_draw_holds_out_other_kinds_but_never_those_that_benchmarks_ask_in_their_words():
+    from vflan.world.tasks import ASKED, kinds
+
+    declared, drawn = kinds(), kinds(7)
+    assert [k.name for k in drawn] == [k.name for k in declared] and drawn == kinds(7) != kinds(8)
+    out = [{k.name for k in some if k.split == "heldout"} for some in (declared, drawn)]
+    assert out[0] != out[1]
+    assert sum(k.split == "heldout" and k.name not in ASKED for k in declared) == len(out[1] - set(ASKED))
+    new_in_both = {k.name for k in declared if not k.in_text}
+    assert new_in_both <= out[0] & out[1]
+    assert {k.name: k.split for k in declared if k.name in ASKED} == {k.name: k.split for k in drawn if k.name in ASKED}
+
+
+def test_a_world_with_another_draw_trains_on_no_held_out_kind(tmp_path):
+    from vflan.world import build
+    from vflan.world.tasks import kinds
+
+    folder = build(tmp_path / "world", seed=3, captions=2, per_kind=1, conversations=2, questions=0.01, redraw=7)
+    held_out = {k.name for k in kinds(7) if k.split == "heldout"}
+    trained = {row["task_name"] for row in json.loads((folder / "samples" / "flan.json").read_text())}
+    asked = {json.loads(line)["category"] for line in (folder / "benchmarks/heldout/questions.jsonl").open()}
+    assert not trained & held_out and asked == held_out

@@ -381,6 +381,20 @@ def teachers(model, lr, decay=0.2):
             torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True))  # fmt: skip
 
 
+def learn(model, batch, muon, adam, rate):
+    """One step of both teachers on a batch of `Rows`, AdamW at a fifth of the rate; returns (loss, answer tokens)."""
+    ids, positions, mask, where, labels, weight = batch
+    loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
+    loss = (loss * weight).sum() / weight.sum()
+    muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = rate, rate / 5
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    muon.step()
+    adam.step()
+    return loss.item(), len(weight)
+
+
 def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, log=print):
     """Pretrain the language model on text and save it as a `LlamaForCausalLM` folder; returns its record.
 
@@ -408,18 +422,9 @@ def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, 
         first = step < steps[0]
         weights = {k: n * (1.0 if k in FIRST or not first else 0.03) for k, n in need.items()}
         batch = [lesson(rows, W.rng_of("text lesson", seed, step, i), weights, 0, budget) for i in range(rows_a_step)]
-        ids, positions, mask, where, labels, weight = rows.batch(batch)
-        loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
-        loss = (loss * weight).sum() / weight.sum()
         pace = min(1, (step - base + 1) / 30) * (1.0 if step < steps[1] else 1 - (step - base) / (steps[-1] - base))
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * pace, lr / 5 * pace
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adam.step()
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        asked += len(weight)
+        loss, tokens = learn(model, rows.batch(batch), muon, adam, lr * pace)
+        average, asked = loss if step == 0 else 0.98 * average + 0.02 * loss, asked + tokens
         if step % 800 == 799:
             skill = grade(model, rows, watch)
             need = {k: max(0.12, 1.0 - skill.get(k, 1.0)) for k in T.KINDS}
@@ -465,17 +470,8 @@ def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=
         rngs = [W.rng_of("second lesson", seed, step, i) for i in range(rows_a_step)]
         batch = [talk_lesson(rows, rng, seed) if rng.random() < 0.3 else
                  lesson(rows, rng, dict.fromkeys(T.KINDS, 1.0), seed, budget, in_a_sentence) for rng in rngs]  # fmt: skip
-        ids, positions, mask, where, labels, weight = rows.batch(batch)
-        loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
-        loss = (loss * weight).sum() / weight.sum()
-        pace = min(1, (step + 1) / 30) * (1 - step / steps)
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * pace, lr / 5 * pace
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adam.step()
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        loss, _ = learn(model, rows.batch(batch), muon, adam, lr * min(1, (step + 1) / 30) * (1 - step / steps))
+        average = loss if step == 0 else 0.98 * average + 0.02 * loss
         if step % 100 == 99:
             log(f"step {step + 1}, {time.process_time() - begin:.0f} s, loss {average:.3f}", flush=True)
     model.half().save_pretrained(folder / "second_language_model")
