@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads make busy machines ten times slower
@@ -105,6 +107,15 @@ def make_backbones(folder, width=32, layers=2, seed=0):
     )
     language.save_pretrained(folder / "language_model")
     fast.save_pretrained(folder / "language_model")
+
+
+def serve(handler):
+    """(server, its address): a local HTTP server that answers in the background and keeps quiet."""
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from time import sleep
 
@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 
 import vflan.fetch  # noqa: F401
+from tests.conftest import serve
 from vflan.fetch import SETS, fetch
 
 module = sys.modules["vflan.fetch"]  # vflan.fetch itself is the function
@@ -42,13 +43,7 @@ class Hub:
 
             do_HEAD = do_GET
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.server, self.endpoint = serve(Handler)
 
     def tree(self):
         for path, data in self.files.items():

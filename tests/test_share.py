@@ -4,8 +4,7 @@ import base64
 import json
 import re
 import shlex
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import vflan
-from tests.conftest import make_squares
+from tests.conftest import make_squares, serve
 from vflan.recipe import Recipe, write_json
 from vflan.runs import Run
 from vflan.share import dataset_card, lineage, model_card, serve_command
@@ -248,13 +247,7 @@ class Hub:
 
             do_PUT = do_GET = do_POST
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.server, self.endpoint = serve(Handler)
 
     def answer(self, request, path, body):
         self.asked.append((path, request.headers.get("Authorization"), body))
