@@ -47,7 +47,7 @@ demo: $(STAMP)
 
 paper: $(STAMP)
 	$(PAPER) --notebooks 06 $(TEN) -p beyond True
-	$(PAPER) --notebooks 07 $(FIVE) -p instances '[30, 100, 300, 1000, 3000]'
+	$(PAPER) --notebooks 07 $(FIVE) -p budget None -p instances '[30, 100, 300, 1000, 3000]'
 	$(PAPER) --notebooks 08 $(FIVE)
 
 test: $(STAMP)

@@ -7,6 +7,7 @@
 A sweep is plain Python: a dict that a loop fills. What is finished is not done again, and what was killed goes on.
 """
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ import pandas as pd
 
 from vflan import model as models
 from vflan.evaluate import evaluate, kept_items, present
-from vflan.recipe import Recipe, for_seed, resolve
+from vflan.recipe import Recipe, for_seed, replace, resolve
 from vflan.runs import Run
 from vflan.train import train
 
@@ -132,6 +133,16 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
 
     _work_off(done, waiting, work, min(jobs, len(todo)))
     return Sweep(runs, {key: asked[key[0]] for key in todo}, kept_as, folder)
+
+
+def spread(recipe, instances, tasks) -> Recipe:
+    """The recipe on so many instances, the same number from each of so many tasks (Table 3), one pass over the budget.
+
+    A task that has fewer gives all, and what there is is seen again until the budget is used up. The name tells both numbers.
+    """
+    steps = recipe.max_steps or math.ceil(instances / recipe.global_batch)
+    name = f"tasks-{tasks}-of-{instances}"
+    return replace(recipe, name=name, num_tasks=tasks, per_task=instances // tasks, max_steps=steps)
 
 
 def default_jobs():

@@ -77,7 +77,8 @@ def kind(category, **more):
 
 # Kinds whose questions the benchmarks ask in the same words: whether they are trained on is no matter of chance.
 ASKED = ("exist_shape", "main_object", "handwritten_digit", "above", "statement_color", "statement_count", "is_background",
-         "has_letter", "choose_color", "choose_shape", "choose_background", "choose_place", "choose_present")  # fmt: skip
+         "has_letter", "first_letter", "first_digit", "choose_color", "choose_shape", "choose_background", "choose_place",
+         "choose_present")  # fmt: skip
 
 
 def kinds(redraw=None):
