@@ -391,5 +391,6 @@ def _language_model(source):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if device == "cuda" else torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+    dtype = "auto" if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -178,7 +178,7 @@ def picture_tokens(recipe) -> int:
 
 def load_tokenizer(recipe):
     """The language model's tokenizer, with `<image>` and a padding token in it (the unknown token pads, as in LLaVA)."""
-    tokenizer = AutoTokenizer.from_pretrained(weights_source(recipe.language_model))
+    tokenizer = read_pretrained(AutoTokenizer, weights_source(recipe.language_model))
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if hasattr(
@@ -198,7 +198,7 @@ def load_processor(recipe, model=None) -> LlavaProcessor:
     A `model` that was made for other ones is an error.
     """
     tokenizer, vision = load_tokenizer(recipe), _config(recipe.vision_tower)
-    clip = CLIPImageProcessorPil.from_pretrained(weights_source(recipe.vision_tower)).to_dict()
+    clip = read_pretrained(CLIPImageProcessorPil, weights_source(recipe.vision_tower)).to_dict()
     wanted = (
         "size",
         "crop_size",
@@ -261,7 +261,7 @@ def swap_part(model, part: str, other):
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
     if isinstance(other, (str, os.PathLike)):
-        other = AutoModelForCausalLM.from_pretrained(weights_source(str(other)), dtype=torch.float32)
+        other = read_pretrained(AutoModelForCausalLM, weights_source(str(other)), dtype=torch.float32)
     other = other if isinstance(other, nn.Module) else other.load_model()
     if isinstance(other, LlavaForConditionalGeneration):
         source = parts(other)[part]
@@ -485,9 +485,9 @@ def _config(source: str):
         kind, values = _KNOWN[where]
         return kind(**values)
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = read_pretrained(AutoConfig, where)
     except (OSError, ValueError) as trouble:
-        raise ValueError(f"{source}: no config.json could be read there ({str(trouble).splitlines()[0]})") from None
+        raise ValueError(f"{source}: no config.json could be read there ({trouble})") from None
     return getattr(config, "vision_config", config)
 
 
@@ -550,12 +550,25 @@ def _merge_adapters(model) -> None:
     model.peft_config, model._hf_peft_config_loaded = {}, False
 
 
+def read_pretrained(kind, source, **options):
+    """`kind.from_pretrained` in words: a folder that is damaged or lacks files is one sentence. Its code is never run."""
+    options |= {"trust_remote_code": False} if kind.__name__.startswith("Auto") else {}
+    try:
+        return kind.from_pretrained(source, **options)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as trouble:  # json, safetensors, tokenizers and transformers each have errors of their own
+        kind_of = OSError if isinstance(trouble, OSError) else ValueError
+        said = (str(trouble).strip() or type(trouble).__name__).splitlines()[0][:300]
+        raise kind_of(f"{source} cannot be read: {said} - download or copy it again, whole.") from trouble
+
+
 def _load(kind, source, **options):
-    """`kind.from_pretrained`, but a weight that the files lack, or hold in another shape, is an error."""
+    """`read_pretrained` of a model, but a weight that the files lack, or hold in another shape, is an error."""
     loudness = logging.get_verbosity()
     logging.set_verbosity_error()  # its report would list every weight of CLIP's text side
     try:
-        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, info = read_pretrained(kind, source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     finally:
         logging.set_verbosity(loudness)
     if info["mismatched_keys"]:

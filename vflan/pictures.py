@@ -1,6 +1,7 @@
 """Pictures: one string names one, in a folder, in a zip or in a parquet file. Read it, or say why it cannot be read."""
 
 import io
+import math
 import os
 import re
 import stat
@@ -15,7 +16,8 @@ from itertools import chain
 from PIL import Image, UnidentifiedImageError
 
 OUTSIDE = "outside:"  # marks a picture path that leaves the images folder; such a file is never opened
-MAX_MEMBER_BYTES = 1 << 30  # a zip member that unpacks to more is no picture
+MAX_MEMBER_BYTES = 1 << 28  # a zip member that unpacks to more is no picture
+THIN = 300  # times as long as wide: cropping scales the short side to 336, and a line of pixels would fill the memory
 INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)  # (container, its kind, what in it)
 _KINDS = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
 
@@ -30,13 +32,19 @@ def read_picture(name: str | os.PathLike) -> Image.Image:
         with Image.open(io.BytesIO(data)) as picture:
             if not all(picture.size):
                 raise ValueError("empty")
+            short, long = sorted(picture.size)
+            if long > THIN * short:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, too thin")
+            if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
             return picture.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as trouble:
         raise OSError(f"too many pixels: {name} ({trouble})") from None
     except UnidentifiedImageError:
         raise OSError(f"undecodable picture: {name}") from None
     except Exception as trouble:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-        kind = "truncated" if "truncated" in str(trouble).lower() else "undecodable"
+        said = str(trouble).lower()
+        kind = next((kind for kind in ("truncated", "too thin") if kind in said), "undecodable")
         raise OSError(f"{kind} picture: {name} ({trouble})") from None
 
 

@@ -413,11 +413,6 @@ def parts_table(scores, rows, item="Table 5", table=None, benchmarks=None):
     return dots(scores, {run: (row or run, row) for run, row in rows.items()}, item, table, benchmarks)
 
 
-def stage(runs):
-    """A column of run names without their seeds: `base-seed1` is a `base`."""
-    return runs.str.replace(r"-seed\d+$", "", regex=True)
-
-
 def categories(scores, benchmarks, of=None, metric="accuracy"):
     """A panel a benchmark, a line a category, a dot a stage (mean over its kinds and seeds); chance as a tick.
 
@@ -425,7 +420,7 @@ def categories(scores, benchmarks, of=None, metric="accuracy"):
     """
     part = scores[scores.metric.str.startswith(f"{metric}/")]
     kind = part.metric.str.split("/").str[1]
-    part = part.assign(stage=stage(part.run), line=kind.map(of or {}).fillna(kind))
+    part = part.assign(stage=part.run.str.replace(r"-seed\d+$", "", regex=True), line=kind.map(of or {}).fillna(kind))
     tables = [
         part[part.benchmark == b].groupby(["line", "stage"], sort=False).value.mean().unstack() for b in benchmarks
     ]

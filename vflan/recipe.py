@@ -92,10 +92,18 @@ class Recipe:
     max_bad_share: float = 0.01  # more bad rows than this and the run does not start
 
     def __post_init__(self):
-        # lists come from json and from notebooks
-        for field in ("tune", "more_samples", "exclude", "task_weights", "trackers"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        for name, field in _FIELDS.items():
+            value = getattr(self, name)
+            many = field.type == tuple[str, ...]
+            if many and isinstance(value, (str, list)):  # lists come from json and from notebooks
+                value = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, name, value)
+            if many and not (isinstance(value, tuple) and all(map(_is_text, value))):
+                raise ValueError(f"{name}={value!r}: a list of texts is needed.")
+            if field.type is str and not _is_text(value):
+                raise ValueError(f"{name}={value!r}: some text is needed.")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: True or False is needed.")
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(str, known))}.")
@@ -103,7 +111,7 @@ class Recipe:
             value = getattr(self, field)
             if value is None and _FIELDS[field].default is None:
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= least:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < 1e18:
                 raise ValueError(f"{field}={value!r}: a number of at least {least} is needed.")
             if "int" in str(_FIELDS[field].type) and value != int(value):
                 raise ValueError(f"{field}={value!r}: a whole number is needed.")
@@ -158,6 +166,8 @@ class Recipe:
     def from_dict(cls, values: dict) -> "Recipe":
         """The recipe of a recipe.json; ValueError for a field that Recipe does not have."""
         _known(values)
+        if lacking := [name for name in _FIELDS if name not in DEFAULTS and name not in values]:
+            raise ValueError(f"A recipe needs {', '.join(lacking)}; recipe.json lacks it.")
         return cls(**values)
 
 
@@ -185,17 +195,22 @@ def for_seed(recipe: Recipe, seed: int) -> Recipe:
     return replace(recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
 
 
-def preset(name: str, **changes) -> Preset:
+def preset(name: str, /, **changes) -> Preset:
     """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
 
     `changes` are Recipe fields and go to all three stages.
     """
+    for field in {"name", "stage"} & changes.keys():
+        raise ValueError(f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace().")
     if str(name).endswith(".py"):
         path = Path(name) if Path(name).exists() else resolve(name)
         if not path.exists():
             raise FileNotFoundError(f"{name}: no such preset file; copy one of vflan/presets and point to it.")
-        make = runpy.run_path(str(path)).get("preset")
-        if make is None:
+        try:
+            make = runpy.run_path(str(path)).get("preset")
+        except Exception as trouble:  # it is code of somebody's own
+            raise ValueError(f"{name} cannot be run: {type(trouble).__name__}: {trouble}") from trouble
+        if not callable(make):
             raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
     elif name in (known := preset_names()):
         make = import_module(f"vflan.presets.{name}").preset
@@ -203,7 +218,15 @@ def preset(name: str, **changes) -> Preset:
         raise ValueError(
             f"There is no preset {name!r}; known ones are {', '.join(known)}, or give a .py file of your own."
         )
-    return Preset(*(replace(recipe, **changes) for recipe in make()))
+    try:
+        recipes = list(make())
+    except Exception as trouble:
+        raise ValueError(f"preset() of {name} fails: {type(trouble).__name__}: {trouble}") from trouble
+    if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
+        raise ValueError(
+            f"preset() of {name} must return three recipes: projector, base, chat; see vflan/presets/tiny.py."
+        )
+    return Preset(*(replace(recipe, **changes) for recipe in recipes))
 
 
 def preset_names() -> list[str]:
@@ -228,7 +251,16 @@ def shown(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a json file of ours holds, {} where there is none; ValueError for one that is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(path)} is damaged: put back a whole copy, or delete it and what it belongs to.")
+    return value
 
 
 def write_json(path: Path, value) -> None:
@@ -269,7 +301,14 @@ def _weight(entry: str) -> tuple[str, float]:
         raise ValueError(f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example.") from None
 
 
+def _is_text(value) -> bool:
+    """Whether a value can stand in a recipe.json as text: half a surrogate pair cannot, and no path holds a null byte."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _known(names) -> None:
+    if not isinstance(names, dict):
+        raise ValueError(f"A recipe is a table of fields and values, not {type(names).__name__}; see vflan/presets.")
     for name in names:
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.0)

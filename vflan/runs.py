@@ -77,7 +77,10 @@ class Run:
 
         path = self.folder / f"{name}.jsonl"
         whole = path.is_file() and path.stat().st_size
-        return pd.read_json(path, lines=True) if whole else pd.DataFrame(columns=columns)
+        try:
+            return pd.read_json(path, lines=True) if whole else pd.DataFrame(columns=columns)
+        except ValueError:
+            raise ValueError(f"{shown(path)} is damaged: put back a whole copy, or delete it.") from None
 
     def load_model(self):
         """The trained model, on the GPU where there is one (a quantised model is put there by its loader)."""
@@ -95,8 +98,10 @@ class Run:
         """The model's `LlavaProcessor`: tokenizer with chat template, and picture preparation by Pillow."""
         from transformers import AutoProcessor
 
+        from vflan.model import read_pretrained
+
         self._must_be_finished()
-        return AutoProcessor.from_pretrained(self.folder / "model", backend="pil")
+        return read_pretrained(AutoProcessor, self.folder / "model", backend="pil")
 
     def at(self, step: int | None = None) -> "Run":
         """The run as its newest checkpoint (that of `step`, if given) left it, made a finished run `NAME-stepN` beside it.

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import pandas as pd
@@ -70,6 +70,8 @@ class Sweep:
         """The table of `vflan.evaluate` for all arms and seeds, from kept answers; `run` is the label."""
         tables = []
         for (label, seed), run in self.runs.items():
+            if not self.asked[label, seed]:
+                continue
             table = pd.read_csv(run.folder / "scores.csv", dtype={"judge": str}, keep_default_na=True)
             own = (table.run == (self.kept_as[label, seed] or run.recipe.name)) & table.benchmark.isin(
                 self.asked[label, seed]
@@ -206,7 +208,9 @@ def _work_off(order, waiting, work, jobs):
             task(**arguments)
             _say(key, len(done := done | {key}), len(order), began)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=_context(), initializer=_one_thread, initargs=(dict(os.environ),)
+    ) as pool:
         while len(done) < len(order):
             for key in order:
                 free = key not in done and key not in running.values() and len(running) < jobs
@@ -232,8 +236,17 @@ def _say(key, done, all_, began):
     print(f"[{done}/{all_}] {key[0]}, seed {key[1]} ({minutes:.1f} min)", file=sys.stderr, flush=True)
 
 
-def _one_thread():
+def _context():
+    """How processes are started: forked from one that has read torch and transformers (ten seconds), where there is fork."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["vflan.train", "vflan.evaluate"])
+    return context
+
+
+def _one_thread(environment):
     import torch
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}  # the process that was forked may have begun with another
     torch.set_num_threads(1)

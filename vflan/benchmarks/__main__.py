@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.benchmark import valid
+from vflan.benchmarks.benchmark import in_words, valid
 from vflan.benchmarks.files import match, name_picture, read_answers, read_rows
 
 COUNTED = ("missing", "unknown", "duplicate", "empty", "unknown_label", "unreadable_line")
@@ -32,7 +32,8 @@ def score_files(name, questions, answers=None, labels=None, reviews=()):
     if answers and benchmark.reviews and not reviews and is_review(answers):
         answers, reviews = None, (answers,)
     if answers:
-        rows, found["unreadable_line"] = read_answers(answers)
+        with in_words(Path(answers), name):
+            rows, found["unreadable_line"] = read_answers(answers)
         said, troubles = match(samples, rows)
         found |= troubles
     elif not reviews:

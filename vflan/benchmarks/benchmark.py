@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def read_questions(path):
         sample["image"] = str((images / sample["image"]).absolute()) if sample.get("image") else None
         sample |= more
     return samples
+
+
+@contextmanager
+def in_words(path, name):
+    """What goes wrong in reading a file of others, as a sentence that names the file: json, gzip, pandas and base64 each have
+    errors of their own, and a file of another shape ends in KeyError or TypeError anywhere."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as trouble:
+        if isinstance(trouble, ValueError) and str(path.parent) in str(trouble):
+            raise  # it says already which file, and what to do
+        raise ValueError(
+            f"{path} is damaged, or a file of {name} is not in a shape that is known ({type(trouble).__name__}: "
+            f"{str(trouble)[:200]}); data/README.md lists the released files."
+        ) from trouble
 
 
 def clean(text):
@@ -187,19 +205,18 @@ class Benchmark:
         default: the folder of the question file). `keep` stores pictures that come inside the file."""
         path = Path(path)
         here = path if path.is_dir() else path.parent
-        if self.read is None or (path.is_file() and self.is_ours(path)):
-            samples = read_questions(path)
-        else:
-            samples = self.read(path, Path(labels) if labels else here, keep)
-            if self.size and path.name != "questions.jsonl" and len(samples) != self.size:
-                warnings.warn(
-                    f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.", stacklevel=2
-                )
-        for sample in samples:
+        ours = self.read is None or (path.is_file() and self.is_ours(path))
+        with in_words(path, self.name):
+            samples = read_questions(path) if ours else self.read(path, Path(labels) if labels else here, keep)
+        if not ours and self.size and path.name != "questions.jsonl" and len(samples) != self.size:
+            warnings.warn(f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.", stacklevel=2)
+        for number, sample in enumerate(samples, 1):
             sample["question_id"] = str(sample["question_id"])
-            sample.setdefault("category", self.name)
+            sample["category"] = str(sample.get("category", self.name))
             sample.setdefault("label", None)
             sample.setdefault("image", None)
+            if not isinstance(sample["text"], str):
+                raise ValueError(f"{path}, question {number}: its text is {sample['text']!r}, which is no text.")
         if not samples:
             raise ValueError(f"{path} holds no questions.")
         return samples
@@ -208,7 +225,7 @@ class Benchmark:
         """Whether a file is in our own format; a benchmark that was released under its name reads both itself."""
         if path.suffix != ".jsonl" or "questions.jsonl" in self.released:
             return False
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             head = file.readline(100_000)
         return path.name == "questions.jsonl" or ('"label"' in head and '"text"' in head)
 
