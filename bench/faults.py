@@ -40,7 +40,7 @@ from vflan.recipe import replace, write_json
 from vflan.runs import Run
 from vflan.world.twins import write_twins
 
-PATIENCE = 90  # seconds that any piece of work may take
+PATIENCE = 300  # seconds that any piece of work may take
 SENTENCES = ("disk is full", "No space left", "not enough room", "Read-only", "read-only", "cannot be written", "already",
              "another process", "is being", "free")  # fmt: skip
 

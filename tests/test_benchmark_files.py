@@ -719,6 +719,25 @@ def test_unusable_answers_end_in_one_sentence(put, tmp_path, capsys, name, conte
     assert re.search(sentence, err)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b'{"question_id": 1, "text": \xfd}', b"\x1f\x8b\x08 no gzip"])
+@pytest.mark.parametrize("name", ["pope", "vqav2", "heldin", "mm_vet"])
+def test_bytes_that_are_no_text_are_named_by_load(tmp_path, name, content):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "questions.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}/questions.jsonl is damaged"):
+        BENCHMARKS[name].load(tmp_path)
+
+
+def test_a_question_whose_text_is_none_and_references_that_are_no_list_are_told(tmp_path):
+    (tmp_path / "vqav2").mkdir()
+    path = tmp_path / "vqav2" / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": None, "label": "red"}))
+    with pytest.raises(ValueError, match="question 1: its text is None"):
+        BENCHMARKS["vqav2"].load(tmp_path)
+    path.write_text(json.dumps({"question_id": 1, "text": "what?", "label": "red", "answers": True}))
+    assert BENCHMARKS["vqav2"].problems(BENCHMARKS["vqav2"].load(tmp_path)) == {"unknown_label": ["1"]}
+
+
 @pytest.mark.parametrize("name", [n for n in BENCHMARKS if n not in ("heldin", "heldout", "forgetting")])
 def test_a_missing_benchmark_says_which_file_it_needs(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="questions.jsonl is not there - run notebooks/01.*or put"):

@@ -26,6 +26,7 @@ from vflan.model import (
     parts,
     quantised_layers,
 )
+from vflan.recipe import write_json
 from vflan.runs import Run
 
 
@@ -543,3 +544,50 @@ def test_a_causal_language_model_can_be_swapped_in(recipe, model):
         language.model.norm.weight += 1
     vflan.swap_part(model, "language_model", language)
     assert torch.equal(model.model.language_model.norm.weight, language.model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("model.safetensors", b"\xff" * 100),
+        ("processor_config.json", b'{"a": '),
+        ("tokenizer.json", b"\xb7"),
+        ("config.json", b'{"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": "many"}}'),
+        ("tokenizer.json", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_damaged_run_is_refused_in_a_sentence(recipe, tmp_path, name, content):
+    """What bench.bad_input found: each library has an error of its own for a file that was cut off."""
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    write_json(run.folder / "recipe.json", recipe.to_dict())
+    export(load_model(recipe), load_processor(recipe), recipe, run.folder / "model")
+    write_json(run.folder / "done.json", {"steps": 1})
+    (run.folder / "model" / name).write_bytes(content) if content else (run.folder / "model" / name).unlink()
+    with pytest.raises((ValueError, OSError), match="cannot be read|no config.json|lacks") as trouble:
+        run.processor()
+        run.load_model()
+    assert "vflan" in str(trouble.traceback[-1].path) and "\n" not in str(trouble.value)
+
+
+def test_a_damaged_json_of_a_run_is_named(tmp_path):
+    for name in ("recipe.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes(b"{\xb7")
+    with pytest.raises(ValueError, match="recipe.json is damaged"):
+        Run(tmp_path).recipe  # noqa: B018
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
+        Run(tmp_path).metrics()
+
+
+def test_code_that_comes_with_a_model_is_not_run(recipe, tmp_path, backbones):
+    """`trust_remote_code` is off, also where a person could be asked."""
+    folder = tmp_path / "with_code"
+    copytree(backbones["language_model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "own.Mine", "AutoModelForCausalLM": "own.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Mine: pass\n")
+    with pytest.raises(ValueError):
+        load_model(vflan.replace(recipe, language_model=str(folder)))
+    assert not (tmp_path / "ran").exists()

@@ -143,6 +143,17 @@ def test_a_damaged_member_costs_that_picture_only(tmp_path):
     assert picture_trouble(f"{archive}::1.png") == ""
 
 
+@pytest.mark.parametrize(
+    "size, kind", [((1, 301), "too thin"), ((60000, 1), "too thin"), ((14000, 100), "too many pixels")]
+)
+def test_a_line_of_pixels_and_a_band_that_would_fill_the_memory_are_refused(tmp_path, size, kind):
+    """Scaling the short side of 1 x 60,000 to 336, or padding 14,000 x 100 to a square, takes gigabytes."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert picture_trouble(tmp_path / "a.png").startswith(kind)
+    Image.new("RGB", (1, 300)).save(tmp_path / "b.png")
+    assert picture_trouble(tmp_path / "b.png") == ""
+
+
 def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures(tmp_path, monkeypatch):
     (tmp_path / "text.zip").write_text("no zip")
     archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})

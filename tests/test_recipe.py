@@ -70,6 +70,43 @@ def test_an_impossible_value_is_refused_with_one_sentence(change):
     assert next(iter(change)) in str(trouble.value) and "\n" not in str(trouble.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [dict(tune=None), dict(tune=[1]), dict(exclude={"faces": 1}), dict(samples=5), dict(feature_cache=1), dict(name="a\0b"),
+     dict(images="\ud83d"), dict(lr=float("inf")), dict(lr=float("nan")), dict(max_steps=10**30), dict(packing=[]), dict(lr="2e-5")],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_by_its_name(change):
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}=.*is needed.$"):
+        vflan.replace(vflan.preset("tiny").base, **change)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("preset = 3", "defines no preset"),
+        ("preset(", "cannot be run: SyntaxError"),
+        ("import does_not_exist", "cannot be run: ModuleNotFoundError"),
+        ("def preset(): 1 / 0", "fails: ZeroDivisionError"),
+        ("def preset(): return [1, 2, 3]", "must return three recipes"),
+        ("def preset(): return ()", "must return three recipes"),
+    ],
+)
+def test_a_preset_file_that_is_none_ends_in_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        vflan.preset(str(tmp_path / "mine.py"))
+
+
+def test_a_change_that_would_make_three_stages_one_is_refused():
+    with pytest.raises(ValueError, match="cannot share one"):
+        vflan.preset("tiny", name="mine")
+
+
+def test_a_recipe_that_lacks_a_field_names_it():
+    with pytest.raises(ValueError, match="needs stage, vision_tower"):
+        Recipe.from_dict({"name": "a"})
+
+
 def test_a_recipe_survives_json():
     recipe = vflan.replace(vflan.preset("lora_7b").base, more_samples=["data/x.json#10"])
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))

@@ -1,0 +1,128 @@
+"""A canary: tokens, pixels, logits and the first losses of the tiny recipe are what they were.
+
+It fails when an upgrade of a library, or a change of ours, moves a number that everything else rests on. If the change is
+meant, write the new numbers down and say why in CHANGELOG.md:
+
+    python -m tests.test_canary
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vflan
+from vflan import world
+from vflan.model import load_model, load_processor, load_tokenizer
+from vflan.recipe import replace
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+TURNS = [
+    [{"from": "human", "value": "<image>\nWhat is the color of the star?"}, {"from": "gpt", "value": "red"}],
+    [{"from": "human", "value": "Is it  there?\n<image>"}, {"from": "gpt", "value": "Yes, it is.\n\n  Twice: 3.5 é 🙂"},
+     {"from": "human", "value": ""}, {"from": "gpt", "value": "no"}],
+    [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "hello </s> <image"}],
+]  # fmt: skip
+
+
+def cpu():
+    """What decides the last bits of a sum: the processor and its vector instructions."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def scene(number):
+    return world.sample_scene(world.rng_of("canary", number), "objects")
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def now(tmp_path_factory):
+    return measure(tmp_path_factory.mktemp("canary"))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads(GOLDEN.read_text())
+
+
+def measure(folder):
+    """Everything that the canary watches, of the committed tiny backbones and a small mini world."""
+    built = world.build(folder, seed=3, captions=96, per_kind=2, conversations=40, questions=0.05)
+    recipes = {}
+    for stage in vflan.preset("tiny"):
+        file = built / "samples" / Path(stage.samples).name
+        small = dict(samples=str(file), images=str(built / "samples" / "images"), runs=str(folder / "runs"))
+        recipes[stage.stage] = replace(stage, num_samples=None, max_steps=6, **small)
+    base = recipes["base"]
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    picture = world.render(scene(0))
+    wide = picture.resize((90, 31))
+    found = {"cpu": cpu(), "torch": torch.__version__, "tokens": [], "pixels": {}, "losses": {}}
+    for turns in TURNS:
+        ids, labels = vflan.encode(turns, tokenizer)
+        found["tokens"].append([ids, labels])
+    for ratio in ("pad", "crop"):
+        prepare = load_processor(replace(base, image_aspect_ratio=ratio)).image_processor
+        found["pixels"][ratio] = [
+            digest(prepare([p], return_tensors="pt")["pixel_values"].numpy()) for p in (picture, wide)
+        ]
+    processor = load_processor(base)
+    ready = processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=picture, return_tensors="pt")
+    with torch.inference_mode():
+        found["logits"] = model(**ready).logits[0, -1, ::40].tolist()
+    start = None
+    for stage, recipe in recipes.items():
+        start = vflan.train(recipe, init=start)
+        found["losses"][stage] = list(start.metrics().loss)
+    return found
+
+
+def test_the_tokens_are_the_same(now, golden):
+    assert now["tokens"] == golden["tokens"]
+
+
+def test_the_pixels_are_the_same_to_the_bit(now, golden):
+    assert now["pixels"] == golden["pixels"]
+
+
+def test_the_logits_are_the_same(now, golden):
+    np.testing.assert_allclose(now["logits"], golden["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_losses_of_each_stage_are_the_same(now, golden):
+    """To the last bit on the kind of machine that wrote them down, to four digits elsewhere."""
+    assert now["losses"].keys() == golden["losses"].keys() == {"projector", "base", "chat"}
+    for stage, losses in golden["losses"].items():
+        if (now["cpu"], now["torch"]) == (golden["cpu"], golden["torch"]):
+            assert now["losses"][stage] == losses, stage
+        np.testing.assert_allclose(now["losses"][stage], losses, rtol=1e-4, err_msg=stage)
+
+
+def test_the_canary_can_die(now, golden):
+    """A token, a pixel or a loss that moves by a thousandth is seen."""
+    assert hashlib.sha256(b"other").hexdigest()[:16] not in golden["pixels"]["pad"]
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(np.array(golden["losses"]["base"]) * 1.001, golden["losses"]["base"], rtol=1e-4)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        GOLDEN.write_text(json.dumps(measure(Path(scratch)), indent=1) + "\n")
+    sys.stderr.write(f"{GOLDEN.name} written\n")
