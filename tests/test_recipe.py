@@ -97,6 +97,16 @@ def test_a_preset_file_that_is_none_ends_in_one_sentence(tmp_path, text, sentenc
         vflan.preset(str(tmp_path / "mine.py"))
 
 
+def test_changes_may_come_as_json_as_papermill_hands_them_over():
+    """`papermill -p changes '{"max_steps": 2}'` makes a text of it."""
+    assert vflan.preset("tiny", '{"max_steps": 2}', seed=3) == vflan.preset("tiny", max_steps=2, seed=3)
+    assert vflan.preset("tiny", {}) == vflan.preset("tiny", "{}") == vflan.preset("tiny")
+    with pytest.raises(ValueError, match="is no json; write it as"):
+        vflan.preset("tiny", "max_steps=2")
+    with pytest.raises(ValueError, match="a table of fields"):
+        vflan.preset("tiny", "[1]")
+
+
 def test_a_change_that_would_make_three_stages_one_is_refused():
     with pytest.raises(ValueError, match="cannot share one"):
         vflan.preset("tiny", name="mine")

@@ -195,11 +195,18 @@ def for_seed(recipe: Recipe, seed: int) -> Recipe:
     return replace(recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
 
 
-def preset(name: str, /, **changes) -> Preset:
+def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
     """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
 
-    `changes` are Recipe fields and go to all three stages.
+    `changes` and `more` are Recipe fields and go to all three stages. `changes` may be json, as `papermill -p` hands it over.
     """
+    if isinstance(changes, str):
+        try:
+            changes = json.loads(changes)
+        except ValueError:
+            raise ValueError(f"changes={changes!r} is no json; write it as '{{\"max_steps\": 40}}'.") from None
+    _known(changes)
+    changes = changes | more
     for field in {"name", "stage"} & changes.keys():
         raise ValueError(f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace().")
     if str(name).endswith(".py"):
