@@ -181,7 +181,7 @@ def lay_out(path):
     """Clean the executed notebook at `path` in place and return its size in bytes; large ones get pictures of fewer colours."""
     notebook = clean(nbformat.read(path, as_version=4))
     text = nbformat.writes(notebook)
-    for colors in (128, 48):
+    for colors in (128, 48, 16):
         if len(text.encode()) > LIMIT:
             text = nbformat.writes(shrink(notebook, colors))
     Path(path).write_text(text + "\n", encoding="utf-8")

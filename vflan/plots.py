@@ -516,12 +516,11 @@ def ledger(found, long=None):
     """
     fig, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(found)))
     long = pd.DataFrame() if long is None or not len(long) else long.set_index("claim")
+    own = found.set_index("claim").effect
+    if len(long) and np.allclose(long.effect.reindex(own.index), own, atol=0.01, equal_nan=True):
+        long = pd.DataFrame()  # these are the runs of the long form
     for y, row in enumerate(found.itertuples()):
-        if (
-            row.claim in long.index
-            and len(long)
-            and not np.allclose(long.effect[row.claim], row.effect, equal_nan=True)
-        ):
+        if row.claim in long.index:
             other = long.loc[row.claim]
             ax.plot([other.low, other.high], [y - 0.24] * 2, color=GREY, lw=1.4)
             ax.plot(other.effect, y - 0.24, "o", color=GREY, markersize=4)
@@ -546,8 +545,8 @@ def ledger(found, long=None):
     ax.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0, -0.08 - 0.5 / len(found)),
-        ncols=4,
+        bbox_to_anchor=(-0.4, -0.08 - 0.5 / len(found)),
+        ncols=5,
         frameon=False,
         fontsize=8,
     )
@@ -563,11 +562,12 @@ def affinity(scores, runs, category, start="projector", benchmark="heldin"):
     own = own.assign(category=own.metric.str.removeprefix("accuracy/").map(category)).dropna(subset="category")
     table = own.groupby(["run", "category"]).value.mean().unstack()
     gain = (table.loc[list(runs)] - table.loc[start])[sorted(table.columns)]
-    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.32 * len(gain)))
+    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.26 * len(gain)))
     limit = max(1.0, float(np.nanmax(np.abs(gain))))
     image = ax.imshow(gain, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (y, x), value in np.ndenumerate(gain.to_numpy()):
-        ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=INK)
+        color = "white" if abs(value) > 0.6 * limit else INK
+        ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
     ax.set_xticks(range(len(gain.columns)), gain.columns, rotation=40, ha="right", fontsize=8)
     ax.set_yticks(range(len(gain)), [run.removeprefix("category-").replace("-", " ") for run in gain.index], fontsize=8)
     ax.set(xlabel="asked", ylabel="tuned on")
@@ -582,8 +582,8 @@ def learning_curves(heldout, category):
     groups = {}
     for task in own.task.unique():
         groups.setdefault(category.get(task, "other"), []).append(task)
-    lines = -(-len(groups) // 5)
-    fig, axes = plt.subplots(lines, 5, figsize=(9, 1.5 * lines + 0.4), sharex=True, squeeze=False)
+    lines = -(-len(groups) // 7)
+    fig, axes = plt.subplots(lines, 7, figsize=(9, 1.4 * lines + 0.4), sharex=True, squeeze=False)
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, sorted(groups)):
