@@ -582,15 +582,15 @@ def learning_curves(heldout, category):
     groups = {}
     for task in own.task.unique():
         groups.setdefault(category.get(task, "other"), []).append(task)
-    lines = -(-len(groups) // 7)
-    fig, axes = plt.subplots(lines, 7, figsize=(9, 1.4 * lines + 0.4), sharex=True, squeeze=False)
+    lines = -(-len(groups) // 6)
+    fig, axes = plt.subplots(lines, 6, figsize=(9, 1.25 * lines + 0.4), sharex=True, squeeze=False)
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, sorted(groups)):
         for i, task in enumerate(groups[name]):
             part = own[own.task == task]
             ax.plot(part.step, part.loss, color=COLORS[i % len(COLORS)], lw=1.1)
-        ax.set_title(f"{name} ({len(groups[name])})", fontsize=8)
+        ax.set_title(f"{name} ({len(groups[name])})", fontsize=7)
         ax.tick_params(labelsize=7)
         ax.set_ylim(bottom=0)
     fig.supxlabel("step", fontsize=9)
