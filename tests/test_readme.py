@@ -36,6 +36,13 @@ def test_every_local_link_leads_somewhere(link):
     assert (HOME / link).exists()
 
 
+def test_every_promise_names_a_test_that_is_there():
+    rows = re.findall(r"^\| (.+?) \| \[(\w+\.py)\]\(tests/\2\): `(\w+)` \| (.*?) \|$", PAGE, re.MULTILINE)
+    assert len(rows) >= 15
+    for _, file, name, _ in rows:
+        assert f"def {name}(" in (HOME / "tests" / file).read_text(encoding="utf-8"), f"{file}: {name}"
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^    )make (\w+)", PAGE, re.MULTILINE))))
 def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (HOME / "Makefile").read_text(), re.MULTILINE)
