@@ -109,8 +109,10 @@ class Workshop:
 
     def evaluate(self, home, judge=None, names=("vqav2", "gqa", "seed")):
         folder = home / "trained"
-        if not (folder / "recipe.json").exists():
-            shutil.copytree(self.run.folder, folder, dirs_exist_ok=True)
+        if not folder.exists():
+            shutil.rmtree(home / "copy", ignore_errors=True)
+            shutil.copytree(self.run.folder, home / "copy")
+            (home / "copy").rename(folder)
         scores = vflan.evaluate(Run(folder), list(names), self.folder / "questions", batch_size=4, judge=judge)
         answers = [sorted(path.read_text().splitlines()) for path in sorted((folder / "answers").glob("*.jsonl"))]
         return [scores.to_csv(), answers]
@@ -141,11 +143,15 @@ class Workshop:
 
     def build(self, home):
         folder = world.build(home / "world", seed=5, captions=60, per_kind=4, conversations=20, questions=0.05)
-        return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        return {
+            str(path.relative_to(folder)): digest(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".lock"
+        }
 
     def export(self, home):
         folder = self.run.export(home / "out")
-        return {path.name: digest(path) for path in sorted(folder.iterdir())}
+        return {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def sweep(self, home):
         short = replace(self.recipe, runs=str(home / "runs"), max_steps=8)

@@ -128,6 +128,17 @@ def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(runs, export
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(bare, theirs, atol=1e-3)
 
 
+def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(runs, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr("vflan.share.model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs[1].export(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".mine.part").mkdir()  # of one that was killed
+    (tmp_path / ".mine.part" / "model.safetensors").write_bytes(b"half")
+    assert runs[1].export(tmp_path / "mine").is_dir() and [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_what_cannot_be_exported_says_why(runs, exported, tmp_path):
     projector, base = runs
     with pytest.raises(ValueError, match="projector has no adapter: it was not tuned with LoRA"):

@@ -184,6 +184,18 @@ def test_a_finished_world_is_not_written_again(built):
     assert (built / "samples" / "built.json").stat().st_mtime_ns == before
 
 
+def test_what_a_killed_build_left_is_cleared_away(built, tmp_path):
+    (tmp_path / "samples.4711" / "images").mkdir(parents=True)
+    (tmp_path / "samples.new").mkdir()
+    folder = world.build(tmp_path, captions=60, per_kind=4, conversations=60, questions=0.15)
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
+        "benchmarks",
+        "benchmarks_more",
+        "samples",
+    ]
+    assert (folder / "samples" / "flan.json").read_bytes() == (built / "samples" / "flan.json").read_bytes()
+
+
 def test_another_draw_holds_out_other_kinds_but_never_those_that_benchmarks_ask_in_their_words():
     from vflan.world.tasks import ASKED, kinds
 

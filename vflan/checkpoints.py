@@ -133,7 +133,8 @@ def full_disk_is_told(folder: Path):
     try:
         yield
     except Exception as trouble:
-        words = ("No space left", "os error 28", "file write failed")  # safetensors and torch say it in their own
+        # safetensors and torch say it in their own words; torch's writer, cut off in the middle, only that it stands elsewhere
+        words = ("No space left", "os error 28", "file write failed", "unexpected pos")
         full = getattr(trouble, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(word in str(trouble) for word in words):
             raise

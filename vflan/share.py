@@ -61,15 +61,21 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
         raise ValueError(f"{run.name} has no adapter: {why}; export it with merge=True.")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{shown(folder)} is not empty; name a new folder.")
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=copy)
-    processor = run.processor()
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for transformers 4 and vLLM
-    if not merge:
-        config = read_json(folder / "adapter_config.json")
-        write_json(folder / "adapter_config.json", config | dict(base_model_name_or_path=begun and f"{begun}/model"))
-    write_dataset_card(run, folder / "data")
-    model_card(run, name, merge).save(folder / "README.md")
+    part = folder.with_name(f".{folder.name}.part")  # whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(source, part, copy_function=copy)
+        processor = run.processor()
+        processor.save_pretrained(part)
+        processor.image_processor.save_pretrained(part)  # preprocessor_config.json, for transformers 4 and vLLM
+        if not merge:
+            config = read_json(part / "adapter_config.json")
+            write_json(part / "adapter_config.json", config | dict(base_model_name_or_path=begun and f"{begun}/model"))
+        write_dataset_card(run, part / "data")
+        model_card(run, name, merge).save(part / "README.md")
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

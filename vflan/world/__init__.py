@@ -5,9 +5,10 @@
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from filelock import FileLock
 
 from vflan.recipe import ROOT
 from vflan.world import chats
@@ -57,29 +58,28 @@ def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversatio
     sizes = dict(version=VERSION, seed=seed, captions=captions, per_kind=per_kind, conversations=conversations,
                  questions=questions, **({} if redraw is None else {"redraw": redraw}))  # fmt: skip
     sets = dict(samples=write_samples, benchmarks=write_benchmarks, benchmarks_more=write_twins)
-    for name, write in sets.items():
-        done = folder / name / "built.json"
-        if done.exists() and json.loads(done.read_text()) == sizes:
-            continue
-        fresh = folder / f"{name}.{os.getpid()}"
-        shutil.rmtree(fresh, ignore_errors=True)
-        (fresh / "images").mkdir(parents=True)
-        write(fresh, **sizes)
-        (fresh / "built.json").write_text(json.dumps(sizes))
-        _replace(folder / name, fresh)
+    if all(_is_done(folder / name, sizes) for name in sets):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".building.lock"):  # of two processes one builds and the other waits
+        for name, write in sets.items():
+            if not _is_done(folder / name, sizes):
+                for left in folder.glob(f"{name}.*"):  # by a build that was killed
+                    shutil.rmtree(left)
+                fresh, old = folder / f"{name}.new", folder / f"{name}.old"
+                (fresh / "images").mkdir(parents=True)
+                write(fresh, **sizes)
+                (fresh / "built.json").write_text(json.dumps(sizes))
+                if (folder / name).exists():
+                    (folder / name).rename(old)
+                fresh.rename(folder / name)
+                shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def _replace(target, fresh):
-    """Put a finished folder in the place of another; where a second process was quicker with the same, its work stays."""
-    old = target.with_name(f"{fresh.name}.old")
-    if target.exists():
-        target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        shutil.rmtree(fresh)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_done(folder, sizes):
+    done = folder / "built.json"
+    return done.exists() and json.loads(done.read_text()) == sizes
 
 
 def draw_all(jobs):
