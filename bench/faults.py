@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from http.server import HTTPServer
 from pathlib import Path
 
 import nbformat
@@ -42,7 +43,7 @@ from vflan.world.twins import write_twins
 
 PATIENCE = 300  # seconds that any piece of work may take
 SENTENCES = ("disk is full", "No space left", "not enough room", "Read-only", "read-only", "cannot be written", "already",
-             "another process", "is being", "free")  # fmt: skip
+             "another process", "another fetch", "is being", "free")  # fmt: skip
 
 
 class Workshop:
@@ -59,6 +60,7 @@ class Workshop:
         lines = [json.loads(line) for line in (with_judge / "questions.jsonl").read_text().splitlines()]
         (with_judge / "questions.jsonl").write_text("\n".join(json.dumps(row | {"judge": None}) for row in lines))
         self.run = vflan.train(replace(self.recipe, name="trained", runs=str(folder / "shared" / "runs")))
+        HTTPServer.handle_error = lambda *_: None  # a client that was killed hangs up
         self.hub = Hub(
             {"annotation_191-task_1k.json": b"[]" * 10, "image_191-task_1k.zip": bytes(range(256)) * 65_536}, REPO
         )
@@ -217,8 +219,12 @@ def whole(shop, work, home, expected, shift=0.0):
     Path(f"{home}.json").unlink(missing_ok=True)
     if code := end(start(shop, work, home, shift)):
         raise AssertionError(f"begun again, it ended with {code}: {words(home)[:300]}")
-    if json.loads(Path(f"{home}.json").read_text()) != expected:
-        raise AssertionError("something else came out")
+    if (came_out := json.loads(Path(f"{home}.json").read_text())) != expected:
+        pairs = zip(came_out, expected) if isinstance(expected, list) else [(came_out, expected)]
+        odd = next(
+            (f"{one!s:.300} instead of {other!s:.300}" for one, other in pairs if one != other), "more or less of it"
+        )
+        raise AssertionError(f"something else came out: {odd}")
 
 
 def struck(shop, work, home, draw, length, what=signal.SIGKILL):
@@ -352,21 +358,24 @@ def kernel(shop, work, home, draw, expected, length):
             "run = vflan.train(recipe)\nprint(json.dumps([run.summary['parts'], list(run.metrics().loss)]))")  # fmt: skip
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        client.execute(cell)
+        asked = client.execute(cell)
         until = time.monotonic() + PATIENCE
         while not (home / "runs" / "mine" / "metrics.jsonl").exists() and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, length / 2))
         manager.interrupt_kernel()
-        hit = client.get_shell_msg(timeout=PATIENCE)["content"].get("ename") == "KeyboardInterrupt"
-        said = []
+        while (reply := client.get_shell_msg(timeout=PATIENCE))["parent_header"].get("msg_id") != asked:
+            pass
+        hit, printed = reply["content"].get("ename") == "KeyboardInterrupt", []
 
         def hear(message):
-            if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
-                said.append(message["content"]["text"])
+            if message["content"].get("name") == "stdout":
+                printed.append(message["content"]["text"])
 
-        client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)
-        parts, losses = json.loads("".join(said).splitlines()[-1])
+        reply = client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)["content"]
+        if reply["status"] != "ok":
+            raise AssertionError(f"the cell, run again: {reply['ename']}: {reply['evalue']}")
+        parts, losses = json.loads("".join(printed).splitlines()[-1])
         if [parts, losses] != expected[:2]:
             raise AssertionError("something else came out")
         return hit

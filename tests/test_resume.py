@@ -121,6 +121,16 @@ def test_without_one_whole_checkpoint_a_run_begins_anew(saving, monkeypatch):
     assert same_weights(straight, vflan.train(saving))
 
 
+def test_a_run_that_begins_anew_says_nothing_twice(saving, monkeypatch):
+    """What was logged before the first step stood there twice after a kill before the first checkpoint."""
+    saving = vflan.replace(saving, heldout_rows=6, evaluate_every=2)
+    straight = vflan.train(vflan.replace(saving, name="straight"))
+    for path in checkpoints.found(killed(saving, monkeypatch).folder):
+        (path / "checkpoint.json").write_text("{")
+    again = vflan.train(saving)
+    assert again.heldout().equals(straight.heldout()) and again.sample_answers().equals(straight.sample_answers())
+
+
 def test_a_checkpoint_says_what_it_belongs_to_and_runs_no_code_when_read(saving, monkeypatch):
     run = killed(saving, monkeypatch)
     path, about = checkpoints.newest(run.folder)
@@ -164,6 +174,15 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(saving,
     assert "\n" not in str(full.value)
     assert [path.name for path in (saving.folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert same_weights(straight, vflan.train(saving))
+
+
+def test_a_full_disk_is_also_told_where_torchs_writer_says_only_that_it_stands_elsewhere(saving, monkeypatch):
+    def save(value, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 152704 vs 152592")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="disk is full: .*it has no checkpoint yet"):
+        vflan.train(saving)
 
 
 def test_a_disk_that_is_full_at_the_end_costs_no_step(saving, monkeypatch):

@@ -20,7 +20,7 @@ class Log:
     """
 
     def __init__(self, folder, steps, first, accelerator):
-        """Lines of steps after `first`, where the run now goes on, are cut: they will be written again."""
+        """Lines of steps after `first`, where the run now goes on, are cut: they will be written again, at 0 all of them."""
         self.folder, self.accelerator = folder, accelerator
         self.active, self.bar, self.files = accelerator.is_main_process, None, {}
         self.useful, self.busy, self.before = 0, 0.0, 0.0
@@ -28,7 +28,7 @@ class Log:
             return
         for name in FILES:
             path, scratch = folder / f"{name}.jsonl", folder / f".{name}.part"
-            kept = [line for line in read_lines(path) if line["step"] <= first]
+            kept = [line for line in read_lines(path) if line["step"] <= first and first]
             scratch.write_text("".join(map(_json, kept)), encoding="utf-8")
             scratch.replace(path)  # whole or not at all: the next kill may come now
             self.files[name] = path.open("a", buffering=1, encoding="utf-8")
