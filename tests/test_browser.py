@@ -26,8 +26,8 @@ from vflan.runs import Run
 SECONDS = 240  # that a busy machine may need for one step
 CELLS = {  # what of each notebook is run: the cells that hold these words
     "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
-    "04": ["preset = ", "import vflan", "talk, tasks = ", "chats.append", "questions = [q |", "widgets.chat"],
-    "05": ["preset = ", "import vflan", "def stages", "names = present", "def score", "widgets.answer_browser"],
+    "04": ["preset = ", "import vflan", "talk, tasks = ", "bases, chats = ", "questions = [q |", "widgets.chat"],
+    "05": ["preset = ", "import vflan", "arms = {", "names = present", "scores = vflan.sweep", "widgets.answer_browser"],
 }
 
 
@@ -44,7 +44,7 @@ def finished():
 def folder(tmp_path_factory):
     """A folder with the three notebooks, cut to the cells that lead to their widget."""
     folder = tmp_path_factory.mktemp("lab")
-    changes, skipped = {}, ["def score"]  # its answers are kept
+    changes, skipped = {}, ["scores = vflan.sweep"]  # its answers are kept
     if not finished():
         small = world.build(folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1)
         for path in (small / "benchmarks").iterdir():
@@ -166,6 +166,8 @@ def test_the_task_browser(notebook):
     assert widget.locator("img").evaluate("image => image.naturalWidth") > 0
     assert errors(page) == []
     keep(widget, "widgets-tasks")
+    page.locator(".jp-Cell").nth(-2).scroll_into_view_if_needed()
+    keep(page, "notebook-lab")  # one notebook as it stands in JupyterLab
 
 
 def test_the_answer_browser(notebook):
