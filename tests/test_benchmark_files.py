@@ -736,6 +736,14 @@ def test_a_question_whose_text_is_none_and_references_that_are_no_list_are_told(
         BENCHMARKS["vqav2"].load(tmp_path)
     path.write_text(json.dumps({"question_id": 1, "text": "what?", "label": "red", "answers": True}))
     assert BENCHMARKS["vqav2"].problems(BENCHMARKS["vqav2"].load(tmp_path)) == {"unknown_label": ["1"]}
+    path.write_text(json.dumps({"question_id": 1, "text": "what?", "label": "a", "letters": 4}))
+    with pytest.raises(ValueError, match="question 1: its letters is 4, which is no text"):
+        BENCHMARKS["vqav2"].load(tmp_path)
+    (tmp_path / "mmbench").mkdir()
+    (tmp_path / "mmbench" / "questions.jsonl").write_text(
+        json.dumps({"question_id": "1_0", "text": "what?", "label": 3})
+    )
+    assert BENCHMARKS["mmbench"].score(BENCHMARKS["mmbench"].load(tmp_path), ["A"])["accuracy"] == 0
 
 
 @pytest.mark.parametrize("name", [n for n in BENCHMARKS if n not in ("heldin", "heldout", "forgetting")])

@@ -27,7 +27,14 @@ SECONDS = 240  # that a busy machine may need for one step
 CELLS = {  # what of each notebook is run: the cells that hold these words
     "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
     "04": ["preset = ", "import vflan", "talk, tasks = ", "bases, chats = ", "questions = [q |", "widgets.chat"],
-    "05": ["preset = ", "import vflan", "arms = {", "names = present", "scores = vflan.sweep", "widgets.answer_browser"],
+    "05": [
+        "preset = ",
+        "import vflan",
+        "arms = {",
+        "names = present",
+        "scores = vflan.sweep",
+        "widgets.answer_browser",
+    ],
 }
 
 

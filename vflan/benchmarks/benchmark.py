@@ -215,8 +215,12 @@ class Benchmark:
             sample["category"] = str(sample.get("category", self.name))
             sample.setdefault("label", None)
             sample.setdefault("image", None)
-            if not isinstance(sample["text"], str):
-                raise ValueError(f"{path}, question {number}: its text is {sample['text']!r}, which is no text.")
+            for key, kind in (("text", str), ("letters", str), ("options", list), ("classes", list)):
+                if key in sample and not isinstance(sample[key], kind):
+                    wanted = "text" if kind is str else "list"
+                    raise ValueError(f"{path}, question {number}: its {key} is {sample[key]!r}, which is no {wanted}.")
+            if ours and isinstance(sample["label"], (int, float)):
+                sample["label"] = str(sample["label"])  # 3 for "3"
         if not samples:
             raise ValueError(f"{path} holds no questions.")
         return samples
