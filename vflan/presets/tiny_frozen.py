@@ -2,7 +2,7 @@
 
 Everything in the mini world was tried out and chosen on the scenes and kinds of `tiny`. This world (vflan.world.WORLDS) and
 the seeds that `make paper` trains with were fixed before anything was run on them, and are used once, for data/claims.csv.
-Hardware and expectations: those of `tiny`. `make paper` is meant to take at most three hours on two cores; not measured yet.
+Hardware and expectations: those of `tiny`. `make paper` took about two hours on two cores, with other work beside it.
 """
 
 from vflan.presets.tiny import preset as tiny
