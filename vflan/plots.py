@@ -600,11 +600,13 @@ def learning_curves(heldout, category):
 
 def committed(name, preset="tiny_frozen"):
     """Show a figure of the long form that is committed in figures/, or say in a line that there is none."""
-    from IPython.display import Image, display
+    from IPython.display import display
+    from PIL import Image
 
     path = ROOT / "figures" / preset / f"{name}.png"
     if path.exists():
         print(f"The committed long form, figures/{preset}/{name}.png:")
-        display(Image(filename=path, width=760))
+        with Image.open(path) as picture:  # smaller: a notebook holds three of them
+            display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)).quantize(32))
     else:
         print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")
