@@ -148,6 +148,7 @@ def clean(notebook):
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.source = cell.source.rstrip("\n")  # papermill ends the cell that it adds with an empty line
         if cell.cell_type != "code":
             continue
         if cell.source.strip():
