@@ -29,7 +29,8 @@ help:
 setup: $(STAMP)
 
 # uv is quick but does not read pip's settings, so the folders in pip's find-links are handed on; where uv cannot
-# install, pip does (a mirror that only pip knows, for example).
+# install, pip does (a mirror that only pip knows, for example). Compiled here, as pip does: else the first notebook
+# compiles torch and transformers, and where Python may not write bytecode, every process does.
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@set -e; links=; \
@@ -37,7 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	    if [ -d "$$folder" ]; then links="$$links --find-links $$folder"; fi; \
 	done; \
 	echo "installing requirements.lock into $(VENV)"; \
-	{ $(PY) -m pip install -qq uv && $(PY) -m uv pip install --quiet --python $(PY) $$links -r requirements.lock; } \
+	{ $(PY) -m pip install -qq uv && $(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) $$links -r requirements.lock; } \
 	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install -qq -r requirements.lock; }
 	$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
