@@ -92,6 +92,17 @@ def test_generation_starts_from_exactly_what_training_saw(tokenizer):
         assert tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
 
 
+@pytest.mark.parametrize("mark", ["<image>\n", ""])
+def test_a_later_question_is_generated_from_what_training_saw_of_the_conversation(tokenizer, mark):
+    said = [(f"{mark}What color is it?", "red"), ("Is it a square?", "a blue square"), ("And here?", "a red one")]
+    ids, labels = encode(turns(*(text for pair in said for text in pair)), tokenizer)
+    for turn, (question, answer) in enumerate(said):
+        prompt = prompt_ids(question, tokenizer, has_image=bool(mark), before=said[:turn])
+        assert ids[: len(prompt)] == prompt and tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
+        rest = [i for i, label in zip(ids[len(prompt) :], labels[len(prompt) :]) if label != IGNORE_INDEX]
+        assert tokenizer.decode(rest).strip().startswith(answer)
+
+
 def test_the_system_text_leads_once(tokenizer):
     ids, _ = encode(turns("What?", "red", "And?", "blue"), tokenizer)
     assert tokenizer.decode(ids).count(SYSTEM) == 1

@@ -46,6 +46,17 @@ def test_temperature_draws_other_words(tiny):
     assert len({"".join(ask(tiny, row, temperature=0)) for _ in range(3)}) == 1
 
 
+def test_it_reads_what_was_said_before(tiny):
+    row = questions(tiny, 2)[1]
+    said = {before: "".join(ask(tiny, row, before=before)) for before in ((), (("red?", "blue"),), (("red?", "star"),))}
+    assert len(set(said.values())) > 1 and said[()] == "".join(ask(tiny, row))
+    first = attention_maps(tiny.model, tiny.processor, row["text"], row["image"])
+    later = attention_maps(tiny.model, tiny.processor, row["text"], row["image"], before=[("red?", "blue")])
+    assert first.shape == later.shape and not np.allclose(first, later)
+    with pytest.raises(ValueError, match="begin a new one"):
+        ask(tiny, row, before=[("red?", "blue " * 3000)])
+
+
 def long_row(tiny):
     return next(row for row in questions(tiny, 40) if row["image"] and len(ask(tiny, row, 40)) >= 39)
 

@@ -7,6 +7,7 @@ import pytest
 
 import vflan
 from vflan.recipe import replace
+from vflan.sweeps import longest_first, rows_of
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_side_by_side_gives_the_same_weights_as_one_after_the_other(small, tmp_p
     for label in ("projector", "a", "the same"):
         assert one.runs[label, 0].summary["parts"] == two.runs[label, 0].summary["parts"]
     assert list(one.scores.value) == list(two.scores.value)
+
+
+def test_what_has_most_work_behind_it_begins_first(small):
+    _, base, _ = small
+    waiting = {"short": [], "first": [], "second": ["first"], "third": ["second"], "long": []}
+    rows = {"short": 2, "first": 1, "second": 1, "third": 5, "long": 4}
+    assert longest_first(list(waiting), waiting, rows) == ["first", "second", "third", "long", "short"]
+    of = {name: rows_of(vflan.Arm(replace(base, **fields))) - 1_000 for name, fields in {
+        "steps": dict(max_steps=5, global_batch=4), "spread": dict(num_tasks=3, per_task=10, epochs=2.0, max_steps=None),
+        "some": dict(num_samples=40, max_steps=None), "all": dict(max_steps=None)}.items()}  # fmt: skip
+    assert (of["steps"], of["spread"], of["some"]) == (20, 60, 40) and of["all"] > 10_000
 
 
 def test_an_arm_that_fails_is_named_and_what_was_done_stays(small, tmp_path):

@@ -214,10 +214,11 @@ class Run:
 @pytest.fixture
 def talk(monkeypatch):
     """In place of a model: what was asked of it, and a word at a time until told to go on."""
-    talk = SimpleNamespace(asked=[], go_on=Event(), looked=[])
+    talk = SimpleNamespace(asked=[], go_on=Event(), looked=[], before=[])
 
-    def stream(model, processor, text, image, tokens, temperature, stop):
+    def stream(model, processor, text, image, tokens, temperature, stop, before):
         talk.asked.append((model, processor, text, image, tokens, temperature))
+        talk.before.append(before)
         if "fail" in text:
             raise ValueError("no such thing\nat line 3")
         yield EVIL
@@ -226,7 +227,7 @@ def talk(monkeypatch):
                 return
         yield " the end"
 
-    def maps(model, processor, text, image):
+    def maps(model, processor, text, image, before):
         talk.looked.append((model, text))
         return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None], Image.new("RGB", (48, 48), "blue")
 
@@ -291,6 +292,26 @@ def test_another_run_answers_and_the_first_is_let_go(talk, png):
     assert [model for model, *_ in talk.asked] == [f"model of {n}" for n in ("base", "chat", "chat", "base")]
     assert (first.loads, second.loads) == (2, 1)
     assert said(box).count("<b>base</b>") == 2 and said(box).count("<b>chat</b>") == 2
+
+
+def test_a_run_reads_what_it_was_asked_before_only_if_told_to(talk, png):
+    talk.go_on.set()
+    box = widgets.chat([Run("base"), Run("chat")], [png, png])
+    remember, run, answer = find(box, w.Checkbox, "remember"), find(box, w.Dropdown, "run"), f"{EVIL} the end"
+    ask(box, "one?")
+    ask(box, "two?")
+    assert talk.before == [[], []]
+    remember.value = True
+    ask(box, "fail")  # what failed was no answer
+    ask(box, "three?")
+    assert talk.before[2:] == [[("one?", answer), ("two?", answer)]] * 2
+    run.value = "chat"
+    ask(box, "four?")
+    assert talk.before[-1] == [], "the other run said nothing yet"
+    run.value = "base"
+    find(box, w.Button, "another picture").click()
+    ask(box, "five?")
+    assert talk.before[-1] == [], "another picture, another conversation"
 
 
 def test_pictures_are_taken_in_turn_or_uploaded(talk, png):

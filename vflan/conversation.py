@@ -132,14 +132,20 @@ def _turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int],
     return input_ids, labels
 
 
-def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True) -> list[int]:
-    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), as training shows them before an answer."""
+def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True, before=()) -> list[int]:
+    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), as training shows them before an answer.
+
+    before: the (question, answer) pairs of the conversation so far; the picture leads the first of all questions.
+    """
     if template == "plain":
         return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
-    question = text.replace(IMAGE, "").strip() if has_image else text
-    head, prompts = _prompts([question], tokenizer, has_image)
-    (ids,) = _tokenize(tokenizer, [([head, *prompts], question)])
-    return _head(ids[0], tokenizer, has_image) + ids[1]
+    pairs = [*before, (text, "")]
+    if has_image:
+        pairs = [(question.replace(IMAGE, "").strip(), answer) for question, answer in pairs]
+    texts, said, _ = _texts(pairs, has_image, tokenizer, template)
+    (ids,) = _tokenize(tokenizer, [(texts[:-2], said)])  # the last prompt without an answer
+    told, _ = _turns(ids[:-1], tokenizer, has_image)
+    return told + ids[-1][len(before) > 0 :]
 
 
 def chat_template(tokenizer) -> str:

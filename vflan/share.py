@@ -33,10 +33,10 @@ from vflan.recipe import DEFAULTS, Recipe, commit, read_json, resolve, shown, wr
 
 PAPER = "[Vision-Flan](https://arxiv.org/abs/2402.11690) (Xu et al., 2024)"
 TINY = "data/tiny/"  # the mini world's files and backbones
-BACKBONES = {  # licences as their owners state them
+BACKBONES = {  # licences as their owners state them; CLIP's weights have none of their own on the hub
     "lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
-    "openai/clip-vit-large-patch14-336": "MIT (OpenAI's CLIP)",
+    "openai/clip-vit-large-patch14-336": "MIT, that of OpenAI's CLIP repository",
 }
 FLAGS = {
     "faces": "Faces or identities are the subject of {} of the tasks.",

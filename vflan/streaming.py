@@ -15,16 +15,19 @@ from vflan.conversation import expand, prompt_ids
 from vflan.pictures import read_picture
 
 
-def stream(model, processor, text, image=None, max_new_tokens=64, temperature=0.0, stop=None, template="vicuna_v1"):
+def stream(
+    model, processor, text, image=None, max_new_tokens=64, temperature=0.0, stop=None, template="vicuna_v1", before=()
+):
     """Yields the answer to one question in pieces of text, as they are written; at temperature 0 (greedy) their words are
     those of `answer`.
 
     image: a path, a PIL picture or None. temperature: above 0 tokens are drawn, the higher the wilder. stop: a
-    threading.Event that ends the answer where it stands. What the model raises is raised here; OSError where the
-    picture cannot be read.
+    threading.Event that ends the answer where it stands. before: (question, answer) pairs said so far, which the model
+    reads first. What the model raises is raised here; OSError where the picture cannot be read; ValueError where the
+    conversation is longer than the model reads.
     """
     stop, failed = stop or Event(), []
-    inputs = _inputs(model, processor, text, image, template)
+    inputs = _inputs(model, processor, text, image, template, before)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     how = dict(do_sample=True, temperature=float(temperature), top_k=0) if temperature > 0 else dict(do_sample=False)
     how |= dict(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id or 0)
@@ -54,13 +57,13 @@ def stream(model, processor, text, image=None, max_new_tokens=64, temperature=0.
 
 
 @torch.inference_mode()
-def attention_maps(model, processor, text, image, template="vicuna_v1"):
+def attention_maps(model, processor, text, image, template="vicuna_v1", before=()):
     """How much of its attention each layer gives to each patch before the first word of the answer: an array (layers,
     side, side), averaged over heads; a layer's sum is the share that goes to the picture at all.
 
-    image: a path or a PIL picture.
+    image: a path or a PIL picture. before: as for `stream`.
     """
-    inputs, language = _inputs(model, processor, text, image, template), model.model.language_model
+    inputs, language = _inputs(model, processor, text, image, template, before), model.model.language_model
     before = language.config._attn_implementation
     language.set_attn_implementation("eager")  # the other implementations never write the weights down
     try:
@@ -85,10 +88,12 @@ def _picture(image):
     return image.convert("RGB") if isinstance(image, Image.Image) else read_picture(image)
 
 
-def _inputs(model, processor, text, image, template):
+def _inputs(model, processor, text, image, template, before=()):
     """One question as the model's forward takes it: ids (1, tokens), as many of them as the picture has features."""
-    ids = prompt_ids(text, processor.tokenizer, template, has_image=image is not None)
+    ids = prompt_ids(text, processor.tokenizer, template, has_image=image is not None, before=before)
     ids, _ = expand(ids, [0] * len(ids), model.config.image_seq_length, model.config.image_token_id)
+    if before and len(ids) >= (most := model.config.text_config.max_position_embeddings):
+        raise ValueError(f"This conversation has {len(ids):,} tokens and the model reads {most:,}: begin a new one.")
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if image is not None:

@@ -133,7 +133,9 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
         init = runs[arm.init, seed] if isinstance(arm.init, str) else arm.init
         return train_and_ask, dict(recipe=for_seed(arm.recipe, seed), init=init, num_processes=num_processes, **more)
 
-    _work_off(done, waiting, work, min(jobs, len(todo)))
+    _work_off(
+        longest_first(done, waiting, {key: rows_of(todo[key]) for key in done}), waiting, work, min(jobs, len(todo))
+    )
     return Sweep(runs, {key: asked[key[0]] for key in todo}, kept_as, folder)
 
 
@@ -197,6 +199,24 @@ def _in_order(waiting):
     while ready := [k for k, needs in waiting.items() if k not in order and all(n in order for n in needs)]:
         order += ready
     return order
+
+
+def rows_of(arm):
+    """About how many samples an arm reads; asking it all benchmarks counts as a thousand, as it does in the mini world."""
+    if isinstance(arm, Swap):
+        return 1_000
+    recipe = arm.recipe
+    rows = recipe.num_samples or (recipe.num_tasks or 0) * (recipe.per_task or 0) or 100_000  # a whole file: many
+    return 1_000 + (recipe.max_steps * recipe.global_batch if recipe.max_steps else recipe.epochs * rows)
+
+
+def longest_first(order, waiting, rows):
+    """`order` such that what has most work behind it, counted in `rows`, comes first: else a core waits for the last arm."""
+    behind = dict(rows)
+    for key in reversed(order):  # those that wait for a key stand after it
+        for need in waiting[key]:
+            behind[need] = max(behind[need], rows[need] + behind[key])
+    return sorted(order, key=lambda key: -behind[key])
 
 
 def _work_off(order, waiting, work, jobs):

@@ -354,11 +354,13 @@ def heat_map(image, weights, side=240):
 
 
 def chat(runs, pictures=None, max_new_tokens=64):
-    """Ask finished runs about a picture and read the answer as it is written; each question stands alone.
+    """Ask finished runs about a picture and read the answer as it is written.
 
     runs: a Run or several, to pick from. pictures: one or several paths or PIL pictures; a picture of one's own can be
     uploaded. A run is loaded at its first question, and lets go of the one before. A question that fails shows the
-    error's sentence instead of an answer. *Where it looks*: the attention to the picture before the first word.
+    error's sentence instead of an answer. *Remember*: a run reads what it was asked before about this picture, and what it
+    said; else each question stands alone, as in the benchmarks. *Where it looks*: the attention to the picture before
+    the first word.
     """
     runs = {run.name: run for run in (runs if isinstance(runs, (list, tuple)) else [runs])}
     pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
@@ -369,11 +371,14 @@ def chat(runs, pictures=None, max_new_tokens=64):
     question = w.Text(placeholder="ask about the picture", continuous_update=False, layout=w.Layout(width="32em"))
     send, stop = _button("ask", button_style="primary"), _button("stop", disabled=True)
     upload, another = w.FileUpload(accept="image/*", description="own picture"), _button("another picture")
-    look = w.Checkbox(description="where it looks", indent=False, layout=w.Layout(width="auto"))
+    look, remember = (w.Checkbox(description=name, indent=False, layout=w.Layout(width="auto"))
+                      for name in ("where it looks", "remember"))  # fmt: skip
     layer = _choice(["mean"], "layer", "9em")
     layer.disabled = True
     view, page = w.HTML(), w.HTML()
-    now = SimpleNamespace(image=pictures[0], place=0, turns=[], maps=None, note="", loaded=None, stopped=Event())
+    now = SimpleNamespace(
+        image=pictures[0], place=0, turns=[], heard=[], before=[], maps=None, note="", loaded=None, stopped=Event()
+    )
 
     def see(_=None):
         image, below = now.image, escape(now.note)
@@ -387,7 +392,7 @@ def chat(runs, pictures=None, max_new_tokens=64):
         page.value = _page(f'<div style="white-space:pre-wrap;min-width:20em;margin-left:18px">{lines}</div>')
 
     def take(image, note=""):
-        now.image, now.note, now.turns, now.maps = image, note, [], None
+        now.image, now.note, now.turns, now.heard, now.maps = image, note, [], [], None
         see()
         say()
 
@@ -412,7 +417,7 @@ def chat(runs, pictures=None, max_new_tokens=64):
         now.maps, layer.disabled = None, True
         if look.value and now.turns and now.image is not None:
             try:
-                now.maps = _maps(*loaded(), now.turns[-1][1], now.image)
+                now.maps = _maps(*loaded(), now.turns[-1][1], now.image, now.before)
                 layer.options, layer.disabled = ["mean", *range(1, len(now.maps[0]) + 1)], False
             except Exception as trouble:
                 now.note = _sentence(trouble)
@@ -421,13 +426,16 @@ def chat(runs, pictures=None, max_new_tokens=64):
     def answer(text):
         name, said = run.value, ""
         now.turns, now.maps = [*now.turns, (name, text, "…")], None
+        now.before = [(q, a) for run_name, q, a in now.heard if run_name == name] if remember.value else []
+        how = dict(temperature=temperature.value, stop=now.stopped, before=now.before)
         try:
             say()
-            for piece in _stream(*loaded(), text, now.image, max_new_tokens, temperature.value, now.stopped):
+            for piece in _stream(*loaded(), text, now.image, max_new_tokens, **how):
                 said += piece
                 now.turns[-1] = name, text, said
                 say()
             now.turns[-1] = name, text, said.strip() or "(nothing)"
+            now.heard += [(name, text, said.strip())] if said.strip() else []
         except Exception as trouble:  # for the person who reads this: nobody is there to catch it
             now.turns[-1] = name, text, f"{said} ({_sentence(trouble)})".strip()
         say()
@@ -454,20 +462,20 @@ def chat(runs, pictures=None, max_new_tokens=64):
     look.observe(lambda _: send.disabled or attend(), "value")  # while it answers: afterwards
     layer.observe(see, "value")
     take(pictures[0])
-    tools = [another] * (len(pictures) > 1) + [upload, look, layer]
+    tools = [another] * (len(pictures) > 1) + [upload, remember, look, layer]
     return w.VBox([_row(run, temperature), _row(*tools), w.HBox([view, page]), _row(question, send, stop)])
 
 
-def _stream(*arguments):
+def _stream(*arguments, **how):
     from vflan.streaming import stream
 
-    return stream(*arguments)
+    return stream(*arguments, **how)
 
 
-def _maps(model, processor, text, image):
+def _maps(model, processor, text, image, before):
     from vflan.streaming import attention_maps, seen
 
-    return attention_maps(model, processor, text, image), seen(processor, image)
+    return attention_maps(model, processor, text, image, before=before), seen(processor, image)
 
 
 def _sentence(trouble):
