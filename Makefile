@@ -41,6 +41,7 @@ $(STAMP): requirements.lock pyproject.toml
 	{ $(PY) -m pip install -qq uv && $(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) $$links -r requirements.lock; } \
 	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install -qq -r requirements.lock; }
 	$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
+	$(PY) -m compileall -q vflan
 	@touch $@
 
 demo: $(STAMP)

@@ -5,7 +5,9 @@
 """
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
@@ -84,8 +86,14 @@ def _is_done(folder, sizes):
 
 def draw_all(jobs):
     """Draw (path, scene) as PNG files; a number in place of a scene is one of the handwritten digits."""
-    for path, scene in jobs:
+
+    def draw(job):
+        path, scene = job
         (mnist_picture(scene) if isinstance(scene, int) else render(scene)).save(path, compress_level=1)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # while one compresses and writes, another draws
+        for _ in pool.map(draw, jobs):
+            pass
 
 
 def turns(*pairs, image_first=None):

@@ -96,6 +96,8 @@ def hash_(key):
 
 def pick(rng, options, p=None):
     """One of the options, as the Python object that it is."""
+    if p is None:  # what choice draws as well, without its checks: a world is drawn in a million picks
+        return options[int(rng.integers(len(options)))]
     return options[int(rng.choice(len(options), p=p))]
 
 
@@ -186,6 +188,7 @@ def shape_mask(shape, side):
     return np.asarray(big.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
+@cache
 def texture_mask(texture, side):
     """(side, side) of {0, 1}: where a texture darkens (or, on dark colours, lightens) the shape."""
     y, x = np.mgrid[:side, :side]
