@@ -20,7 +20,7 @@ from vflan.answers import answer, answering, first_token
 from vflan.benchmarks import BENCHMARKS
 from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, judged_answers, kept_items, per_task
 from vflan.judge import Judgement
-from vflan.kept import Answer, alone, read_rows
+from vflan.kept import Answer, alone, keep_scores, read_rows
 
 FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
 HOUSE = sys.modules["vflan.evaluate"]  # vflan.evaluate itself is the function
@@ -624,3 +624,14 @@ def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
     rows = [dict(question_id="a", image="a.png", text="?", label="yes", category="color")]
     assert BENCHMARKS["mme"].items(rows, ["Yes"]) == {}
     assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [True, False]
+
+
+def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
+    def table(**values):
+        rows = [(run, "pope", "f1", value, 0, "", 0) for run, value in values.items()]
+        return pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed", "judge", "problems"])
+
+    keep_scores(tmp_path / "scores.csv", table(a=1.0, b=2.0, c=3.0))
+    keep_scores(tmp_path / "scores.csv", table(b=9.0, d=4.0, a=8.0))
+    kept = pd.read_csv(tmp_path / "scores.csv")
+    assert list(zip(kept.run, kept.value)) == [("a", 8), ("b", 9), ("c", 3), ("d", 4)]

@@ -149,14 +149,15 @@ def _changed(size, image):
 
 
 def keep_scores(path, scores):
-    """Add scores to a csv; rows of the same run, benchmark, metric, seed and judge are replaced."""
+    """Add scores to a csv; rows of the same run, benchmark, metric, seed and judge are replaced where they stand."""
     with alone(path):
         if path.exists():
             old = pd.read_csv(path, dtype={"judge": str})
             for column, blank in (("judge", ""), ("problems", 0)):  # older files have neither
                 old[column] = old[column].fillna(blank) if column in old else blank
-            scores = pd.concat([old, scores], ignore_index=True)
-            scores = scores.drop_duplicates(["run", "benchmark", "metric", "seed", "judge"], keep="last")
+            both, key = pd.concat([old, scores], ignore_index=True), ["run", "benchmark", "metric", "seed", "judge"]
+            place = both.groupby(key, sort=False).ngroup()  # groups are numbered as they first appear
+            scores = both.iloc[place.argsort(kind="stable")].drop_duplicates(key, keep="last")
         part = path.with_suffix(".part")
         scores.to_csv(part, index=False, float_format="%.4f")
         part.replace(path)
