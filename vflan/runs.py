@@ -194,6 +194,8 @@ class Run:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            for half in self.folder.glob(".*.json.*"):  # of a process that died while it wrote one
+                half.unlink()
             yield
 
     def _must_be_finished(self):
