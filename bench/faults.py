@@ -152,7 +152,9 @@ class Workshop:
         }
 
     def export(self, home):
-        folder = self.run.export(home / "out")
+        folder = home / "out"
+        if not folder.exists():  # an export is there whole or not at all; one that is there is not written again
+            self.run.export(folder)
         return {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def sweep(self, home):
