@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
 from vflan import world
@@ -36,6 +37,12 @@ def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
     for line in ast.parse(notebook.cells[1].source).body:
         values[line.targets[0].id] = ast.literal_eval(line.value)  # a derived value would not follow an override
     assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_explains_every_parameter(path):
+    for name, parameter in papermill.inspect_notebook(str(path)).items():
+        assert len(parameter["help"]) > 10, f"{name} wants a line of comment behind it"
 
 
 def test_it_opens_with_a_title_and_one_question(notebook):
