@@ -446,10 +446,7 @@ def main():
     checks = {
         "faults": ("faults", 200, None),
         "lost": ("faults that lost something or were not told in a sentence", None, 0),
-        **{
-            kind: (f"faults: {strike.__doc__.split('.')[0].split(';')[0].strip()}", 1, None)
-            for kind, (strike, _) in KINDS.items()
-        },
+        **{kind: (f"faults: {strike.__doc__.split('.')[0].strip()}", 1, None) for kind, (strike, _) in KINDS.items()},
     }
     values = dict(faults=sum(counts.values()), lost=len(lost), **counts)
     if asked.share == 1 and len(asked.kinds) == len(KINDS):

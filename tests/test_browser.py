@@ -126,9 +126,8 @@ def notebook(browser, lab):
     def run(start):
         page.goto(lab.format(start))
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        page.get_by_text(
-            "| Idle"
-        ).wait_for()  # the status bar: before its kernel has begun, "run" asks which one to take
+        # the status bar: before its kernel has begun, "run" asks which one to take
+        page.get_by_text("| Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.locator(".widget-vbox, .jp-RenderedText[data-mime-type*=error]").first.wait_for()

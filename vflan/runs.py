@@ -195,7 +195,7 @@ class Run:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             for half in self.folder.glob(".*.json.*"):  # of a process that died while it wrote one
-                half.unlink()
+                half.unlink(missing_ok=True)
             yield
 
     def _must_be_finished(self):
