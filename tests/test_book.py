@@ -70,7 +70,8 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     said = capfd.readouterr()
     assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "figures/README.md" in said.out
     assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
-    assert said.err == ""  # quiet when nobody watches
+    # Quiet when nobody watches; a kernel that ends may leave a word of libzmq (zeromq/libzmq#3715), once in many runs.
+    assert [line for line in said.err.splitlines() if "(src/signaler.cpp:" not in line] == []
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()
     book.press("tiny", only=["01"], notebooks=folder, write=True)
