@@ -46,7 +46,10 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     folder = home / "notebooks"
     show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\nopen('first.txt', 'w').write('x')"
     write(folder, "01_first", new_markdown_cell("# One"), code(show), code(""), code("1 + 1"))
-    write(folder, "02_second", code("print(open('first.txt').read(), changes)"))
+    read = "print(open('first.txt').read(), changes)"
+    found = "import os\nfrom multiprocessing.forkserver import _forkserver as f\n"
+    found += "print(f._preload_modules, os.kill(f._forkserver_pid, 9))  # as vflan.sweep() finds it"
+    write(folder, "02_second", code(read), code(found))
     source = (folder / "01_first.ipynb").read_text()
 
     record = book.press("tiny", notebooks=folder)
@@ -61,6 +64,9 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert set(first.metadata) == {"kernelspec", "language_info"} and first.metadata.kernelspec.name == "python3"
     assert cells[0].metadata == {"tags": ["parameters"]} and cells[1].metadata == {}
     assert second.cells[1].outputs[0].text == "x {}\n"
+    assert (
+        second.cells[2].outputs[0].text == "['vflan.train', 'vflan.evaluate'] None\n"
+    )  # what sweeps fork from runs already
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in first.cells)
     assert (folder / "01_first.ipynb").read_text() == source  # committed notebooks change with --write only
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
 
-from vflan import workers
+from vflan import answers, workers
 from vflan.answers import answer, answering, first_token
 from vflan.benchmarks import BENCHMARKS
 from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, judged_answers, kept_items, per_task
@@ -50,6 +51,21 @@ def own_pictures(tiny, run):
 
 def generated(tiny, rows, tokens):
     return [by_generate(tiny.model, tiny.processor, row, tokens) for row in rows]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How many pictures the tower looked at, one number a look; nothing is kept from before."""
+    numbers = []
+
+    def look(model, values):
+        numbers.append(len(values))
+        return answers_look(model, values)
+
+    answers_look = answers.image_features
+    monkeypatch.setattr(answers, "image_features", look)
+    monkeypatch.setattr(answers, "_SEEN", {})
+    return numbers
 
 
 # -------------------------------------------------------------------------------------------------------- answer()
@@ -96,18 +112,9 @@ def test_the_mini_world_answers_as_generate_does(tmp_path):
     assert answer(model, processor, rows, 3, 32) == expected
 
 
-def test_each_picture_goes_through_the_tower_once(tiny, monkeypatch):
-    from vflan import answers
-
-    seen, tower = [], answers.image_features
-
-    def counting(model, pixel_values):
-        seen.append(len(pixel_values))
-        return tower(model, pixel_values)
-
-    monkeypatch.setattr(answers, "image_features", counting)
+def test_each_picture_goes_through_the_tower_once(tiny, looks):
     answer(tiny.model, tiny.processor, questions(tiny), max_new_tokens=2, batch_size=4)
-    assert sum(seen) == 5
+    assert sum(looks) == 5
 
 
 def test_text_only_questions_need_no_picture(tiny):
@@ -182,6 +189,57 @@ def test_one_pass_refuses_words_that_begin_alike(tiny):
 def test_only_letters_that_are_options_are_allowed(prompt, words):
     assert allowed(LETTERS, prompt) == list(words)
     assert allowed(("yes", "no"), prompt) == ["yes", "no"]
+
+
+# ----------------------------------------------------------------------------------------------- what the tower saw is kept
+
+
+def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks):
+    rows = questions(tiny, 24)
+    other = deepcopy(tiny.model)
+    with torch.no_grad():
+        other.model.multi_modal_projector.linear_1.weight.mul_(-1)
+    first = answer(tiny.model, tiny.processor, rows, 8, 16)
+    seen = sum(looks)
+    second = answer(other, tiny.processor, rows, 8, 16)
+    assert seen == len({row["image"] for row in rows} - {None}) == sum(looks) and second != first
+    answers._SEEN.clear()
+    assert answer(other, tiny.processor, rows, 8, 16) == second  # the very answers of one that looked itself
+
+
+def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
+    rows = questions(tiny, 8)
+    answer(tiny.model, tiny.processor, rows, 2)
+    seen, other, processor = sum(looks), deepcopy(tiny.model), deepcopy(tiny.processor)
+    with torch.no_grad():
+        other.model.vision_tower.embeddings.class_embedding.add_(1)
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    answer(other, tiny.processor, rows, 2)
+    answer(tiny.model, processor, rows, 2)
+    assert sum(looks) == 3 * seen
+
+
+def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(tiny, looks, tmp_path):
+    files = sorted(tiny.folder.glob("*.png"))
+    picture, broken = tmp_path / "one.png", tmp_path / "broken.png"
+    picture.write_bytes(files[0].read_bytes())
+    rows = [{"text": "what ?", "image": str(picture)}]
+    answer(tiny.model, tiny.processor, rows, 2)
+    picture.write_bytes(files[1].read_bytes() + b" ")
+    answer(tiny.model, tiny.processor, rows, 2)
+    assert looks == [1, 1] and len(answers._SEEN) == 2
+    broken.write_bytes(b"no picture")
+    said = dict(answering(tiny.model, tiny.processor, [*rows, {"text": "what ?", "image": str(broken)}], 2))
+    assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._SEEN) == 2
+
+
+def test_the_oldest_of_what_was_seen_gives_way(tiny, looks, monkeypatch):
+    answer(tiny.model, tiny.processor, questions(tiny, 12), 2, 1)
+    kept = list(answers._SEEN)
+    assert len(kept) > 2
+    monkeypatch.setattr(answers, "SEEN_BYTES", 2 * max(features.nbytes for features in answers._SEEN.values()))
+    answers.remember("newest", answers._SEEN[kept[-1]])
+    assert list(answers._SEEN) == [kept[-1], "newest"]
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks of a run

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from vflan import stats
 from vflan.stats import bootstrap, combine, over_seeds, paired, resampled
 
 
@@ -14,6 +15,13 @@ def test_the_mean_is_exact_and_the_interval_repeats():
     mean, low, high = bootstrap(values)
     assert mean == pytest.approx(0.6) and 0.1 <= low < mean < high <= 1.3
     assert bootstrap(values) == (mean, low, high) != bootstrap(values, seed=1, rounds=100)
+
+
+def test_draws_that_are_kept_and_draws_in_blocks_give_the_same_interval(monkeypatch):
+    values, pictures = np.random.default_rng(0).random(300), np.arange(300) // 3
+    kept = bootstrap(values, pictures, rounds=500)
+    monkeypatch.setattr(stats, "BLOCK", 100 * 70)  # 70 of the 500 rounds at a time
+    assert bootstrap(values, pictures, rounds=500) == kept != bootstrap(values, pictures, rounds=500, seed=1)
 
 
 def test_the_interval_is_as_wide_as_theory_says():

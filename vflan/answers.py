@@ -3,7 +3,8 @@
 Three things make it quick without changing a single answer. What precedes the picture is the same for all questions and
 is read once; a picture is read once, however many questions are asked about it; and several questions on one picture
 stand in one row behind it, each blind to the others, so that what was read is not copied for each of them. Rows of one
-length share a batch. The rest is greedy decoding, as the papers' benchmarks want it.
+length share a batch. What the tower saw is kept for the next model with the same tower, as in a sweep. The rest is greedy
+decoding, as the papers' benchmarks want it.
 """
 
 import hashlib
@@ -17,12 +18,14 @@ from transformers import DynamicCache
 from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, prompt_ids
 from vflan.kept import Answer
 from vflan.model import image_features, parts
-from vflan.pictures import picture_trouble, read_picture
+from vflan.pictures import picture_trouble, read_picture, stamp
 from vflan.progress import counted
 
 SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
+SEEN_BYTES = 256 << 20  # what the tower saw of pictures is kept up to here, the newest
 ROW = 8  # questions on one picture that share a row: more would save little memory and attend to much in vain
 PREFIX, PAD = -1, -2  # whose a token is, where it is no question's: everybody's in its row, nobody's
+_SEEN: dict = {}  # (tower, pictures of a shelf) -> features: the models of a sweep have one tower and are asked the same
 
 
 def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1"):
@@ -104,18 +107,42 @@ def shelves(model, processor, before, pictures, batch_size):
     # the longest first: if memory is short, it is so at once; and pictures with one question each are then in batch order
     paths = sorted(pictures, key=lambda path: -max(len(ids) for _, ids in pictures[path]))
     cut = [paths[start : start + size] for start in range(0, len(paths), size)]
-    for shelf, pixels in zip(cut, ahead(lambda shelf: [pixels_of(processor, path) for path in shelf], cut)):
+    tower = (
+        fingerprint_of_model(parts(model)["vision_tower"]),
+        model.config.vision_feature_layer,
+        model.dtype,
+        device.type,
+    )
+    preparation = str(processor.image_processor.to_dict())
+
+    def looked_at(shelf):
+        key = (*tower, preparation, *((str(path), stamp(path)) for path in shelf))
+        features = _SEEN.get(key)
+        return key, features, [pixels_of(processor, path) for path in shelf] if features is None else []
+
+    for shelf, (key, features, pixels) in zip(cut, ahead(looked_at, cut)):
         failed = [(index, Answer("", "error", why))
                   for path, why in zip(shelf, pixels) if isinstance(why, str) for index, _ in pictures[path]]  # fmt: skip
-        seen = [(path, values) for path, values in zip(shelf, pixels) if not isinstance(values, str)]
-        if not seen:
-            yield None, [], failed
-            continue
-        values = torch.stack([values for _, values in seen]).to(device)
-        found = parts(model)["projector"](image_features(model, values)).to(model.dtype)
-        cache = pick(head, [0] * len(seen))
+        if features is None:
+            shelf = [path for path, values in zip(shelf, pixels) if not isinstance(values, str)]
+            values = [values for values in pixels if not isinstance(values, str)]
+            if not shelf:
+                yield None, [], failed
+                continue
+            features = image_features(model, torch.stack(values).to(device))
+            if not failed:
+                remember(key, features)
+        found = parts(model)["projector"](features.to(device)).to(model.dtype)
+        cache = pick(head, [0] * len(shelf))
         language(inputs_embeds=found, past_key_values=cache, use_cache=True)
-        yield cache, [(slot, pictures[path]) for slot, (path, _) in enumerate(seen)], failed
+        yield cache, [(slot, pictures[path]) for slot, path in enumerate(shelf)], failed
+
+
+def remember(key, features):
+    """Keep what the tower saw of a shelf, whole: the next model then reads the very same bits; the oldest give way."""
+    _SEEN[key] = features.cpu()
+    while sum(kept.nbytes for kept in _SEEN.values()) > SEEN_BYTES:
+        del _SEEN[next(iter(_SEEN))]
 
 
 def batches(rows, batch_size):

@@ -40,6 +40,9 @@ WRITTEN = {
     "tiny_frozen": "notebooks/paper",
 }  # preset -> where its executed notebooks are committed
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
+SOON = (
+    "from vflan.workers import forking; forking(soon=True)"  # the sweep's processes read torch while the notebook does
+)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -195,6 +198,9 @@ def run_notebook(source, target, parameters):
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillException
 
+    options = ["--IPKernelApp.log_level=50"]  # no remarks on how the kernel is connected, or was stopped
+    if "vflan.sweep(" in source.read_text(encoding="utf-8"):
+        options.append(f"--IPKernelApp.exec_lines={SOON}")
     try:
         papermill.execute_notebook(
             str(source),
@@ -202,7 +208,7 @@ def run_notebook(source, target, parameters):
             parameters=parameters,
             kernel_name="python3",
             language="python",
-            extra_arguments=["--IPKernelApp.log_level=50"],  # no remarks on how the kernel is connected, or was stopped
+            extra_arguments=options,
             cwd=str(source.parent),
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
         )

@@ -4,9 +4,12 @@ Questions about one picture are not independent: a model that misreads the pictu
 here therefore resamples clusters (pictures), never single questions. NumPy only, a fixed seed, no loops over rounds.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 ROUNDS = 2000
+BLOCK = 20_000_000  # numbers drawn at a time, as there may be many clusters
 
 
 def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
@@ -50,10 +53,19 @@ def ratio(top, bottom, drawn=1.0):
 
 
 def draws(k, seed, rounds):
-    """Yields (some rounds, k) times that each of k clusters was drawn, `rounds` in all; a block at a time, as k may be large."""
-    rng, block = np.random.default_rng(seed), max(1, 20_000_000 // k)
+    """Yields (some rounds, k) times that each of k clusters was drawn, `rounds` in all, a block at a time."""
+    if k * rounds <= BLOCK // 4:
+        yield _drawn(k, seed, rounds)
+        return
+    rng, block = np.random.default_rng(seed), max(1, BLOCK // k)
     for start in range(0, rounds, block):
         yield rng.multinomial(k, np.full(k, 1 / k), size=min(block, rounds - start))
+
+
+@lru_cache(8)  # the metrics of a benchmark have the same pictures
+def _drawn(k, seed, rounds):
+    """(rounds, k) such numbers, as floats: what they multiply are floats too."""
+    return np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=rounds).astype(float)
 
 
 def bootstrap(values, clusters=None, seed=0, den=None, groups=None, level=0.95, rounds=ROUNDS):
@@ -80,7 +92,7 @@ def paired(a, b, clusters=None, seed=0, groups=None, level=0.95, rounds=ROUNDS, 
          for w in draws(len(sizes), seed, rounds)]
     )  # fmt: skip
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    rng, step, extreme = np.random.default_rng(seed), max(1, 20_000_000 // len(sizes)), 1
+    rng, step, extreme = np.random.default_rng(seed), max(1, BLOCK // len(sizes)), 1
     for start in range(0, rounds, step):
         swap = rng.integers(0, 2, (min(step, rounds - start), len(sizes))).astype(float)
         tops, bottoms = swap @ (top_b - top_a), swap @ (bottom_b - bottom_a)

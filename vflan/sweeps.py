@@ -14,7 +14,6 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +23,7 @@ from vflan.evaluate import evaluate, kept_items, present
 from vflan.recipe import Recipe, for_seed, replace, resolve
 from vflan.runs import Run
 from vflan.train import train
+from vflan.workers import forking
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,7 @@ def _work_off(order, waiting, work, jobs):
             task(**arguments)
             _say(key, len(done := done | {key}), len(order), began)
         return
-    with ProcessPoolExecutor(
-        jobs, mp_context=_context(), initializer=_one_thread, initargs=(dict(os.environ),)
-    ) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=forking(), initializer=_one_thread, initargs=(dict(os.environ),)) as pool:
         while len(done) < len(order):
             for key in order:
                 free = key not in done and key not in running.values() and len(running) < jobs
@@ -254,15 +252,6 @@ def _work_off(order, waiting, work, jobs):
 def _say(key, done, all_, began):
     minutes = (time.monotonic() - began) / 60
     print(f"[{done}/{all_}] {key[0]}, seed {key[1]} ({minutes:.1f} min)", file=sys.stderr, flush=True)
-
-
-def _context():
-    """How processes are started: forked from one that has read torch and transformers (ten seconds), where there is fork."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["vflan.train", "vflan.evaluate"])
-    return context
 
 
 def _one_thread(environment):

@@ -1,14 +1,33 @@
-"""Several processes answer together: each has the model, and takes the next few pictures whenever it is free."""
+"""Several processes answer together: each has the model, and takes the next few pictures whenever it is free.
+
+Also how a sweep's processes begin. Nothing here reads torch before a process needs it.
+"""
 
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from threading import Thread
 
 START = "spawn"  # a forked process cannot use a GPU that its parent has used
 _HERE = {}  # in a worker: its model and processor
+
+
+def forking(soon=False):
+    """How the processes of a sweep begin: forked from one that has read torch and transformers (ten seconds).
+
+    soon: start that one now, to read while the caller goes on. Where there is no fork, each begins from nothing.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["vflan.train", "vflan.evaluate"])
+    if soon:
+        from multiprocessing.forkserver import ensure_running
+
+        ensure_running()
+    return context
 
 
 @contextmanager
