@@ -1,12 +1,15 @@
 """Sweeps: arms train and answer side by side, what is finished is read, and a mistake is named before anything runs."""
 
 import json
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 import vflan
-from vflan.recipe import replace
+from vflan.recipe import replace, write_json
 from vflan.sweeps import longest_first, rows_of
 
 
@@ -72,6 +75,35 @@ def test_an_arm_that_fails_is_named_and_what_was_done_stays(small, tmp_path):
     with pytest.raises(RuntimeError, match="'lost' of seed 0.*nowhere.json"):
         vflan.sweep(arms, benchmarks=(), jobs=2)
     assert vflan.Run.open(projector.folder).finished
+
+
+SCRIPT = """
+import json, sys, vflan
+if __name__ == "__main__":
+    recipe = vflan.Recipe(**json.load(open(sys.argv[1])))
+    vflan.sweep({"endless": vflan.Arm(recipe), "other": vflan.Arm(vflan.replace(recipe, name="other"))}, benchmarks=(), jobs=2)
+"""
+
+
+def test_a_sweep_that_is_killed_leaves_no_process_behind(small, tmp_path):
+    endless = replace(small[0], name="endless", max_steps=100_000)
+    write_json(tmp_path / "recipe.json", endless.to_dict())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    sweep = subprocess.Popen([sys.executable, "script.py", "recipe.json"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 240
+    while not (endless.folder / "metrics.jsonl").exists() and sweep.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    begun = psutil.Process(sweep.pid).children(recursive=True)
+    try:
+        assert (endless.folder / "metrics.jsonl").exists() and len(begun) >= 3
+        sweep.kill()  # as a machine short of memory does; a train of 100,000 steps would go on for hours
+        assert psutil.wait_procs(begun, timeout=30)[1] == []
+    finally:
+        for process in begun:
+            if process.is_running():
+                process.kill()
+        sweep.kill()
+        sweep.wait()
 
 
 def test_mistakes_are_named_before_anything_is_trained(small):

@@ -23,7 +23,7 @@ from vflan.evaluate import evaluate, kept_items, present
 from vflan.recipe import Recipe, for_seed, replace, resolve
 from vflan.runs import Run
 from vflan.train import train
-from vflan.workers import forking
+from vflan.workers import end_with_parent, forking
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,9 @@ def _say(key, done, all_, began):
 
 
 def _one_thread(environment):
+    """Begin as a process of a sweep, on one thread; should the notebook be killed, it lets go of its run folder at once."""
     import torch
 
+    end_with_parent()
     os.environ |= environment | {"OMP_NUM_THREADS": "1"}  # the process that was forked may have begun with another
     torch.set_num_threads(1)

@@ -77,7 +77,7 @@ def cut(questions, size):
 
 
 def _begin(run, num_processes, ranks):
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     rank = ranks.get()
     import torch
 
@@ -90,9 +90,14 @@ def _begin(run, num_processes, ranks):
     _HERE.update(model=run.load_model(), processor=run.processor())
 
 
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
+def end_with_parent():
+    """From now on this process ends when the one that started it does, however that one ends."""
+
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _answer(questions, max_new_tokens, batch_size, template):
