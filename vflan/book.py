@@ -40,9 +40,8 @@ WRITTEN = {
     "tiny_frozen": "notebooks/paper",
 }  # preset -> where its executed notebooks are committed
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
-SOON = (
-    "from vflan.workers import forking; forking(soon=True)"  # the sweep's processes read torch while the notebook does
-)
+# what a kernel is told first: the process that a sweep forks from loads while the notebook does
+SOON = "from vflan.workers import forking; forking(soon=True)"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
