@@ -49,10 +49,10 @@ def one_by_one(model, processor, questions, max_new_tokens):
         ids, more = list(prompt_ids(question["text"], tokenizer, has_image=bool(question["image"]))), {}
         if question["image"]:
             at = ids.index(IMAGE_TOKEN_INDEX)
-            ids[at : at + 1] = [model.config.image_token_index] * model.config.image_seq_length
+            ids[at : at + 1] = [model.config.image_token_id] * model.config.image_seq_length
             pixels = processor.image_processor([read_picture(question["image"])], return_tensors="pt")["pixel_values"]
-            more["pixel_values"] = pixels.to(model.dtype)
-        ids = torch.tensor([ids])
+            more["pixel_values"] = pixels.to(model.device, model.dtype)
+        ids = torch.tensor([ids], device=model.device)
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **more,

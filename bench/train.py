@@ -54,6 +54,7 @@ BODIES = {
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
     "7B": dict(hidden=4096, layers=32, wide=11008, heads=32, tower=(24, 1024, 336, 14)),
     "tiny": TINY,
+    "words_only": dict(hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)),  # for its processor
 }
 
 
@@ -370,14 +371,14 @@ def padded_fill(data, steps, recipe):
     )
 
 
-def work(data, rows, recipe):
+def work(data, rows, recipe, shapes=None):
     """The floating-point operations that these rows need and no more: 2 a weight and position forward, 2 for the gradient of
     the inputs, 2 for that of the weights (LoRA: of the adapters only); the head at learned positions, the tower once and
-    forward only, attention within a conversation and to the left. Recomputing and padding are not work."""
-    from transformers import AutoConfig
+    forward only, attention within a conversation and to the left. Recomputing and padding are not work. shapes: the
+    configurations of tower and language model; None: those of the recipe."""
+    from vflan import model as models
 
-    tower, body = AutoConfig.from_pretrained(recipe.vision_tower), AutoConfig.from_pretrained(recipe.language_model)
-    tower = getattr(tower, "vision_config", tower)
+    tower, body = shapes or models.shapes(recipe)
     wide, layers = body.hidden_size, body.num_hidden_layers
     group = body.num_key_value_heads / body.num_attention_heads
     layer = wide * wide * (2 + 2 * group) + 3 * wide * body.intermediate_size

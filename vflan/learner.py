@@ -1,5 +1,7 @@
 """What is trained: from a batch of ids and picture features to the summed loss of its answers, and nothing computed in vain."""
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -8,10 +10,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils import is_flash_attn_2_available
 
 from vflan import model as models
 from vflan.batches import packs
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
 
 LOGITS = 1 << 23  # logits that exist at a time (32 MB in fp32); more supervised positions are taken in turns
 
@@ -20,9 +28,9 @@ class Learner(nn.Module):
     """The model as training sees it.
 
     Padded rows are padded on the right and a causal model never looks right, so no mask is needed. In a packed row each
-    conversation attends to itself alone; it begins where its position ids begin again at 0. FlashAttention's varlen
-    kernel does that where it is installed, else PyTorch's attention, one conversation after the other: the mask that
-    transformers would build is dense, costs the square of the whole row, and is quietly left out if a cache is on.
+    conversation attends to itself alone; it begins where its position ids begin again at 0. `packed_attention` says which
+    kernel does that. The mask that transformers would build is dense, costs the square of the whole row, and is quietly
+    left out if a cache is on.
     """
 
     def __init__(self, model, recipe):
@@ -31,8 +39,11 @@ class Learner(nn.Module):
         if recipe.gradient_checkpointing:
             language_model.activation_checkpointing_enable({"use_reentrant": False})
         if packs(recipe):
-            flash = is_flash_attn_2_available() and models.compute_dtype(recipe) == torch.bfloat16
-            language_model.set_attn_implementation("flash_attention_2" if flash else "by_conversation")
+            language_model.set_attn_implementation(packed_attention(models.compute_dtype(recipe)))
+        if recipe.compile:
+            # All layers share one compilation. Rows differ in length, so lengths stay symbols.
+            for layer in language_model.layers:
+                layer.compile(dynamic=True)
 
     def forward(self, input_ids, position_ids, at, keep, targets, features):
         """input_ids (B, T); position_ids (1, T) of a packed row, None for padded ones; at (P): first position of each
@@ -47,18 +58,51 @@ class Learner(nn.Module):
             embeds = embeds.flatten(0, 1).index_put((place,), seen).view_as(embeds)
         else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers when it is called
             embeds = embeds + 0 * projector(embeds.new_zeros(1, projector.linear_1.in_features)).sum()
-        packed = {} if position_ids is None else _boundaries(position_ids)
+        attention = language_model.config._attn_implementation
+        packed = {} if position_ids is None else _boundaries(position_ids, attention)
         hidden = language_model(
             inputs_embeds=embeds, position_ids=position_ids, attention_mask=None, use_cache=False, **packed
         ).last_hidden_state
         return answer_loss(hidden.flatten(0, 1)[keep], self.model.lm_head, targets)
 
 
-def _boundaries(position_ids) -> dict:
-    """Where the conversations of a packed row lie, found once and not in every layer; each attention takes its own form."""
+def packed_attention(dtype: torch.dtype) -> str:
+    """The name of the attention that keeps the conversations of a packed row apart.
+
+    In bf16 on a GPU the flash-attn package where it is installed, else the same kernel as PyTorch ships it (`varlen`).
+    Elsewhere PyTorch's attention, one conversation after the other.
+    """
+    if dtype != torch.bfloat16:
+        return "by_conversation"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "varlen" if varlen_attn else "by_conversation"
+
+
+def _boundaries(position_ids, attention: str) -> dict:
+    """Where the conversations of a packed row lie, found once and not in every layer, in the form that `attention` takes."""
     starts, longest = prepare_fa_kwargs_from_position_ids(position_ids)
+    if attention == "by_conversation":
+        return dict(conversations=starts[0].diff().tolist())
     names = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
-    return dict(zip(names, [*starts, *map(int, longest)]), conversations=starts[0].diff().tolist())
+    return dict(zip(names, [*starts, *map(int, longest)]))
+
+
+def _varlen(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options):
+    """FlashAttention's varlen kernel in PyTorch: (1, heads, T, width) in and (1, T, heads, width) out."""
+    if cu_seq_lens_q is None:  # not training: the model answers questions, say
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    # Rotary positions may have made query and key fp32 again under autocast; the kernel takes 16 bits only.
+    query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+    ends = [cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q]
+    out = varlen_attn(query, key, value, *ends, scale=options.get("scaling"), **_CAUSAL)
+    return out[None], None
+
+
+# PyTorch 2.13 asks for causal attention by a window, 2.10 by a flag.
+_VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+_CAUSAL = dict(window_size=(-1, 0)) if "window_size" in _VARLEN else dict(is_causal=True)
 
 
 def _by_conversation(module, query, key, value, attention_mask, conversations=None, **options):
@@ -74,8 +118,9 @@ def _mask(*arguments, attention_mask=None, **options):
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 
-AttentionInterface.register("by_conversation", _by_conversation)
-AttentionMaskInterface.register("by_conversation", _mask)
+for name, function in (("by_conversation", _by_conversation), ("varlen", _varlen)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, _mask)
 
 
 def answer_loss(hidden, head, targets):

@@ -81,6 +81,9 @@ class Recipe:
     feature_cache: bool = False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
     precision: str = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = (
+        False  # the language model's layers by torch.compile: a minute more at the start, faster steps on a GPU
+    )
     seed: int = 0
     sharding: str = (
         "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
