@@ -163,7 +163,7 @@ def test_a_model_folder_with_somebodys_file_is_set_aside_at_the_end(recipe, monk
     (folder / "model").mkdir()
     (folder / "model" / "notes.txt").write_text("mine")
     assert vflan.train(recipe).finished and (folder / "model.old-1" / "notes.txt").read_text() == "mine"
-    assert "model.old-1" in capsys.readouterr().out and (folder / "model" / "config.json").is_file()
+    assert "model.old-1" in capsys.readouterr().err and (folder / "model" / "config.json").is_file()
 
 
 def test_only_half_files_of_vflan_are_swept_when_a_folder_is_locked(recipe, monkeypatch):
@@ -289,3 +289,21 @@ def test_clear_sets_aside_what_is_not_ours(tmp_path):
     (tmp_path / "a" / "diary").write_text("not ours")
     io.clear(tmp_path / "a", io.MODEL)
     assert snapshot(tmp_path) == {"a.old-1": None, "a.old-1/config.json": b"ours", "a.old-1/diary": b"not ours"}
+
+
+@pytest.mark.parametrize("target", ["a file", "a link", "home"])
+def test_a_folder_is_never_written_over_what_is_there(tmp_path, target):
+    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "a link").symlink_to(tmp_path / "nowhere")
+    thesis(tmp_path / "home")
+    before = snapshot(tmp_path)
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        with io.whole_folder(tmp_path / target, tmp_path / ".part"):
+            pytest.fail("begun")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "a/../b", "/abs", "a\nb"])
+def test_a_name_for_answers_leads_nowhere_else(tmp_path, name):
+    with pytest.raises(ValueError, match="one plain folder name"):
+        vflan.evaluate(None, model=object(), name=name)

@@ -32,7 +32,7 @@ import psutil
 from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
-from vflan.recipe import ROOT
+from vflan.recipe import ROOT, folder_name
 from vflan.report import STAGES, write_report
 
 WRITTEN = {
@@ -415,7 +415,7 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     fill the tables of README.md, possible for tiny without parameters only. A notebook of which nothing has changed since it
     ran is not run again unless `again` is set. Raises Stopped at the first notebook that fails.
     """
-    name = Path(preset).stem
+    name = folder_name(Path(preset).stem, "preset")
     say = say or functools.partial(print, flush=True)
     parameters = dict(parameters or {})
     if write and (preset not in WRITTEN or preset == "tiny" and parameters):

@@ -7,6 +7,7 @@ Links are never followed: a link is somebody's, and what it points to is never t
 
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -92,7 +93,11 @@ def set_aside(path: Path) -> Path:
     while os.path.lexists(kept := path.with_name(f"{path.name}.old-{number}")):
         number += 1
     path.rename(kept)
-    print(f"{shown(path)} was not written by vflan: it is now {kept.name}, nothing was deleted.", flush=True)
+    print(
+        f"{shown(path)} is not what vflan writes there: it is now {kept.name}, nothing was deleted.",
+        file=sys.stderr,
+        flush=True,
+    )
     return kept
 
 
