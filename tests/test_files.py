@@ -217,11 +217,11 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_deleted(recipe, mo
     first, second = vflan.replace(recipe, max_steps=1), vflan.replace(recipe, max_steps=1, lr=0.5)
     looked, real = threading.Event(), Run.alone
 
-    def late(self):
+    def late(self, **again):
         if threading.current_thread() is not threading.main_thread() and not looked.is_set():
             looked.set()
             done.wait(60)
-        return real(self)
+        return real(self, **again)
 
     done, trouble = threading.Event(), []
 

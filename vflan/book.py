@@ -425,6 +425,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
         parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
     out = Path(out or ROOT / "runs" / name).resolve()
+    if (out / "notebooks") == Path(notebooks or ROOT / "notebooks").resolve():
+        raise ValueError(f"out={out}: the executed notebooks would replace their sources; name another folder.")
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     old = json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
     known = {row["name"]: row for row in old.get("notebooks", [])}

@@ -177,15 +177,15 @@ class Run:
         clear(self.folder / "checkpoints", CHECKPOINTS)
 
     @contextmanager
-    def alone(self):
+    def alone(self, again: bool = False):
         """Hold the folder for this process; RuntimeError if another is training here. A process that dies lets go of it.
 
-        Who holds it already, in the same thread, goes on holding it.
+        again: in a thread that holds it already, go on holding it.
         """
         import fcntl
 
         me = (os.getpid(), threading.get_ident(), os.path.realpath(self.folder))
-        if me in _HELD:
+        if again and me in _HELD:
             yield
             return
         lock = self.folder / ".lock"

@@ -66,7 +66,10 @@ def fit(folder, num_processes: int | None = None) -> None:
         raise RuntimeError(taken)
     if run.finished:
         return
-    with run.alone() if accelerator.is_main_process else nullcontext(), checkpoints.full_disk_is_told(run.folder):
+    with (
+        run.alone(again=True) if accelerator.is_main_process else nullcontext(),
+        checkpoints.full_disk_is_told(run.folder),
+    ):
         # between the first look and the lock another process may have finished it, or begun another recipe
         if accelerator.is_main_process and run.written() != begun:
             raise RuntimeError(taken)
