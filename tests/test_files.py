@@ -118,7 +118,7 @@ def test_a_start_that_failed_makes_room_for_another_recipe(recipe, monkeypatch):
     assert not {"answers", "tensorboard", "checkpoints", ".model"} & {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("inside", ["model", "tensorboard", "answers"])
+@pytest.mark.parametrize("inside", ["model", "tensorboard", "answers", "metrics.jsonl"])
 def test_a_link_in_a_run_folder_is_not_followed(recipe, monkeypatch, tmp_path, inside):
     thesis(tmp_path / "home")
     (failed_start(recipe, monkeypatch) / inside).symlink_to(tmp_path / "home")
