@@ -117,6 +117,12 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
     write(home / "notebooks", "01_a")
     with pytest.raises(ValueError, match="no notebook starts with '07'; there are 01_a"):
         book.press(only=["07"], notebooks=home / "notebooks")
+    before = (home / "notebooks" / "01_a.ipynb").read_bytes()
+    with pytest.raises(ValueError, match="would replace their sources"):
+        book.press(out=home, notebooks=home / "notebooks")
+    assert (home / "notebooks" / "01_a.ipynb").read_bytes() == before
+    with pytest.raises(ValueError, match="one plain folder name"):
+        book.press("...py", notebooks=home / "notebooks")
     for request in ({"preset": "full_7b"}, {"parameters": {"changes": {}}}):
         with pytest.raises(ValueError, match="--write"):
             book.press(write=True, notebooks=home / "notebooks", **request)

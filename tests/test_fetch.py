@@ -185,7 +185,7 @@ def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(
 
 
 @pytest.mark.parametrize("name", ["annotation_191-task_1k.json", "image_191-task_1k.zip"])
-def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name):
+def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name, capsys):
     fetch("vision_flan_191", tmp_path)
     damaged = bytearray(hub.files[name])
     damaged[len(damaged) // 2] ^= 1
@@ -193,6 +193,9 @@ def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name)
     hub.log.clear()
     fetch("vision_flan_191", tmp_path)
     assert hub.log == [(name, 0)]
+    # it may be somebody's own file, an edited one for instance: it is kept, and that is said
+    assert (tmp_path / f"{name}.old-1").read_bytes() == damaged and ".old-1" in capsys.readouterr().err
+    (tmp_path / f"{name}.old-1").unlink()
     assert_whole(tmp_path)
 
 

@@ -134,7 +134,13 @@ def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(runs, tm
         with pytest.raises(ZeroDivisionError):
             runs[1].export(tmp_path / "mine")
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".mine.part").mkdir()  # of one that was killed
+    (tmp_path / ".mine.part").mkdir()
+    (tmp_path / ".mine.part" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="did not mark it as its own"):
+        runs[1].export(tmp_path / "mine")
+    assert (tmp_path / ".mine.part" / "thesis.txt").read_text() == "mine"
+    (tmp_path / ".mine.part" / "thesis.txt").unlink()
+    (tmp_path / ".mine.part" / ".vflan").touch()  # of one that was killed
     (tmp_path / ".mine.part" / "model.safetensors").write_bytes(b"half")
     assert runs[1].export(tmp_path / "mine").is_dir() and [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -118,3 +118,11 @@ def test_mistakes_are_named_before_anything_is_trained(small):
     with pytest.raises(ValueError, match="vision_tower.*projector"):
         vflan.sweep({"projector": first, "odd": vflan.Swap("projector", "tower", "projector")})
     assert not projector.folder.exists()
+
+
+def test_a_label_that_cannot_be_a_folder_is_refused_before_anything_is_trained(small):
+    projector, base, _ = small
+    arms = {"projector": vflan.Arm(projector), "../x": vflan.Swap("projector", "projector", "projector")}
+    with pytest.raises(ValueError, match="label='..': it becomes a folder"):
+        vflan.sweep(arms, jobs=1)
+    assert not projector.folder.exists()

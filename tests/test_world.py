@@ -185,8 +185,9 @@ def test_a_finished_world_is_not_written_again(built):
 
 
 def test_what_a_killed_build_left_is_cleared_away(built, tmp_path):
-    (tmp_path / "samples.4711" / "images").mkdir(parents=True)
-    (tmp_path / "samples.new").mkdir()
+    (tmp_path / ".samples.new" / "images").mkdir(parents=True)
+    (tmp_path / ".samples.new" / ".vflan").touch()
+    (tmp_path / ".samples.new" / "images" / "1.png").write_bytes(b"half")
     folder = world.build(tmp_path, captions=60, per_kind=4, conversations=60, questions=0.15)
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
         "benchmarks",
@@ -194,6 +195,17 @@ def test_what_a_killed_build_left_is_cleared_away(built, tmp_path):
         "samples",
     ]
     assert (folder / "samples" / "flan.json").read_bytes() == (built / "samples" / "flan.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["samples/thesis.txt", "benchmarks/images/me.jpg", ".samples.new/thesis.txt"])
+def test_a_world_is_not_built_over_what_is_somebodys(built, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "samples.backup").mkdir()
+    (tmp_path / "samples.backup" / "flan.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds what vflan did not write: .* Nothing was deleted"):
+        world.build(tmp_path, captions=60, per_kind=4, conversations=60, questions=0.15)
+    assert (tmp_path / name).read_text() == (tmp_path / "samples.backup" / "flan.json").read_text() == "mine"
 
 
 def test_another_draw_holds_out_other_kinds_but_never_those_that_benchmarks_ask_in_their_words():

@@ -32,7 +32,7 @@ import psutil
 from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
-from vflan.recipe import ROOT
+from vflan.recipe import ROOT, folder_name
 from vflan.report import STAGES, write_report
 
 WRITTEN = {
@@ -415,7 +415,7 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     fill the tables of README.md, possible for tiny without parameters only. A notebook of which nothing has changed since it
     ran is not run again unless `again` is set. Raises Stopped at the first notebook that fails.
     """
-    name = Path(preset).stem
+    name = folder_name(Path(preset).stem, "preset")
     say = say or functools.partial(print, flush=True)
     parameters = dict(parameters or {})
     if write and (preset not in WRITTEN or preset == "tiny" and parameters):
@@ -425,6 +425,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
     if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
         parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
     out = Path(out or ROOT / "runs" / name).resolve()
+    if (out / "notebooks") == Path(notebooks or ROOT / "notebooks").resolve():
+        raise ValueError(f"out={out}: the executed notebooks would replace their sources; name another folder.")
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     old = json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
     known = {row["name"]: row for row in old.get("notebooks", [])}

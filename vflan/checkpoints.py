@@ -10,7 +10,7 @@ import errno
 import hashlib
 import math
 import os
-import shutil
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor, Shard
 
 from vflan import model as models
+from vflan.io import CHECKPOINT, MODEL, clear
 from vflan.recipe import read_json, shown, write_json
 
 KEPT = 2  # the one before stays, in case the newest turns out damaged
@@ -31,24 +32,25 @@ def save(folder: Path, step: int, spread, **about) -> None:
     home, accelerator = folder / "checkpoints", spread.accelerator
     scratch, place = home / ".part", home / f"step-{step:08d}"
     if accelerator.is_main_process:
-        shutil.rmtree(scratch, ignore_errors=True)
+        clear(scratch, CHECKPOINT)
         scratch.mkdir(parents=True)
     accelerator.wait_for_everyone()
     files = dict(gather_object([(str(path.relative_to(scratch)), _digest(path)) for path in _write(scratch, spread)]))
     if accelerator.is_main_process:
         write_json(scratch / "checkpoint.json", about | versions() | dict(step=step, files=files))
         flush(scratch)
-        shutil.rmtree(place, ignore_errors=True)  # there only if it was found damaged
+        clear(place, CHECKPOINT)  # there only if it was found damaged
         scratch.replace(place)
         flush(home)
         for old in found(folder)[KEPT:]:
-            shutil.rmtree(old)
+            clear(old, CHECKPOINT)
     accelerator.wait_for_everyone()
 
 
 def found(folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, newest first; not looked into."""
-    return sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+    steps = (folder / "checkpoints").glob("step-*")
+    return sorted((path for path in steps if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
 
 
 def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
@@ -138,8 +140,8 @@ def full_disk_is_told(folder: Path):
         full = getattr(trouble, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(word in str(trouble) for word in words):
             raise
-        for half in (folder / ".model", folder / "checkpoints" / ".part"):
-            shutil.rmtree(half, ignore_errors=True)
+        clear(folder / ".model", MODEL)
+        clear(folder / "checkpoints" / ".part", CHECKPOINT)
         last = found(folder)
         kept = f"its last checkpoint, {last[0].name}, is whole" if last else "it has no checkpoint yet"
         sentence = f"The disk is full: {shown(folder)} cannot be written further; {kept}. Make room and train it again"

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from vflan import contamination
 from vflan.conversation import IGNORE_INDEX, IMAGE, audit, encode_many
+from vflan.io import set_aside
 from vflan.pictures import picture_bytes, read_picture, stamp
 from vflan.progress import progress
 from vflan.recipe import CACHE
@@ -211,7 +212,7 @@ def _shelf() -> sqlite3.Connection:
         warnings.warn(f"{file} cannot be written ({trouble}): a check that is cut off will start anew", stacklevel=4)
         return _with_table(sqlite3.connect(":memory:"))
     except sqlite3.DatabaseError:  # no database, after a disk was full, say: it can all be made again
-        file.unlink()
+        set_aside(file)
         return _shelf()
 
 

@@ -15,7 +15,7 @@ from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Benchmark
 from vflan.kept import ask_and_keep, fingerprint_of_folder, fingerprint_of_questions, keep_scores, read_rows
 from vflan.pictures import stamp
-from vflan.recipe import resolve, shown
+from vflan.recipe import folder_name, resolve, shown
 from vflan.runs import Run
 from vflan.served import ServedModel
 from vflan.stats import bootstrap, paired
@@ -48,6 +48,8 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
     served = isinstance(model, ServedModel)
     name = name or (model.folder_name if served else None)
+    for part in name.split("/") if isinstance(name, str) else ():  # a sweep's names may have several
+        folder_name(part)
     if (model is None) != (name is None):
         raise ValueError(
             "To evaluate a model of your own give both model= and name=: its answers are kept under that name."

@@ -24,6 +24,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
+from vflan.io import set_aside
 from vflan.progress import progress
 from vflan.recipe import resolve, shown
 
@@ -153,6 +154,8 @@ def _download(url: str, file: RepoFile, target: Path) -> None:
         if part.stat().st_size < file.size:
             raise ConnectionError(f"{file.path} broke off. What has come so far is kept: fetch again.")
         if _is_whole(part, file):
+            if os.path.lexists(target):  # damaged, of another version, or somebody's own: it is not for us to delete
+                set_aside(target)
             part.replace(target)
             return
         part.unlink()

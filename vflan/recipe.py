@@ -29,6 +29,7 @@ _CHOICES = {
 }
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 _WATCHING = ("save_every", "evaluate_every", "trackers")  # what is seen of a run, not what comes out of it
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
 _AT_LEAST |= dict(
     lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
@@ -118,8 +119,7 @@ class Recipe:
                 raise ValueError(f"{field}={value!r}: a number of at least {least} is needed.")
             if "int" in str(_FIELDS[field].type) and value != int(value):
                 raise ValueError(f"{field}={value!r}: a whole number is needed.")
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"name={self.name!r}: it becomes a folder, so it must be one plain folder name.")
+        folder_name(self.name)
         if not self.tune or not set(self.tune) <= {"projector", "language_model"}:
             raise ValueError(
                 f"tune={self.tune}: name projector, language_model or both; the vision tower stays frozen."
@@ -248,6 +248,28 @@ def differences(old: dict, new: dict) -> str:
     old, new = (json.loads(json.dumps({**DEFAULTS, **values})) for values in (old, new))
     keys = [key for key in {**old, **new} if key not in _WATCHING]
     return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key))
+
+
+def folder_name(name: str, what: str = "name") -> str:
+    """`name`, if it is one plain folder name on every system; else ValueError, which says what is wrong with it.
+
+    Letters of any script are welcome. Not allowed: path separators, `.` and `..`, control and
+    direction characters, what Windows drops or reserves, over 100 characters or 200 bytes.
+    """
+    trouble = None
+    if not isinstance(name, str) or not name:
+        trouble = "some text is needed"
+    elif bad := next((c for c in name if c in '/\\:*?"<>|' or not c.isprintable()), None):
+        trouble = f"it holds the character {ascii(bad)}"
+    elif name != name.strip() or name.startswith(".") or name.endswith("."):
+        trouble = "it begins or ends with a dot or a space"
+    elif len(name) > 100 or len(name.encode()) > 200:
+        trouble = f"it has {len(name)} characters ({len(name.encode())} bytes), more than 100 (200)"
+    elif name.split(".")[0].rstrip().upper() in _RESERVED:
+        trouble = "Windows reserves it"
+    if trouble:
+        raise ValueError(f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {trouble}.")
+    return name
 
 
 def resolve(path: str | os.PathLike) -> Path:

@@ -1,7 +1,8 @@
 """A run is a folder that remembers: recipe, metrics, the model as Hugging Face files, and a marker written last."""
 
+import json
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vflan.recipe import ROOT, Recipe, read_json, replace, resolve, shown, write_json
+from vflan.io import BEGINNING, CHECKPOINTS, MODEL, RUN, clear, foreign, make_folder, named
+from vflan.recipe import ROOT, Recipe, differences, read_json, replace, resolve, shown, write_json
 
+MARKERS = {"name", "stage", "vision_tower", "language_model"}  # fields by which a recipe.json is one of ours
+_HELD = set()  # (process, thread, folder) of the locks that are held here
 PATIENCE = 5  # seconds that the processes of a killed run may need to go
 
 
@@ -120,15 +124,15 @@ class Run:
         path, about = found
         recipe, start = self.recipe, read_json(self.folder / "init.json")
         other = Run(self.folder.with_name(f"{self.name}-step{about['step']}"))
-        if not other.finished:
-            whole = replace(recipe, bits=16)  # what was learned is put on the weights that were quantised
-            model = checkpoints.learned(whole, start.get("init"), checkpoints.weights(path))
-            other.folder.mkdir(exist_ok=True)
-            write_json(other.folder / "recipe.json", replace(recipe, name=other.name).to_dict())
-            write_json(other.folder / "init.json", start)
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            (other.folder / "metrics.jsonl").write_text("".join(lines[: about["step"]]), encoding="utf-8")
-            other.finish(model, models.load_processor(whole, model), whole, start.get("init"), steps=about["step"])
+        written = replace(recipe, name=other.name)
+        with other.begun(written, start):
+            if not other.finished:
+                whole = replace(recipe, bits=16)  # what was learned is put on the weights that were quantised
+                model = checkpoints.learned(whole, start.get("init"), checkpoints.weights(path))
+                lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+                (other.folder / "metrics.jsonl").write_text("".join(lines[: about["step"]]), encoding="utf-8")
+                processor = models.load_processor(whole, model)
+                other.finish(model, processor, whole, start.get("init"), steps=about["step"])
         return other
 
     def export(self, folder, merge: bool = True) -> Path:
@@ -163,21 +167,31 @@ class Run:
         summary["parts"] = {name: models.fingerprint(part) for name, part in models.parts(model).items()}
         with checkpoints.full_disk_is_told(self.folder):
             for folder in (scratch, self.folder / "model", self.folder / "adapter"):
-                shutil.rmtree(folder, ignore_errors=True)
+                clear(folder, MODEL)
             if recipe.lora_r:
                 models.save_adapter(model, recipe, self.folder / "adapter")
             models.export(model, processor, recipe, scratch, init)
             checkpoints.flush(scratch)
             scratch.replace(self.folder / "model")
             write_json(self.folder / "done.json", summary)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        clear(self.folder / "checkpoints", CHECKPOINTS)
 
     @contextmanager
-    def alone(self):
-        """Hold the folder for this process; RuntimeError if another is training here. A process that dies lets go of it."""
+    def alone(self, again: bool = False):
+        """Hold the folder for this process; RuntimeError if another is training here. A process that dies lets go of it.
+
+        again: in a thread that holds it already, go on holding it.
+        """
         import fcntl
 
-        with (self.folder / ".lock").open("a+") as file:
+        me = (os.getpid(), threading.get_ident(), os.path.realpath(self.folder))
+        if again and me in _HELD:
+            yield
+            return
+        lock = self.folder / ".lock"
+        if lock.is_symlink() or lock.exists() and not lock.is_file():
+            raise FileExistsError(f"{shown(lock)} is not vflan's lock file: move it away, or choose another name.")
+        with lock.open("a+", encoding="utf-8", errors="replace") as file:
             end = time.monotonic() + PATIENCE
             while True:
                 try:
@@ -191,12 +205,82 @@ class Run:
                             "wait for it, or give this run another name."
                         ) from None
                     time.sleep(0.1)
+            file.seek(0)
+            if not re.match(r"process \d+ on |$", file.read(200)):
+                raise FileExistsError(f"{shown(lock)} is not vflan's lock file: move it away, or choose another name.")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             for half in self.folder.glob(".*.json.*"):  # of a process that died while it wrote one
-                half.unlink(missing_ok=True)
+                if re.fullmatch(r"\.(recipe|init|mixture|done)\.json\.\d+", half.name):
+                    half.unlink(missing_ok=True)
+            _HELD.add(me)
+            try:
+                yield
+            finally:
+                _HELD.discard(me)
+
+    @contextmanager
+    def begun(self, recipe: Recipe, start: dict):
+        """Hold the folder, in which `recipe` is written down to be trained from `start` (init.json).
+
+        Looked at under the lock: a finished run of the same recipe stays as it is. One sentence, and
+        not a byte is changed, if the folder holds another recipe's run (ValueError) or files that
+        vflan did not write (FileExistsError). The rest of a start that failed is deleted.
+        """
+        if self.finished and not self._changes(recipe, start):  # reading it needs no lock
             yield
+            return
+        self._refuse(recipe, start)
+        make_folder(self.folder)
+        with self.alone():
+            changed = self._refuse(recipe, start)  # once more: another process may have come first
+            if not self.finished:
+                for path in self.folder.iterdir() if changed else ():
+                    if path.is_dir():
+                        clear(
+                            path, [pattern.partition("/")[2] for pattern in RUN if pattern.startswith(f"{path.name}/")]
+                        )
+                    elif path.name != ".lock":
+                        path.unlink()
+                write_json(self.folder / "recipe.json", recipe.to_dict())
+                write_json(self.folder / "init.json", start)
+            yield
+
+    def _changes(self, recipe, start) -> str:
+        """What tells the recipe and start that are written down here from these; empty where there is none."""
+        old = self.written()
+        return differences(old, recipe.to_dict() | start) if old else ""
+
+    def written(self) -> dict:
+        """recipe.json and init.json together; empty where there is neither."""
+        return read_json(self.folder / "recipe.json") | read_json(self.folder / "init.json")
+
+    def _refuse(self, recipe, start) -> str:
+        """The changes, if this recipe may be written down here; else the sentence that says why it may not."""
+        where = shown(self.folder)
+        if not self.folder.is_dir():
+            return ""
+        known = read_json(self.folder / "recipe.json")
+        if not MARKERS <= known.keys():
+            if others := foreign(self.folder, BEGINNING):
+                raise FileExistsError(
+                    f"{where} is no run of vflan: it holds {named(others)}. Nothing was changed; give this run "
+                    "another name, or move these files away."
+                )
+            return ""
+        if not (changed := self._changes(recipe, start)):
+            return ""
+        if self.finished or any((self.folder / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"{where} holds another recipe's run:\n{changed}\nGive this one a new name, or delete {where}."
+            )
+        if others := [str(self.folder)] if self.folder.is_symlink() else foreign(self.folder, RUN):
+            raise FileExistsError(
+                f"{where} holds the start of another recipe's run, and what vflan did not write or reaches through a "
+                f"link: {named(others)}. Nothing was deleted; give this run another name, or move that away.\n{changed}"
+            )
+        return changed
 
     def _must_be_finished(self):
         if not self.finished:
@@ -216,6 +300,8 @@ def launch(folder: Path, num_processes: int) -> None:
     paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VFLAN_HOME": str(ROOT)}
     env |= {"VFLAN_ENDS_WITH_STDIN": "1"}  # which ends with us, however we end
+    # the lock goes from this process to one of theirs: by then another may have written its recipe here
+    env |= {"VFLAN_BEGUN": json.dumps(Run(folder).written(), sort_keys=True)}
     env.setdefault("OMP_NUM_THREADS", "1")
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     child, tail = subprocess.Popen(command, text=True, env=env, **pipes), []

@@ -224,7 +224,9 @@ def _open(table: Path, key: bytes) -> Dataset | None:
 
 def _convert(parts, root: Path, key: bytes, table: Path):
     """Write the table under another name, then rename it: a kill leaves no half table."""
-    for left in table.parent.glob("*.part"):  # of conversions that were killed; the lock of a living one is held
+    for left in table.parent.glob(
+        f"*-{'[0-9a-f]' * 16}.part"
+    ):  # of conversions that were killed; the lock of a living one is held
         try:
             with FileLock(left.with_suffix(".lock"), blocking=False):
                 left.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from huggingface_hub import (
 from vflan.benchmarks import BENCHMARKS
 from vflan.checkpoints import versions
 from vflan.fetch import SETS
+from vflan.io import whole_folder
 from vflan.mixtures import released_tasks
 from vflan.recipe import DEFAULTS, Recipe, commit, read_json, resolve, shown, write_json
 
@@ -59,12 +60,8 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
     if not source.is_dir():
         why = "it was not tuned with LoRA" if not recipe.lora_r else "it was trained before adapters were kept"
         raise ValueError(f"{run.name} has no adapter: {why}; export it with merge=True.")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{shown(folder)} is not empty; name a new folder.")
-    part = folder.with_name(f".{folder.name}.part")  # whole or not at all
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        shutil.copytree(source, part, copy_function=copy)
+    with whole_folder(folder, folder.with_name(f".{folder.name}.part")) as part:
+        shutil.copytree(source, part, copy_function=copy, dirs_exist_ok=True)
         processor = run.processor()
         processor.save_pretrained(part)
         processor.image_processor.save_pretrained(part)  # preprocessor_config.json, for transformers 4 and vLLM
@@ -73,9 +70,6 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
             write_json(part / "adapter_config.json", config | dict(base_model_name_or_path=begun and f"{begun}/model"))
         write_dataset_card(run, part / "data")
         model_card(run, name, merge).save(part / "README.md")
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from vflan import model as models
 from vflan.evaluate import evaluate, kept_items, present
-from vflan.recipe import Recipe, for_seed, replace, resolve
+from vflan.recipe import Recipe, folder_name, for_seed, replace, resolve
 from vflan.runs import Run
 from vflan.train import train
 from vflan.workers import end_with_parent, forking
@@ -116,6 +116,9 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
         raise ValueError(f"{repeated[0]} and {repeated[1]} would be trained in the same folder: give them other names.")
     runs = {key: run_of(arms, *key) for key in todo}
     kept_as = {(label, s): label.replace(" ", "-") if isinstance(a, Swap) else None for (label, s), a in todo.items()}
+    for name in filter(None, kept_as.values()):  # said now, not when everything is trained
+        for part in name.split("/"):
+            folder_name(part, "label")
     waiting = {(label, seed): [(need, seed) for need in after(arms, label)] for label, seed in todo}
     if len(done := _in_order(waiting)) < len(waiting):
         raise ValueError(

@@ -1,12 +1,12 @@
 """Training: `train` for people, `fit` for each process. Plain PyTorch and Accelerate, the loop on one screen."""
 
 import argparse
+import json
 import math
 import os
-import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,7 +18,7 @@ from vflan.batches import Pictures, feed, plan, prepare
 from vflan.heldout import HeldOut, hold_out, task_names
 from vflan.learner import Learner
 from vflan.log import Log
-from vflan.recipe import Recipe, differences, read_json, resolve, shown, write_json
+from vflan.recipe import Recipe, read_json, resolve, shown
 from vflan.runs import Run, end_with_parent, launch
 
 
@@ -33,20 +33,19 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     run, together = Run(recipe.folder), processes.started()
     if together > 1:
         processes.check(recipe, together)
-        with processes.join(recipe, run.folder).main_process_first():
-            if os.environ["RANK"] == "0":
-                _begin(run, recipe, init)
-        fit(run.folder)
+        with ExitStack() as held:  # until the run is finished: the main process's `fit` holds the same lock
+            with processes.join(recipe, run.folder).main_process_first():
+                if os.environ["RANK"] == "0":
+                    held.enter_context(run.begun(recipe, _started_from(init)))
+            fit(run.folder)
         return run
     processes.check(recipe, num_processes)
-    _begin(run, recipe, init)
-    if run.finished:
-        return run
-    if num_processes == 1:
-        with torch.random.fork_rng():  # the caller's random numbers are the caller's
-            fit(run.folder)
-    else:
-        launch(run.folder, num_processes)
+    with run.begun(recipe, _started_from(init)):
+        if not run.finished and num_processes == 1:
+            with torch.random.fork_rng():  # the caller's random numbers are the caller's
+                fit(run.folder)
+    if not run.finished and num_processes > 1:
+        launch(run.folder, num_processes)  # whose main process takes the lock
     if not run.finished:
         raise RuntimeError(f"{shown(run.folder)}: training ended without a finished run.")
     return run
@@ -55,15 +54,29 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
 def fit(folder, num_processes: int | None = None) -> None:
     """Train the run that `folder` describes; every process of a distributed run calls this."""
     run = Run.open(folder)
-    processes.check(run.recipe, processes.started())
-    accelerator = processes.join(run.recipe, run.folder)
+    recipe, begun = run.recipe, json.loads(os.environ.get("VFLAN_BEGUN") or "{}") or run.written()
+    processes.check(recipe, processes.started())
+    accelerator = processes.join(recipe, run.folder)
     if num_processes not in (None, accelerator.num_processes):
         raise RuntimeError(
             f"{num_processes} processes were asked for, but {accelerator.num_processes} found each other."
         )
-    if not run.finished:
-        with run.alone() if accelerator.is_main_process else nullcontext(), checkpoints.full_disk_is_told(run.folder):
-            _fit(run, run.recipe, accelerator)
+    taken = f"{shown(run.folder)} was taken by another recipe; give this run a name of its own."
+    if run.written() != begun:
+        raise RuntimeError(taken)
+    if run.finished:
+        return
+    with (
+        run.alone(again=True) if accelerator.is_main_process else nullcontext(),
+        checkpoints.full_disk_is_told(run.folder),
+    ):
+        # between the first look and the lock another process may have finished it, or begun another recipe
+        if accelerator.is_main_process and run.written() != begun:
+            raise RuntimeError(taken)
+        finished = [run.finished]
+        broadcast_object_list(finished)
+        if not finished[0]:
+            _fit(run, recipe, accelerator)
 
 
 def _fit(run, recipe, accelerator):
@@ -180,29 +193,6 @@ def _fingerprint_frozen(model) -> dict[str, str]:
         for part, module in models.parts(model).items()
     }
     return {part.replace("_", " "): models.fingerprint(weights) for part, weights in still.items()}
-
-
-def _begin(run, recipe, init) -> None:
-    """Write down what is to be trained, unless the folder holds a finished run of it."""
-    start = _started_from(init)
-    old = read_json(run.folder / "recipe.json") | read_json(run.folder / "init.json")
-    changed = differences(old, recipe.to_dict() | start) if old else ""
-    if changed and (run.finished or checkpoints.found(run.folder)):
-        where = shown(run.folder)
-        raise ValueError(
-            f"{where} holds another recipe's run:\n{changed}\nGive this one a new name, or delete {where}."
-        )
-    if run.finished:
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with run.alone():
-        for path in run.folder.iterdir() if changed else ():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-        write_json(run.folder / "recipe.json", recipe.to_dict())
-        write_json(run.folder / "init.json", start)
 
 
 def _resume(run, spread, about) -> int:

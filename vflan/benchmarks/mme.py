@@ -15,6 +15,7 @@ import numpy as np
 from vflan.benchmarks.benchmark import Benchmark, Metric, metrics
 from vflan.benchmarks.files import SHORT, asked, mme_rows, pictures_in, read_rows
 from vflan.benchmarks.pope import known, yes
+from vflan.recipe import folder_name
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -117,7 +118,7 @@ def upload(samples, answers, folder):
                 lines.append(
                     "\t".join((Path(s["image"]).stem + ".txt", question, s["label"].capitalize(), answer)) + "\n"
                 )
-        (Path(folder) / f"{task}.txt").write_text("".join(lines), encoding="utf-8")
+        (Path(folder) / f"{folder_name(task, 'task')}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 MME = Benchmark("mme", "score", parse, items, read, known=known, alone=alone, blind=yes, upload=upload, paper="MME", size=2374,

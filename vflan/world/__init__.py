@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vflan.recipe import ROOT
+from vflan.io import MARK, foreign, named
+from vflan.recipe import ROOT, shown
 from vflan.world import chats
 from vflan.world.scene import (
     BACKGROUNDS,
@@ -34,6 +35,8 @@ from vflan.world.twins import write_twins
 from vflan.world.words import NUMBERS, describe, sentences
 
 CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 7000, 500, 3000, 0.06
+WRITTEN = (MARK, "built.json", "README.md", "tasks.csv", "captions.json", "flan.json", "chat.json")
+WRITTEN += ("images/*.png", "*/questions.jsonl", "*/*.json")  # in each of the three folders; patterns of `io.foreign`
 VERSION = 7  # of the generated files; a folder of another version or seed is written again
 # The worlds that presets read. Everything was tried out and chosen in the first; the second has other scenes and other kinds
 # held out, drawn by lot, for the claims alone. (A first draw, 2402 and 11690, is retired: three seeds of notebook 06 were seen on it.)
@@ -66,17 +69,39 @@ def build(folder=None, seed=0, captions=CAPTIONS, per_kind=PER_KIND, conversatio
     with FileLock(folder / ".building.lock"):  # of two processes one builds and the other waits
         for name, write in sets.items():
             if not _is_done(folder / name, sizes):
-                for left in folder.glob(f"{name}.*"):  # by a build that was killed
-                    shutil.rmtree(left)
-                fresh, old = folder / f"{name}.new", folder / f"{name}.old"
+                _refuse_foreign(folder / name)
+                fresh, old = folder / f".{name}.new", folder / f".{name}.old"
+                for left in (fresh, old):  # by a build that was killed; both names are ours alone
+                    if os.path.lexists(left):
+                        _refuse_foreign(left)
+                        shutil.rmtree(left)
                 (fresh / "images").mkdir(parents=True)
+                (fresh / MARK).touch()
                 write(fresh, **sizes)
                 (fresh / "built.json").write_text(json.dumps(sizes))
                 if (folder / name).exists():
                     (folder / name).rename(old)
+                (fresh / MARK).unlink()
                 fresh.rename(folder / name)
                 shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _refuse_foreign(folder):
+    """FileExistsError if a folder is there that no build wrote, or that holds files which a build does not write."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        others = [folder.name]
+    elif (folder / "built.json").is_file() or (folder / MARK).is_file():
+        others = foreign(folder, WRITTEN)
+    else:
+        others = sorted(path.name for path in folder.iterdir())
+    if others:
+        raise FileExistsError(
+            f"{shown(folder)} is to be built again, but holds what vflan did not write: {named(others)}. "
+            "Nothing was deleted; move it away first."
+        )
 
 
 def _is_done(folder, sizes):
