@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
 from vflan.progress import progress
-from vflan.recipe import output_path, resolve, shown
+from vflan.recipe import output_path, shown
 
 
 @dataclass(frozen=True)
