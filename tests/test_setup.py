@@ -139,7 +139,7 @@ def test_every_import_is_declared_and_no_dependency_twice():
 
 WINDOWS = """
 import os, sys
-import psutil  # its Linux half imports resource
+import psutil, torch  # on Linux they need what Windows builds of them do without
 for name in ("fcntl", "resource", "pwd", "grp"):
     sys.modules[name] = None
 del os.register_at_fork, os.fork
