@@ -437,7 +437,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "notebooks": [],
     }
-    sources = find_notebooks(notebooks or resolve("notebooks"), only)
+    own = ROOT / "notebooks"  # in an installed package there are none, until somebody puts some there
+    sources = find_notebooks(notebooks or (own if own.is_dir() else resolve("notebooks")), only)
     width = max(len(source.stem) for source in sources)
     with Watch() as whole:
         for source in sources:
