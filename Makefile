@@ -22,25 +22,36 @@ help:
 	@echo "make test    install, then lint, format check and all tests"
 	@echo "make lab     install, then open JupyterLab in notebooks/"
 	@echo "make bench   measure demo and tests in a fresh clone (bench/results/demo.json)"
-	@echo "make lock    resolve requirements.lock again from pyproject.toml"
+	@echo "make lock    resolve the three lock files again from pyproject.toml (UPGRADE=1: the newest of everything)"
 	@echo "make format  let ruff lay out code and notebooks"
 	@echo "make clean   remove the environment, runs and generated data"
 
 setup: $(STAMP)
 
-# uv is quick but does not read pip's settings, so the folders in pip's find-links are handed on; where uv cannot
-# install, pip does (a mirror that only pip knows, for example). Compiled here, as pip does: else the first notebook
-# compiles torch and transformers, and where Python may not write bytecode, every process does.
-$(STAMP): requirements.lock pyproject.toml
+# Torch first, without looking at its hash where this machine has a build of its own: from TORCH_INDEX (an index of CPU
+# builds, say), or from the folders in pip's find-links, which uv does not read by itself. Elsewhere it is PyPI's, with hashes.
+# All else is installed with hashes. pip does the same where uv cannot install (a mirror that only pip knows, for example).
+# Compiled here, as pip does: else the first notebook compiles torch and transformers, and where Python may not write
+# bytecode, every process does.
+TORCH_INDEX ?=
+LOCKS = requirements.lock requirements.hashes.lock requirements.torch.lock
+CHECKED = --no-deps --require-hashes -r
+$(STAMP): $(LOCKS) pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@set -e; links=; \
 	for folder in $$($(PY) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS); do \
-	    if [ -d "$$folder" ]; then links="$$links --find-links $$folder"; fi; \
+	    if ls "$$folder"/torch-*.whl >/dev/null 2>&1; then links="$$links --find-links $$folder"; fi; \
 	done; \
-	echo "installing requirements.lock into $(VENV)"; \
-	{ $(PY) -m pip install -qq uv && $(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) $$links -r requirements.lock; } \
-	    || { echo "uv could not install it; trying pip"; $(PY) -m pip install -qq -r requirements.lock; }
+	pinned=$$(grep '^torch==' requirements.lock); \
+	if [ -n "$(TORCH_INDEX)" ]; then torch="--no-deps --index-url $(TORCH_INDEX) $$pinned"; \
+	elif [ -n "$$links" ]; then torch="--no-deps $$links $$pinned"; \
+	else torch="$(CHECKED) requirements.torch.lock"; fi; \
+	rest="$(CHECKED) requirements.hashes.lock"; uv="$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY)"; \
+	pip="$(PY) -m pip install -qq"; echo "installing the locked packages into $(VENV)"; \
+	{ $$pip uv && $$uv $$torch && $$uv $$rest; } \
+	    || { echo "uv could not install them; trying pip"; $$pip $$torch && $$pip $$rest; }
 	$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
+	$(PY) -m pip check
 	$(PY) -m compileall -q vflan
 	@touch $@
 
@@ -67,14 +78,23 @@ bench: $(STAMP)
 CUDA = cuda-bindings cuda-pathfinder cuda-toolkit triton nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+# Three files of one resolution, for every system and Python from 3.11 on; none names an index.
+#   requirements.lock         exact versions: for pip, conda, Colab, and machines with a torch of their own
+#   requirements.hashes.lock  the same versions with the hashes of their files; no torch, because a machine without a GPU
+#                             takes a build of torch that is not on PyPI and has other hashes
+#   requirements.torch.lock   torch as PyPI has it, with what it needs (on Linux CUDA too), with hashes
+# `make lock` keeps every version that pyproject.toml still allows, `make lock UPGRADE=1` takes the newest of each.
+COMPILE = $(PY) -m uv pip compile --universal --python-version 3.11 --no-header --no-annotate --quiet
 lock: $(STAMP)
-	$(PY) -m uv pip compile --universal --python-version 3.11 --extra test pyproject.toml --no-header --no-annotate \
-	    $(CUDA:%=--no-emit-package %) --quiet -o requirements.lock
+	$(COMPILE) --extra test pyproject.toml $(CUDA:%=--no-emit-package %) $(if $(UPGRADE),--upgrade) -o requirements.lock
+	$(COMPILE) --extra test pyproject.toml $(CUDA:%=--no-emit-package %) --no-emit-package torch \
+	    -c requirements.lock --generate-hashes --upgrade -o requirements.hashes.lock
+	echo torch | $(COMPILE) - -c requirements.lock --generate-hashes $(if $(UPGRADE),--upgrade) -o requirements.torch.lock
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs data/frozen data/tiny/samples data/tiny/benchmarks data/tiny/benchmarks_more vflan.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs data/frozen data/tiny/samples data/tiny/benchmarks data/tiny/benchmarks_more build vflan.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -252,7 +252,8 @@ class Bench:
         flops = work(data, rows, recipe, shapes) / seconds
         peak = float(metrics.peak_gb.max()) if torch.cuda.is_available() else None
         note = dict(steps=len(batches) - warm, rows=len(rows), seconds=round(float(seconds), 2),
-                    fill=round(float(metrics.fill.mean()), 3), ends_s=metrics.seconds.round(1).tolist(), tflops=round(flops / 1e12, 1))  # fmt: skip
+                    ends_s=metrics.seconds.round(1).tolist(),
+                    fill=round(float(metrics.fill.mean()), 3), tflops=round(flops / 1e12, 1))  # fmt: skip
         return float(rate), float(flops / 1e12 / self.rate) if self.rate else float("nan"), peak, note
 
     # --------------------------------------------------------------------------------------------------- steps

@@ -218,7 +218,6 @@ def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
     ]
 
 
-def test_a_committed_figure_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "ROOT", tmp_path)
-    plots.committed("affinity")
+def test_a_committed_figure_that_is_not_there_is_said(capsys):
+    plots.committed("affinity", "no such preset")
     assert "make paper" in capsys.readouterr().out

@@ -1,20 +1,27 @@
-"""pyproject.toml, requirements.lock and all that sets vflan up somewhere say the same thing; the examples start what they say."""
+"""pyproject.toml, the lock files and all that sets vflan up somewhere say the same thing; the examples start what they say."""
 
+import ast
+import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tomllib
 from contextlib import suppress
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from vflan.recipe import SHIPPED_FILES
 
 HOME = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
@@ -62,6 +69,106 @@ def test_continuous_integration_runs_what_a_person_runs():
     assert (HOME / ".ci/run").stat().st_mode & 0o111
     steps = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    (python,) = (step["with"]["python-version"] for step in steps if "python" in step.get("uses", ""))
+    job = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert python == "${{ matrix.python }}" and job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert job["env"]["PYTHON"] == "python"  # else make takes a python3.11 that the machine has too
+
+
+def hashed(name):
+    """Requirement -> its hashes, of a lock file with hashes."""
+    text = (HOME / name).read_text().replace("\\\n", " ")
+    entries = [re.split(r"\s+--hash=", line) for line in text.splitlines()]
+    return {" ".join(entry.split()): hashes for entry, *hashes in entries}
+
+
+def test_the_lock_files_with_hashes_hold_the_same_versions():
+    """All but torch in the one; torch with what it needs, CUDA too, in the other."""
+    pins = {" ".join(line.split()) for line in LOCK}
+    rest, torch = hashed("requirements.hashes.lock"), hashed("requirements.torch.lock")
+    (torch_pin,) = (pin for pin in pins if pin.startswith("torch=="))
+    assert set(rest) == pins - {torch_pin}
+    assert torch_pin in torch
+    cuda = re.compile(r"(nvidia|cuda|triton)")
+    of_torch = {pin.split()[0] for pin in torch if not cuda.match(pin)}
+    assert of_torch <= {pin.split()[0] for pin in pins}
+    makefile = (HOME / "Makefile").read_text()
+    named = re.search(r"^CUDA = ((?:.*\\\n)*.*)", makefile, re.MULTILINE)[1].replace("\\", " ").split()
+    assert {pin.split("==")[0] for pin in torch if cuda.match(pin)} == set(named)
+    for pin, hashes in [*rest.items(), *torch.items()]:
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", each.strip()) for each in hashes), pin
+
+
+@pytest.mark.parametrize("name", ["requirements.hashes.lock", "requirements.torch.lock"])
+def test_no_lock_file_names_an_index_or_a_folder(name):
+    for line in (HOME / name).read_text().splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?==[\w.]+( ;.*)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), (
+            line
+        )
+        assert "/" not in line and "://" not in line
+
+
+def test_a_build_of_torch_for_the_cpu_is_the_locked_version():
+    (pin,) = locked()["torch"]
+    (version,) = pin
+    assert pin.contains(f"{version.version}+cpu")
+
+
+def imported(folder):
+    """Top-level names of other packages that the modules below a folder import."""
+    names = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"vflan"}
+
+
+def test_every_import_is_declared_and_no_dependency_twice():
+    declared = [canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]]
+    assert len(declared) == len(set(declared))
+    # asked for by name, in a sentence, where one of them is needed and not there
+    optional = {"spacy", "deepspeed"}
+    known = packages_distributions()
+    for name in imported(HOME / "vflan") - optional:
+        homes = {canonicalize_name(home) for home in known.get(name, [name])}
+        assert homes & set(declared), f"{name} is imported, and {homes} is not in pyproject.toml"
+
+
+WINDOWS = """
+import os, sys
+import psutil, torch  # on Linux they need what Windows builds of them do without
+for name in ("fcntl", "resource", "pwd", "grp"):
+    sys.modules[name] = None
+del os.register_at_fork, os.fork
+import json
+from pathlib import Path
+from PIL import Image
+import vflan
+from importlib import import_module
+from pkgutil import walk_packages
+
+for module in walk_packages(vflan.__path__, "vflan."):
+    if not module.name.endswith("__main__"):
+        import_module(module.name)
+
+os.mkdir("images")
+Image.new("RGB", (48, 48)).save("images/a.png")
+turns = [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "A square."}]
+rows = [{"id": str(i), "image": "a.png", "conversations": turns} for i in range(20)]
+Path("rows.json").write_text(json.dumps(rows))
+samples = vflan.load_samples("rows.json", "images")
+assert len(samples) == 20 and "20 fine" in str(vflan.check(samples))
+here = dict(samples=str(Path("rows.json").resolve()), images=str(Path("images").resolve()))
+assert "step" in str(vflan.plan(vflan.replace(vflan.preset("tiny").base, **here)))
+print("read, checked, planned")
+"""
+
+
+def test_importing_reading_checking_and_planning_need_nothing_that_windows_lacks(tmp_path):
+    assert run_installed(HOME, tmp_path, WINDOWS, VFLAN_CACHE=str(tmp_path)) == "read, checked, planned"
 
 
 def test_presets_are_shipped_with_the_package():
@@ -97,7 +204,7 @@ def python_versions():
     return {
         "Dockerfile": re.search(r"^FROM python:([\d.]+)", text["Dockerfile"], re.MULTILINE)[1],
         "Makefile": re.search(r"--python-version ([\d.]+)", text["Makefile"])[1],
-        "ci.yml": re.search(r"python-version: \"([\d.]+)\"", text[".github/workflows/ci.yml"])[1],
+        "ci.yml": re.search(r"python: \[\"([\d.]+)\"", text[".github/workflows/ci.yml"])[1],
         **{name: of["dependencies"][0].removeprefix("python=") for name, of in conda.items()},
         "pyproject.toml": PROJECT["requires-python"].removeprefix(">="),
     }
@@ -195,3 +302,128 @@ def free_port():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return held.getsockname()[1]
+
+
+# ------------------------------------------------------------------------- installed: a wheel works outside of a clone
+
+USE = """
+import json, os, subprocess, sys
+from pathlib import Path
+import vflan
+from vflan import claims, plots
+from vflan.book import find_notebooks
+from vflan.recipe import ROOT, SHIPPED, commit, resolve
+
+recipes = vflan.preset("tiny")
+vflan.world.build(captions=32, per_kind=4, conversations=4, questions=0.02)
+run = vflan.train(vflan.replace(recipes.projector, max_steps=2))
+plots.style()
+other = [sys.executable, "-c", "from vflan.recipe import ROOT; print(ROOT)"]
+print(json.dumps({
+    "root": str(ROOT),
+    "shipped": str(SHIPPED),
+    "run": str(run.folder),
+    "steps": run.summary["steps"],
+    "claims": len(claims.ledger()),
+    "verdicts": len(claims.committed("06")),
+    "printed": len(plots.paper()),
+    "tasks": len(plots.released_tasks()),
+    "notebooks": len(find_notebooks(resolve("notebooks"))),
+    "figure": resolve("figures/tiny_frozen/selection.png").is_file(),
+    "tower": recipes.projector.vision_tower,
+    "of the package": str(resolve(recipes.projector.vision_tower)),
+    "of a child": subprocess.run(other, cwd="/", capture_output=True, text=True).stdout.strip(),
+    "commit": commit(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what a wheel is built from, so that building leaves nothing in the clone."""
+    folder = tmp_path_factory.mktemp("source")
+    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "vflan", *SHIPPED_FILES)
+    for path in (path for pattern in files for path in HOME.glob(pattern)):
+        place = folder / path.relative_to(HOME)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, place, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copyfile(path, place)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(source, tmp_path_factory):
+    """A folder in which vflan is installed from a wheel; the other packages are those of this environment."""
+    made, folder = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site-packages")
+    pip = [sys.executable, "-m", "pip"]
+    offline = ["--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(made), str(source)], check=True)
+    (wheel,) = made.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", str(folder), str(wheel)], check=True)
+    return folder
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def run_installed(site, folder, code, **variables):
+    """What a script printed that imports the installed vflan, started in `folder`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("VFLAN_")}
+    # Python itself would write bytecode beside the package, if pip had not.
+    env = kept | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_an_installed_package_reads_its_own_files_and_writes_to_the_working_directory(site, tmp_path):
+    before = files_below(site)
+    seen = json.loads(run_installed(site, tmp_path, USE))
+    assert files_below(site) == before  # nothing was written, changed or deleted there
+    assert Path(seen["root"]) == Path(seen["of a child"]) == tmp_path
+    assert Path(seen["shipped"]) == site / "vflan" / "shipped"
+    assert Path(seen["of the package"]) == site / "vflan" / "shipped" / seen["tower"]
+    assert Path(seen["run"]) == tmp_path / "runs" / "tiny" / "projector" and seen["steps"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "runs"}
+    made = {path.name for path in (tmp_path / "data" / "tiny").iterdir()} - {".building.lock"}
+    assert made == {"samples", "benchmarks", "benchmarks_more"}
+    rows = {"claims": "claims", "printed": "paper", "tasks": "tasks"}
+    for name, table in rows.items():
+        with (HOME / "data" / f"{table}.csv").open(encoding="utf-8", newline="") as file:
+            assert seen[name] == len(list(csv.DictReader(file))), table
+    assert seen["verdicts"] and seen["figure"] and seen["notebooks"] == 8
+    assert not seen["commit"]  # also when the working directory is a repository of somebody else
+
+
+def test_vflan_home_says_where_an_installed_package_writes(site, tmp_path):
+    code = "from vflan.recipe import CACHE, ROOT, output_path; print(ROOT, CACHE, output_path('runs'), sep='|')"
+    said = run_installed(site, tmp_path, code, VFLAN_HOME="my project").split("|")
+    home = tmp_path / "my project"
+    assert list(map(Path, said)) == [home, home / "data" / "cache", home / "runs"]
+
+
+def test_a_clone_is_its_own_project_folder(tmp_path):
+    code = "from vflan.recipe import ROOT, SHIPPED; print(ROOT, SHIPPED, sep='|')"
+    said = run_installed(HOME, tmp_path, code).split("|")
+    assert list(map(Path, said)) == [HOME, HOME]
+
+
+def test_a_source_archive_holds_all_that_a_wheel_is_built_from(source, tmp_path):
+    """MANIFEST.in and SHIPPED_FILES name the same files: an archive built from the one gives the other."""
+    build = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    wanted = {
+        file.relative_to(source).as_posix()
+        for pattern in SHIPPED_FILES
+        for found in source.glob(pattern)
+        for file in ([found] if found.is_file() else found.rglob("*"))
+        if file.is_file()
+    }
+    assert wanted and wanted <= held, sorted(wanted - held)
+    assert {"setup.py", "pyproject.toml", "vflan/presets/tiny.py"} <= held

@@ -32,7 +32,7 @@ import psutil
 from PIL import Image
 
 from vflan.benchmarks import BENCHMARKS
-from vflan.recipe import ROOT, folder_name
+from vflan.recipe import ROOT, folder_name, resolve
 from vflan.report import STAGES, write_report
 
 WRITTEN = {
@@ -395,7 +395,8 @@ def fingerprint(source, parameters):
     """What an executed notebook depends on: its own cells, the parameters, the package and the shipped backbones."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(source, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters], default=str).encode())
-    for file in [*sorted((ROOT / "vflan").rglob("*.py")), ROOT / "data" / "tiny" / "backbones.json"]:
+    code = sorted(Path(__file__).parent.rglob("*.py"))
+    for file in [*code, resolve("data/tiny/backbones.json")]:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]
 
@@ -438,7 +439,8 @@ def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebo
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "notebooks": [],
     }
-    sources = find_notebooks(notebooks or ROOT / "notebooks", only)
+    own = ROOT / "notebooks"  # in an installed package there are none, until somebody puts some there
+    sources = find_notebooks(notebooks or (own if own.is_dir() else resolve("notebooks")), only)
     width = max(len(source.stem) for source in sources)
     with Watch() as whole:
         for source in sources:

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Metric
 from vflan.kept import keep_scores, read_rows
-from vflan.recipe import ROOT
+from vflan.recipe import output_path, resolve
 from vflan.stats import draws, ratio, tables
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
@@ -142,7 +142,7 @@ def ledger(path=None):
     averaged. direction: `above`, the effect is at least `smallest` and surely more than 0; `over` and
     `below`, it is surely more or surely less than `smallest`.
     """
-    table = pd.read_csv(path or ROOT / "data" / "claims.csv", dtype=str, keep_default_na=False)
+    table = pd.read_csv(path or resolve("data/claims.csv"), dtype=str, keep_default_na=False)
     table["smallest"] = table.smallest.astype(float)
     if odd := sorted(set(table.direction) - {"above", "over", "below"}):
         raise ValueError(f"direction {odd[0]!r} in the ledger: write above, over or below.")
@@ -266,9 +266,11 @@ def number(value):
 
 
 def results(preset):
-    """Where the verdicts and scores of a preset's sweeps lie: (claims, sweeps); the frozen mini world speaks for `tiny`."""
+    """The files of the verdicts and scores of a preset's sweeps, relative to the project folder: (claims, sweeps); the
+    frozen mini world speaks for `tiny`.
+    """
     name = Path(preset).stem.removesuffix("_frozen")
-    return tuple(ROOT / "data" / "results" / file for file in (f"claims_{name}.csv", f"{name}_sweeps.csv"))
+    return f"data/results/claims_{name}.csv", f"data/results/{name}_sweeps.csv"
 
 
 def publish(preset, found, scores, changes=None):
@@ -276,14 +278,14 @@ def publish(preset, found, scores, changes=None):
     of `tiny` itself, on which everything was chosen."""
     if changes or Path(preset).stem == "tiny" or (found.n_seeds < MIN_SEEDS).all():
         return
-    verdict_file, score_file = results(preset)
+    verdict_file, score_file = map(output_path, results(preset))
     keep_verdicts(verdict_file, found)
     keep_scores(score_file, scores)
 
 
 def committed(notebook, preset="tiny"):
     """The committed verdicts of a notebook's claims ("06"), an empty table where there are none yet."""
-    path = results(preset)[0]
+    path = resolve(results(preset)[0])
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
     table = pd.read_csv(path, dtype={"claim": str})

@@ -22,7 +22,17 @@ from huggingface_hub import try_to_load_from_cache
 from vflan.benchmarks import BENCHMARKS
 from vflan.fetch import SETS
 from vflan.plan import plan
-from vflan.recipe import CACHE, Recipe, preset, preset_names, replace, resolve, shown, weights_source
+from vflan.recipe import (
+    CACHE,
+    Recipe,
+    output_path,
+    preset,
+    preset_names,
+    replace,
+    resolve,
+    shown,
+    weights_source,
+)
 
 PACKAGES = {  # and what it means when one is not there
     **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "datasets"), "pip install -r requirements.lock"),
@@ -47,7 +57,7 @@ def machine():
         yield "no GPU: the preset tiny needs none"
     memory = psutil.virtual_memory()
     yield f"{os.cpu_count()} CPU cores, {memory.available / GB:.1f} of {memory.total / GB:.1f} GB of memory free"
-    for what, path in (("project", resolve("")), ("cache", CACHE)):
+    for what, path in (("project", output_path("")), ("cache", CACHE)):
         there = next(place for place in (path, *path.absolute().parents) if place.exists())
         yield f"disk of the {what} ({shown(path)}): {shutil.disk_usage(there).free / GB:.1f} GB free"
 
@@ -110,7 +120,8 @@ def samples(recipe: Recipe):
 
 
 def _source(path: str) -> str:
-    drawn = any(resolve(path).is_relative_to(resolve(world)) for world in ("data/tiny", "data/frozen"))
+    worlds = (output_path(world) for world in ("data/tiny", "data/frozen"))
+    drawn = any(output_path(path).is_relative_to(world) for world in worlds)
     return DRAWN if drawn else "data/README.md says where it comes from"
 
 

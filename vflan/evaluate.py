@@ -15,7 +15,7 @@ from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Benchmark
 from vflan.kept import ask_and_keep, fingerprint_of_folder, fingerprint_of_questions, keep_scores, read_rows
 from vflan.pictures import stamp
-from vflan.recipe import folder_name, resolve, shown
+from vflan.recipe import folder_name, output_path, resolve, shown
 from vflan.runs import Run
 from vflan.served import ServedModel
 from vflan.stats import bootstrap, paired
@@ -60,7 +60,7 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     if run is None and not (served and folder):
         raise ValueError("Without a run give model=ServedModel(...) and folder=, the folder of the benchmarks.")
     folder = resolve(folder or run.recipe.benchmarks)
-    home = Path(run.folder) if run else resolve(f"runs/served/{name}")
+    home = Path(run.folder) if run else output_path(f"runs/served/{name}")
     tests = [questions_of(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
     weights = model.fingerprint if served else fingerprint_of_model(model) if model else None
     weights = weights or fingerprint_of_folder(home / "model")

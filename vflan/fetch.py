@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from vflan.io import set_aside
 from vflan.progress import progress
-from vflan.recipe import resolve, shown
+from vflan.recipe import output_path, shown
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
         near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.0)[0]
         raise ValueError(f"There is no set {name!r}; the closest is {near!r}, and all are {', '.join(SETS)}.")
     wanted = SETS[name]
-    folder = resolve(folder or wanted.folder)
+    folder = output_path(folder or wanted.folder)
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = HfApi(endpoint=endpoint)
     try:

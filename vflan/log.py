@@ -2,13 +2,18 @@
 
 import json
 import os
-import resource
 import sys
 import time
 
+import psutil
 import torch
 
 from vflan.progress import progress
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 FILES = ("metrics", "heldout", "samples")
 
@@ -99,6 +104,8 @@ def peak_gb() -> float:
     """The most memory that this process has held: of the GPU where there is one, else resident, in GB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from vflan.recipe import ROOT, resolve
+from vflan.recipe import resolve
 from vflan.samples import load_samples
 
 
@@ -127,7 +127,7 @@ def mixture_record(recipe, samples: Dataset) -> dict:
 
 def released_tasks() -> dict[str, dict[str, str]]:
     """The rows of data/tasks.csv by released task name: source, group, category, licence, flags and the rest."""
-    with open(ROOT / "data" / "tasks.csv", encoding="utf-8", newline="") as file:
+    with open(resolve("data/tasks.csv"), encoding="utf-8", newline="") as file:
         return {row["task_name"]: row for row in csv.DictReader(file) if row["task_name"]}
 
 

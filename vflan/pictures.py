@@ -226,4 +226,5 @@ def _unlock():
 
 
 _unlock()
-os.register_at_fork(after_in_child=_unlock)  # a thread that does not exist in the child may hold it
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_unlock)  # a thread that does not exist in the child may hold it

@@ -14,7 +14,7 @@ import pandas as pd
 
 from vflan.benchmarks import BENCHMARKS
 from vflan.pictures import read_picture
-from vflan.recipe import ROOT
+from vflan.recipe import ROOT, resolve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
@@ -30,7 +30,7 @@ SVG_LIMIT = 200_000  # bytes
 
 def style():
     """Use the house style, figures/vflan.mplstyle, for every figure from here on."""
-    plt.style.use(ROOT / "figures" / "vflan.mplstyle")
+    plt.style.use(resolve("figures/vflan.mplstyle"))
 
 
 def save(fig, name, preset="tiny"):
@@ -57,12 +57,12 @@ def source(obj):
 
 def paper():
     """data/paper.csv: the printed numbers of both papers (paper, item, row, column, value, unit, confirmed, note)."""
-    return pd.read_csv(ROOT / "data" / "paper.csv", keep_default_na=False)
+    return pd.read_csv(resolve("data/paper.csv"), keep_default_na=False)
 
 
 def released_tasks():
     """data/tasks.csv: the 205 task names of the project's site and where each stands in the paper's list."""
-    return pd.read_csv(ROOT / "data" / "tasks.csv", keep_default_na=False)
+    return pd.read_csv(resolve("data/tasks.csv"), keep_default_na=False)
 
 
 def paper_tasks():
@@ -603,7 +603,7 @@ def committed(name, preset="tiny_frozen"):
     from IPython.display import display
     from PIL import Image
 
-    path = ROOT / "figures" / preset / f"{name}.png"
+    path = resolve(f"figures/{preset}/{name}.png")
     if path.exists():
         print(f"The committed long form, figures/{preset}/{name}.png:")
         with Image.open(path) as picture:  # smaller: a notebook holds three of them

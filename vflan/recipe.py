@@ -6,11 +6,35 @@ import json
 import os
 import runpy
 import subprocess
+from fnmatch import fnmatchcase
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-ROOT = Path(os.environ.get("VFLAN_HOME") or Path(__file__).resolve().parent.parent)  # never the working directory
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel holds copies of the files below in vflan/shipped (setup.py); a clone has no such folder.
+INSTALLED = (_PACKAGE / "shipped").is_dir()
+# Where the files that come with vflan are read from. Nothing is ever written below it, unless it is ROOT, the clone.
+SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
+# The project folder: relative paths of recipes start here, and everything is written below it. An installed package takes
+# the working directory at import, never site-packages; a clone is its own project folder, wherever Python was started.
+ROOT = Path(os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED)).expanduser().absolute()
+if INSTALLED:
+    # Child processes and notebook kernels start in other working directories, and must agree.
+    os.environ["VFLAN_HOME"] = str(ROOT)
+# Files and whole folders that come with vflan: patterns, relative to SHIPPED.
+SHIPPED_FILES = (
+    "data/*.csv",
+    "data/README.md",
+    "data/results",
+    "data/tiny/backbones.json",
+    "data/tiny/language_model",
+    "data/tiny/second_language_model",
+    "data/tiny/vision_tower",
+    "figures/vflan.mplstyle",
+    "figures/tiny_frozen",
+    "notebooks",
+)
 CACHE = Path(
     os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache"
 )  # what can be made again: Arrow tables, verdicts, features
@@ -40,7 +64,7 @@ _AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One training stage. Paths are relative to the project folder (`ROOT`), absolute, or ids on the Hugging Face hub."""
+    """One training stage. Paths are relative to the project folder (`ROOT`; `resolve`), absolute, or hub ids."""
 
     name: str  # the run folder is `runs`/`name`
     stage: str  # what it makes: projector | base | chat
@@ -154,7 +178,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return resolve(self.runs) / self.name
+        return output_path(self.runs) / self.name
 
     @property
     def weights(self) -> dict[str, float]:
@@ -273,8 +297,31 @@ def folder_name(name: str, what: str = "name") -> str:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """A recipe's path as an absolute one: relative paths hang from `ROOT`."""
+    """The absolute path to read a recipe's path from: a relative one below `ROOT`, or, when it is not there and comes
+    with vflan (`SHIPPED_FILES`), below `SHIPPED`. Write to `output_path` instead.
+    """
+    path = Path(path).expanduser()
+    own = ROOT / path
+    if ROOT == SHIPPED or own.exists() or not _is_shipped(path):
+        return own
+    return SHIPPED / path
+
+
+def output_path(path: str | os.PathLike) -> Path:
+    """The absolute path to write to: a relative one below `ROOT`, never among the files that come with vflan."""
     return ROOT / Path(path).expanduser()
+
+
+def _is_shipped(path: PurePath) -> bool:
+    """Whether a relative path is matched by `SHIPPED_FILES`, or lies in a folder that is."""
+    if path.is_absolute() or ".." in path.parts:
+        return False
+    # fnmatch's * also matches a slash, so the depths have to agree as well
+    return any(
+        fnmatchcase(place.as_posix(), pattern) and len(place.parts) == pattern.count("/") + 1
+        for place in (path, *path.parents)
+        for pattern in SHIPPED_FILES
+    )
 
 
 def shown(path: Path) -> str:
@@ -306,11 +353,12 @@ def write_json(path: Path, value) -> None:
 
 
 def commit() -> str:
-    """The commit of the project folder, `+` behind it where tracked files were changed since; empty outside of git."""
+    """The commit of vflan's clone, `+` behind it where tracked files were changed since; empty for an installed package."""
+    if INSTALLED:
+        return ""  # the working directory may lie in a repository too, but in somebody else's
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-        )
+        told = subprocess.run(command, cwd=SHIPPED, capture_output=True, text=True)
     except OSError:  # no git here
         return ""
     return told.stdout.strip()

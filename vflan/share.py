@@ -30,7 +30,18 @@ from vflan.checkpoints import versions
 from vflan.fetch import SETS
 from vflan.io import whole_folder
 from vflan.mixtures import released_tasks
-from vflan.recipe import DEFAULTS, Recipe, commit, read_json, resolve, shown, write_json
+from vflan.recipe import (
+    DEFAULTS,
+    ROOT,
+    SHIPPED,
+    Recipe,
+    commit,
+    output_path,
+    read_json,
+    resolve,
+    shown,
+    write_json,
+)
 
 PAPER = "[Vision-Flan](https://arxiv.org/abs/2402.11690) (Xu et al., 2024)"
 TINY = "data/tiny/"  # the mini world's files and backbones
@@ -48,7 +59,7 @@ FLAGS = {
 
 def export(run, folder, merge: bool = True) -> Path:
     """`Run.export`: the model (or with merge=False the adapter) with processor, README.md and data/README.md in `folder`."""
-    folder = _write(run, resolve(folder), merge, Path(folder).name)
+    folder = _write(run, output_path(folder), merge, Path(folder).name)
     begun = read_json(run.folder / "init.json").get("init") or "its bare backbones"
     print(serve_command(folder) if merge else f"The adapter of {run.name}; it belongs on {begun}.")
     return folder
@@ -392,7 +403,7 @@ def _is_tiny(folder):
 
 
 def _tiny_path(path):
-    return str(path).startswith(TINY) or resolve(path).is_relative_to(resolve(TINY))
+    return any(resolve(path).is_relative_to(home / TINY) for home in (ROOT, SHIPPED))
 
 
 def _on_hub(model):
