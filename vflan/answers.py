@@ -12,6 +12,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache
@@ -92,7 +93,7 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
             fit = Fit(limit, each, len(before), model.config.image_seq_length, new)
             for shown, failed in looks(model, processor, pictures, batch_size):
                 yield from failed
-                yield from served(shown, fit, lambda features: after(model, head, features), ask)
+                yield from served(shown, fit, partial(after, model, head), ask)
     finally:
         model.train(was_training)
 
