@@ -1,7 +1,9 @@
+import gc
 import json
 import math
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,32 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
     with torch.no_grad():
         merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
     assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.02)  # what was learned is in the merged weights
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["to its end", "until an error, which is kept"])
+def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
+    """Nor the projector's gradients and moments; the collector itself is off, as it may be for a long time."""
+    alive, real = [], TRAIN.models.freeze
+
+    def freeze(model, *arguments):
+        alive.append(weakref.ref(model))
+        alive.extend(map(weakref.ref, model.parameters()))
+        return real(model, *arguments)
+
+    def close(log):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(TRAIN.models, "freeze", freeze)
+    monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
+    gc.disable()
+    try:
+        if fails:
+            monkeypatch.setattr(TRAIN.Log, "close", close)
+            with pytest.raises(FloatingPointError, match="the loss is nan") as kept:
+                vflan.train(recipe)
+            assert kept.value.__traceback__ is not None
+        else:
+            vflan.train(recipe)
+        assert len(alive) > 20 and not [one for one in alive if one() is not None]
+    finally:
+        gc.enable()
