@@ -1,5 +1,6 @@
 """Whether a plan tells beforehand what training then holds, on a CPU; and what it says for machines that are not here."""
 
+import dataclasses
 import html
 import json
 import math
@@ -132,6 +133,7 @@ def test_evaluation_is_counted_too():
     assert large.at_once > 40 and large.answering["weights"] == pytest.approx(2 * 13.35e9, rel=0.02)
     assert vflan.plan(full, gpu="RTX4090-24G").at_once == 0
     assert small.needs == small.peak > sum(small.answering.values())
+    assert not dataclasses.replace(small, answering=dict(weights=small.room, question=1)).fits
 
 
 def test_what_does_not_fit_comes_with_what_was_tried(middling):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import vflan
 from tests.conftest import make_squares
@@ -212,8 +213,13 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
 
 @pytest.mark.parametrize("fails", [False, True], ids=["to its end", "until an error, which is kept"])
 def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
-    """Nor the projector's gradients and moments; the collector itself is off, as it may be for a long time."""
-    alive, real = [], TRAIN.models.freeze
+    """Python's own collector is off here, as it may not come for a long time."""
+    alive, real, prepare = [], TRAIN.models.freeze, Accelerator.prepare
+
+    def in_a_circle(accelerator, learner):
+        # as Accelerate does itself where it trains in bf16
+        learner._original_forward = learner.forward
+        return prepare(accelerator, learner)
 
     def freeze(model, *arguments):
         alive.append(weakref.ref(model))
@@ -223,6 +229,7 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
     def close(log):
         raise FloatingPointError("the loss is nan")
 
+    monkeypatch.setattr(Accelerator, "prepare", in_a_circle)
     monkeypatch.setattr(TRAIN.models, "freeze", freeze)
     monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
     gc.disable()
