@@ -1,11 +1,13 @@
 """A random model answers: batches must not change answers, kept answers must be the right ones, and nothing is lost."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,10 +17,12 @@ import pandas as pd
 import pytest
 import torch
 from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
+from transformers.cache_utils import DynamicLayer
 
 from vflan import answers, workers
 from vflan.answers import answer, answering, first_token
 from vflan.benchmarks import BENCHMARKS
+from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, judged_answers, kept_items, per_task
 from vflan.judge import Judgement
 from vflan.kept import Answer, alone, keep_scores, read_rows
@@ -693,3 +697,148 @@ def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
     keep_scores(tmp_path / "scores.csv", table(b=9.0, d=4.0, a=8.0))
     kept = pd.read_csv(tmp_path / "scores.csv")
     assert list(zip(kept.run, kept.value)) == [("a", 8), ("b", 9), ("c", 3), ("d", 4)]
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def living(monkeypatch):
+    """Bytes of keys and values that are alive `now`, and the `most` at a time, counted whenever a layer made some."""
+    found, known = SimpleNamespace(most=0, now=0), set()
+
+    def free(key, size):
+        known.discard(key)
+        found.now -= size
+
+    def counted(real):
+        def made(layer, *arguments, **more):
+            out = real(layer, *arguments, **more)
+            for storage in (tensor.untyped_storage() for tensor in (layer.keys, layer.values)):
+                if storage._cdata not in known:
+                    known.add(storage._cdata)
+                    found.now += storage.nbytes()
+                    weakref.finalize(storage, free, storage._cdata, storage.nbytes()).atexit = False
+            found.most = max(found.most, found.now)
+            return out
+
+        return made
+
+    for name in ("update", "batch_select_indices"):
+        monkeypatch.setattr(DynamicLayer, name, counted(getattr(DynamicLayer, name)))
+    return found
+
+
+def cache_bytes(model, rows, positions):
+    text = model.config.text_config
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    return 2 * 4 * text.num_hidden_layers * width * rows * positions
+
+
+def deep(tiny, layers=16):
+    """The tiny model with many layers: one layer of its cache is little beside all."""
+    config = deepcopy(tiny.model.config)
+    config.text_config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    return type(tiny.model)(config).eval()
+
+
+@pytest.mark.parametrize("each", [1, 2, 9], ids=["a question a picture", "two", "a batch of them"])
+def test_no_more_than_one_cache_is_alive_at_a_time(tiny, tmp_path, living, each):
+    asked = [{"text": "is there a star ?", "image": path} for path in twins(tiny, tmp_path, 16) for _ in range(each)]
+    answer(deep(tiny), tiny.processor, asked, max_new_tokens=1, batch_size=16)
+    ids = prompt_ids("is there a star ?", tiny.processor.tokenizer, has_image=True)
+    question = len(ids) - ids.index(IMAGE_TOKEN_INDEX) - 1
+    wide = ids.index(IMAGE_TOKEN_INDEX) + 16 + question * (1 if each < 9 else 5)
+    # of the whole shelf; each row has all the questions on its picture
+    rows = 16 if each < 9 else 18
+    wide += question if each == 2 else 0
+    assert 0 < living.most <= 1.15 * cache_bytes(deep(tiny), rows, wide)
+
+
+def twins(tiny, folder, number):
+    """The five pictures again and again, each as a file of its own."""
+    paths = [folder / f"{i}.png" for i in range(number)]
+    for i, path in enumerate(paths):
+        path.write_bytes((tiny.folder / f"{i % 5}.png").read_bytes())
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("each", [1, 3, 20])
+def test_what_is_alive_stays_below_the_limit(tiny, living, tmp_path, tokens, each):
+    asked = [row | {"image": path} for path in twins(tiny, tmp_path, 16) for row in questions(tiny, each)]
+    model, limit = deep(tiny), 800_000
+    whole = answer(model, tiny.processor, asked, tokens, batch_size=60, memory=1 << 40)
+    free, living.most = living.most, 0
+    assert answer(model, tiny.processor, asked, tokens, batch_size=60, memory=limit) == whole
+    assert limit / 4 < living.most <= limit < free
+
+
+@pytest.mark.parametrize("limit", [1, 100_000, 1_000_000, 10_000_000])
+def test_answers_are_the_same_whatever_the_memory(tiny, limit):
+    asked = questions(tiny, 40)
+    whole = dict(answering(tiny.model, tiny.processor, asked, 12, memory=1 << 50))
+    found = list(answering(tiny.model, tiny.processor, asked, 12, memory=limit))
+    assert dict(found) == whole and len(found) == len(asked)
+
+
+def failing(model, at, most=math.inf):
+    """Out of memory in the pass of number `at`, and in every pass of more than `most` rows; how to undo it."""
+    passes = iter(range(1 << 30))
+
+    def fail(module, positional, named):
+        read = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        if next(passes) == at or len(read) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return model.model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 7, 20])
+def test_where_memory_runs_out_half_as_much_is_asked_and_nothing_twice(tiny, at):
+    asked = questions(tiny, 40)
+    whole = dict(answering(tiny.model, tiny.processor, asked, 6))
+    hook = failing(tiny.model, at, most=math.inf)
+    try:
+        found = list(answering(tiny.model, tiny.processor, asked, 6))
+    finally:
+        hook.remove()
+    assert dict(found) == whole and len(found) == len(asked)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_becomes_as_small_as_it_has_to_be(tiny, most, living):
+    asked = questions(tiny, 40)
+    whole = dict(answering(tiny.model, tiny.processor, asked, 6))
+    hook = failing(tiny.model, -1, most)
+    try:
+        found = list(answering(tiny.model, tiny.processor, asked, 6))
+    finally:
+        hook.remove()
+    assert dict(found) == whole and len(found) == len(asked)
+    assert living.now == 0, "what failed is still alive"
+
+
+def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
+    hook = failing(tiny.model, -1, most=0)
+    try:
+        with pytest.raises(RuntimeError, match="One question alone does not fit into the memory"):
+            list(answering(tiny.model, tiny.processor, [{"text": "what is there ?", "image": None}] * 9, 6))
+    finally:
+        hook.remove()
+
+
+def test_the_tower_looks_at_half_of_the_pictures_where_memory_runs_out(tiny, monkeypatch):
+    asked = questions(tiny, 20)
+    whole = answer(tiny.model, tiny.processor, asked)
+    real = answers.image_features
+
+    def look(model, values):
+        if len(values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, values)
+
+    monkeypatch.setattr(answers, "_SEEN", {})
+    monkeypatch.setattr(answers, "image_features", look)
+    assert answer(tiny.model, tiny.processor, asked) == whole

@@ -12,7 +12,8 @@ HOME = Path(__file__).resolve().parent.parent
 # conversation (check asks it what a row would lose), stats, kept, endpoint and judge (what scores stands after them).
 ROOMS = """
 recipe io presets progress conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
-checks fetch model batches learner footprint checkpoints processes plan doctor share runs log heldout train answers streaming served workers
+checks fetch model batches learner footprint checkpoints processes room plan doctor share runs log heldout train answers
+streaming served workers
 evaluate sweeps claims
 plots widgets world report book
 """.split()

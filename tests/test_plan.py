@@ -1,5 +1,6 @@
 """Whether a plan tells beforehand what training then holds, on a CPU; and what it says for machines that are not here."""
 
+import dataclasses
 import html
 import json
 import math
@@ -119,6 +120,20 @@ def test_the_presets_fit_where_their_docstrings_say():
     assert small.fits and small.peak < 16e9 and not small.changes
     assert vflan.plan(lora, gpu="L40S-48G").fits and not vflan.plan(lora, gpu="RTX4090-24G").fits
     assert vflan.plan(full, gpus=8).fits and small.hours > 0 and small.kwh == pytest.approx(small.hours * 0.45)
+
+
+def test_evaluation_is_counted_too():
+    """Keys and values of 64 questions at 7B are more than 20 GB in 16 bits: a card of 24 GB takes fewer at once."""
+    qlora, full = (vflan.preset(name).base for name in ("qlora_7b", "full_13b"))
+    small, large = vflan.plan(qlora, gpu="RTX4090-24G"), vflan.plan(full, gpus=8)
+    a_position = 2 * 32 * 4096 * 2
+    assert 64 * (35 + 576 + 60) * a_position > 20e9 and 3.3e9 < small.answering["weights"] < 5e9
+    assert small.answering["question"] == pytest.approx((35 + 576 + 60 + 64) * a_position, rel=0.1)
+    assert 20 < small.at_once < 64 and f"{small.at_once} at once" in str(small)
+    assert large.at_once > 40 and large.answering["weights"] == pytest.approx(2 * 13.35e9, rel=0.02)
+    assert vflan.plan(full, gpu="RTX4090-24G").at_once == 0
+    assert small.needs == small.peak > sum(small.answering.values())
+    assert not dataclasses.replace(small, answering=dict(weights=small.room, question=1)).fits
 
 
 def test_what_does_not_fit_comes_with_what_was_tried(middling):

@@ -57,6 +57,26 @@ def test_side_by_side_gives_the_same_weights_as_one_after_the_other(small, tmp_p
     assert list(one.scores.value) == list(two.scores.value)
 
 
+def test_the_processes_that_train_an_arm_answer_for_it_too(small, monkeypatch):
+    """And say the same as one; forked, for this process holds no GPU."""
+    monkeypatch.setattr(sys.modules["vflan.workers"], "START", "fork")
+    projector, _, _ = small
+    real, asked = sys.modules["vflan.workers"].working, []
+
+    def working(run, num_processes, *more):
+        asked.append(num_processes)
+        return real(run, num_processes, *more)
+
+    monkeypatch.setattr(sys.modules["vflan.evaluate"], "working", working)
+    two = vflan.sweep({"projector": vflan.Arm(projector)}, jobs=1, num_processes=2)
+    kept = two.runs["projector", 0].folder / "answers" / "heldin.jsonl"
+    answers = sorted(kept.read_text().splitlines()[1:])
+    kept.unlink()
+    one = vflan.sweep({"projector": vflan.Arm(projector)}, jobs=1)
+    assert asked == [2] and sorted(kept.read_text().splitlines()[1:]) == answers and len(answers) == 8
+    assert list(one.scores.value) == list(two.scores.value)
+
+
 def test_what_has_most_work_behind_it_begins_first(small):
     _, base, _ = small
     waiting = {"short": [], "first": [], "second": ["first"], "third": ["second"], "long": []}

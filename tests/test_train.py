@@ -1,11 +1,14 @@
+import gc
 import json
 import math
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import vflan
 from tests.conftest import make_squares
@@ -206,3 +209,38 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
     with torch.no_grad():
         merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
     assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.02)  # what was learned is in the merged weights
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["to its end", "until an error, which is kept"])
+def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
+    """Python's own collector is off here, as it may not come for a long time."""
+    alive, real, prepare = [], TRAIN.models.freeze, Accelerator.prepare
+
+    def in_a_circle(accelerator, learner):
+        # as Accelerate does itself where it trains in bf16
+        learner._original_forward = learner.forward
+        return prepare(accelerator, learner)
+
+    def freeze(model, *arguments):
+        alive.append(weakref.ref(model))
+        alive.extend(map(weakref.ref, model.parameters()))
+        return real(model, *arguments)
+
+    def close(log):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(Accelerator, "prepare", in_a_circle)
+    monkeypatch.setattr(TRAIN.models, "freeze", freeze)
+    monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
+    gc.disable()
+    try:
+        if fails:
+            monkeypatch.setattr(TRAIN.Log, "close", close)
+            with pytest.raises(FloatingPointError, match="the loss is nan") as kept:
+                vflan.train(recipe)
+            assert kept.value.__traceback__ is not None
+        else:
+            vflan.train(recipe)
+        assert len(alive) > 20 and not [one for one in alive if one() is not None]
+    finally:
+        gc.enable()

@@ -11,6 +11,8 @@ import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache
@@ -20,6 +22,7 @@ from vflan.kept import Answer
 from vflan.model import image_features, parts
 from vflan.pictures import picture_trouble, read_picture, stamp
 from vflan.progress import counted
+from vflan.room import Sizes, free, ran_out, sizes
 
 SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
 SEEN_BYTES = 256 << 20  # what the tower saw of pictures is kept up to here, the newest
@@ -28,13 +31,13 @@ PREFIX, PAD = -1, -2  # whose a token is, where it is no question's: everybody's
 _SEEN: dict = {}  # (tower, pictures of a shelf) -> features: the models of a sweep have one tower and are asked the same
 
 
-def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1"):
+def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None):
     """list[str]: the greedy answer to each sample, a mapping with `text` (the human turn) and `image` (a path or None).
 
-    Equals asking one by one (up to floating point: in half precision a near tie may fall the other way). ValueError
-    where a picture cannot be read.
+    Equals asking one by one (up to floating point: in half precision a near tie may fall the other way). memory: bytes
+    that answering may take beside the weights, as for `answering`. ValueError where a picture cannot be read.
     """
-    said = answering(model, processor, samples, max_new_tokens, batch_size, template)
+    said = answering(model, processor, samples, max_new_tokens, batch_size, template, memory)
     said = dict(counted(said, "answering", len(samples), "questions"))
     if failed := [i for i in said if said[i].finish == "error"]:
         raise ValueError(
@@ -44,11 +47,13 @@ def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template
 
 
 @torch.inference_mode()
-def answering(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1"):
+def answering(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None):
     """Yields (index, Answer) batch by batch, in the order in which they come out, not in that of the samples.
 
     A sample with `choices`, a list of words, is answered from one forward pass: with the choice whose first token is the
-    likeliest. A picture that cannot be read makes its questions errors with a reason.
+    likeliest. A picture that cannot be read makes its questions errors with a reason. memory: bytes for keys, values and
+    what passes make (None: what is free). Batches are as large as fit, at most `batch_size`; where memory runs out all
+    the same they are halved, and nothing is asked twice. RuntimeError if one question alone does not fit.
     """
     tokenizer, was_training = processor.tokenizer, model.training
     tokens = {}  # (text, whether there is a picture) -> ids: POPE has 80 texts in 8,910 questions
@@ -62,51 +67,165 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
         group.setdefault(image, []).append((index, ids[at + 1 :] if image else ids))
     words = {word for sample in samples for word in sample.get("choices") or ()}
     starts = {word: first_token(word, tokenizer) for word in words}
+    each = sizes(model.config.text_config, model.dtype.itemsize)
     model.eval()
+
+    def ask(cache, batch):
+        prompts = [[ids for _, ids in row] for _, row in batch]
+        where = [index for _, row in batch for index, _ in row]
+        if samples[where[0]].get("choices"):
+            allowed = [samples[index]["choices"] for index in where]
+            return list(zip(where, choices(model, cache, prompts, allowed, starts, tokenizer)))
+        said = decode(model, cache, prompts, max_new_tokens, tokenizer)
+        texts = tokenizer.batch_decode([ids for ids, _ in said], skip_special_tokens=True)
+        return list(zip(where, (Answer(text.strip(), finish) for text, (_, finish) in zip(texts, said))))
+
     try:
+        limit = Limit(free(model.device) if memory is None else memory, batch_size)
         for (before, choose), pictures in groups.items():
-            for cache, rows, failed in shelves(model, processor, before, pictures, batch_size):
+            new = 0 if choose else max_new_tokens
+            without = [(None, [question]) for question in pictures.pop(None, [])]
+            yield from served(without, Fit(limit, each, 0, 0, new), lambda features: None, ask)
+            if not pictures:
+                continue
+            head, language = DynamicCache(), parts(model)["language_model"]["model"]
+            language(input_ids=torch.tensor([before], device=model.device), past_key_values=head, use_cache=True)
+            fit = Fit(limit, each, len(before), model.config.image_seq_length, new)
+            for shown, failed in looks(model, processor, pictures, batch_size):
                 yield from failed
-                for batch in batches(rows, batch_size):
-                    own = pick(cache, [slot for slot, _ in batch])
-                    prompts = [[ids for _, ids in row] for _, row in batch]
-                    where = [index for _, row in batch for index, _ in row]
-                    if choose:
-                        allowed = [samples[index]["choices"] for index in where]
-                        said = choices(model, own, prompts, allowed, starts, tokenizer)
-                    else:
-                        said = [
-                            Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), finish)
-                            for ids, finish in decode(model, own, prompts, max_new_tokens, tokenizer)
-                        ]
-                    yield from zip(where, said)
+                yield from served(shown, fit, partial(after, model, head), ask)
     finally:
         model.train(was_training)
 
 
-def shelves(model, processor, before, pictures, batch_size):
-    """Yields (cache, [(slot, [(index, ids)])], failed): keys and values of some pictures, a slot each, and their questions.
+@dataclass
+class Limit:
+    """What answers may take. It gets smaller where memory runs out, and stays so for the questions that follow."""
 
-    `before` is read once, each picture once. A shelf holds a batch of pictures or what fits in SHELF_BYTES, and at least
-    enough to fill a batch with questions. Questions without a picture come with an empty cache. failed: the errors of
-    pictures that cannot be read.
+    bytes: float
+    batch: int  # questions
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much of a group of questions fits: `before` positions, `wide` of a picture, their own, `new` of an answer."""
+
+    limit: Limit
+    each: Sizes
+    before: int
+    wide: int
+    new: int
+
+    def shelf(self, left):
+        """How many of [(features, questions)] are read together, from the first on.
+
+        As many as a batch of questions needs, or more if they take little. What is left of them beside a batch has to
+        fit with it; one does in any case.
+        """
+        batch, past = self.limit.batch, self.before + self.wide
+        needed = math.ceil(batch * len(left) / sum(len(questions) for _, questions in left))
+        cheap = min(batch, SHELF_BYTES // int(self.each.cache(1, past))) if past else batch
+        for number in range(min(len(left), max(needed, cheap)), 1, -1):
+            rows = rows_of(list(enumerate(questions for _, questions in left[:number])))
+            first, rest = self._first(rows, math.inf)
+            if max(self._bytes(first, rest), self.each.reading(number, self.before, self.wide)) <= self.limit.bytes:
+                return number
+        return 1
+
+    def batch(self, rows):
+        """(those of [(slot, [(index, ids)])] that are asked together, the others): what fits, a question in any case."""
+        return self._first(rows, self.limit.bytes)
+
+    def _first(self, rows, room):
+        chosen, rows = [], list(rows)
+        while rows:
+            some = chosen + rows[:1]
+            if (
+                sum(len(questions) for _, questions in some) > max(1, self.limit.batch)
+                or self._bytes(some, rows[1:]) > room
+            ):
+                (slot, questions), half = rows[0], len(rows[0][1]) // 2
+                if chosen:
+                    break
+                if half:  # a row by itself may be too long
+                    rows[:1] = [(slot, questions[:half]), (slot, questions[half:])]
+                    continue
+                return some, rows[1:]
+            chosen = some
+            rows = rows[1:]
+        return chosen, rows
+
+    def _bytes(self, batch, rest):
+        """Of a batch, beside those pictures that the rest is about."""
+        past = self.before + self.wide
+        asked = [(len(questions), sum(len(ids) for _, ids in questions)) for _, questions in batch]
+        return self.each.cache(len({slot for slot, _ in rest}), past) + self.each.asking(past, asked, self.new)
+
+    def alone(self, batch, rest):
+        """Whether a batch has room for itself only: the pictures of the rest are read again."""
+        return bool(rest) and self._bytes(batch, rest) > self.limit.bytes
+
+    def halve(self, batch, rest, reading):
+        """Take half of what was too much from now on."""
+        took = max(self._bytes(batch, rest), self.each.reading(reading, self.before, self.wide))
+        self.limit.bytes = min(self.limit.bytes, took) / 2
+
+
+def served(left, fit, read_pictures, ask):
+    """Yields (index, Answer) for [(features, [(index, ids)])], pictures with their questions.
+
+    read_pictures(list of features) gives a cache with a row for each; ask(cache, batch) answers. Only one cache is
+    alive at a time: a batch takes the rows that it needs, and those that no question is left for go.
     """
-    device, language = model.device, parts(model)["language_model"]["model"]
-    if None in pictures:
-        yield None, [(0, [question]) for question in pictures.pop(None)], []
-    if not pictures:
-        return
-    head = DynamicCache()
-    language(input_ids=torch.tensor([before], device=device), past_key_values=head, use_cache=True)
-    text = model.config.text_config
-    tokens = len(before) + model.config.image_seq_length
-    width = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    picture_bytes = 2 * text.num_hidden_layers * width * tokens * model.dtype.itemsize
-    a_batch = math.ceil(batch_size * len(pictures) / sum(map(len, pictures.values())))
-    size = max(a_batch, min(batch_size, SHELF_BYTES // picture_bytes))
+    while left:
+        number = fit.shelf(left)
+        shelf, left = left[:number], left[number:]
+        cache, rows, began = None, rows_of(list(enumerate(questions for _, questions in shelf))), False
+        places = list(range(number))  # the slot that each row of the cache is for
+        while rows:
+            batch, rest = fit.batch(rows)
+            alone, said = fit.alone(batch, rest), None
+            try:
+                if not began:
+                    cache, began = read_pictures([features for features, _ in shelf]), True
+                keep = [] if alone else sorted({slot for slot, _ in rest})
+                own, cache = divide(cache, [places.index(slot) for slot, _ in batch], [places.index(s) for s in keep])
+                said = ask(own, batch)
+            except Exception as trouble:
+                if not ran_out(trouble):
+                    raise
+                if len(shelf) == 1 and sum(len(questions) for _, questions in batch) == 1 and (alone or not rest):
+                    raise RuntimeError(
+                        "One question alone does not fit into the memory that is free beside the model: close what else "
+                        "uses it, take a GPU with more, or load the model in 4 bits (bits=4 in its recipe)."
+                    ) from trouble
+                fit.halve(batch, [] if alone else rest, 0 if began else number)
+            # the error, and with it the frames that hold the tensors of what failed, are gone here
+            own = None
+            if said is None or alone:
+                cache = None
+                if said is None and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                again = {}
+                for slot, questions in rest if said is not None else rows:
+                    again.setdefault(slot, []).extend(questions)
+                left = [(shelf[slot][0], questions) for slot, questions in again.items()] + left
+                rows = []
+            else:
+                rows, places = rest, keep
+            if said is not None:
+                yield from said
+
+
+def looks(model, processor, pictures, batch_size):
+    """Yields ([(features, [(index, ids)])], failed): some pictures as the tower saw them, with their questions.
+
+    A picture is looked at once, `batch_size` of them together. failed: the errors of pictures that cannot be read.
+    """
+    device = model.device
     # the longest first: if memory is short, it is so at once; and pictures with one question each are then in batch order
     paths = sorted(pictures, key=lambda path: -max(len(ids) for _, ids in pictures[path]))
-    cut = [paths[start : start + size] for start in range(0, len(paths), size)]
+    cut = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     tower = (
         fingerprint_of_model(parts(model)["vision_tower"]),
         model.config.vision_feature_layer,
@@ -127,39 +246,53 @@ def shelves(model, processor, before, pictures, batch_size):
             shelf = [path for path, values in zip(shelf, pixels) if not isinstance(values, str)]
             values = [values for values in pixels if not isinstance(values, str)]
             if not shelf:
-                yield None, [], failed
+                yield [], failed
                 continue
-            features = image_features(model, torch.stack(values).to(device))
+            features = seen(model, torch.stack(values)).cpu()
             if not failed:
                 remember(key, features)
-        found = parts(model)["projector"](features.to(device)).to(model.dtype)
-        cache = pick(head, [0] * len(shelf))
-        language(inputs_embeds=found, past_key_values=cache, use_cache=True)
-        yield cache, [(slot, pictures[path]) for slot, path in enumerate(shelf)], failed
+        yield [(one, pictures[path]) for one, path in zip(features, shelf)], failed
+
+
+def seen(model, values):
+    """image_features of pictures (their number, 3, height, width), half of them at a time where memory runs out."""
+    try:
+        return image_features(model, values.to(model.device))
+    except Exception as trouble:
+        if len(values) == 1 or not ran_out(trouble):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(values) // 2
+    return torch.cat([seen(model, values[:half]).cpu(), seen(model, values[half:]).cpu()])
+
+
+def after(model, head, features):
+    """A cache with a row for each picture: what stands before it, a cache of one row, and the picture."""
+    cache = copy(head)
+    cache.layers = [copy(layer) for layer in head.layers]
+    found = torch.stack(features).to(model.device)
+    found = parts(model)["projector"](found).to(model.dtype)
+    cache.batch_select_indices(torch.zeros(len(features), dtype=torch.long, device=model.device))
+    parts(model)["language_model"]["model"](inputs_embeds=found, past_key_values=cache, use_cache=True)
+    return cache
 
 
 def remember(key, features):
     """Keep what the tower saw of a shelf, whole: the next model then reads the very same bits; the oldest give way."""
-    _SEEN[key] = features.cpu()
+    _SEEN[key] = features
     while sum(kept.nbytes for kept in _SEEN.values()) > SEEN_BYTES:
         del _SEEN[next(iter(_SEEN))]
 
 
-def batches(rows, batch_size):
-    """Yields [(slot, [(index, ids)])]: about batch_size questions, at most ROW of them in a row, the longest rows first."""
+def rows_of(questions):
+    """[(slot, [(index, ids)])] of questions by slot: at most ROW of them in a row, the longest rows first."""
     cut = []
-    for slot, questions in rows:
-        size = math.ceil(len(questions) / math.ceil(len(questions) / ROW))
-        questions = sorted(questions, key=lambda question: -len(question[1]))
-        cut += [(slot, questions[start : start + size]) for start in range(0, len(questions), size)]
-    cut.sort(key=lambda row: -sum(len(ids) for _, ids in row[1]))
-    batch = []
-    for row in cut:
-        if batch and sum(len(questions) for _, questions in [*batch, row]) > batch_size:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield from [batch] if batch else []
+    for slot, own in questions:
+        size = math.ceil(len(own) / math.ceil(len(own) / ROW))
+        own = sorted(own, key=lambda question: -len(question[1]))
+        cut += [(slot, own[start : start + size]) for start in range(0, len(own), size)]
+    return sorted(cut, key=lambda row: -sum(len(ids) for _, ids in row[1]))
 
 
 def pixels_of(processor, path):
@@ -183,19 +316,26 @@ def ahead(function, items):
             yield later.result()
 
 
-def pick(cache, rows):
-    """A cache with the given rows of `cache`, in that order (a list); a row may occur more than once. None: an empty one.
+def divide(cache, rows, keep):
+    """Two caches out of one, which is used up: with the given rows (lists; one may occur more than once), and with those
+    to keep. None for the second if it would have no row, and two empty ones for None.
 
-    The old cache stays as it is: a layer grows by making new tensors, so both may share what was read already.
+    Layer by layer, so that no more than one layer is alive both before and after.
     """
     if cache is None:
-        return DynamicCache()
-    new = copy(cache)
-    new.layers = [copy(layer) for layer in cache.layers]
-    keys = new.layers[0].keys
-    if rows != list(range(len(keys))):
-        new.batch_select_indices(torch.tensor(rows, device=keys.device))
-    return new
+        return DynamicCache(), None
+    own, other = copy(cache), cache if keep else None
+    own.layers, layers = [copy(layer) for layer in cache.layers], cache.layers
+    device = layers[0].keys.device
+    everyone = list(range(len(layers[0].keys)))
+    for mine, theirs in zip(own.layers, layers):
+        if rows != everyone:
+            mine.batch_select_indices(torch.tensor(rows, device=device))
+        if not keep:
+            theirs.keys = theirs.values = None
+        elif keep != everyone:
+            theirs.batch_select_indices(torch.tensor(keep, device=device))
+    return own, other
 
 
 def read(model, cache, owner, pieces, pad):

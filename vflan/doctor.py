@@ -141,15 +141,15 @@ def memory(recipe: Recipe) -> str:
         found, free = plan(recipe, gpu="cpu"), psutil.virtual_memory().available
         return (
             ""
-            if found.peak < free
-            else f"{recipe.name} needs {found.peak / GB:.1f} GB, {free / GB:.1f} are free; {hint}"
+            if found.needs < free
+            else f"{recipe.name} needs {found.needs / GB:.1f} GB, {free / GB:.1f} are free; {hint}"
         )
     room = min((gpu.total_memory for gpu in here), default=0)
-    if here and plan(recipe, len(here), SCALE).peak <= room:
+    if here and plan(recipe, len(here), SCALE).needs <= room:
         return ""
     tried = (plan(recipe, number, SCALE) for number in (1, 8) if recipe.global_batch % number == 0)
     fits = next((found for found in tried if found.fits), None)
-    needs = f"{fits.peak / GB:.0f} GB on each of {fits.gpus} GPUs" if fits else "more than 8 GPUs of 80 GB"
+    needs = f"{fits.needs / GB:.0f} GB on each of {fits.gpus} GPUs" if fits else "more than 8 GPUs of 80 GB"
     return f"{recipe.name} needs {needs}, here are {len(here)}{f' of {room / GB:.0f} GB' if here else ''}; {hint}"
 
 

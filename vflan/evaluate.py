@@ -30,7 +30,7 @@ CHOICES = {"pope": YES_NO, "mme": YES_NO} | {
 
 
 def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=None, template="vicuna_v1",
-             one_pass=False, num_processes=1, judge=None):  # fmt: skip
+             one_pass=False, num_processes=1, judge=None, memory=None):  # fmt: skip
     """Scores of a run as a DataFrame: run, benchmark, metric, value, low, high, n, seed, baseline, judge, problems.
 
     run: a Run or its folder. benchmarks: names (default: all that `folder` holds). folder: the recipe's if not given.
@@ -39,7 +39,8 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     one_pass: answer yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True: the
     benchmarks of CHOICES; or {benchmark: words}). num_processes: how many load the model and share the questions.
     judge: for the benchmarks that need one, and {benchmark: judge} to choose for each (one that has its own rule is then
-    judged instead); None: the rule judge of the mini world.
+    judged instead); None: the rule judge of the mini world. memory: bytes that each process may take beside the weights
+    (None: what is free); a batch is made smaller where `batch_size` questions do not fit.
     Answers are kept in <run>/answers/NAME.jsonl as they come: an interrupted evaluation goes on where it stopped, and a
     finished one is scored again without loading the model. Scores are kept in <run>/scores.csv.
     Values are on a scale of 0 to 100; low and high are a 95 % bootstrap over pictures; baseline is the majority
@@ -65,7 +66,7 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     weights = model.fingerprint if served else fingerprint_of_model(model) if model else None
     weights = weights or fingerprint_of_folder(home / "model")
     answers = []
-    with asking(run, model, num_processes, batch_size, template) as ask:
+    with asking(run, model, num_processes, batch_size, template, memory) as ask:
         for test in tests:
             tokens = test.benchmark.max_new_tokens
             header = {"model": weights, "questions": fingerprint_of_questions(test.samples, test.asked),
@@ -138,7 +139,7 @@ def allowed(words, prompt):
 
 
 @contextmanager
-def asking(run, model, num_processes, batch_size, template):
+def asking(run, model, num_processes, batch_size, template, memory=None):
     """ask(questions, max_new_tokens) -> (index, Answer) as they come; whoever answers is loaded once, at the first call."""
 
     @cache
@@ -148,10 +149,10 @@ def asking(run, model, num_processes, batch_size, template):
     if isinstance(model, ServedModel):
         yield model.answering
     elif num_processes > 1:
-        with working(run, num_processes, batch_size, template) as ask:
+        with working(run, num_processes, batch_size, template, memory) as ask:
             yield ask
     else:
-        yield lambda questions, tokens: answering(*loaded(), questions, tokens, batch_size, template)
+        yield lambda questions, tokens: answering(*loaded(), questions, tokens, batch_size, template, memory)
         loaded.cache_clear()  # a judge may need the memory
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 from huggingface_hub import try_to_load_from_cache
 
-from vflan import batches, processes
+from vflan import batches, processes, room
 from vflan import model as models
 from vflan.conversation import IGNORE_INDEX, encode_many
 from vflan.footprint import count
@@ -23,6 +23,8 @@ from vflan.recipe import Recipe, replace, resolve
 
 SHARE = 0.4  # of the peak rate, recomputing counted; LLaVA-1.5's 3.5 h and 10 h of 7B on 8 A100 come to 0.42 and 0.3
 RESERVE = 2.0  # GB a GPU: CUDA itself, its libraries' buffers, and what lies unused between tensors
+# a question of an evaluation in tokens: before the picture, after it, and of the answer; and vflan.evaluate's batch
+BEFORE, ASKED, NEW, BATCH = 35, 60, 64, 64
 GPUS = {  # memory in GiB, dense bf16 rate in TFLOP/s, board power in W, as the makers publish them
     "A100-40G": (40, 312, 400),
     "A100-80G": (80, 312, 400),
@@ -69,6 +71,8 @@ class Plan:
     kwh: float | None
     changes: tuple[str, ...]  # if it does not fit: what was tried, and what that comes to
     notes: tuple[str, ...]  # what was assumed
+    answering: dict[str, float]  # bytes of one GPU that evaluates: weights, question (one with its picture), reserve
+    at_once: int  # questions, each on its own picture, that are answered together there; 0: not even one fits
 
     @property
     def peak(self) -> float:
@@ -76,8 +80,14 @@ class Plan:
         return sum(self.memory.values())
 
     @property
+    def needs(self) -> float:
+        """Bytes that one GPU must have, to train and then to answer one question at a time at least."""
+        return max(self.peak, sum(self.answering.values()))
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= self.room
+        """Whether training does, and answering after it."""
+        return self.needs <= self.room
 
     def _lines(self):
         where = f"{self.gpus} x {self.gpu}" if self.gpu != "cpu" else "this machine's memory"
@@ -86,6 +96,9 @@ class Plan:
         yield f"{self.recipe.name} {verdict} {where}: {self.peak / 1e9:.2f} of {self.room / 1e9:.1f} GB each"
         yield f"{self.steps:,} steps, {self.tokens / 1e6:,.1f} M tokens{cost}"
         yield f"a step: at most {self.passes} passes of at most {self.widest:,} positions on each"
+        weights, question = self.answering["weights"] / 1e9, self.answering["question"] / 1e9
+        some = f"{self.at_once} at once, one a picture" if self.at_once else "too much"
+        yield f"evaluation: {weights:.2f} GB of weights and {question:.2f} GB a question: {some}"
 
     def __str__(self):
         parts = [f"  {part:12}{size / 1e9:9.2f} GB" for part, size in self.memory.items()]
@@ -116,7 +129,7 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: str = "A100-80G", share: float = SH
     recipe = replace(recipe, packing="packed" if packed else "padded")
     data, notes = _rows(recipe)
     work, (memory, rate, watts) = _layout(recipe, data, gpus), GPUS[gpu]
-    room = psutil.virtual_memory().total / gpus if memory is None else memory * 2**30
+    limit = psutil.virtual_memory().total / gpus if memory is None else memory * 2**30
     memory = _memory(recipe, gpus, gpu, work)
     hours = None
     if rate:
@@ -130,16 +143,30 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: str = "A100-80G", share: float = SH
         gpus,
         gpu,
         memory,
-        room,
+        limit,
         steps=work.steps,
         passes=work.passes,
         widest=work.shape[0] * work.shape[1],
         tokens=int(data.lengths[work.rows].sum()),
         hours=hours,
         kwh=hours * gpus * watts / 1000 if rate else None,
-        changes=_changes(recipe, gpus, gpu, data, room) if sum(memory.values()) > room else (),
+        changes=_changes(recipe, gpus, gpu, data, limit) if sum(memory.values()) > limit else (),
         notes=notes,
+        answering=(answering := _answering(recipe, gpus, gpu, work)),
+        at_once=max(0, min(BATCH, int((limit - sum(answering.values())) / answering["question"]) + 1)),
     )
+
+
+def _answering(recipe, world, gpu, work) -> dict[str, float]:
+    """{part: bytes} of a process that evaluates: the trained model in the width of its passes, and a question's cache."""
+    found, _, size = _counted(recipe, world, gpu, work)
+    text, wide = models.shapes(recipe)[1], models.picture_tokens(recipe)
+    # a quantised layer has a scale for each 64 weights, as footprint counts it
+    body = found["body"] * (recipe.bits / 8 + 1 / 64 if recipe.bits < 16 else size)
+    weights = body + size * (found["outer"] + found["tower/weights"])
+    each = room.sizes(text, size)
+    question = max(each.asking(BEFORE + wide, [(1, ASKED)], NEW), each.reading(1, BEFORE, wide))
+    return dict(weights=weights, question=question) | (dict(reserve=RESERVE * 1e9) if gpu != "cpu" else {})
 
 
 def _rows(recipe):

@@ -99,8 +99,8 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
     arms: {label: Arm or Swap}; an arm may start from another arm of the same seed. seeds: each trains every arm again,
     under names that tell (`for_seed`). benchmarks, folder: as for `evaluate`; benchmarks=() asks nothing. jobs: how many
     arms at once, each on one thread (default: one for every core; one on a machine with GPUs, where `num_processes` share
-    an arm). A line for each arm that is done goes to stderr. An arm that fails stops the sweep after those that are
-    running; the error names it.
+    an arm: they train it and answer for it, but for a Swap). A line for each arm that is done goes to stderr. An arm that
+    fails stops the sweep after those that are running; the error names it.
     """
     seeds, jobs = list(seeds), jobs or default_jobs()
     folder = resolve(folder or next(arm.recipe.benchmarks for arm in arms.values() if isinstance(arm, Arm)))
@@ -186,7 +186,7 @@ def run_of(arms, label, seed):
 def train_and_ask(recipe, init, benchmarks, folder, num_processes):
     run = train(recipe, init=init, num_processes=num_processes)
     if benchmarks:
-        evaluate(run, list(benchmarks), folder)
+        evaluate(run, list(benchmarks), folder, num_processes=num_processes)
 
 
 def swap_and_ask(run, part, source, name, benchmarks, folder):

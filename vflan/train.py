@@ -1,12 +1,14 @@
 """Training: `train` for people, `fit` for each process. Plain PyTorch and Accelerate, the loop on one screen."""
 
 import argparse
+import gc
 import json
 import math
 import os
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+import traceback
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -42,13 +44,34 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     processes.check(recipe, num_processes)
     with run.begun(recipe, _started_from(init)):
         if not run.finished and num_processes == 1:
-            with torch.random.fork_rng():  # the caller's random numbers are the caller's
+            # the caller's random numbers are the caller's
+            with torch.random.fork_rng(), _memory_given_back():
                 fit(run.folder)
     if not run.finished and num_processes > 1:
         launch(run.folder, num_processes)  # whose main process takes the lock
     if not run.finished:
         raise RuntimeError(f"{shown(run.folder)}: training ended without a finished run.")
     return run
+
+
+@contextmanager
+def _memory_given_back():
+    """After this block no model that was trained in it is alive, though an error came out of it and is kept.
+
+    Accelerate binds `forward` into a circle that only the collector finds, and it may not look for a long time; a
+    notebook keeps the last error with its frames, which hold the model.
+    """
+    try:
+        yield
+    except BaseException as trouble:
+        while trouble is not None:
+            traceback.clear_frames(trouble.__traceback__)
+            trouble = trouble.__cause__ or trouble.__context__
+        raise
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def fit(folder, num_processes: int | None = None) -> None:

@@ -31,11 +31,11 @@ def forking(soon=False):
 
 
 @contextmanager
-def working(run, num_processes, batch_size, template):
+def working(run, num_processes, batch_size, template, memory=None):
     """A function like `answering`: ask(questions, max_new_tokens) yields (index, Answer), from several processes.
 
-    run: a Run; each process loads it (onto a GPU of its own, where there are several). The processes end with this
-    block, and with their parent.
+    run: a Run; each process loads it (onto a GPU of its own, where there are several). memory: bytes that each may
+    take beside it (None: its share of what is free). The processes end with this block, and with their parent.
     """
     context = get_context(START)
     ranks = context.Queue()
@@ -45,7 +45,7 @@ def working(run, num_processes, batch_size, template):
 
         def ask(questions, max_new_tokens):
             pieces = cut(questions, max(1, min(2 * batch_size, len(questions) // (4 * num_processes))))
-            todo = {pool.submit(_answer, [questions[i] for i in piece], max_new_tokens, batch_size, template): piece
+            todo = {pool.submit(_answer, [questions[i] for i in piece], max_new_tokens, batch_size, template, memory): piece
                     for piece in pieces}  # fmt: skip
             try:
                 for future in as_completed(todo):
@@ -81,13 +81,15 @@ def _begin(run, num_processes, ranks):
     rank = ranks.get()
     import torch
 
+    share = num_processes
     if torch.cuda.is_available():
+        share = -(-num_processes // torch.cuda.device_count())
         gpu = rank % torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(gpu)  # where the loader puts a quantised model
         torch.cuda.set_device(gpu)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    _HERE.update(model=run.load_model(), processor=run.processor())
+    _HERE.update(model=run.load_model(), processor=run.processor(), share=share)
 
 
 def end_with_parent():
@@ -100,7 +102,11 @@ def end_with_parent():
     Thread(target=wait, daemon=True).start()
 
 
-def _answer(questions, max_new_tokens, batch_size, template):
+def _answer(questions, max_new_tokens, batch_size, template, memory):
     from vflan.answers import answering
+    from vflan.room import free
 
-    return list(answering(_HERE["model"], _HERE["processor"], questions, max_new_tokens, batch_size, template))
+    model, more = _HERE["model"], (max_new_tokens, batch_size, template)
+    # several processes may share a GPU, or the memory of a machine without one
+    memory = memory or free(model.device) // _HERE["share"]
+    return list(answering(model, _HERE["processor"], questions, *more, memory))
