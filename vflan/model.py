@@ -89,6 +89,7 @@ def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
             f"{shown(source) if source else recipe.language_model}: quantised layers are {found}, but bits={recipe.bits} means {wanted}; "
             "begin from weights of 16 or 32 bits."
         )
+    _keep_layout(model)
     return model.eval()
 
 
@@ -526,6 +527,17 @@ def _quantised(recipe, dtype, skip=_NOT_QUANTISED) -> dict:
             llm_int8_skip_modules=list(skip),
         )
     return {"quantization_config": config, "device_map": {"": _device()}}
+
+
+def _keep_layout(model) -> None:
+    """Keep 4-bit weights as they were quantised, on every processor."""
+    # On a CPU with AVX512-BF16, bitsandbytes lays a layer's weights out anew when the layer first
+    # computes in evaluation mode. In that layout a product has no gradient, so that a run would
+    # learn wrongly after its first look at held-out rows; the scales are rounded to bf16 for good;
+    # the bytes differ, so that frozen weights seem to have moved; and layers narrower than 64 fail.
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _device():
