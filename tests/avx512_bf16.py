@@ -30,4 +30,5 @@ def _product(x, packed, shape, scales, code, blocksize):
     numbers = torch.cat([halves & 15, halves >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
     numbers = numbers.transpose(1, 2).reshape(rows, columns)
     weight = code[numbers.long()] * scales.float().T.repeat_interleave(blocksize, dim=1)
-    return linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16().to(x.dtype)
+    with torch.no_grad():
+        return linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16().to(x.dtype)

@@ -104,11 +104,9 @@ def test_the_logits_are_the_same(now, golden):
 
 
 def test_the_first_losses_of_each_stage_are_the_same(now, golden):
-    """To the last bit on the kind of machine that wrote them down, to four digits elsewhere."""
+    """To four digits: the order in which a processor sums up moves the seventh, six steps carry it to the sixth."""
     assert now["losses"].keys() == golden["losses"].keys() == {"projector", "base", "chat"}
     for stage, losses in golden["losses"].items():
-        if (now["cpu"], now["torch"]) == (golden["cpu"], golden["torch"]):
-            assert now["losses"][stage] == losses, stage
         np.testing.assert_allclose(now["losses"][stage], losses, rtol=1e-4, err_msg=stage)
 
 
