@@ -1,4 +1,7 @@
-"""A processor with AVX512-BF16, played on any other: where bitsandbytes lays 4-bit weights out anew to answer with them."""
+"""A processor with AVX512-BF16, played on any other.
+
+On such a one bitsandbytes lays 4-bit weights out anew to answer with them.
+"""
 
 from contextlib import contextmanager
 
@@ -20,8 +23,9 @@ def avx512_bf16(monkeypatch):
 
 
 def _product(x, packed, shape, scales, code, blocksize):
-    """What bitsandbytes' kernel computes, in its layout: x (..., K), packed (N, K/2), scales (K/blocksize, N).
+    """What bitsandbytes' kernel computes, in its layout.
 
+    x: (..., K); packed: (N, K/2); scales: (K/blocksize, N).
     Like the kernel it rounds to bf16 and has no derivative.
     """
     rows, columns = shape

@@ -168,7 +168,8 @@ def parameter_counts(model) -> dict[str, int]:
 
 def quantised_layers(model) -> dict[str, int]:
     """How many 8- or 4-bit layers each part has; looked up by name, for bitsandbytes is imported only where it is used."""
-    return {part: sum(map(_is_quantised, module.modules())) for part, module in parts(model).items()}
+    named = parts(model).items()
+    return {part: sum(map(_is_quantised, module.modules())) for part, module in named}
 
 
 def _is_quantised(layer) -> bool:
@@ -267,9 +268,11 @@ def swap_part(model, part: str, other):
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
     if isinstance(other, (str, os.PathLike)):
         # quantised as the model is, so that the two differ in what was learned and in nothing else
-        bits = getattr(model, "hf_quantizer", None) if part == "language_model" else None
-        options = {"quantization_config": bits.quantization_config, "device_map": {"": _device()}} if bits else {}
-        other = read_pretrained(AutoModelForCausalLM, weights_source(str(other)), dtype=torch.float32, **options)
+        options, quantiser = {"dtype": torch.float32}, getattr(model, "hf_quantizer", None)
+        if quantiser and part == "language_model":
+            config = quantiser.quantization_config
+            options |= {"quantization_config": config, "device_map": {"": _device()}}
+        other = read_pretrained(AutoModelForCausalLM, weights_source(str(other)), **options)
     other = other if isinstance(other, nn.Module) else other.load_model()
     if isinstance(other, LlavaForConditionalGeneration):
         source = parts(other)[part]
@@ -279,8 +282,8 @@ def swap_part(model, part: str, other):
     (mine, ours, kinds), (theirs, layers, others) = map(_contents, (target, source))
     if kinds != others:
         raise ValueError(
-            f"The two {part}s are not quantised alike ({len(kinds)} and {len(others)} such layers), "
-            "so they cannot be swapped; load both in the same number of bits."
+            f"The two {part}s are not quantised alike "
+            f"({len(kinds)} and {len(others)} such layers), so they cannot be swapped; load both in the same number of bits."
         )
     have, want = (
         {name: weight.shape for name, weight in weights.items()}
