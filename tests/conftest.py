@@ -9,7 +9,9 @@ import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads make busy machines ten times slower
+# whatever the shell says: spinning OpenMP threads make busy machines ten times slower, and the
+# children that some tests fork wait for ever for threads that only their parent has
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")  # what the tests open leaves nothing in data/cache
 
 import pytest

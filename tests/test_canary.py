@@ -104,11 +104,13 @@ def test_the_logits_are_the_same(now, golden):
 
 
 def test_the_first_losses_of_each_stage_are_the_same(now, golden):
-    """To the last bit on the kind of machine that wrote them down, to four digits elsewhere."""
+    """To four digits on every processor.
+
+    Written down on an Intel with AVX512; an AMD with AVX2, or with no vector instructions, is off
+    by a millionth at most. A hundred times that is allowed, a tenth of what the next test sees.
+    """
     assert now["losses"].keys() == golden["losses"].keys() == {"projector", "base", "chat"}
     for stage, losses in golden["losses"].items():
-        if (now["cpu"], now["torch"]) == (golden["cpu"], golden["torch"]):
-            assert now["losses"][stage] == losses, stage
         np.testing.assert_allclose(now["losses"][stage], losses, rtol=1e-4, err_msg=stage)
 
 

@@ -1,5 +1,6 @@
 """The model: vision tower, projector, language model. The only file that knows module names, bitsandbytes and peft."""
 
+import copy
 import hashlib
 import json
 import os
@@ -89,6 +90,7 @@ def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
             f"{shown(source) if source else recipe.language_model}: quantised layers are {found}, but bits={recipe.bits} means {wanted}; "
             "begin from weights of 16 or 32 bits."
         )
+    _keep_layout(model)
     return model.eval()
 
 
@@ -166,8 +168,12 @@ def parameter_counts(model) -> dict[str, int]:
 
 def quantised_layers(model) -> dict[str, int]:
     """How many 8- or 4-bit layers each part has; looked up by name, for bitsandbytes is imported only where it is used."""
-    names = ("Linear8bitLt", "Linear4bit")
-    return {part: sum(type(m).__name__ in names for m in module.modules()) for part, module in parts(model).items()}
+    named = parts(model).items()
+    return {part: sum(map(_is_quantised, module.modules())) for part, module in named}
+
+
+def _is_quantised(layer) -> bool:
+    return type(layer).__name__ in ("Linear8bitLt", "Linear4bit")
 
 
 def picture_tokens(recipe) -> int:
@@ -261,24 +267,55 @@ def swap_part(model, part: str, other):
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
     if isinstance(other, (str, os.PathLike)):
-        other = read_pretrained(AutoModelForCausalLM, weights_source(str(other)), dtype=torch.float32)
+        # quantised as the model is, so that the two differ in what was learned and in nothing else
+        options, quantiser = {"dtype": torch.float32}, getattr(model, "hf_quantizer", None)
+        if quantiser and part == "language_model":
+            config = quantiser.quantization_config
+            options |= {"quantization_config": config, "device_map": {"": _device()}}
+        other = read_pretrained(AutoModelForCausalLM, weights_source(str(other)), **options)
     other = other if isinstance(other, nn.Module) else other.load_model()
     if isinstance(other, LlavaForConditionalGeneration):
         source = parts(other)[part]
     else:
         source = nn.ModuleDict({"model": other.model, "lm_head": other.lm_head}) if part == "language_model" else other
-    mine, theirs = parts(model)[part].state_dict(), source.state_dict()
-    odd = [
-        name
-        for name in {**mine, **theirs}
-        if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
-    ]
+    target = parts(model)[part]
+    (mine, ours, kinds), (theirs, layers, others) = map(_contents, (target, source))
+    if kinds != others:
+        raise ValueError(
+            f"The two {part}s are not quantised alike "
+            f"({len(kinds)} and {len(others)} such layers), so they cannot be swapped; load both in the same number of bits."
+        )
+    have, want = (
+        {name: weight.shape for name, weight in weights.items()}
+        | {name: layer.weight.quant_state.shape for name, layer in four.items()}
+        for weights, four in ((mine, ours), (theirs, layers))
+    )
+    odd = [name for name in have | want if have.get(name) != want.get(name)]
     if odd:
         raise ValueError(
             f"The two {part}s differ in shape ({odd[0]} and {len(odd) - 1} more), so they cannot be swapped."
         )
-    parts(model)[part].load_state_dict(theirs)
+    target.load_state_dict(theirs, strict=not ours)
+    for name, layer in ours.items():
+        weight, device = layers[name].weight, layer.weight.device
+        layer.weight.data = weight.data.to(device, copy=True)
+        layer.weight.quant_state = layer.quant_state = copy.deepcopy(weight.quant_state)
+        layer.quant_state.to(device)
     return model
+
+
+def _contents(part):
+    """(weights by name, 4-bit layers by name, kind of each quantised layer by name) of a part.
+
+    The weights are without those of the 4-bit layers.
+    """
+    quantised = {name: layer for name, layer in part.named_modules() if _is_quantised(layer)}
+    kinds = {name: type(layer).__name__ for name, layer in quantised.items()}
+    four = {name: layer for name, layer in quantised.items() if kinds[name] == "Linear4bit"}
+    # a 4-bit layer keeps its scales beside its weight: load_state_dict would leave the old ones
+    apart = tuple(f"{name}.weight" for name in four)
+    weights = part.state_dict().items()
+    return {name: w for name, w in weights if not name.startswith(apart)}, four, kinds
 
 
 def freeze(model, recipe) -> None:
@@ -526,6 +563,17 @@ def _quantised(recipe, dtype, skip=_NOT_QUANTISED) -> dict:
             llm_int8_skip_modules=list(skip),
         )
     return {"quantization_config": config, "device_map": {"": _device()}}
+
+
+def _keep_layout(model) -> None:
+    """Keep 4-bit weights as they were quantised, on every processor."""
+    # On a CPU with AVX512-BF16, bitsandbytes lays a layer's weights out anew when the layer first
+    # computes in evaluation mode. In that layout a product has no gradient, so that a run would
+    # learn wrongly after its first look at held-out rows; the scales are rounded to bf16 for good;
+    # the bytes differ, so that frozen weights seem to have moved; and layers narrower than 64 fail.
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _device():
