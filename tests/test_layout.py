@@ -11,7 +11,7 @@ HOME = Path(__file__).resolve().parent.parent
 # A room imports only rooms before it. Some know nothing of the house and so stand before those that use them:
 # conversation (check asks it what a row would lose), stats, kept, endpoint and judge (what scores stands after them).
 ROOMS = """
-recipe presets progress conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
+recipe presets parameters progress conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
 checks fetch model batches learner footprint checkpoints processes plan doctor share runs log heldout train answers streaming served workers
 evaluate sweeps claims
 plots widgets world report book

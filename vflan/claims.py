@@ -17,7 +17,8 @@ from scipy.stats import t as student
 from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Metric
 from vflan.kept import keep_scores, read_rows
-from vflan.recipe import ROOT
+from vflan.recipe import ROOT, output_folder, resolve
+from vflan.recipe import preset as recipes
 from vflan.stats import draws, ratio, tables
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
@@ -265,25 +266,20 @@ def number(value):
     return Metric(np.array([value], float), np.ones(1), np.zeros(1), np.zeros(1))
 
 
-def results(preset):
-    """Where the verdicts and scores of a preset's sweeps lie: (claims, sweeps); the frozen mini world speaks for `tiny`."""
-    name = Path(preset).stem.removesuffix("_frozen")
-    return tuple(ROOT / "data" / "results" / file for file in (f"claims_{name}.csv", f"{name}_sweeps.csv"))
-
-
 def publish(preset, found, scores, changes=None):
-    """Keep verdicts and scores of the long form in data/results; nothing of a short form (too few seeds, or `changes`), nor
-    of `tiny` itself, on which everything was chosen."""
-    if changes or Path(preset).stem == "tiny" or (found.n_seeds < MIN_SEEDS).all():
-        return
-    verdict_file, score_file = results(preset)
-    keep_verdicts(verdict_file, found)
-    keep_scores(score_file, scores)
+    """Keep the verdicts and scores of a notebook's runs in the folder `results` of their runs: claims.csv and sweeps.csv.
+
+    `make publish` copies them to data/results, where `committed` reads them.
+    """
+    folder = output_folder(resolve(recipes(preset, changes or {}).base.runs), "results")
+    keep_verdicts(folder / "claims.csv", found)
+    keep_scores(folder / "sweeps.csv", scores)
 
 
 def committed(notebook, preset="tiny"):
     """The committed verdicts of a notebook's claims ("06"), an empty table where there are none yet."""
-    path = results(preset)[0]
+    # the frozen mini world speaks for `tiny`
+    path = ROOT / "data" / "results" / f"claims_{Path(preset).stem.removesuffix('_frozen')}.csv"
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
     table = pd.read_csv(path, dtype={"claim": str})

@@ -14,7 +14,7 @@ import pandas as pd
 
 from vflan.benchmarks import BENCHMARKS
 from vflan.pictures import read_picture
-from vflan.recipe import ROOT
+from vflan.recipe import ROOT, output_folder
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
@@ -33,13 +33,12 @@ def style():
     plt.style.use(ROOT / "figures" / "vflan.mplstyle")
 
 
-def save(fig, name, preset="tiny"):
-    """Write figures/<preset>/name.png, and name.svg where that stays under 200 KB; returns the path of the png.
+def save(fig, name, album="tiny"):
+    """Write runs/<album>/figures/name.png, and name.svg where that stays under 200 KB; returns the path of the png.
 
-    The files hold no date, so that the same figure is the same file.
+    album: the name of a preset, or its folder of runs. The files hold no date, so that the same figure is the same file.
     """
-    folder = ROOT / "figures" / preset
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(album, "figures")
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     fig.savefig(png, metadata={"Software": None})
     fig.savefig(svg, metadata={"Date": None})
