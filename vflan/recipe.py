@@ -210,15 +210,16 @@ def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
             raise FileNotFoundError(f"{name}: no such preset file; copy one of vflan/presets and point to it.")
         try:
             make = runpy.run_path(str(path)).get("preset")
-        except Exception as trouble:  # it is code of somebody's own
+        except (Exception, SystemExit) as trouble:  # it is code of somebody's own
             raise ValueError(f"{name} cannot be run: {type(trouble).__name__}: {trouble}") from trouble
         if not callable(make):
             raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
     elif name in (known := preset_names()):
         make = import_module(f"vflan.presets.{name}").preset
     else:
+        near = difflib.get_close_matches(str(name), known, n=1)
         raise ValueError(
-            f"There is no preset {name!r}; known ones are {', '.join(known)}, or give a .py file of your own."
+            f"There is no preset {name!r}{f' (did you mean {near[0]}?)' if near else ''}; known ones are {', '.join(known)}, or give a .py file of your own."
         )
     try:
         recipes = list(make())
