@@ -94,8 +94,8 @@ def _ready(source, row, folder, place):
 
 def _whole(found, place, sources):
     """ValueError unless every claim of these notebooks was measured with enough seeds."""
-    numbers, seeds = {source.name[:2] for source in sources}, dict(zip(found.claim, found.n_seeds))
-    for claim in ledger().query("notebook in @numbers").claim:
+    claims, seeds = ledger(), dict(zip(found.claim, found.n_seeds))
+    for claim in claims[claims.notebook.isin([source.name[:2] for source in sources])].claim:
         if seeds.get(claim, 0) < place.seeds:
             raise ValueError(
                 f"claim {claim} has {seeds.get(claim, 0)} seeds, {place.seeds} are needed: this is a short trial."

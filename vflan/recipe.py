@@ -218,12 +218,13 @@ def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
         make = import_module(f"vflan.presets.{name}").preset
     else:
         near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"There is no preset {name!r}{f' (did you mean {near[0]}?)' if near else ''}; known ones are {', '.join(known)}, or give a .py file of your own."
+            f"There is no preset {name!r}{hint}; known ones are {', '.join(known)}, or give a .py file of your own."
         )
     try:
         recipes = list(make())
-    except Exception as trouble:
+    except (Exception, SystemExit) as trouble:
         raise ValueError(f"preset() of {name} fails: {type(trouble).__name__}: {trouble}") from trouble
     if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ValueError(
