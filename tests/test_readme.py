@@ -13,6 +13,7 @@ import pytest
 from test_layout import ROOMS
 
 import vflan
+from vflan import publish, tables
 from vflan.claims import floors
 from vflan.recipe import _FIELDS, Preset, preset_names
 from vflan.world import chats
