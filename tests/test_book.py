@@ -292,7 +292,7 @@ def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
         publish.publish("tiny")
     book.press("tiny")
     (scores := project / "runs/tiny/results/scores.csv").write_text("another")
-    with pytest.raises(ValueError, match="results/scores.csv is not as the notebooks left it"):
+    with pytest.raises(ValueError, match="results/scores.csv is not as a notebook left it"):
         publish.publish("tiny")
     assert git(project, "status", "--porcelain") == ""  # nothing was copied by halves
     book.press("tiny", again=True)

@@ -55,10 +55,15 @@ def publish(preset):
     rows = {row["name"]: row for row in recipe.read_json(folder / "book.json").get("notebooks", [])}
     for source in sources:
         _ready(source, rows.get(source.stem, {}), folder, place)
-    made = {file: mark for source in sources for file, mark in rows[source.stem]["files"].items()}
-    for file, mark in made.items():  # of two notebooks that write a file, the later one's mark counts
-        if not (folder / file).is_file() or digest_of(folder / file) != mark:
-            raise ValueError(f"{recipe.shown(folder / file)} is not as the notebooks left it: run them again.")
+    made = {}
+    for source in sources:
+        for file, mark in rows[source.stem]["files"].items():
+            made.setdefault(file, set()).add(mark)  # several notebooks add to a file; the last one left it as it is
+    for file, marks in made.items():
+        if not (folder / file).is_file() or digest_of(folder / file) not in marks:
+            raise ValueError(
+                f"{recipe.shown(folder / file)} is not as a notebook left it: run the notebooks again with --again."
+            )
     if missing := [file for file in place.results if f"results/{file}" not in made]:
         raise ValueError(f"the run made no results/{missing[0]}: run the notebooks again with --again.")
     if place.seeds:
