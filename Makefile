@@ -11,7 +11,7 @@ NBVAL ?= $(wildcard notebooks/01_*.ipynb)
 demo paper test lab: export OMP_NUM_THREADS ?= 1
 
 # Every seed of notebook 06 draws other tasks, so it takes more of them.
-PAPER = $(PY) -m vflan.book tiny_frozen
+PAPER = $(PY) -m vflan.book tiny_frozen -p live all
 FIVE = -p seeds '[20, 21, 22, 23, 24]'
 TEN = -p seeds '[20, 21, 22, 23, 24, 25, 26, 27, 28, 29]'
 

@@ -6,6 +6,7 @@ of vflan.evaluate, with one row for each seed of a run.
 """
 
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 from zlib import crc32
@@ -19,6 +20,7 @@ from vflan.benchmarks.benchmark import Metric
 from vflan.kept import keep_scores, read_rows
 from vflan.recipe import ROOT, output_folder, resolve
 from vflan.recipe import preset as recipes
+from vflan.recipe import shown as shown_path
 from vflan.stats import draws, ratio, tables
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
@@ -129,6 +131,7 @@ def floors(scores, losses=None):
 
 # ----------------------------------------------------------------------------------------------------------- the ledger
 
+READ = []  # committed files that this process has read: a notebook lists them at its end
 HOLDS, WEAKLY, NOT, FEW = "holds", "holds weakly", "does not hold at this scale", "not enough runs"
 MIN_SEEDS, ROUNDS, LEVEL = 3, 2000, 0.95
 VERDICTS = "claim statement comparison metric n_seeds effect low high smallest verdict".split()
@@ -282,8 +285,53 @@ def committed(notebook, preset="tiny"):
     path = ROOT / "data" / "results" / f"claims_{Path(preset).stem.removesuffix('_frozen')}.csv"
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
+    READ.append(shown_path(path))
     table = pd.read_csv(path, dtype={"claim": str})
     return table[table.claim.isin(ledger().query("notebook == @notebook").claim)]
+
+
+def beside(scores, preset="tiny", changes=None):
+    """Headline scores, a row a benchmark and run: seeds that were run here, and beside them the other committed ones.
+
+    The committed seeds are read from data/results; a trial with `changes` is another experiment and has none beside it.
+    """
+    path = ROOT / "data" / "results" / f"{Path(preset).stem}.csv"
+    tables = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
+    if path.is_file() and not changes:
+        other = pd.read_csv(path)
+        other = other[~other.seed.isin(scores.seed) & other.run.isin(scores.run)]
+        tables.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
+        READ.append(shown_path(path))
+    both = pd.concat(tables, ignore_index=True)
+    headline = both.benchmark.map({name: benchmark.headline for name, benchmark in BENCHMARKS.items()})
+    both = both[(both.metric == headline) & both.benchmark.isin(scores.benchmark)]
+    index = ["benchmark", "metric", "run"]
+    return both.pivot_table(index=index, columns="source", values="value", sort=False).round(1)
+
+
+def account(*sweeps, live="all"):
+    """Print what a notebook ran live, what it read, and what it left out: a line each, wrapped.
+
+    sweeps: the Sweeps of the notebook, in order. live: "small" where only a part of the arms was run.
+    """
+    from vflan import plots
+
+    runs, trained, answered = {}, set(), {}
+    for sweep in sweeps:
+        runs |= {key: run.name for key, run in sweep.runs.items()}
+        trained |= {sweep.runs[key].name for key in sweep.trained}
+        for label, _, name in sorted(sweep.answered):
+            answered.setdefault(label, []).append(name)
+    places = sorted({shown_path(run.folder.parent) for sweep in sweeps for run in sweep.runs.values()})
+    lines = [("trained here", sorted(trained))]
+    lines += [("asked here", [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()])]
+    lines += [(f"read, {' and '.join(places)}", sorted(set(runs.values()) - trained))]
+    lines += [("read, committed", sorted(set(READ)) + [f"figures/tiny_frozen/{name}" for name in plots.SHOWN])]
+    if live == "small":
+        lines.append(("not run here", ['the other arms and seeds: live = "all", or make paper']))
+    for how, what in lines:
+        text = ", ".join(dict.fromkeys(what)) or "nothing"
+        print(textwrap.fill(text, 112, initial_indent=f"{how:24}", subsequent_indent=" " * 24, break_on_hyphens=False))
 
 
 def shown_verdicts(found):
@@ -293,10 +341,16 @@ def shown_verdicts(found):
 
 
 def reading(found, long):
-    """One line a whole claim: the verdict of the long form where there is one, else that of these runs."""
-    for row in found[found.claim.str.isdigit()].itertuples():
+    """One line a whole claim: the verdict of the long form where there is one, else that of these runs.
+
+    found: the verdicts of these runs, or None where they were not judged (a notebook with live="small").
+    """
+    rows = long if found is None else found
+    for row in rows[rows.claim.str.isdigit()].itertuples():
         other = long[long.claim == row.claim]
-        if row.verdict == FEW and len(other):
+        if found is None:
+            source = "committed long form"
+        elif row.verdict == FEW and len(other):
             row, source = next(other.itertuples()), "committed long form"
         else:
             source = "these runs"

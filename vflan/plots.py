@@ -26,6 +26,7 @@ TITLES = {"heldin": "held-in tasks", "heldout": "held-out tasks", "mmbench": "MM
           "miniimagenet": "miniImageNet", "textocr": "TextOCR", "wit": "WIT"}  # fmt: skip
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 SVG_LIMIT = 200_000  # bytes
+SHOWN = []  # names of the committed figures that this process has shown: a notebook lists them at its end
 
 
 def style():
@@ -605,7 +606,9 @@ def committed(name, preset="tiny_frozen"):
     path = ROOT / "figures" / preset / f"{name}.png"
     if path.exists():
         print(f"The committed long form, figures/{preset}/{name}.png:")
-        with Image.open(path) as picture:  # smaller: a notebook holds three of them
-            display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)).quantize(32))
+        SHOWN.append(name)
+        # as wide as a notebook's column: larger would only make the file larger
+        with Image.open(path) as picture:
+            display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)))
     else:
         print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")
