@@ -157,6 +157,7 @@ def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
     assert "holds (committed long form, 5 seeds: +" in next(claims.reading(short, long))
     assert "holds (these runs, 5 seeds" in next(claims.reading(long, none))
     assert "make paper" in next(claims.reading(nothing, none))
+    assert "holds (committed long form, 5 seeds: +" in next(claims.reading(None, long))
 
 
 def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path, monkeypatch):

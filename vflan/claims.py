@@ -314,24 +314,20 @@ def account(*sweeps, live="all"):
 
     sweeps: the Sweeps of the notebook, in order. live: "small" where only a part of the arms was run.
     """
-    from vflan import plots
-
-    runs, trained, answered = {}, set(), {}
+    runs, trained, answered = set(), set(), {}
     for sweep in sweeps:
-        runs |= {key: run.name for key, run in sweep.runs.items()}
-        trained |= {sweep.runs[key].name for key in sweep.trained}
+        runs |= {shown_path(run.folder) for run in sweep.runs.values()}
+        trained |= {shown_path(sweep.runs[key].folder) for key in sweep.trained}
         for label, _, name in sorted(sweep.answered):
             answered.setdefault(label, []).append(name)
-    places = sorted({shown_path(run.folder.parent) for sweep in sweeps for run in sweep.runs.values()})
     lines = [("trained here", sorted(trained))]
     lines += [("asked here", [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()])]
-    lines += [(f"read, {' and '.join(places)}", sorted(set(runs.values()) - trained))]
-    lines += [("read, committed", sorted(set(READ)) + [f"figures/tiny_frozen/{name}" for name in plots.SHOWN])]
+    lines += [("read, runs", sorted(runs - trained)), ("read, committed", sorted(set(READ)))]
     if live == "small":
         lines.append(("not run here", ['the other arms and seeds: live = "all", or make paper']))
     for how, what in lines:
         text = ", ".join(dict.fromkeys(what)) or "nothing"
-        print(textwrap.fill(text, 112, initial_indent=f"{how:24}", subsequent_indent=" " * 24, break_on_hyphens=False))
+        print(textwrap.fill(text, 112, initial_indent=f"{how:17}", subsequent_indent=" " * 17, break_on_hyphens=False))
 
 
 def shown_verdicts(found):

@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.claims import READ
 from vflan.pictures import read_picture
 from vflan.recipe import ROOT, output_folder
+from vflan.recipe import shown as shown_path
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
@@ -26,7 +28,6 @@ TITLES = {"heldin": "held-in tasks", "heldout": "held-out tasks", "mmbench": "MM
           "miniimagenet": "miniImageNet", "textocr": "TextOCR", "wit": "WIT"}  # fmt: skip
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 SVG_LIMIT = 200_000  # bytes
-SHOWN = []  # names of the committed figures that this process has shown: a notebook lists them at its end
 
 
 def style():
@@ -606,7 +607,7 @@ def committed(name, preset="tiny_frozen"):
     path = ROOT / "figures" / preset / f"{name}.png"
     if path.exists():
         print(f"The committed long form, figures/{preset}/{name}.png:")
-        SHOWN.append(name)
+        READ.append(shown_path(path))
         # as wide as a notebook's column: larger would only make the file larger
         with Image.open(path) as picture:
             display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)))
