@@ -5,6 +5,7 @@ not the paper's world: the marks say in which direction to look, not where to ar
 """
 
 import inspect
+import io
 import textwrap
 from collections.abc import Mapping
 
@@ -601,6 +602,7 @@ def learning_curves(heldout, category):
 
 def committed(name, preset="tiny_frozen"):
     """Show a figure of the long form that is committed in figures/, or say in a line that there is none."""
+    from IPython.display import Image as Shown
     from IPython.display import display
     from PIL import Image
 
@@ -610,6 +612,8 @@ def committed(name, preset="tiny_frozen"):
         READ.append(shown_path(path))
         # as wide as a notebook's column: larger would only make the file larger
         with Image.open(path) as picture:
-            display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)))
+            small = picture.convert("RGB").resize((760, 760 * picture.height // picture.width))
+        small.save(buffer := io.BytesIO(), "PNG", optimize=True)
+        display(Shown(buffer.getvalue(), format="png"))  # Pillow's own display would add a JPEG of it
     else:
         print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")
