@@ -612,7 +612,7 @@ def committed(name, preset="tiny_frozen"):
         READ.append(shown_path(path))
         # as wide as a notebook's column: larger would only make the file larger
         with Image.open(path) as picture:
-            small = picture.convert("RGB").resize((760, 760 * picture.height // picture.width))
+            small = picture.convert("RGB").resize((640, 640 * picture.height // picture.width))
         small.save(buffer := io.BytesIO(), "PNG", optimize=True)
         display(Shown(buffer.getvalue(), format="png"))  # Pillow's own display would add a JPEG of it
     else:
