@@ -138,3 +138,13 @@ def test_a_notebook_lists_what_it_ran_and_what_it_read(project, capsys):
     assert "make paper" in said["not run here"]
     claims.account(done)
     assert "not run here" not in capsys.readouterr().out
+
+
+def test_published_scores_keep_the_seeds_that_did_not_run(tmp_path):
+    from vflan.publish import with_other_seeds
+
+    for name, rows in (("new", [(0, 70)]), ("old", [(0, 60), (1, 50)])):
+        table = scores(*[("base", seed, "mme", "score", value, 2, 25) for seed, value in rows])
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    kept = with_other_seeds(tmp_path / "new.csv", tmp_path / "old.csv")
+    assert list(zip(kept.seed, kept.value)) == [("0", "70"), ("1", "50")]

@@ -77,11 +77,21 @@ def publish(preset):
     copies += [(folder / file, figures / file.removeprefix("figures/")) for file in made if file.startswith("figures/")]
     for source, target in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if source.name == "scores.csv" and target.is_file():
+            with_other_seeds(source, target).to_csv(target, index=False)
+        else:
+            shutil.copyfile(source, target)
         written.append(target)
     tables.write_gallery(preset, figures, home / place.page)
     tables.fill_readme(home)
     return written
+
+
+def with_other_seeds(source, target):
+    """The scores of `source`, then those of `target` whose seed did not run: the demo trains one, and shows the others."""
+    # as texts, so that no number is written anew
+    fresh, old = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (source, target))
+    return pd.concat([fresh, old[~old.seed.isin(fresh.seed)]], ignore_index=True)
 
 
 def _ready(source, row, folder, place):
