@@ -11,14 +11,15 @@ NBVAL ?= $(wildcard notebooks/01_*.ipynb)
 demo paper test lab: export OMP_NUM_THREADS ?= 1
 
 # Every seed of notebook 06 draws other tasks, so it takes more of them.
-PAPER = $(PY) -m vflan.book tiny_frozen --write
+PAPER = $(PY) -m vflan.book tiny_frozen -p live all
 FIVE = -p seeds '[20, 21, 22, 23, 24]'
 TEN = -p seeds '[20, 21, 22, 23, 24, 25, 26, 27, 28, 29]'
 
-.PHONY: help setup demo paper test lab bench lock format clean
+.PHONY: help setup demo paper publish test lab bench lock format clean
 help:
 	@echo "make demo    install, then run the eight notebooks on the tiny preset and print the scores"
 	@echo "make paper   install, then every claim of the paper on the frozen mini world, five seeds or more (hours)"
+	@echo "make publish for the authors: copy a finished run to what git tracks (PRESET=tiny or tiny_frozen)"
 	@echo "make test    install, then lint, format check and all tests"
 	@echo "make lab     install, then open JupyterLab in notebooks/"
 	@echo "make bench   measure demo and tests in a fresh clone (bench/results/demo.json)"
@@ -62,6 +63,10 @@ paper: $(STAMP)
 	$(PAPER) --notebooks 06 $(TEN) -p beyond True
 	$(PAPER) --notebooks 07 $(FIVE) -p budget None -p instances '[30, 100, 300, 1000, 3000]'
 	$(PAPER) --notebooks 08 $(FIVE)
+
+PRESET ?= tiny
+publish: $(STAMP)
+	$(PY) -m vflan.publish $(PRESET)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

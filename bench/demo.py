@@ -21,8 +21,8 @@ HOME = Path(__file__).resolve().parent.parent
 # name: (unit, at least, at most); the rate has no target, it says what the minutes were measured on
 CHECKS = {
     "setup_minutes": ("min", None, None),
-    "demo_minutes": ("min", None, 20),
-    "demo_peak_gb": ("GB", None, 6),
+    "demo_minutes": ("min", None, 10),
+    "demo_peak_gb": ("GB", None, 4),
     "again_minutes": ("min", None, 1),
     "test_minutes": ("min", None, 25),
     "matmul_gflops": ("GFLOPS fp32, 1 thread", None, None),

@@ -34,7 +34,7 @@ from bench.record import write
 from bench.resume import make_recipe
 from tests.chat_server import ChatServer, said
 from tests.test_fetch import REPO, Hub
-from vflan import book, world
+from vflan import book, recipe, world
 from vflan.checkpoints import found
 from vflan.judge import EndpointJudge
 from vflan.recipe import replace, write_json
@@ -137,7 +137,7 @@ class Workshop:
             for number, cell in enumerate(notebook.cells):
                 cell.id = f"{name}-{number}"
             nbformat.write(notebook, notebooks / f"{name}.ipynb")
-        book.ROOT = home
+        book.ROOT = recipe.ROOT = home
         os.chdir(home)
         book.press("tiny", notebooks=notebooks)
         pressed = [nbformat.read(path, 4) for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))]

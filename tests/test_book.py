@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import subprocess
 import sys
 
 import nbformat
@@ -12,23 +13,25 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, PngImagePlugin
 
-from vflan import book
+from vflan import book, publish, recipe, tables
 
 
 def code(source, tags=(), **more):
     return new_code_cell(source, metadata={"tags": list(tags)} if tags else {}, **more)
 
 
-def write(folder, name, *cells):
+def write(folder, name, *cells, more=""):
     folder.mkdir(exist_ok=True)
-    notebook = new_notebook(cells=[code('preset = "tiny"\nchanges = {}', ["parameters"]), *cells])
+    notebook = new_notebook(cells=[code(f'preset = "tiny"\nchanges = {{}}{more}', ["parameters"]), *cells])
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(book, "ROOT", tmp_path)
+    for module in (book, recipe, tables):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setenv("VFLAN_HOME", str(tmp_path))  # for the kernels
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,20 +71,20 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
         second.cells[2].outputs[0].text == "['vflan.train', 'vflan.evaluate'] None\n"
     )  # what sweeps fork from runs already
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in first.cells)
-    assert (folder / "01_first.ipynb").read_text() == source  # committed notebooks change with --write only
+    assert (folder / "01_first.ipynb").read_text() == source  # the press changes no committed notebook
 
     kept = json.loads((home / "runs/tiny/book.json").read_text())
     assert kept == record and [row["name"] for row in kept["notebooks"]] == ["01_first", "02_second"]
     assert kept["peak_gb"] > 0 and kept["minutes"] > 0
     said = capfd.readouterr()
-    assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "figures/README.md" in said.out
+    assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "runs/tiny/figures/README.md" in said.out
     assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
     # Quiet when nobody watches; a kernel that ends may leave a word of libzmq (zeromq/libzmq#3715), once in many runs.
     assert [line for line in said.err.splitlines() if "(src/signaler.cpp:" not in line] == []
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()
-    book.press("tiny", only=["01"], notebooks=folder, write=True)
-    assert (folder / "01_first.ipynb").read_bytes() == again  # the same run writes the same file
+    book.press("tiny", only=["01"], notebooks=folder, again=True)
+    assert (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes() == again  # the same run writes the same file
 
 
 def test_the_first_failure_stops_the_press_with_one_sentence(home):
@@ -96,7 +99,9 @@ def test_the_first_failure_stops_the_press_with_one_sentence(home):
 
 
 def test_parameters_and_the_preset_reach_the_notebook(home):
-    folder = write(home / "notebooks", "03_third", code("print(preset, changes['seed'] + 1, word)")).parent
+    folder = write(
+        home / "notebooks", "03_third", code("print(preset, changes['seed'] + 1, word)"), more="\nword = 1"
+    ).parent
     write(folder, "04_not_this", code("1/0"))
     book.main(["full_7b", "--notebooks", "03", "-p", "changes", "{'seed': 1}", "-p", "word", "plain", "--out", "mine"])
     done = nbformat.read(home / "mine/notebooks/03_third.ipynb", 4)
@@ -106,9 +111,10 @@ def test_parameters_and_the_preset_reach_the_notebook(home):
 
 def test_a_preset_file_is_found_from_the_notebooks_folder(home):
     folder = write(home / "notebooks", "01_a", code("print(open(preset).read())")).parent
-    (home / "mine.py").write_text("my preset")
+    mine = "from vflan.presets.tiny import preset  # my preset\n"
+    (home / "mine.py").write_text(mine)
     assert book.press("mine.py", notebooks=folder)["preset"] == "mine"
-    assert nbformat.read(home / "runs/mine/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text == "my preset\n"
+    assert "my preset" in nbformat.read(home / "runs/tiny/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text
 
 
 def test_wrong_requests_are_answered_with_what_there_is(home):
@@ -121,11 +127,21 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
     with pytest.raises(ValueError, match="would replace their sources"):
         book.press(out=home, notebooks=home / "notebooks")
     assert (home / "notebooks" / "01_a.ipynb").read_bytes() == before
-    with pytest.raises(ValueError, match="one plain folder name"):
-        book.press("...py", notebooks=home / "notebooks")
-    for request in ({"preset": "full_7b"}, {"parameters": {"changes": {}}}):
-        with pytest.raises(ValueError, match="--write"):
-            book.press(write=True, notebooks=home / "notebooks", **request)
+    write(home / "notebooks", "02_b", more="\nseeds = [0]\nnum_processes = 1")
+    (home / "broken.py").write_text("def preset(:")
+    wrong = {
+        "no preset 'tinny' .did you mean 'tiny'": dict(preset="tinny"),
+        "broken.py cannot be run: SyntaxError": dict(preset="broken.py"),
+        "has a parameter 'chnges'; did you mean 'changes'": dict(parameters={"chnges": "3"}),
+        "has a parameter 'seeds'; there are preset, changes": dict(parameters={"seeds": "0"}, only=["01"]),
+        "Recipe has no field 'max_stps'; the closest is 'max_steps'": dict(parameters={"changes": '{"max_stps": 1}'}),
+        "num_processes='two': a whole number": dict(parameters={"num_processes": "two"}),
+        "max_steps=0: a number of at least 1": dict(parameters={"changes": {"max_steps": 0}}),
+    }
+    for sentence, request in wrong.items():
+        with pytest.raises(ValueError, match=sentence):
+            book.press(notebooks=home / "notebooks", **request)
+    assert not (home / "runs").exists()  # nothing ran, no folder was made
 
 
 def test_cleaning_leaves_no_widget_address_or_path(home):
@@ -164,23 +180,27 @@ def test_the_gallery_lists_figures_with_their_captions(home):
     tiny.mkdir(parents=True)
     (tiny / "fig10_last.png").write_bytes(png())
     (tiny / "fig4_task_diversity.png").write_bytes(png(description="More tasks help."))
-    page, count = book.write_gallery("tiny")
+    page = home / "figures/README.md"
+    count = tables.write_gallery("tiny", tiny, page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("![")]
-    assert count == 2 and page == home / "figures/README.md"
+    assert count == 2
     assert lines == [
         "![More tasks help.](tiny/fig4_task_diversity.png)",
         "![Figure 10: last](tiny/fig10_last.png)",
     ]
-    assert book.write_gallery("mine")[0] == home / "figures/mine/README.md"
 
 
-def test_the_score_table_shows_each_benchmarks_first_metric_as_mean_of_seeds(tmp_path):
-    rows = [("base", "pope", "f1", 80, 0), ("base", "pope", "f1", 90, 1), ("base", "pope", "yes", 50, 0)]
-    rows += [("chat", "pope", "f1", 70.04, 0), ("base", "mme", "total", 1200, 0)]
-    pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed"]).to_csv(tmp_path / "s.csv", index=False)
-    table = book.score_table(tmp_path / "s.csv")
-    assert list(table.columns) == ["pope", "mme"] and list(table.index) == ["base", "chat"]
-    assert table.loc["base", "pope"] == 85 and table.loc["chat", "pope"] == 70 and np.isnan(table.loc["chat", "mme"])
+def test_closing_table_readme_and_report_print_one_headline_under_one_name():
+    rows = [("base", "pope", "accuracy", 72, 0), ("base", "pope", "f1", 80, 0), ("base-seed1", "pope", "f1", 90, 1)]
+    rows += [("chat", "pope", "f1", 70.04, 0), ("base", "mme", "accuracy", 61, 0), ("base", "mme", "score", 47.2, 0)]
+    scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed"])
+    scores = scores.assign(low=scores.value - 1, high=scores.value + 1, baseline=50)
+    table = tables.score_table(scores)
+    assert set(table.columns) == {"POPE F1", "MME score"} and list(table.index) == ["base", "chat"]
+    assert table.loc["base", "POPE F1"] == 85 and table.loc["base", "MME score"] == 47.2
+    assert table.loc["chat", "POPE F1"] == 70 and np.isnan(table.loc["chat", "MME score"])
+    _, _, shown = tables.score_rows(scores)  # what README and report print
+    assert {title: base.split()[0] for title, _, _, base, *_ in shown} == {"POPE F1": "85.0", "MME score": "47.2"}
 
 
 def test_the_watch_sees_what_children_hold():
@@ -199,7 +219,6 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('here')")])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, folder / "01_first.ipynb")
-    (home / "figures" / "tiny").mkdir(parents=True, exist_ok=True)
     lines = []
     target = home / "runs/tiny/notebooks/01_first.ipynb"
     book.press("tiny", notebooks=folder, say=lines.append)
@@ -210,3 +229,95 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     nbformat.write(notebook, folder / "01_first.ipynb")
     book.press("tiny", notebooks=folder, say=lines.append)
     assert "there" in target.read_text()
+
+
+SCORES = "run,benchmark,metric,value,low,high,n,seed,baseline\\nbase,pope,f1,{value},60,70,9,0,50\\n"
+WORK = """import matplotlib.pyplot as plt
+import vflan
+from vflan import plots
+from vflan.recipe import output_folder, resolve
+album = resolve(vflan.preset(preset, changes).base.runs)
+plots.save(plt.figure(), "empty", album)
+results = output_folder(album, "results")
+(results / "floors.csv").write_text("claim,holds\\n")
+(results / "scores.csv").write_text("SCORES")""".replace("SCORES", SCORES)
+
+
+def git(folder, *words):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def project(home):
+    """A project under git, with a published table and one notebook that saves a figure and scores of 65.4."""
+    write(home / "notebooks", "01_work", code(WORK.replace("{value}", "65.4")))
+    (home / "data/results").mkdir(parents=True)
+    (home / "data/results/tiny.csv").write_text(SCORES.replace("\\n", "\n").format(value="85.4"))
+    (home / "README.md").write_text("<!-- scores:begin -->\n<!-- scores:end -->\n")
+    (home / ".gitignore").write_text("runs/\n")
+    git(home, "init", "--quiet")
+    git(home, "add", "--all")
+    git(home, "commit", "--quiet", "--message", "all")
+    return home
+
+
+def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsys):
+    book.main(["tiny"])
+    book.main(["tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
+    assert git(project, "status", "--porcelain") == ""
+    trial = project / "runs/x y"
+    made = ["notebooks/01_work.ipynb", "figures/empty.png", "figures/README.md", "results/scores.csv", "report.html"]
+    assert [name for name in made if not (trial / name).is_file()] == []
+    said = capsys.readouterr().out.split("report     runs/tiny/report.html")[1]
+    assert "65.4" in said and "85.4" not in said and said.rstrip().endswith("runs/x y/report.html")
+    page = (trial / "report.html").read_text()
+    assert "65.4" in page and "85.4" not in page and "max_steps" in page
+
+
+def test_a_trial_without_scores_says_so(project, capsys):
+    write(project / "notebooks", "02_none", code("1"))
+    book.main(["tiny", "--notebooks", "02", "-p", "changes", '{"runs": "runs/trial"}'])
+    assert "none yet: runs/trial/results/scores.csv" in capsys.readouterr().out
+
+
+def test_what_a_notebook_made_and_somebody_deleted_is_made_again(project, capsys):
+    book.main(["tiny"])
+    (project / "runs/tiny/figures/empty.png").unlink()
+    book.main(["tiny"])
+    assert (project / "runs/tiny/figures/empty.png").is_file()
+
+
+def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
+    with pytest.raises(ValueError, match="01_work has not run to its end"):
+        publish.publish("tiny")
+    book.press("tiny", parameters={"changes": {"max_steps": 6}})
+    with pytest.raises(ValueError, match="01_work ran with changes={'max_steps': 6}"):
+        publish.publish("tiny")
+    book.press("tiny")
+    (scores := project / "runs/tiny/results/scores.csv").write_text("another")
+    with pytest.raises(ValueError, match="results/scores.csv is not as a notebook left it"):
+        publish.publish("tiny")
+    assert git(project, "status", "--porcelain") == ""  # nothing was copied by halves
+    book.press("tiny", again=True)
+    publish.publish("tiny")
+    changed = {line[3:] for line in git(project, "status", "--porcelain", "--untracked-files=all").splitlines()}
+    figures = {"figures/README.md", "figures/tiny/empty.png", "figures/tiny/empty.svg"}
+    data = {"data/results/tiny.csv", "data/results/tiny_floors.csv"}
+    assert changed == {"README.md", "notebooks/01_work.ipynb"} | figures | data
+    assert "65.4" in (project / "README.md").read_text() and "65.4" in (project / "data/results/tiny.csv").read_text()
+    assert scores.read_bytes() == (project / "data/results/tiny.csv").read_bytes()
+    write(project / "notebooks", "01_work", code("2"))
+    with pytest.raises(ValueError, match="01_work or the package has changed"):
+        publish.publish("tiny")
+    with pytest.raises(SystemExit, match="'full_7b' is not published"):
+        publish.main(["full_7b"])
+
+
+def test_claims_with_few_seeds_are_a_trial_and_not_published():
+    sources = book.find_notebooks(recipe.ROOT / "notebooks", ["06"])
+    found = publish.ledger()[["claim"]].assign(n_seeds=5)
+    publish._whole(found, publish.PLACES["tiny_frozen"], sources)
+    found.loc[found.claim == "1a", "n_seeds"] = 4
+    with pytest.raises(ValueError, match="claim 1a has 4 seeds, 5 are needed"):
+        publish._whole(found, publish.PLACES["tiny_frozen"], sources)

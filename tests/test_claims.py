@@ -1,6 +1,7 @@
 """Verdicts come from intervals, floors from means; nothing holds by default."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -103,3 +104,47 @@ def test_kept_answers_stand_beside_their_questions(tmp_path):
     kept = [{"model": "x"}, {"i": 1, "answer": "one"}, {"i": 0, "answer": "7"}]  # in the order they came
     (run.folder / "answers" / "heldin.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
     assert [(s["text"], s["answer"]) for s in claims.answered(run, "heldin", folder)] == [("q0", "7"), ("q1", "one")]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder whose committed scores know two seeds of a run."""
+    committed = scores(*[("base", s, "mme", m, 10 * s + 40, 2, 25) for s in (0, 1) for m in ("score", "accuracy")])
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    committed.to_csv(tmp_path / "data" / "results" / "tiny.csv", index=False)
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "READ", [])
+    return tmp_path
+
+
+def test_a_seed_that_ran_stands_beside_the_committed_ones_that_did_not(project):
+    ran = scores(("base", 0, "mme", "score", 63, 2, 25))
+    row = claims.beside(ran).loc["mme", "score", "base"]
+    assert dict(row) == {"seed 0, run here": 63, "seed 1, committed": 50}  # the committed seed 0 gives way
+    assert list(claims.beside(ran, changes={"max_steps": 4}).columns) == ["seed 0, run here"]
+    assert list(claims.beside(ran, "lora_7b").columns) == ["seed 0, run here"]
+
+
+def test_a_notebook_lists_what_it_ran_and_what_it_read(project, capsys):
+    runs = {(name, 0): SimpleNamespace(folder=project / name) for name in ("base", "chat")}
+    claims.beside(scores(("base", 0, "mme", "score", 63, 2, 25)))
+    done = SimpleNamespace(runs=runs, trained={("chat", 0)}, answered={("chat", 0, "pope")})
+    claims.account(done, live="small")
+    parts = re.split(r"^(?=\w)", capsys.readouterr().out, flags=re.MULTILINE)
+    said = {part[:17].strip(): part[17:].strip() for part in parts if part}
+    assert said["trained here"] == str(project / "chat") and said["asked here"] == "chat (pope)"
+    assert said["read, runs"] == str(project / "base")
+    assert said["read, committed"] == str(project / "data" / "results" / "tiny.csv")
+    assert "make paper" in said["not run here"]
+    claims.account(done)
+    assert "not run here" not in capsys.readouterr().out
+
+
+def test_published_scores_keep_the_seeds_that_did_not_run(tmp_path):
+    from vflan.publish import with_other_seeds
+
+    for name, rows in (("new", [(0, 70)]), ("old", [(0, 60), (1, 50)])):
+        table = scores(*[("base", seed, "mme", "score", value, 2, 25) for seed, value in rows])
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    kept = with_other_seeds(tmp_path / "new.csv", tmp_path / "old.csv")
+    assert list(zip(kept.seed, kept.value)) == [("0", "70"), ("1", "50")]

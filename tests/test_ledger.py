@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vflan import claims
+from vflan import claims, recipe
 from vflan.benchmarks.benchmark import Metric
 
 
@@ -157,18 +157,19 @@ def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
     assert "holds (committed long form, 5 seeds: +" in next(claims.reading(short, long))
     assert "holds (these runs, 5 seeds" in next(claims.reading(long, none))
     assert "make paper" in next(claims.reading(nothing, none))
+    assert "holds (committed long form, 5 seeds: +" in next(claims.reading(None, long))
 
 
-def test_only_the_long_form_is_published(tmp_path, monkeypatch):
-    import vflan.claims as module
-
-    monkeypatch.setattr(module, "results", lambda preset: (tmp_path / "claims.csv", tmp_path / "sweeps.csv"))
+def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
     scores = pd.DataFrame([["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]],
                           columns="run benchmark metric value low high n seed baseline judge problems".split())  # fmt: skip
     short, long = (claims.verdicts(items(0.3), range(n), claim(), rounds=50) for n in (1, 5))
-    claims.publish("tiny_frozen", short, scores)
-    claims.publish("tiny", long, scores)
-    claims.publish("tiny_frozen", long, scores, changes={"lr": 1})
-    assert not list(tmp_path.iterdir())
     claims.publish("tiny_frozen", long, scores)
-    assert sorted(f.name for f in tmp_path.glob("*.csv")) == ["claims.csv", "sweeps.csv"]
+    claims.publish("tiny", short, scores, changes={"lr": 1, "runs": "runs/a trial"})
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")}
+    assert found == {
+        f"runs/{album}/results/{name}.csv" for album in ("tiny_frozen", "a trial") for name in ("claims", "sweeps")
+    }
+    kept = {path.parts[-3]: pd.read_csv(path).n_seeds[0] for path in tmp_path.rglob("claims.csv")}
+    assert kept == {"tiny_frozen": 5, "a trial": 1}

@@ -74,6 +74,24 @@ def test_what_the_paper_says_stands_apart_and_is_answered(notebook):
     assert any("the paper says" in text.lower() and text.startswith("## ") for text in prose)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS[5:], ids=lambda path: path.stem)
+def test_the_long_notebooks_read_what_is_committed_and_train_one_small_arm(path):
+    nb = nbformat.read(path, 4)
+    assert 'live = "small"' in nb.cells[1].source
+    first, last = (next(i for i, cell in enumerate(nb.cells) if text in cell.source)
+                   for text in ("claims.shown_verdicts(claims.committed(", "vflan.sweep("))  # fmt: skip
+    assert first < last, "the committed verdicts come before anything is trained"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_a_notebook_that_trains_ends_with_what_it_ran_and_what_it_read(path):
+    nb = nbformat.read(path, 4)
+    sweeps = {name for cell in code(nb) for name in re.findall(r"(\w+) = vflan\.sweep\(", cell.source)}
+    (listed,) = (cell.source for cell in code(nb) if "claims.account(" in cell.source)
+    listed = listed[listed.index("claims.account(") :]
+    assert sweeps <= set(re.findall(r"\w+", listed))
+
+
 def test_outputs_hold_no_error_and_no_path_of_a_machine(notebook):
     for cell in code(notebook):
         for output in cell.outputs:

@@ -14,7 +14,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vflan import plots
+from vflan import plots, recipe
 from vflan.benchmarks import BENCHMARKS
 from vflan.stats import bootstrap
 
@@ -51,13 +51,13 @@ def test_plots_come_without_torch():
 
 
 def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
     fig, ax = plt.subplots()
     ax.plot([1, 2])
     first = plots.save(fig, "line", "some-preset")
     content = first.read_bytes(), first.with_suffix(".svg").read_bytes()
     plots.save(fig, "line", "some-preset")
-    assert first == tmp_path / "figures" / "some-preset" / "line.png"
+    assert first == tmp_path / "runs" / "some-preset" / "figures" / "line.png"
     assert (first.read_bytes(), first.with_suffix(".svg").read_bytes()) == content
     ax.scatter(*np.random.default_rng(0).random((2, 9000)))
     plots.save(fig, "line", "some-preset")

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, PngImagePlugin
 
-from vflan import book
+from vflan import tables
 from vflan.report import write_report
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -59,14 +59,15 @@ def is_harmless(page):
 @pytest.fixture
 def home(tmp_path):
     """A project folder whose every text is somebody else's markup."""
-    results, runs = tmp_path / "data/results", tmp_path / "runs/tiny"
+    runs = tmp_path / "runs/tiny"
+    results = runs / "results"
     results.mkdir(parents=True)
     columns = "run benchmark metric value low high n seed baseline".split()
     pd.DataFrame([("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)], columns=columns).to_csv(
-        results / "tiny.csv", index=False
+        results / "scores.csv", index=False
     )
     claims = pd.DataFrame([(EVIL, 2, 1.25, 0.5, 2.0, "holds")], columns="claim n_seeds effect low high verdict".split())
-    claims.to_csv(results / "claims_tiny.csv", index=False)
+    claims.to_csv(results / "claims.csv", index=False)
     (tmp_path / "bench/heldin").mkdir(parents=True)
     (tmp_path / "bench/images").mkdir()
     (tmp_path / f"bench/images/{EVIL.replace('/', '')}.png").write_bytes(png())
@@ -81,8 +82,8 @@ def home(tmp_path):
         (runs / name / "done.json").write_text(json.dumps(dict(steps=7, last_loss=0.125)))
         said = [{}, dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0)]
         (runs / name / "answers/heldin.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
-    (tmp_path / "figures/tiny").mkdir(parents=True)
-    (tmp_path / "figures/tiny/fig4_a.png").write_bytes(png(f"More tasks help {EVIL}"))
+    (runs / "figures").mkdir()
+    (runs / "figures/fig4_a.png").write_bytes(png(f"More tasks help {EVIL}"))
     (runs / "notebooks").mkdir()
     outputs = [
         new_output("stream", name="stdout", text=f"printed {EVIL}"),
@@ -110,8 +111,8 @@ def report_of(home):
         parameters={"word": EVIL},
         notebooks=[dict(name="01_first", minutes=3.25, peak_gb=0.5)],
     )
-    scores = book.score_rows(pd.read_csv(home / "data/results/tiny.csv"))
-    figures = [(home / "figures/tiny/fig4_a.png", book.caption(home / "figures/tiny/fig4_a.png"))]
+    scores = tables.score_rows(pd.read_csv(home / "runs/tiny/results/scores.csv"))
+    figures = tables.pictures(home / "runs/tiny/figures")
     return write_report("tiny", home / "runs/tiny", record, home, scores, figures)
 
 
@@ -119,7 +120,7 @@ def test_all_that_came_out_stands_on_one_page(home):
     path = report_of(home)
     page = Page(path)
     assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
-    assert "POPE, F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
+    assert "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
     assert "1.25 0.5 2 holds" in page.text and "12.3 minutes" in page.text and "at most 1.5 GB" in page.text
     assert "lr 0.5 0.5" in page.text and "base 7 0.125" in page.text
     assert "01_first 3.25 0.5" in page.text and "transformers 5." in page.text and "cores" in page.text

@@ -63,9 +63,22 @@ def test_conda_installs_the_same_lock():
     assert "3.11" in Requirement(f"python{PROJECT['requires-python']}").specifier
 
 
+CLEAN = [
+    "changed=$(git status --porcelain)",
+    'if [ -n "$changed" ]; then',
+    "    echo 'These files changed; the demo and the tests may write only below what git ignores:'",
+    '    echo "$changed"',
+    "    exit 1",
+    "fi",
+]
+
+
 def test_continuous_integration_runs_what_a_person_runs():
     script = [line for line in (HOME / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
-    assert script == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert (
+        script
+        == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make demo", "make notebooks-test", "make test"] + CLEAN
+    )
     assert (HOME / ".ci/run").stat().st_mode & 0o111
     steps = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
@@ -178,7 +191,7 @@ def test_presets_are_shipped_with_the_package():
     }
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lab", "bench", "lock", "clean"])
+@pytest.mark.parametrize("target", ["demo", "paper", "publish", "test", "lab", "bench", "lock", "clean"])
 def test_make_knows_its_targets(target):
     plan = subprocess.run(["make", "--dry-run", target], cwd=HOME, capture_output=True, text=True)
     assert plan.returncode == 0 and plan.stdout

@@ -38,10 +38,13 @@ def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
     assert len(items.num) == 8
     with pytest.raises(KeyError):
         done.items("few", 0, "pope")
+    assert done.trained == {(label, seed) for label in ("projector", "few") for seed in (0, 3)}
+    assert {label for label, *_ in done.answered} == set(arms)
 
     monkeypatch.setattr(sys.modules["vflan.train"], "fit", lambda *_: pytest.fail("trained again"))
     again = vflan.sweep(arms, [0, 3], jobs=1)
     assert again.scores.value.equals(done.scores.value)
+    assert not again.trained and not again.answered
 
 
 def test_side_by_side_gives_the_same_weights_as_one_after_the_other(small, tmp_path):

@@ -1,18 +1,18 @@
 """The press: runs the notebooks in order, lays the executed ones out clean, and says where everything is.
 
     python -m vflan.book tiny                                   # all notebooks, about as long as a coffee
-    python -m vflan.book tiny --notebooks 03 05 -p changes '{"seed": 1}'
+    python -m vflan.book tiny --notebooks 03 05 -p changes '{"max_steps": 40, "runs": "runs/mine"}'
     python -m vflan.book full_13b -p num_processes 8 --out my_run
-    python -m vflan.book tiny_frozen --notebooks 06 07 08 --write -p seeds '[10, 11]'   # `make paper` has the whole line
-    python -m vflan.book --readme                               # run nothing: fill the tables of README.md from the results
 
-The executed notebooks go to runs/<preset>/notebooks; minutes and memory to runs/<preset>/book.json; and all that came out stands
-on one page, runs/<preset>/report.html.
+All that comes out lies in the folder of runs, runs/<preset> or the `runs` of `changes`: notebooks/, figures/, results/, minutes and
+memory in book.json, and one page with everything, report.html. No file that git tracks changes; vflan.publish copies what the
+authors publish.
 """
 
 import argparse
 import ast
 import base64
+import difflib
 import functools
 import hashlib
 import io
@@ -31,14 +31,12 @@ import pandas as pd
 import psutil
 from PIL import Image
 
-from vflan.benchmarks import BENCHMARKS
+from vflan import recipe
+from vflan.parameters import checked
 from vflan.recipe import ROOT, folder_name, resolve
-from vflan.report import STAGES, write_report
+from vflan.report import write_report
+from vflan.tables import pictures, score_rows, score_table, write_gallery
 
-WRITTEN = {
-    "tiny": "notebooks",
-    "tiny_frozen": "notebooks/paper",
-}  # preset -> where its executed notebooks are committed
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
 # what a kernel is told first: the process that a sweep forks from loads while the notebook does
 SOON = "from vflan.workers import forking; forking(soon=True)"
@@ -220,174 +218,6 @@ def run_notebook(source, target, parameters):
         raise Stopped(f"{source.name} could not be run: {error}") from None
 
 
-def caption(picture):
-    """What a figure says of itself: the description in the PNG, else its file name read aloud."""
-    with Image.open(picture) as image:
-        said = getattr(image, "text", {}).get("Description")
-    words = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{'Figure' if m[1] == 'fig' else 'Table'} {m[2]}: ", picture.stem)
-    return said or words.replace("_", " ")
-
-
-def write_gallery(preset, folder=None):
-    """List the figures of a preset with their captions; figures/README.md for tiny, else beside the figures."""
-    folder = Path(folder or ROOT / "figures")
-    page = folder / "README.md" if preset == "tiny" else folder / preset / "README.md"
-    pictures = sorted((folder / preset).glob("*.png"), key=_by_number)
-    lines = [f"# Figures of the {preset} preset", "", "Drawn by the notebooks; `vflan.book` writes this page.", ""]
-    for picture in pictures:
-        text = caption(picture)
-        lines += [f"![{text}]({picture.relative_to(page.parent).as_posix()})", "", text, ""]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines), encoding="utf-8")
-    return page, len(pictures)
-
-
-def _by_number(path):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
-
-
-def score_table(path):
-    """Scores of a file as one row a run and one column a benchmark: its first metric, mean over seeds."""
-    scores = pd.read_csv(path)
-    headline = scores.groupby("benchmark", sort=False)["metric"].first()
-    scores = scores[scores["metric"] == scores["benchmark"].map(headline)]
-    table = scores.pivot_table(index="run", columns="benchmark", values="value", aggfunc="mean", sort=False)
-    return table.round(1)
-
-
-# -------------------------------------------------------------------------------------------- the tables of README.md
-
-COSTS = {
-    "setup_minutes": "`make setup`, minutes to install",
-    "demo_minutes": "`make demo`, minutes without installing",
-    "demo_peak_gb": "`make demo`, most memory held at a time, GB",
-    "again_minutes": "a second `make demo`, minutes",
-    "test_minutes": "`make test`, minutes",
-    "matmul_gflops": "the machine: fp32 matrix product on one thread, GFLOPS",
-}
-
-
-def markdown(columns, rows):
-    """A table as markdown; what is missing (None, NaN) stays empty."""
-    cells = [["" if cell is None or cell != cell else str(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
-
-
-def score_rows(scores):
-    """(note, columns, rows) of Table 2 in this world: benchmarks by stages, beside the majority answer and the paper's 13B.
-
-    A cell is the mean over seeds, and in brackets the lowest and highest end of the seeds' intervals.
-    """
-    from vflan import plots  # matplotlib comes with it
-
-    runs, rows = scores.run.str.replace(r"-seed\d+$", "", regex=True), []
-    for name, benchmark in BENCHMARKS.items():
-        asked = (scores.benchmark == name) & (scores.metric == benchmark.headline)
-        if not asked.any():
-            continue
-        unit = plots.UNITS.get(benchmark.headline, benchmark.headline)
-        row = [f"{plots.TITLES.get(name, name)}, {unit}", f"{scores[asked].baseline.mean():.1f}"]
-        for run in STAGES:
-            own = scores[asked & (runs == run)]
-            row.append(f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]" if len(own) else None)
-        for stage in ("Base", "Chat"):
-            value, confirmed = plots.printed("Table 2", f"Vision-Flan {stage}", benchmark.paper) or (None, True)
-            row.append(value and (f"{value:.1f}" if confirmed else f"({value:.1f})"))
-        rows.append(row)
-    columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
-    seeds = sorted(scores[runs.isin(STAGES)].seed.unique())
-    note = f"In square brackets 95 % intervals over pictures. Seeds trained: {', '.join(map(str, seeds))}"
-    if len(seeds) > 1:
-        note += "; their mean, and the lowest and highest end of their intervals"
-    return f"{note}.", columns, rows
-
-
-def scores_markdown(scores):
-    """Table 2 of the mini world, as `score_rows` makes it."""
-    note, columns, rows = score_rows(scores)
-    return f"{markdown(columns, rows)}\n\n{note}"
-
-
-def floors_markdown(floors):
-    """The floors of vflan.claims with their verdicts, and how many hold."""
-    judged = floors.holds.astype(str)
-    rows = floors.assign(holds=judged.map({"True": "yes", "False": "**no**"}).fillna("not judged"))
-    held = f"{(judged == 'True').sum()} of {judged.isin(['True', 'False']).sum()} floors hold."
-    return f"{markdown(list(rows.columns), rows.itertuples(index=False))}\n\n{held}"
-
-
-def claims_markdown(found):
-    """The whole claims of the ledger with their verdicts; parts of a claim stand in the file and in the notebooks."""
-    rows = []
-    for row in found[found.claim.str.isdigit()].itertuples():
-        interval = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
-        rows.append([row.claim, row.statement, row.n_seeds, interval, f"{row.smallest:g}", row.verdict])
-    return markdown(["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"], rows)
-
-
-def cost_markdown(record):
-    """What bench.demo measured, as a table, and what it was measured on."""
-    rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]] for row in record["checks"]]
-    return f"{markdown(['', 'measured', 'wanted'], rows)}\n\n{measured_on(record, 'demo')}"
-
-
-def bench_markdown(records):
-    """The figures of every other bench, {name: record}, one table: what was measured, what was wanted, whether it holds."""
-    rows, notes = [], []
-    for name, record in records.items():
-        for row in record["checks"]:
-            value = row["value"] if isinstance(row["value"], str) else f"{row['value']:,.6g}"
-            verdict = {True: "yes", False: "**no**", None: ""}[row["holds"]]
-            rows.append([f"{name}: {row['name']}", value, row["unit"], row["target"], verdict])
-        notes.append(measured_on(record, name))
-    return "\n\n".join([markdown(["figure", "measured", "unit", "wanted", "holds"], rows), *notes])
-
-
-def measured_on(record, name):
-    """With what, at which commit and on which machine a bench was run."""
-    machine, versions = record["machine"], record["versions"]
-    at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
-    note = f"Measured by `python -m bench.{name}` at {at} on {machine['cpu']}, {machine['cores']} cores, "
-    note += f"{machine['memory_gb']} GB, load {machine['load_at_start']} at the start; "
-    return note + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
-
-
-def readme_tables(home=None):
-    """{marker: markdown} for the results that are there: `scores`, `claims`, `cost` and `bench`."""
-    home, tables = Path(home or ROOT), {}
-    scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
-    if scores.exists():
-        tables["scores"] = scores_markdown(pd.read_csv(scores))
-        if floors.exists():
-            tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
-    verdicts = home / "data" / "results" / "claims_tiny.csv"
-    if verdicts.exists():
-        tables["claims"] = claims_markdown(pd.read_csv(verdicts, dtype={"claim": str}))
-    files = sorted((home / "bench" / "results").glob("*.json"))
-    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    if "demo" in records:
-        tables["cost"] = cost_markdown(records.pop("demo"))
-    if records:
-        tables["bench"] = bench_markdown(records)
-    return tables
-
-
-def fill_readme(home=None):
-    """Put the tables between their markers in README.md; returns the markers filled. Without results nothing changes."""
-    page, tables = Path(home or ROOT) / "README.md", readme_tables(home)
-    if not page.exists():
-        return []
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md needs {begin} and {end} once each, with the table between them")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    page.write_text(text, encoding="utf-8")
-    return list(tables)
-
-
 # ------------------------------------------------------------------------------------------------------------ the press
 
 
@@ -401,103 +231,131 @@ def fingerprint(source, parameters):
     return digest.hexdigest()[:16]
 
 
-def up_to_date(row, key, target, out, name):
+def parameter_names(notebook):
+    """The names that the parameters cell of a notebook assigns."""
+    cells = [c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    return [line.targets[0].id for line in ast.parse("\n".join(cells)).body if isinstance(line, ast.Assign)]
+
+
+def given_parameters(sources, given):
+    """{notebook: its parameters} of `given`, understood; ValueError for one that none of the notebooks has.
+
+    A parameter that only some of them have goes to those.
+    """
+    names = {source: parameter_names(source) for source in sources}
+    known = list(dict.fromkeys(name for some in names.values() for name in some))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}."
+            raise ValueError(f"no notebook that would run has a parameter {name!r}; {hint}")
+    values = {name: checked(**{name: value})[0] for name, value in given.items()}
+    return {source: {name: values[name] for name in values if name in own} for source, own in names.items()}
+
+
+def made(folder):
+    """{path within the folder: time of writing} of the figures and results in a folder of runs."""
+    found = [path for kind in ("figures", "results") for path in (folder / kind).glob("[!.]*.*")]
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in sorted(found)}
+
+
+def digest_of(path):
+    """A short hash of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def up_to_date(row, key, target, folder):
     """Whether a notebook need not run again: nothing that it depends on has changed, and what it made is still there."""
-    there = {done.parent.name for done in out.glob("*/done.json")}
-    made = target.is_file() and (ROOT / "figures" / name).is_dir()
-    return made and row.get("key") == key and set(row.get("runs", ["-"])) <= there
+    there = {done.parent.name for done in folder.glob("*/done.json")}
+    files = "files" in row and all((folder / file).is_file() for file in row["files"])
+    return target.is_file() and files and row.get("key") == key and set(row.get("runs", ["-"])) <= there
 
 
-def press(preset="tiny", only=(), parameters=None, out=None, write=False, notebooks=None, say=None, again=False):
+def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say=None, again=False):
     """Run the notebooks of a preset in order and return the record that is kept in book.json.
 
-    preset: a name or a .py file. only: starts of notebook names. parameters: extra papermill parameters.
-    out: folder for the executed notebooks and book.json (runs/<preset>). write: also replace the committed notebooks and
-    fill the tables of README.md, possible for tiny without parameters only. A notebook of which nothing has changed since it
-    ran is not run again unless `again` is set. Raises Stopped at the first notebook that fails.
+    preset: a name or a .py file. only: starts of notebook names. parameters: papermill parameters; a text is read as the
+    value that it shows. out: folder for the executed notebooks, book.json and the report (the folder of runs). A notebook
+    of which nothing has changed since it ran is not run again unless `again` is set. Raises ValueError or FileNotFoundError
+    before anything runs or is written if it is asked for what there is not, and Stopped at the first notebook that fails.
     """
-    name = folder_name(Path(preset).stem, "preset")
     say = say or functools.partial(print, flush=True)
-    parameters = dict(parameters or {})
-    if write and (preset not in WRITTEN or preset == "tiny" and parameters):
-        raise ValueError(
-            "--write replaces the committed notebooks: those of `tiny` without parameters, and of `tiny_frozen`"
-        )
+    given, name = dict(parameters or {}), folder_name(Path(preset).stem, "preset")
+    if "preset" in given:
+        raise ValueError(f"the preset stands alone, not behind -p: python -m vflan.book {given['preset']}")
+    home = ROOT / "notebooks"  # an installed package has its own, until somebody puts some in the working directory
+    sources = find_notebooks(notebooks or (home if home.is_dir() else resolve("notebooks")), only)
+    own = given_parameters(sources, given)
+    folder = recipe.resolve(recipe.preset(preset, given.get("changes", {})).base.runs)
     if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
-        parameters["preset"] = str(Path(preset).resolve()) if preset.endswith(".py") else preset
-    out = Path(out or ROOT / "runs" / name).resolve()
-    if (out / "notebooks") == Path(notebooks or ROOT / "notebooks").resolve():
+        given["preset"] = preset
+        if preset.endswith(".py"):  # a notebook runs in a folder of its own
+            given["preset"] = str((Path(preset) if Path(preset).exists() else recipe.resolve(preset)).resolve())
+        own = given_parameters(sources, given if any("preset" in parameter_names(s) for s in sources) else {})
+    out = Path(out or folder).resolve()
+    if (out / "notebooks") == sources[0].parent.resolve():
         raise ValueError(f"out={out}: the executed notebooks would replace their sources; name another folder.")
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     old = json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
-    known = {row["name"]: row for row in old.get("notebooks", [])}
+    rows = {row["name"]: row for row in old.get("notebooks", [])}
     record = {
         "preset": name,
-        "parameters": parameters,
+        "parameters": {key: value for values in own.values() for key, value in values.items()},
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "notebooks": [],
     }
-    own = ROOT / "notebooks"  # in an installed package there are none, until somebody puts some there
-    sources = find_notebooks(notebooks or (own if own.is_dir() else resolve("notebooks")), only)
     width = max(len(source.stem) for source in sources)
     with Watch() as whole:
         for source in sources:
-            target, key = out / "notebooks" / source.name, fingerprint(source, parameters)
-            row, fresh = known.get(source.stem, {}), False
-            if again or not up_to_date(row, key, target, out, name):
+            target, key = out / "notebooks" / source.name, fingerprint(source, own[source])
+            row, fresh = rows.get(source.stem, {}), False
+            if again or not up_to_date(row, key, target, folder):
+                before = made(folder)
                 with Watch() as watch:
-                    run_notebook(source, target, parameters)
-                runs = sorted(done.parent.name for done in out.glob("*/done.json"))
+                    run_notebook(source, target, own[source])
+                files = [file for file, when in made(folder).items() if before.get(file) != when]
+                runs = sorted(done.parent.name for done in folder.glob("*/done.json"))
                 row = {"name": source.stem, "minutes": round(watch.minutes, 2), "peak_gb": round(watch.peak_gb, 2)}
-                row, fresh = row | {"kb": lay_out(target) // 1000, "key": key, "runs": runs}, True
-            size = target.stat().st_size
-            if write and size > LIMIT:
-                raise Stopped(f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures")
-            if write:
-                place = ROOT / WRITTEN[preset] / source.name
-                place.parent.mkdir(exist_ok=True)
-                place.write_bytes(target.read_bytes())
+                row |= {"kb": lay_out(target) // 1000, "key": key, "runs": runs, "parameters": own[source]}
+                row, fresh = row | {"files": {file: digest_of(folder / file) for file in files}}, True
             record["notebooks"].append(row)
-            rows = {**known, **{r["name"]: r for r in record["notebooks"]}}
-            kept = {**record, "notebooks": [rows[n] for n in sorted(rows)]}
-            (out / "book.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            rows[source.stem] = row
+            _keep(out, record, rows)
             cost = f"{row['minutes']:6.1f} min  {row['peak_gb']:5.1f} GB" if fresh else "up to date".rjust(20)
-            say(f"{source.stem:{width}}  {cost}  {size // 1000:4d} KB")
+            say(f"{source.stem:{width}}  {cost}  {target.stat().st_size // 1000:4d} KB")
     peak = max([whole.peak_gb, *(row["peak_gb"] for row in record["notebooks"])])  # short peaks fall between two looks
     record.update(minutes=round(whole.minutes, 2), peak_gb=round(peak, 2))
-    kept = {**record, "notebooks": [rows[n] for n in sorted(rows)]}
-    (out / "book.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    if write:
-        fill_readme()
-    _report(name, out, record, say)
+    _keep(out, record, rows)
+    _report(name, out, folder, record, say)
     return record
 
 
-def _report(name, out, record, say):
+def _keep(out, record, rows):
+    """Write book.json: the record with the rows of all notebooks that ever ran in this folder."""
+    recipe.write_json(out / "book.json", {**record, "notebooks": [rows[name] for name in sorted(rows)]})
+
+
+def _report(name, out, folder, record, say):
     def short(path):
         return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
-    page, figures = write_gallery(name)
-    scores = ROOT / "data" / "results" / f"{name}.csv"
+    page, scores = folder / "figures" / "README.md", folder / "results" / "scores.csv"
     say(f"\n{record['minutes']:.1f} minutes, at most {record['peak_gb']:.1f} GB")
     say(f"notebooks  {short(out / 'notebooks')}")
-    say(f"figures    {short(page)} ({figures})")
+    say(f"figures    {short(page)} ({write_gallery(name, page.parent, page)})")
+    table = None
     if scores.exists():
-        say(f"scores     {short(scores)}\n\n{score_table(scores).to_string(na_rep='')}")
+        written = any("results/scores.csv" in row.get("files", ()) for row in record["notebooks"])
+        values = pd.read_csv(scores)
+        say(f"scores     {short(scores)}{'' if written else ' (of an earlier run)'}")
+        say(f"\n{score_table(values).to_string(na_rep='')}")
+        table = score_rows(values)
     else:
         say(f"scores     none yet: {short(scores)} is written by notebooks/05_evaluation.ipynb")
-    figures = [(path, caption(path)) for path in sorted((ROOT / "figures" / name).glob("*.png"), key=_by_number)]
-    table = score_rows(pd.read_csv(scores)) if scores.exists() else None
-    say(f"\nreport     {short(write_report(name, out, record, ROOT, table, figures))}")
-
-
-def _value(text):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    found = pictures(page.parent)
+    say(f"\nreport     {short(write_report(name, out, record, ROOT, table, found, folder))}")
 
 
 def main(arguments=None):
@@ -505,16 +363,11 @@ def main(arguments=None):
     parser.add_argument("preset", nargs="?", default="tiny", help="a preset's name, or a .py file of your own")
     parser.add_argument("--notebooks", nargs="+", default=(), metavar="03", help="only these (start of the file name)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="notebook parameter")
-    parser.add_argument("--out", help="folder for the executed notebooks (runs/<preset>)")
-    parser.add_argument("--write", action="store_true", help="replace the committed notebooks with the executed ones")
-    parser.add_argument("--readme", action="store_true", help="run nothing, only fill the tables of README.md")
+    parser.add_argument("--out", help="folder for the executed notebooks and the report (the folder of runs)")
     parser.add_argument("--again", action="store_true", help="run also the notebooks of which nothing has changed")
     given = parser.parse_args(arguments)
     try:
-        if given.readme:
-            return print("README.md:", ", ".join(fill_readme()) or "no results yet, nothing filled")
-        parameters = {key: _value(value) for key, value in given.p}
-        press(given.preset, given.notebooks, parameters, given.out, given.write, again=given.again)
+        press(given.preset, given.notebooks, dict(given.p), given.out, again=given.again)
     except (Stopped, ValueError, FileNotFoundError) as error:
         sys.exit(f"vflan.book: {error}")
 

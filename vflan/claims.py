@@ -6,6 +6,7 @@ of vflan.evaluate, with one row for each seed of a run.
 """
 
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 from zlib import crc32
@@ -17,7 +18,9 @@ from scipy.stats import t as student
 from vflan.benchmarks import BENCHMARKS
 from vflan.benchmarks.benchmark import Metric
 from vflan.kept import keep_scores, read_rows
-from vflan.recipe import output_path, resolve
+from vflan.recipe import output_folder, resolve
+from vflan.recipe import preset as recipes
+from vflan.recipe import shown as shown_path
 from vflan.stats import draws, ratio, tables
 
 # What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
@@ -128,6 +131,7 @@ def floors(scores, losses=None):
 
 # ----------------------------------------------------------------------------------------------------------- the ledger
 
+READ = []  # committed files that this process has read: a notebook lists them at its end
 HOLDS, WEAKLY, NOT, FEW = "holds", "holds weakly", "does not hold at this scale", "not enough runs"
 MIN_SEEDS, ROUNDS, LEVEL = 3, 2000, 0.95
 VERDICTS = "claim statement comparison metric n_seeds effect low high smallest verdict".split()
@@ -265,31 +269,65 @@ def number(value):
     return Metric(np.array([value], float), np.ones(1), np.zeros(1), np.zeros(1))
 
 
-def results(preset):
-    """The files of the verdicts and scores of a preset's sweeps, relative to the project folder: (claims, sweeps); the
-    frozen mini world speaks for `tiny`.
-    """
-    name = Path(preset).stem.removesuffix("_frozen")
-    return f"data/results/claims_{name}.csv", f"data/results/{name}_sweeps.csv"
-
-
 def publish(preset, found, scores, changes=None):
-    """Keep verdicts and scores of the long form in data/results; nothing of a short form (too few seeds, or `changes`), nor
-    of `tiny` itself, on which everything was chosen."""
-    if changes or Path(preset).stem == "tiny" or (found.n_seeds < MIN_SEEDS).all():
-        return
-    verdict_file, score_file = map(output_path, results(preset))
-    keep_verdicts(verdict_file, found)
-    keep_scores(score_file, scores)
+    """Keep the verdicts and scores of a notebook's runs in the folder `results` of their runs: claims.csv and sweeps.csv.
+
+    `make publish` copies them to data/results, where `committed` reads them.
+    """
+    folder = output_folder(resolve(recipes(preset, changes or {}).base.runs), "results")
+    keep_verdicts(folder / "claims.csv", found)
+    keep_scores(folder / "sweeps.csv", scores)
 
 
 def committed(notebook, preset="tiny"):
     """The committed verdicts of a notebook's claims ("06"), an empty table where there are none yet."""
-    path = resolve(results(preset)[0])
+    # the frozen mini world speaks for `tiny`
+    path = resolve(f"data/results/claims_{Path(preset).stem.removesuffix('_frozen')}.csv")
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
+    READ.append(shown_path(path))
     table = pd.read_csv(path, dtype={"claim": str})
     return table[table.claim.isin(ledger().query("notebook == @notebook").claim)]
+
+
+def beside(scores, preset="tiny", changes=None):
+    """Headline scores, a row a benchmark and run: seeds that were run here, and beside them the other committed ones.
+
+    The committed seeds are read from data/results; a trial with `changes` is another experiment and has none beside it.
+    """
+    path = resolve(f"data/results/{Path(preset).stem}.csv")
+    tables = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
+    if path.is_file() and not changes:
+        other = pd.read_csv(path)
+        other = other[~other.seed.isin(scores.seed) & other.run.isin(scores.run)]
+        tables.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
+        READ.append(shown_path(path))
+    both = pd.concat(tables, ignore_index=True)
+    headline = both.benchmark.map({name: benchmark.headline for name, benchmark in BENCHMARKS.items()})
+    both = both[(both.metric == headline) & both.benchmark.isin(scores.benchmark)]
+    index = ["benchmark", "metric", "run"]
+    return both.pivot_table(index=index, columns="source", values="value", sort=False).round(1)
+
+
+def account(*sweeps, live="all"):
+    """Print what a notebook ran live, what it read, and what it left out: a line each, wrapped.
+
+    sweeps: the Sweeps of the notebook, in order. live: "small" where only a part of the arms was run.
+    """
+    runs, trained, answered = set(), set(), {}
+    for sweep in sweeps:
+        runs |= {shown_path(run.folder) for run in sweep.runs.values()}
+        trained |= {shown_path(sweep.runs[key].folder) for key in sweep.trained}
+        for label, _, name in sorted(sweep.answered):
+            answered.setdefault(label, []).append(name)
+    lines = [("trained here", sorted(trained))]
+    lines += [("asked here", [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()])]
+    lines += [("read, runs", sorted(runs - trained)), ("read, committed", sorted(set(READ)))]
+    if live == "small":
+        lines.append(("not run here", ['the other arms and seeds: live = "all", or make paper']))
+    for how, what in lines:
+        text = ", ".join(dict.fromkeys(what)) or "nothing"
+        print(textwrap.fill(text, 112, initial_indent=f"{how:17}", subsequent_indent=" " * 17, break_on_hyphens=False))
 
 
 def shown_verdicts(found):
@@ -299,10 +337,16 @@ def shown_verdicts(found):
 
 
 def reading(found, long):
-    """One line a whole claim: the verdict of the long form where there is one, else that of these runs."""
-    for row in found[found.claim.str.isdigit()].itertuples():
+    """One line a whole claim: the verdict of the long form where there is one, else that of these runs.
+
+    found: the verdicts of these runs, or None where they were not judged (a notebook with live="small").
+    """
+    rows = long if found is None else found
+    for row in rows[rows.claim.str.isdigit()].itertuples():
         other = long[long.claim == row.claim]
-        if row.verdict == FEW and len(other):
+        if found is None:
+            source = "committed long form"
+        elif row.verdict == FEW and len(other):
             row, source = next(other.itertuples()), "committed long form"
         else:
             source = "these runs"

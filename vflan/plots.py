@@ -5,6 +5,7 @@ not the paper's world: the marks say in which direction to look, not where to ar
 """
 
 import inspect
+import io
 import textwrap
 from collections.abc import Mapping
 
@@ -13,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 from vflan.benchmarks import BENCHMARKS
+from vflan.claims import READ
 from vflan.pictures import read_picture
-from vflan.recipe import ROOT, resolve
+from vflan.recipe import output_folder, resolve
+from vflan.recipe import shown as shown_path
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
@@ -33,13 +36,12 @@ def style():
     plt.style.use(resolve("figures/vflan.mplstyle"))
 
 
-def save(fig, name, preset="tiny"):
-    """Write figures/<preset>/name.png, and name.svg where that stays under 200 KB; returns the path of the png.
+def save(fig, name, album="tiny"):
+    """Write runs/<album>/figures/name.png, and name.svg where that stays under 200 KB; returns the path of the png.
 
-    The files hold no date, so that the same figure is the same file.
+    album: the name of a preset, or its folder of runs. The files hold no date, so that the same figure is the same file.
     """
-    folder = ROOT / "figures" / preset
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(album, "figures")
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     fig.savefig(png, metadata={"Software": None})
     fig.savefig(svg, metadata={"Date": None})
@@ -600,13 +602,18 @@ def learning_curves(heldout, category):
 
 def committed(name, preset="tiny_frozen"):
     """Show a figure of the long form that is committed in figures/, or say in a line that there is none."""
+    from IPython.display import Image as Shown
     from IPython.display import display
     from PIL import Image
 
     path = resolve(f"figures/{preset}/{name}.png")
     if path.exists():
         print(f"The committed long form, figures/{preset}/{name}.png:")
-        with Image.open(path) as picture:  # smaller: a notebook holds three of them
-            display(picture.convert("RGB").resize((760, 760 * picture.height // picture.width)).quantize(32))
+        READ.append(shown_path(path))
+        # as wide as a notebook's column: larger would only make the file larger
+        with Image.open(path) as picture:
+            small = picture.convert("RGB").resize((640, 640 * picture.height // picture.width))
+        small.save(buffer := io.BytesIO(), "PNG", optimize=True)
+        display(Shown(buffer.getvalue(), format="png"))  # Pillow's own display would add a JPEG of it
     else:
         print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")

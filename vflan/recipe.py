@@ -1,5 +1,6 @@
 """A recipe: everything that decides a training run, in one frozen dataclass; presets are three of them."""
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -225,15 +226,9 @@ def for_seed(recipe: Recipe, seed: int) -> Recipe:
 def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
     """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
 
-    `changes` and `more` are Recipe fields and go to all three stages. `changes` may be json, as `papermill -p` hands it over.
+    `changes` and `more` are Recipe fields and go to all three stages. `changes` may be a text, as `papermill -p` passes it.
     """
-    if isinstance(changes, str):
-        try:
-            changes = json.loads(changes)
-        except ValueError:
-            raise ValueError(f"changes={changes!r} is no json; write it as '{{\"max_steps\": 40}}'.") from None
-    _known(changes)
-    changes = changes | more
+    changes = read_changes(changes) | more
     for field in {"name", "stage"} & changes.keys():
         raise ValueError(f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace().")
     if str(name).endswith(".py"):
@@ -242,25 +237,48 @@ def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
             raise FileNotFoundError(f"{name}: no such preset file; copy one of vflan/presets and point to it.")
         try:
             make = runpy.run_path(str(path)).get("preset")
-        except Exception as trouble:  # it is code of somebody's own
+        except (Exception, SystemExit) as trouble:  # it is code of somebody's own
             raise ValueError(f"{name} cannot be run: {type(trouble).__name__}: {trouble}") from trouble
         if not callable(make):
             raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
     elif name in (known := preset_names()):
         make = import_module(f"vflan.presets.{name}").preset
     else:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"There is no preset {name!r}; known ones are {', '.join(known)}, or give a .py file of your own."
+            f"There is no preset {name!r}{hint}; known ones are {', '.join(known)}, or give a .py file of your own."
         )
     try:
         recipes = list(make())
-    except Exception as trouble:
+    except (Exception, SystemExit) as trouble:
         raise ValueError(f"preset() of {name} fails: {type(trouble).__name__}: {trouble}") from trouble
     if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ValueError(
             f"preset() of {name} must return three recipes: projector, base, chat; see vflan/presets/tiny.py."
         )
     return Preset(*(replace(recipe, **changes) for recipe in recipes))
+
+
+def read_changes(changes: dict | str | None) -> dict:
+    """Recipe fields and their values, from a dict or from its text; ValueError for a field that Recipe does not have."""
+    if isinstance(changes, str):
+        text, changes = changes, read_value(changes or "{}")
+        if isinstance(changes, str):
+            raise ValueError(f"changes={text!r} is no json; write it as '{{\"max_steps\": 40}}'.")
+    changes = {} if changes is None else changes
+    _known(changes)
+    return changes
+
+
+def read_value(text: str):
+    """The value that a text shows, in json or as Python writes it; the text itself where it shows none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
 
 
 def preset_names() -> list[str]:
@@ -322,6 +340,16 @@ def _is_shipped(path: PurePath) -> bool:
         for place in (path, *path.parents)
         for pattern in SHIPPED_FILES
     )
+
+
+def output_folder(album: str | os.PathLike, kind: str) -> Path:
+    """The folder `figures` or `results` of what the notebooks make, in runs/<album>; it is made where it is missing.
+
+    album: the name of a preset, or a folder of runs: `resolve(p.base.runs)`, which `changes` may have set.
+    """
+    folder = resolve("runs") / album / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def shown(path: Path) -> str:

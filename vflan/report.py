@@ -67,17 +67,18 @@ PAGE = """<!doctype html>
 """
 
 
-def write_report(preset, out, record, home, scores=None, figures=()) -> Path:
+def write_report(preset, out, record, home, scores=None, figures=(), runs=None) -> Path:
     """`out`/report.html of a pressed preset, and an HTML page beside each executed notebook; returns the page's path.
 
-    record: as in book.json. home: the folder of data/results and runs/<preset>. scores: (note, columns, rows). figures: (PNG, caption).
+    record: as in book.json. home: the project folder. scores: (note, columns, rows). figures: (PNG, caption). runs: the
+    folder of runs and of their `results` (runs/<preset>).
     """
-    results, runs = home / "data" / "results", home / "runs" / preset
+    runs = runs or home / "runs" / preset
     tables = [("Scores", *scores)] if scores else []
     stages = {name: runs / name for name in STAGES if (runs / name / "recipe.json").is_file()}
-    for title, file in (("Floors", f"{preset}_floors.csv"), ("Claims of the paper", f"claims_{preset}.csv")):
-        if (results / file).is_file():
-            frame = pd.read_csv(results / file)
+    for title, file in (("Floors", "floors.csv"), ("Claims of the paper", "claims.csv")):
+        if (runs / "results" / file).is_file():
+            frame = pd.read_csv(runs / "results" / file)
             tables.append((title, "", list(frame.columns), frame.itertuples(index=False)))
     for title, columns, rows in (answer_rows(stages, home), run_rows(stages), recipe_rows(stages)):
         if rows:

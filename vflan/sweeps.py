@@ -64,6 +64,8 @@ class Sweep:
     asked: dict = field(repr=False)  # (label, seed) -> benchmarks
     kept_as: dict = field(repr=False)  # (label, seed) -> the name of its answers, None for the run's own
     folder: Path = None  # of the benchmarks
+    trained: frozenset = frozenset()  # (label, seed) of the arms that this call trained
+    answered: frozenset = frozenset()  # (label, seed, benchmark) that this call asked; the rest was read
 
     @cached_property
     def scores(self):
@@ -125,6 +127,15 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
             f"These arms start from each other: {', '.join(sorted({k[0] for k in waiting if k not in done}))}."
         )
 
+    # looked up before anything runs, so that a notebook can say what it ran and what it read
+    trained = {key for key, arm in todo.items() if isinstance(arm, Arm) and not runs[key].finished}
+    answered = {
+        (*key, name)
+        for key in todo
+        for name in asked[key[0]]
+        if not (runs[key].folder / "answers" / (kept_as[key] or "") / f"{name}.jsonl").is_file()
+    }
+
     def work(key):
         arm, (label, seed) = todo[key], key
         more = dict(benchmarks=asked[label], folder=str(folder))
@@ -139,7 +150,8 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
     _work_off(
         longest_first(done, waiting, {key: rows_of(todo[key]) for key in done}), waiting, work, min(jobs, len(todo))
     )
-    return Sweep(runs, {key: asked[key[0]] for key in todo}, kept_as, folder)
+    benchmarks_of = {key: asked[key[0]] for key in todo}
+    return Sweep(runs, benchmarks_of, kept_as, folder, frozenset(trained), frozenset(answered))
 
 
 def spread(recipe, instances, tasks) -> Recipe:

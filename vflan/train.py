@@ -135,7 +135,7 @@ def _fit(run, recipe, accelerator):
     steps = feed(data, pictures, batches, recipe, rank, world, first)
     for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
         began = time.perf_counter()
-        torch.manual_seed(hash((recipe.seed, step, rank)))  # for dropout: a resumed run repeats it exactly
+        _seed(hash((recipe.seed, step, rank)), device)  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
         tokens = int(data.supervised[rows].sum())
@@ -199,6 +199,14 @@ def _optimizer(model, recipe):
 
         return AdamW8bit(options, lr=recipe.lr)
     return torch.optim.AdamW(options, lr=recipe.lr, fused=True)
+
+
+def _seed(value: int, device) -> None:
+    """torch.manual_seed; on a CPU its generator alone, since the calls for absent devices format a traceback each."""
+    if torch.device(device).type == "cpu":
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
 
 
 def _due(every: int, step: int) -> bool:
