@@ -62,7 +62,8 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert cells[1].outputs[0].text == "notebooks\n"  # run in the notebook's folder; the machine's path is gone
     assert cells[3].outputs[0].data["text/plain"] == "2" and cells[3].outputs[0].execution_count == 3
     assert set(first.metadata) == {"kernelspec", "language_info"} and first.metadata.kernelspec.name == "python3"
-    assert cells[0].metadata == {"tags": ["parameters"]} and cells[1].metadata == {}
+    assert cells[0].metadata == {"tags": ["parameters"]}
+    assert cells[1].metadata == {"tags": ["nbval-check-output"]}
     assert second.cells[1].outputs[0].text == "x {}\n"
     assert (
         second.cells[2].outputs[0].text == "['vflan.train', 'vflan.evaluate'] None\n"

@@ -14,7 +14,7 @@ ROOMS = """
 recipe presets progress conversation pictures samples mixtures llava_mixture stats kept endpoint judge benchmarks contamination
 checks fetch model batches learner footprint checkpoints processes plan doctor share runs log heldout train answers streaming served workers
 evaluate sweeps claims
-plots widgets world report book
+plots widgets world report stable book
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 

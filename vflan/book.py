@@ -34,6 +34,7 @@ from PIL import Image
 from vflan.benchmarks import BENCHMARKS
 from vflan.recipe import ROOT
 from vflan.report import STAGES, write_report
+from vflan.stable import tag
 
 WRITTEN = {
     "tiny": "notebooks",
@@ -137,7 +138,7 @@ def _clean_output(output, count):
 def clean(notebook):
     """An executed notebook made fit to commit: counts in order, no widget state, stderr, timings or machine paths.
 
-    Works on a copy. The kernel's name is always python3, so that the notebook opens wherever vflan is installed.
+    Cells that say the same everywhere get the tag by which nbval compares them. Works on a copy. The kernel's name is always python3, so that the notebook opens wherever vflan is installed.
     """
     notebook = nbformat.from_dict(notebook)
     notebook.metadata = nbformat.from_dict(
@@ -163,7 +164,7 @@ def clean(notebook):
             else:
                 outputs.append(output)
         cell.outputs = outputs
-    return notebook
+    return tag(notebook)
 
 
 def shrink(notebook, colors=128):
