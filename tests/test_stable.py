@@ -53,6 +53,7 @@ def test_what_comes_from_training_or_the_clock_is_not_compared(before, shown):
         ("run = vflan.train(recipe)", "fig = plots.loss(run)\nplots.paper()"),
         ("import plots\nplots.save(vflan.train(recipe))", "plots.paper()"),
         ("run = vflan.train(recipe)", "[run for run in (1, 2)]"),
+        ("print(vflan.train(recipe))", "print(3)"),
         ("", "p.chat, look.answer"),
     ],
 )

@@ -138,7 +138,8 @@ def _clean_output(output, count):
 def clean(notebook):
     """An executed notebook made fit to commit: counts in order, no widget state, stderr, timings or machine paths.
 
-    Cells that say the same everywhere get the tag by which nbval compares them. Works on a copy. The kernel's name is always python3, so that the notebook opens wherever vflan is installed.
+    Works on a copy. Cells that say the same everywhere get the tag by which nbval compares them. The
+    kernel's name is always python3, so that the notebook opens wherever vflan is installed.
     """
     notebook = nbformat.from_dict(notebook)
     notebook.metadata = nbformat.from_dict(

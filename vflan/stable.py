@@ -65,7 +65,8 @@ def _stored(node):
 def _written(node):
     """Names that a simple statement gives a value, or whose value it may change by a key, attribute or method."""
     if isinstance(node, ast.Expr):
-        return set(_root(node.value.func)) if isinstance(node.value, ast.Call) else set()
+        method = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)
+        return set(_root(node.value.func)) if method else set()
     written = set()
     for target in [*getattr(node, "targets", []), getattr(node, "target", None)]:
         for part in ast.walk(target) if target is not None else ():
