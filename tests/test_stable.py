@@ -39,6 +39,7 @@ def is_checked(*sources, tags=()):
         ("", "import time\nprint(time.perf_counter())"),
         ("", "list(map(vflan.answer, models))"),
         ("", "%matplotlib inline"),
+        ("", "print(3)\nplots.save(fig);"),  # nbval would see the path that the semicolon hides
     ],
 )
 def test_what_comes_from_training_or_the_clock_is_not_compared(before, shown):

@@ -87,7 +87,8 @@ class _Reader:
             body = ast.parse(source).body
         except SyntaxError:
             return True
-        return self.block(body, False, None if source.rstrip().endswith(";") else body[-1:])
+        # nbval runs cells outside the kernel's history, and there a last semicolon hides nothing
+        return self.block(body, False, body[-1:]) or source.rstrip().endswith(";")
 
     def block(self, body, varies, last=None):
         return any([self.statement(node, varies, bool(last) and node is last[0]) for node in body])
