@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")  # what the tests open leaves nothing in data/cache
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 atexit.register(shutil.rmtree, os.environ["VFLAN_CACHE"], ignore_errors=True)
@@ -28,6 +29,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs the folder {SHARED.name} beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+    """For a test that starts two training processes: no other such test runs beside it, in whichever worker it is."""
+    # with pytest-xdist this is the folder that all workers of one run have in common
+    with FileLock(tmp_path_factory.getbasetemp().parent / "two_processes.lock"):
+        yield
 
 
 @pytest.fixture(scope="session")

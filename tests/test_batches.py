@@ -344,6 +344,7 @@ def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(mixe
         assert len(losses) == 4 and total == pytest.approx(whole if average == "tokens" else np.mean(means))
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_processes_learn_packed_rows_as_one_does(mixed):
     one = vflan.train(vflan.replace(mixed, name="one", max_steps=4)).metrics()
     two = vflan.train(vflan.replace(mixed, name="two", max_steps=4), num_processes=2).metrics()

@@ -15,7 +15,7 @@ recipe io presets parameters progress conversation pictures samples mixtures lla
 benchmarks contamination checks fetch model batches learner footprint checkpoints processes room plan doctor share runs log
 heldout train answers streaming served workers
 evaluate sweeps claims
-plots widgets world report tables book publish
+plots widgets world report tables stable book publish
 """.split()
 FILES = sorted((HOME / "vflan").rglob("*.py"))
 

@@ -103,6 +103,7 @@ def agree(run, one):
     return True
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume_exactly(recipe, tmp_path):
     recipe = mixed(recipe)
     one = vflan.train(vflan.replace(recipe, name="one"))
@@ -120,6 +121,7 @@ def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume
     assert sharded.load_model()
 
 
+@pytest.mark.usefixtures("alone")
 def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(recipe, capfd):
     recipe = vflan.replace(mixed(recipe), max_steps=4, heldout_rows=0, evaluate_every=0)
     one = vflan.train(vflan.replace(recipe, name="one"))
@@ -132,6 +134,7 @@ def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_th
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: ZeRO is not run here")
+@pytest.mark.usefixtures("alone")
 def test_deepspeed_trains_as_one_process_does_and_resumes(recipe, tmp_path):
     recipe = mixed(recipe)
     one = vflan.train(vflan.replace(recipe, name="one"))

@@ -285,6 +285,7 @@ def test_a_slurm_job_starts_torchrun_on_every_node_with_one_address(tmp_path):
     assert {"nodes", "ntasks-per-node", "gpus-per-node", "time"} <= set(directives)
 
 
+@pytest.mark.usefixtures("alone")
 def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_path, free_port):
     values = {key: value for key, value in recipe.to_dict().items() if key not in ("name", "stage", "template")}
     (tmp_path / "mine.py").write_text(

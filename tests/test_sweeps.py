@@ -108,6 +108,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_sweep_that_is_killed_leaves_no_process_behind(small, tmp_path):
     endless = replace(small[0], name="endless", max_steps=100_000)
     write_json(tmp_path / "recipe.json", endless.to_dict())

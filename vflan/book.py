@@ -35,6 +35,7 @@ from vflan import recipe
 from vflan.parameters import checked
 from vflan.recipe import ROOT, folder_name, resolve
 from vflan.report import write_report
+from vflan.stable import tag
 from vflan.tables import pictures, score_rows, score_table, write_gallery
 
 LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
@@ -135,7 +136,8 @@ def _clean_output(output, count):
 def clean(notebook):
     """An executed notebook made fit to commit: counts in order, no widget state, stderr, timings or machine paths.
 
-    Works on a copy. The kernel's name is always python3, so that the notebook opens wherever vflan is installed.
+    Works on a copy. Cells that say the same everywhere get the tag by which nbval compares them. The
+    kernel's name is always python3, so that the notebook opens wherever vflan is installed.
     """
     notebook = nbformat.from_dict(notebook)
     notebook.metadata = nbformat.from_dict(
@@ -161,7 +163,7 @@ def clean(notebook):
             else:
                 outputs.append(output)
         cell.outputs = outputs
-    return notebook
+    return tag(notebook)
 
 
 def shrink(notebook, colors=128):
