@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
+
+from bench.record import machine, row  # noqa: E402
 
 # name: (unit, at least, at most)
 CHECKS = {
@@ -53,30 +56,33 @@ CHECKS = {
     "baseline_tokens_s": ("useful tokens/s of Hugging Face's Trainer, 7B, LoRA", None, None),
     "lora_speedup": ("x the baseline's useful tokens/s", None, None),
 }
-BOXES = dict(matmul=30, tiny=75, packed=60, ways=150, answers=45, full=75, lora=60)
-BOXES |= dict(evaluation=75, qlora=75, resume=60, baseline=60)
+BOXES = dict(matmul=30, tiny=60, packed=45, answers=45, full=90, lora=110)
+BOXES |= dict(evaluation=60, qlora=60, resume=30, baseline=60, ways=150)
 SEED = 0
 
 
 class Figures:
-    """What is known so far, on disk after every figure."""
+    """What is known so far, in the form of every bench's record, on disk after every figure."""
 
-    def __init__(self, path, about):
-        """Figures of an earlier call on the same card stay until they are measured again."""
-        self.path, self.values, self.notes, self.failed = path, {}, {}, {}
-        self.about, self.started = about, time.time()
+    def __init__(self, path, about, card):
+        """Figures of an earlier call on the same kind of card stay until they are measured again."""
+        self.path, self.about, self.rows, self.notes = path, about, {}, dict(failed={})
         kept = HOME / "bench" / "results" / "gpu.json"
-        old = json.loads(kept.read_text()) if kept.is_file() and not about["dry"] else {}
-        if old.get("card") == about["card"]:
-            self.values, self.notes, self.failed = old["values"], old["notes"], old["failed"]
+        old = json.loads(kept.read_text()) if kept.is_file() else {}
+        if card and old.get("notes", {}).get("card") == card:
+            self.rows, self.notes = {row["name"]: row for row in old["checks"]}, old["notes"]
+        self.failed = self.notes["failed"]
+        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HOME, capture_output=True, text=True)
+
+    def value(self, name):
+        return self.rows.get(name, {}).get("value")
 
     def put(self, name=None, value=None, **notes):
         if name:
-            self.values[name] = value
-            print(f"{name:24} {value if not isinstance(value, float) else f'{value:.5g}'}", flush=True)
+            self.rows[name] = row(name, value, *CHECKS[name], self.commit.stdout.strip())
+            print(f"{name:24} {self.rows[name]['value']}", flush=True)
         self.notes |= notes
-        seconds = round(time.time() - self.started, 1)
-        record = dict(self.about, seconds=seconds, values=self.values, notes=self.notes, failed=self.failed)
+        record = dict(self.about, notes=self.notes, checks=[self.rows[n] for n in CHECKS if n in self.rows])
         scratch = self.path.with_name(f".{self.path.name}")
         scratch.write_text(json.dumps(record, indent=1) + "\n")
         scratch.replace(self.path)
@@ -207,9 +213,9 @@ class Bench:
         turns = [row["conversations"] for row in samples]
         encoded = encode_many(turns, self.processor().tokenizer, self.recipe.template)
         wide, numbers, picture, tokens, learned = config.image_seq_length, {}, [], [], []
-        for row, (ids, labels) in zip(samples, encoded):
-            room = self.recipe.max_length - (wide - 1 if row.get("image") else 0)
-            name = str(self.folder / "real" / "images" / row["image"]) if row.get("image") else None
+        for sample, (ids, labels) in zip(samples, encoded):
+            room = self.recipe.max_length - (wide - 1 if sample.get("image") else 0)
+            name = str(self.folder / "real" / "images" / sample["image"]) if sample.get("image") else None
             picture.append(numbers.setdefault(name, len(numbers)) if name else -1)
             tokens.append(np.array(ids[:room], dtype=np.int32))
             learned.append(np.array(labels[:room]) != IGNORE_INDEX)
@@ -520,8 +526,8 @@ class Bench:
         rows = [row for step in steps[1 : len(ends)] for row in step]
         rate = float(data.lengths[rows].sum() / (ends[-1] - ends[0]))
         self.figures.put("baseline_tokens_s", rate)
-        if "lora_tokens_s" in self.figures.values:
-            self.figures.put("lora_speedup", self.figures.values["lora_tokens_s"] / rate)
+        if ours := self.figures.value("lora_tokens_s"):
+            self.figures.put("lora_speedup", ours / rate)
 
 
 # kind, attention (None: what vflan takes), compiled, activations recomputed
@@ -613,8 +619,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU if there is no GPU")
     parser.add_argument("--only", nargs="+", choices=list(BOXES), help="these steps")
-    parser.add_argument("--compile", action="store_true", help="full, lora and qlora with compile=True")
-    parser.add_argument("--keep", action="store_true", help="full and lora without recomputing activations")
+    parser.add_argument("--eager", action="store_true", help="full and lora without compile=True")
+    parser.add_argument("--recompute", action="store_true", help="full and lora with gradient_checkpointing=True")
     parser.add_argument("--minutes", type=float, default=8.0, help="no step begins after so many")
     parser.add_argument("--packages", help="a folder of packages to add to the path")
     parser.add_argument("--out", help="the file of figures ($OUT/gpu.json, or bench/results/gpu.json)")
@@ -633,10 +639,13 @@ def main():
         default = Path(folder) / "gpu.json" if options.dry else HOME / "bench" / "results" / "gpu.json"
         card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
         memory = round(torch.cuda.mem_get_info()[1] / 1e9, 1) if torch.cuda.is_available() else None
-        about = dict(dry=options.dry, card=card, memory_gb=memory, versions=versions(), seed=SEED)
-        figures = Figures(Path(out) if out else default, about)
+        cpu = machine()
+        about = dict(machine=cpu | dict(cpu=f"{card} beside {cpu['cpu']}"), versions=versions(),
+                     command="python -m bench.gpu")  # fmt: skip
+        figures = Figures(Path(out) if out else default, about, "" if options.dry else card)
+        figures.notes |= dict(card=card, gpu_memory_gb=memory, seed=SEED)
         started, bench = time.monotonic(), Bench(figures, Path(folder), options.dry)
-        bench.how = dict(compile=options.compile, gradient_checkpointing=not options.keep)
+        bench.how = dict(compile=not (options.eager or options.dry), gradient_checkpointing=options.recompute)
         for name in options.only or BOXES:
             left = options.minutes * 60 - (time.monotonic() - started)
             start, why = time.monotonic(), None

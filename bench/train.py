@@ -1,8 +1,9 @@
 """What the training loop is worth: `vflan.train` beside the plain baseline, on the same rows, model and machine.
 
     python -m bench.train                 # on the CPU, into bench/results/train.json
-    python -m bench.train --gpu           # the gpu_ rows only: random weights of the 7B shape, about 20 GB of disk for them
-    python -m bench.train --gpu --tiny    # the same control flow in a minute on a CPU; writes nothing
+    python -m bench.train --tiny          # toy sizes, to try the code; nothing is written
+
+GPUs are measured by bench.gpu.
 
 The baseline is what one would write without us: Hugging Face's `Trainer` around `LlavaForConditionalGeneration`, a padding
 collator, pictures read by two workers, and LLaVA-1.5's sampler (batches of one modality, lengths dealt evenly). It is given
@@ -40,9 +41,6 @@ CHECKS = {
     "pack_fill": ("useful positions / (packed rows x the widest of the step)", 0.97, None),
     "packed_loss_error": ("packed against one by one: loss, gradients, fp32", None, 1e-5),
     "equal_loss_error": ("our loss against the baseline's, same rows and weights", None, 1e-4),
-    "gpu_full_mfu": ("of the measured bf16 matmul rate", 0.55, None),
-    "gpu_lora_mfu": ("of the measured bf16 matmul rate", 0.55, None),
-    "gpu_qlora_gb": ("GB", None, 16),
     "matmul_gflops": ("GFLOPS fp32, 1 thread", None, None),
 }
 SEED = 0
@@ -52,7 +50,6 @@ TINY = dict(hidden=32, layers=2, wide=64, heads=2, tower=(3, 32, 48, 12))
 BODIES = {
     "small": dict(hidden=256, layers=4, wide=688, heads=4, tower=(3, 128, 336, 14)),
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
-    "7B": dict(hidden=4096, layers=32, wide=11008, heads=32, tower=(24, 1024, 336, 14)),
     "tiny": TINY,
     "words_only": dict(hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)),  # for its processor
 }
@@ -235,20 +232,6 @@ def loaded(recipe):
         return model, processor, prepare(recipe, processor.tokenizer, model.config, Path(folder))
 
 
-def thrifty(models):
-    """On a GPU that cannot hold fp32 master weights of a fully tuned 7B (81 GB with 8-bit AdamW), both sides train bf16 ones."""
-    import torch
-
-    def freeze(model, recipe, real=models.freeze):
-        real(model, recipe)
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.bfloat16()
-
-    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 100e9:
-        models.freeze = freeze
-
-
 def baseline(recipe, order=None):
     """The same for the baseline, and its model; with `order` it takes the rows in this order in place of its sampler's."""
     import torch
@@ -341,11 +324,8 @@ def llava_order(data, batch, world, seed=SEED):
 
 def child(kind, recipe, warm):
     """Train once and say how it went, as json on the last line; the first `warm` steps are not timed."""
-    from vflan import model as models
     from vflan.log import peak_gb
 
-    if not recipe.lora_r and recipe.precision == "bf16":
-        thrifty(models)
     data, ends, steps, left = ours(recipe) if kind == "ours" else baseline(recipe)
     peak = float(left.metrics().peak_gb.max()) if kind == "ours" else peak_gb()
     seconds = ends[-1] - (ends[warm - 1] if warm else 0)
@@ -533,51 +513,8 @@ def equal_losses(recipe, steps=6):
     return abs(first[0] - first[1]), dict(before=first, after=last, steps=steps)
 
 
-def on_the_gpu(folder, tiny):
-    """The gpu_ figures and what to note: full tuning, LoRA and QLoRA at the 7B shape, each beside the baseline."""
-    import torch
-
-    rate = matmul_bf16() if torch.cuda.is_available() else matmul_gflops(seconds=0.2)
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
-    rows = 16 if tiny else 192
-    base = replace(real_lengths(folder, rows, "tiny" if tiny else "7B"), precision="bf16", pack_tokens=None)
-    base = replace(base, global_batch=rows // 4, micro_batch=2, optimizer="adamw_8bit", max_bad_share=0.1)
-    lora = dict(lora_r=128, lora_alpha=256, lora_dropout=0.05, lr=2e-4)
-    ways = {
-        "gpu_full_mfu": base,
-        "gpu_lora_mfu": replace(base, **lora),
-        "gpu_qlora_gb": replace(base, bits=4, gradient_checkpointing=True, **lora),
-    }
-    values, notes = {}, {"bf16_matmul_gflops": round(rate), "gpu_memory_gb": round(memory)}
-    for name, recipe in ways.items():
-        try:
-            speedup, ratio, note = beside(recipe, 1, rate, warm=1)
-            values[name] = note["ours"]["peak_gb" if name.endswith("gb") else "share_of_matmul_rate"]
-            notes[name] = note | dict(speedup=round(speedup, 2), memory_ratio=round(ratio, 2))
-        except RuntimeError as trouble:
-            values[name], notes[name] = None, str(trouble).strip().splitlines()[-1]
-            print(trouble)
-    return values, notes
-
-
-def matmul_bf16(n=8192):
-    """GFLOPS of an n x n product in bf16 on the GPU: the median of 30."""
-    import torch
-
-    a, times = torch.randn(n, n, device="cuda", dtype=torch.bfloat16), []
-    for _ in range(40):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        a @ a
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * n**3 / statistics.median(times[10:]) / 1e9
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="measure the gpu_ rows; needs a GPU, or --tiny")
     parser.add_argument(
         "--tiny", action="store_true", help="a toy model everywhere, to try the code; nothing is written"
     )
@@ -593,35 +530,27 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    if options.gpu and not (torch.cuda.is_available() or options.tiny):
-        sys.exit("There is no GPU here: leave --gpu out, and its rows say that they were not measured.")
     values, notes = {}, {"seed": SEED}
-    if not torch.cuda.is_available():
-        values |= dict.fromkeys(name for name in CHECKS if name.startswith("gpu_"))  # their rows say "not measured"
     mini, real = (320, 32) if options.tiny else options.rows
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if not (options.gpu and not options.tiny):
-            values["matmul_gflops"] = gflops = matmul_gflops()
-            values["pack_fill"], notes["fill"] = fills()
-            recipe = mini_world(folder / "mini", mini)
-            values["equal_loss_error"], notes["equal_loss"] = equal_losses(recipe)
-            values["speedup_mini"], _, notes["mini"] = beside(recipe, options.repeats, gflops)
-            for body, rows in (("small", real), ("larger", real // 2)):
-                shape = "tiny" if options.tiny else body
-                recipe = real_lengths(folder / body, rows, shape)
-                if body == "small":
-                    values["packed_loss_error"] = packed_error(recipe)
-                repeats = options.repeats if body == "small" else 1
-                speedup, memory, note = beside(recipe, repeats, gflops)
-                notes[f"real_lengths_{body}"] = note | dict(body=BODIES[shape], rows=rows)
-                if body == "small":
-                    values["speedup_real_lengths"], values["memory_ratio"] = speedup, memory
-                else:
-                    notes[f"real_lengths_{body}"] |= dict(speedup=round(speedup, 2), memory_ratio=round(memory, 2))
-        if options.gpu:
-            found, notes["gpu"] = on_the_gpu(folder / "gpu", options.tiny)
-            values |= found
+        values["matmul_gflops"] = gflops = matmul_gflops()
+        values["pack_fill"], notes["fill"] = fills()
+        recipe = mini_world(folder / "mini", mini)
+        values["equal_loss_error"], notes["equal_loss"] = equal_losses(recipe)
+        values["speedup_mini"], _, notes["mini"] = beside(recipe, options.repeats, gflops)
+        for body, rows in (("small", real), ("larger", real // 2)):
+            shape = "tiny" if options.tiny else body
+            recipe = real_lengths(folder / body, rows, shape)
+            if body == "small":
+                values["packed_loss_error"] = packed_error(recipe)
+            repeats = options.repeats if body == "small" else 1
+            speedup, memory, note = beside(recipe, repeats, gflops)
+            notes[f"real_lengths_{body}"] = note | dict(body=BODIES[shape], rows=rows)
+            if body == "small":
+                values["speedup_real_lengths"], values["memory_ratio"] = speedup, memory
+            else:
+                notes[f"real_lengths_{body}"] |= dict(speedup=round(speedup, 2), memory_ratio=round(memory, 2))
     if options.tiny:
         print(json.dumps(dict(values=values, notes=notes), indent=1))
     else:

@@ -107,6 +107,50 @@ def test_the_proof_of_packing_sees_a_leak(mixed, tmp_path):
     assert packing_error(Leaking(model, mixed), data, pictures, list(range(12))) > 1e-4
 
 
+def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, **causal):
+    """What PyTorch's varlen kernel computes on a GPU, one conversation after the other: (T, heads, width) in and out."""
+    assert causal in (dict(window_size=(-1, 0)), dict(is_causal=True)) and max_q == cu_seq_q.diff().max()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    pieces = zip(*(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), dim=1) for x in (query, key, value)))
+    return torch.cat([attend(*piece, is_causal=True, scale=scale) for piece in pieces], dim=1).transpose(0, 1)
+
+
+def test_the_varlen_kernel_is_given_what_keeps_conversations_apart(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner, "varlen_attn", reference_varlen)
+    model, data, pictures = prepared(mixed, tmp_path)
+    net = Learner(model, mixed)
+    assert model.model.language_model.config._attn_implementation == "by_conversation"  # on a CPU
+    model.model.language_model.set_attn_implementation("varlen")
+    assert packing_error(net, data, pictures, list(range(12))) < 1e-5
+
+
+def test_packed_rows_take_the_fastest_kernel_that_is_there(monkeypatch):
+    assert learner.packed_attention(torch.float32) == "by_conversation"
+    monkeypatch.setattr(learner, "is_flash_attn_2_available", lambda: False)
+    assert learner.packed_attention(torch.bfloat16) == "varlen"
+    monkeypatch.setattr(learner, "varlen_attn", None)
+    assert learner.packed_attention(torch.bfloat16) == "by_conversation"
+
+
+def test_compiled_layers_learn_the_same(mixed, tmp_path, monkeypatch):
+    compiled, real = [], torch.nn.Module.compile
+
+    def compile(module, **options):  # without the C compiler, which takes half a minute
+        compiled.append(options)
+        real(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    found = []
+    for recipe in (mixed, vflan.replace(mixed, compile=True, gradient_checkpointing=True)):
+        model, data, pictures = prepared(recipe, tmp_path)
+        net = Learner(model, recipe)
+        found.append([summed(net, data, pictures, rows) for rows in ([0, 1, 2], [3, 4, 5, 6], [7])])
+    assert compiled == [dict(dynamic=True)] * len(model.model.language_model.layers)
+    for (loss, gradients), (other, others) in zip(*found):
+        assert loss == pytest.approx(other, rel=1e-5) and gradients.keys() == others.keys()
+        assert all(torch.allclose(gradients[name], others[name], atol=1e-4) for name in gradients)
+
+
 def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tmp_path):
     """Left-padded prompts of two lengths, in the middle of training: the answers are those of the untouched model."""
     model = load_model(mixed)
