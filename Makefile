@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 # Notebooks that `make test` runs. nbval compares the cells that say the same everywhere (vflan/stable.py)
 # with what is stored; the others only have to run. `make notebooks-test` does so with all eight.
 NBVAL ?= $(wildcard notebooks/01_*.ipynb)
-CHECKED = $(PY) -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg
+PYTEST = $(PY) -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 # The tiny models are too small to share a step between cores: one thread is as fast, and many times faster on a busy machine.
 demo paper test notebooks-test lab: export OMP_NUM_THREADS ?= 1
@@ -74,11 +74,11 @@ publish: $(STAMP)
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(CHECKED) -n auto --dist loadfile --no-loadscope-reorder $(NBVAL) tests
+	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder $(NBVAL) tests
 
 # One after the other: every notebook trains and asks on all cores, and they share the demo's runs.
 notebooks-test: $(STAMP)
-	$(CHECKED) $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+	$(PYTEST) $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 
 lab: $(STAMP)
 	$(PY) -m jupyterlab notebooks

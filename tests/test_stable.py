@@ -77,8 +77,9 @@ def test_a_cell_that_only_draws_has_nothing_to_compare():
     assert stable.checked(stable.tag(drawn)) == (0, 0)
 
 
-def test_notebook_01_carries_the_tags_of_the_rule():
-    kept = nbformat.read(NOTEBOOKS[0], 4)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
+def test_each_notebook_carries_the_tags_of_the_rule_on_a_third_of_its_cells(path):
+    kept = nbformat.read(path, 4)
     compared, says = stable.checked(kept)
     assert compared >= says / 3 > 0
     tags = [cell.metadata.get("tags") for cell in kept.cells]
