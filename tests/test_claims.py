@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vflan import claims
+from vflan import claims, recipe
 from vflan.evaluate import COLUMNS
 
 
@@ -112,7 +112,7 @@ def project(tmp_path, monkeypatch):
     committed = scores(*[("base", s, "mme", m, 10 * s + 40, 2, 25) for s in (0, 1) for m in ("score", "accuracy")])
     (tmp_path / "data" / "results").mkdir(parents=True)
     committed.to_csv(tmp_path / "data" / "results" / "tiny.csv", index=False)
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "READ", [])
     return tmp_path
 
@@ -132,8 +132,8 @@ def test_a_notebook_lists_what_it_ran_and_what_it_read(project, capsys):
     claims.account(done, live="small")
     parts = re.split(r"^(?=\w)", capsys.readouterr().out, flags=re.MULTILINE)
     said = {part[:17].strip(): part[17:].strip() for part in parts if part}
-    assert said["trained here"] == str(project / "chat") and said["asked here"] == "chat (pope)"
-    assert said["read, runs"] == str(project / "base")
+    assert said["trained here"] == "chat" and said["asked here"] == "chat (pope)"
+    assert said["read, runs"] == "base"
     assert said["read, committed"] == str(project / "data" / "results" / "tiny.csv")
     assert "make paper" in said["not run here"]
     claims.account(done)

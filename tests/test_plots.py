@@ -47,7 +47,7 @@ def marks(ax, marker):
 
 def test_plots_come_without_torch():
     code = "import sys, vflan.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=plots.ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=recipe.ROOT).returncode == 0
 
 
 def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, monkeypatch):
