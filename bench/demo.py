@@ -1,4 +1,4 @@
-"""What the two commands cost here: `make demo` and `make test` in a fresh clone of the last commit.
+"""What the two commands cost here: `make demo` and `make test` in a fresh clone of the last commit; and is it clean after them.
 
     python -m bench.demo                      # everything, into bench/results/demo.json
     python -m bench.demo --only demo_minutes demo_peak_gb
@@ -24,7 +24,9 @@ CHECKS = {
     "demo_minutes": ("min", None, 10),
     "demo_peak_gb": ("GB", None, 4),
     "again_minutes": ("min", None, 1),
-    "test_minutes": ("min", None, 25),
+    "notebooks_test_minutes": ("min", None, None),
+    "test_minutes": ("min", None, 8),
+    "changed_files": ("tracked files that git sees changed at the end", None, 0),
     "matmul_gflops": ("GFLOPS fp32, 1 thread", None, None),
 }
 
@@ -62,8 +64,15 @@ def measure(names, keep=None):
             values.update(demo_minutes=watch.minutes, demo_peak_gb=watch.peak_gb)
         if "again_minutes" in names:
             values["again_minutes"] = command("demo", clone, f"{folder}/again.log").minutes
+        if "notebooks_test_minutes" in names:
+            watch = command("notebooks-test", clone, f"{folder}/notebooks-test.log")
+            values["notebooks_test_minutes"] = watch.minutes
         if "test_minutes" in names:
             values["test_minutes"] = command("test", clone, f"{folder}/test.log").minutes
+        if "changed_files" in names:
+            status = ["git", "-C", clone, "status", "--porcelain"]
+            changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+            values["changed_files"] = len(changed.splitlines())
     return values
 
 

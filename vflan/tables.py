@@ -46,7 +46,9 @@ COSTS = {
     "demo_minutes": "`make demo`, minutes without installing",
     "demo_peak_gb": "`make demo`, most memory held at a time, GB",
     "again_minutes": "a second `make demo`, minutes",
+    "notebooks_test_minutes": "`make notebooks-test` after it, minutes",
     "test_minutes": "`make test`, minutes",
+    "changed_files": "tracked files that are changed after all of them",
     "matmul_gflops": "the machine: fp32 matrix product on one thread, GFLOPS",
 }
 
