@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image, PngImagePlugin
 
 from vflan import book, publish, recipe, tables
+from vflan.world import scene
 
 
 def code(source, tags=(), **more):
@@ -167,16 +168,25 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
     assert dirty.metadata.papermill and len(dirty.cells[0].outputs) == 5  # a copy was cleaned
 
 
-def test_large_notebooks_get_smaller_pictures(tmp_path):
-    picture = base64.b64encode(png(noise=True)).decode()
-    output = new_output("display_data", {"image/png": picture, "text/plain": "<Figure>"})
+def test_a_large_notebooks_pictures_become_jpegs_that_keep_each_colour(tmp_path):
+    """Fields of all the world's colours beside each other, and noise that makes the file too large."""
+    colors = np.array(list(scene.RGB.values()), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (450, 450, 3), dtype=np.uint8)
+    for i, color in enumerate(colors):
+        pixels[:20, 20 * i : 20 * i + 20] = color
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    output = new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[code("x", outputs=[output])]), path)
     assert path.stat().st_size > book.LIMIT
     size = book.lay_out(path)
     assert size == path.stat().st_size < book.LIMIT
-    kept = nbformat.read(path, 4).cells[0].outputs[0].data["image/png"]
-    assert Image.open(io.BytesIO(base64.b64decode(kept))).size == (300, 300)
+    (kept,) = nbformat.read(path, 4).cells[0].outputs[0].data.values()
+    kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(kept))), dtype=int)
+    assert kept.shape == pixels.shape
+    for i, color in enumerate(colors):
+        seen = kept[4:16, 20 * i + 4 : 20 * i + 16].reshape(-1, 3).mean(0)
+        assert abs(seen - color).max() < 8  # the closest two colours of the world are further apart
 
 
 def test_the_gallery_lists_figures_with_their_captions(home):

@@ -38,7 +38,7 @@ from vflan.report import write_report
 from vflan.stable import tag
 from vflan.tables import pictures, score_rows, score_table, write_gallery
 
-LIMIT = 300_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
+LIMIT = 400_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
 # what a kernel is told first: the process that a sweep forks from loads while the notebook does
 SOON = "from vflan.workers import forking; forking(soon=True)"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -166,27 +166,32 @@ def clean(notebook):
     return tag(notebook)
 
 
-def shrink(notebook, colors=128):
-    """The notebook with its PNG pictures reduced to a palette: a third of the size, hardly a difference to see."""
+def shrink(notebook, quality, scale):
+    """The notebook with its pictures as JPEGs where those are smaller, of `scale` times the width, in full colour.
+
+    Fewer colours would make smaller files, but here pictures are about colours.
+    """
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            png = output.get("data", {}).get("image/png")
-            if png:
-                picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(colors)
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG", optimize=True)
-                if len(small := base64.b64encode(buffer.getvalue()).decode()) < len(png):
-                    output["data"]["image/png"] = small
+            data = output.get("data", {})
+            for kind in {"image/png", "image/jpeg"} & data.keys():
+                picture = Image.open(io.BytesIO(base64.b64decode(data[kind]))).convert("RGB")
+                size = round(scale * picture.width), round(scale * picture.height)
+                # no subsampling, which would mix the colours of neighbours
+                picture.resize(size).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=0)
+                if len(small := base64.b64encode(buffer.getvalue()).decode()) < len(data[kind]):
+                    del data[kind]
+                    data["image/jpeg"] = small
     return notebook
 
 
 def lay_out(path):
-    """Clean the executed notebook at `path` in place and return its size in bytes; large ones get pictures of fewer colours."""
+    """Clean the executed notebook at `path` in place and return its size in bytes; a large one gets JPEGs, smaller ones if need be."""
     notebook = clean(nbformat.read(path, as_version=4))
     text = nbformat.writes(notebook)
-    for colors in (128, 48, 16):
+    for quality, scale in ((92, 1), (80, 1), (80, 0.75), (75, 0.6)):
         if len(text.encode()) > LIMIT:
-            text = nbformat.writes(shrink(notebook, colors))
+            text = nbformat.writes(shrink(nbformat.from_dict(notebook), quality, scale))
     Path(path).write_text(text + "\n", encoding="utf-8")
     return len(text.encode()) + 1
 

@@ -613,7 +613,7 @@ def committed(name, preset="tiny_frozen"):
         # as wide as a notebook's column: larger would only make the file larger
         with Image.open(path) as picture:
             small = picture.convert("RGB").resize((640, 640 * picture.height // picture.width))
-        small.save(buffer := io.BytesIO(), "PNG", optimize=True)
-        display(Shown(buffer.getvalue(), format="png"))  # Pillow's own display would add a JPEG of it
+        small.save(buffer := io.BytesIO(), "JPEG", quality=85, subsampling=0)
+        display(Shown(buffer.getvalue(), format="jpeg"))
     else:
         print(f"figures/{preset}/{name}.png is not there: `make paper` draws it.")
