@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 import vflan
@@ -40,7 +41,7 @@ def test_nothing_is_missing_where_everything_is(found, tmp_path):
     ],
 )
 def test_what_is_missing_is_named_once_with_what_to_do(found, changes, says, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert len([line for line in found(**changes) if says in line]) == 1
 
 
