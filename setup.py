@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME))  # a build frontend does not put it there
 
-from vflan.recipe import SHIPPED_FILES  # noqa: E402
+from vflan.config import SHIPPED_FILES  # noqa: E402
 
 
 class BuildWithShippedFiles(build_py):

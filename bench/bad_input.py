@@ -41,12 +41,12 @@ from PIL import Image  # noqa: E402
 import vflan  # noqa: E402
 from bench.record import write  # noqa: E402
 from tests.conftest import make_backbones, make_squares  # noqa: E402
-from vflan.benchmarks import BENCHMARKS  # noqa: E402
-from vflan.benchmarks.__main__ import main as score_command  # noqa: E402
-from vflan.model import load_processor, load_tokenizer, read_projector  # noqa: E402
-from vflan.pictures import picture_trouble, read_picture  # noqa: E402
-from vflan.recipe import Recipe  # noqa: E402
-from vflan.runs import Run  # noqa: E402
+from vflan.config import Recipe  # noqa: E402
+from vflan.data.images import picture_trouble, read_picture  # noqa: E402
+from vflan.evaluation.benchmarks import BENCHMARKS  # noqa: E402
+from vflan.evaluation.benchmarks.__main__ import main as score_command  # noqa: E402
+from vflan.models.llava import load_processor, load_tokenizer, read_projector  # noqa: E402
+from vflan.training.run import Run  # noqa: E402
 from vflan.world.twins import TWINS, write_twins  # noqa: E402
 
 SECONDS, GIGABYTES = 10, 3.0
@@ -481,7 +481,7 @@ def checkpoints(draw, folder, n):
     with redirect_stderr(io.StringIO()):
         run = vflan.train(recipe_in(folder))
     proof = folder / "code ran"
-    from vflan.model import save_projector
+    from vflan.models.llava import save_projector
 
     projector = save_projector(run.load_model(), folder / "mm_projector.bin")
     kept = folder / "copy"

@@ -3,7 +3,7 @@
     python -m bench.contamination                 # into bench/results/data.json, about 15 minutes on two cores
     python -m bench.contamination --pictures 500  # a quick look, not written down
 
-The thresholds of vflan/contamination.py were chosen on the mini world of seed 0, with an eye on the real samples; here they are
+The thresholds of vflan/data/decontamination.py were chosen on the mini world of seed 0, with an eye on the real samples; here they are
 measured on the mini world of another seed. Of the real samples, where they are at hand, every second one is evaluated on and
 copied, the others are training pictures of no copy; they are the same ones that were looked at then.
 
@@ -27,8 +27,8 @@ from datasets import Dataset
 from PIL import Image
 
 from bench.record import HOME, write
-from vflan import checks, contamination
-from vflan.pictures import read_picture
+from vflan.data import decontamination, validation
+from vflan.data.images import read_picture
 from vflan.world import build
 
 CHECKS = {
@@ -73,7 +73,7 @@ def report(training, evaluation):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "this"}]
     rows = [dict(id=p, image=p, task_name=Path(p).parent.name, conversations=turns) for p in training]
     asked = [dict(question_id=p, image=p, text="Which one?") for p in evaluation]
-    return checks.check(Dataset.from_list(rows), against={"planted": asked})
+    return validation.check(Dataset.from_list(rows), against={"planted": asked})
 
 
 def quality(folder: Path, world: Path, seed: int, pictures: int | None):
@@ -136,9 +136,9 @@ def rate(folder: Path):
         Path(name).read_bytes()
     best = 0
     for attempt in range(3):
-        checks.CACHE = folder / f"cache-{attempt}"  # nothing is remembered from the attempt before
+        validation.CACHE = folder / f"cache-{attempt}"  # nothing is remembered from the attempt before
         start = time.process_time()  # of this process alone: others that share the machine do not count
-        checks.look_at(names, threads=1)
+        validation.look_at(names, threads=1)
         best = max(best, len(names) / (time.process_time() - start))
     megapixels = np.mean([np.prod(Image.open(name).size) for name in names]) / 1e6
     return best, dict(
@@ -151,7 +151,7 @@ def search_minutes():
     draw = np.random.default_rng(0)
     mine, others = (draw.integers(0, 256, (n, 2, 8, 8, 3), np.uint8) for n in (4000, EVALUATION))
     start = time.process_time()
-    contamination.candidates(mine, others)
+    decontamination.candidates(mine, others)
     return (time.process_time() - start) * SIZE / len(mine) / 60
 
 
@@ -167,7 +167,7 @@ def main():
         folder = Path(folder)
         a_second, speed = rate(folder)
         search = search_minutes()
-        checks.CACHE = folder / "cache"
+        validation.CACHE = folder / "cache"
         recall, false_alarms, notes = quality(
             folder, Path(options.world or folder / "world"), options.seed, options.pictures
         )

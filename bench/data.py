@@ -82,7 +82,7 @@ def baseline(path):
 def opening(path, together=None):
     """Open, then read 1,000 random rows. With `together`, a barrier, wait before measuring until all have done so."""
     start = time.perf_counter()
-    from vflan.samples import load_samples
+    from vflan.data.samples import load_samples
 
     imported, before = time.perf_counter(), memory()
     samples = load_samples(path)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bench.record import matmul_gflops, write
-from vflan.book import Watch
+from vflan.tools.notebooks import Watch
 
 HOME = Path(__file__).resolve().parent.parent
 # name: (unit, at least, at most); the rate has no target, it says what the minutes were measured on

@@ -25,12 +25,12 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from bench.record import write
 from vflan import preset, train
-from vflan.answers import answering
-from vflan.benchmarks import BENCHMARKS
-from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
-from vflan.pictures import read_picture
-from vflan.recipe import replace, resolve
-from vflan.runs import Run
+from vflan.config import replace, resolve
+from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
+from vflan.data.images import read_picture
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.generation import answering
+from vflan.training.run import Run
 from vflan.world.scene import COLORS, SHAPES
 
 CHECKS = {
@@ -138,7 +138,7 @@ def body_of_576(processor, questions):
     """A random model with LLaVA's 576 picture tokens (336 px, patches of 14) and the mini world's language model."""
     torch.manual_seed(SEED)
     recipe = preset("tiny").base
-    from vflan.model import load_model
+    from vflan.models.llava import load_model
 
     text = load_model(recipe).config.text_config
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,

@@ -34,11 +34,12 @@ from bench.record import write
 from bench.resume import make_recipe
 from tests.chat_server import ChatServer, said
 from tests.test_fetch import REPO, Hub
-from vflan import book, recipe, world
-from vflan.checkpoints import found
-from vflan.judge import EndpointJudge
-from vflan.recipe import replace, write_json
-from vflan.runs import Run
+from vflan import config, world
+from vflan.config import replace, write_json
+from vflan.evaluation.judge import EndpointJudge
+from vflan.tools import notebooks as book
+from vflan.training.checkpointing import found
+from vflan.training.run import Run
 from vflan.world.twins import write_twins
 
 PATIENCE = 300  # seconds that any piece of work may take
@@ -137,7 +138,7 @@ class Workshop:
             for number, cell in enumerate(notebook.cells):
                 cell.id = f"{name}-{number}"
             nbformat.write(notebook, notebooks / f"{name}.ipynb")
-        book.ROOT = recipe.ROOT = home
+        book.ROOT = config.ROOT = home
         os.chdir(home)
         book.press("tiny", notebooks=notebooks)
         pressed = [nbformat.read(path, 4) for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))]

@@ -155,8 +155,8 @@ class Bench:
         import torch
 
         from bench.train import real_lengths
-        from vflan import model as models
-        from vflan.recipe import replace
+        from vflan.config import replace
+        from vflan.models import llava as models
 
         self.figures, self.folder, self.dry, self.rate = figures, folder, dry, None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,7 +176,7 @@ class Bench:
         import torch
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
-        from vflan import model as models
+        from vflan.models import llava as models
 
         small = dict(layers=2, width=64) if self.dry else dict(layers=32, width=4096)
         layers, width = layers or small["layers"], width or small["width"]
@@ -206,8 +206,9 @@ class Bench:
         """Our rows as training has them after reading, without `datasets`."""
         import numpy as np
 
-        from vflan.batches import Data, packs
-        from vflan.conversation import IGNORE_INDEX, encode_many
+        from vflan.data.conversation import IGNORE_INDEX, encode_many
+        from vflan.models.loss import packs
+        from vflan.training.batching import Data
 
         samples = self.samples if samples is None else samples
         turns = [row["conversations"] for row in samples]
@@ -236,12 +237,12 @@ class Bench:
 
         import vflan
         from bench.train import work
-        from vflan import model as models
-        from vflan.batches import plan
-        from vflan.runs import Run
+        from vflan.models import llava as models
+        from vflan.training.batching import plan
+        from vflan.training.run import Run
 
         vflan.train  # noqa: B018 - reads the module of that name
-        module, data = sys.modules["vflan.train"], self.data(model.config)
+        module, data = sys.modules["vflan.training.trainer"], self.data(model.config)
         shapes = model.config.vision_config, model.config.text_config
         swaps = [(models, "load_model", lambda *_: model), (models, "load_processor", lambda *_: self.processor()),
                  (module, "prepare", lambda *_, **__: data),
@@ -289,7 +290,7 @@ class Bench:
 
     def tiny_run(self, name, **changes):
         import vflan
-        from vflan.recipe import replace
+        from vflan.config import replace
 
         base, sets = vflan.preset("tiny").base, self.world / "samples"
         recipe = replace(base, name=name, runs=str(self.folder / "runs"), samples=str(sets / "flan.json"),
@@ -310,9 +311,9 @@ class Bench:
         import numpy as np
         import torch
 
-        from vflan.batches import Pictures
-        from vflan.learner import Learner
-        from vflan.recipe import replace
+        from vflan.config import replace
+        from vflan.models.loss import Learner
+        from vflan.training.batching import Pictures
 
         recipe = replace(self.recipe, precision="fp32" if dtype == torch.float32 else "bf16")
         model = self.model(layers=None if self.dry else 4, width=None if self.dry else 1024, dtype=dtype)
@@ -359,11 +360,11 @@ class Bench:
     def way(self, kind, layers, attention, compiled, recompute):
         import torch
 
-        import vflan.train  # noqa: F401
-        from vflan import model as models
-        from vflan.batches import Pictures, pack
-        from vflan.learner import Learner
-        from vflan.recipe import replace
+        import vflan.training.trainer  # noqa: F401
+        from vflan.config import replace
+        from vflan.models import llava as models
+        from vflan.models.loss import Learner
+        from vflan.training.batching import Pictures, pack
 
         changes = dict(gradient_checkpointing=recompute, compile=compiled and not self.dry)
         changes |= dict(LORA) if kind != "full" else dict(optimizer=self.optimizer())
@@ -376,7 +377,7 @@ class Bench:
         if attention and not self.dry:
             model.model.language_model.set_attn_implementation(attention)
         net.train()
-        optimizer = sys.modules["vflan.train"]._optimizer(model, recipe)
+        optimizer = sys.modules["vflan.training.trainer"]._optimizer(model, recipe)
         groups, pictures = pack(data.lengths, recipe.pack_tokens), Pictures(data, model, self.processor(), recipe)
         ready = [(data.batch(group, self.device), pictures(group)) for group in groups[:3]]
         times = {"forward": [], "backward": [], "optimizer": []}
@@ -408,8 +409,8 @@ class Bench:
     def answers(self):
         """Batched answers of the mini world against one by one."""
         from bench.evaluate import one_by_one, pope_shaped, together
-        from vflan.benchmarks import BENCHMARKS
-        from vflan.runs import Run
+        from vflan.evaluation.benchmarks import BENCHMARKS
+        from vflan.training.run import Run
 
         run = Run.open(self.folder / "runs" / "tiny-fp32")
         model, processor = run.load_model(), run.processor()
@@ -428,7 +429,7 @@ class Bench:
 
     def full(self):
         """All of 7B's language model. On one card of 80 GB weights and moments are 16-bit (fp32 masters are 81 GB)."""
-        from vflan.recipe import replace
+        from vflan.config import replace
 
         recipe = replace(self.recipe, optimizer=self.optimizer(), **self.how)
         with patched([thrifty()]):
@@ -436,7 +437,7 @@ class Bench:
         self.write("full", found, optimizer=recipe.optimizer, weights="bf16", **self.how)
 
     def lora(self):
-        from vflan.recipe import replace
+        from vflan.config import replace
 
         recipe = replace(self.recipe, **self.how, **LORA)
         found = self.trained(recipe, self.model())
@@ -444,7 +445,7 @@ class Bench:
 
     def qlora(self):
         """7B in 4 bits, rows of 2,048 positions, as preset qlora_7b."""
-        from vflan.recipe import replace
+        from vflan.config import replace
 
         changes = dict(bits=4, gradient_checkpointing=True, optimizer="adamw_8bit", pack_tokens=None, **LORA)
         changes |= dict(max_steps=3)
@@ -491,8 +492,8 @@ class Bench:
 
     def resume(self):
         """A run that fails after its checkpoint and goes on, against one that does not fail."""
-        from vflan import model as models
-        from vflan.log import Log
+        from vflan.models import llava as models
+        from vflan.training.metrics import Log
 
         steps = dict(max_steps=8, save_every=4, precision="fp32")
         whole, real = self.tiny_run("whole", **steps), Log.step
@@ -516,7 +517,7 @@ class Bench:
     def baseline(self):
         """Hugging Face's Trainer on the same rows: LoRA, padded, micro-batches of 2, as bench.train has it on a CPU."""
         import bench.train as train
-        from vflan.recipe import replace
+        from vflan.config import replace
 
         recipe = replace(self.recipe, gradient_checkpointing=True, max_steps=3, **LORA)
         model = self.model()
@@ -548,7 +549,7 @@ def thrifty():
     """A `freeze` after which what learns stays in the weights' own dtype, in place of fp32 master weights."""
     import torch
 
-    from vflan import model as models
+    from vflan.models import llava as models
 
     def freeze(model, recipe, real=models.freeze):
         real(model, recipe)

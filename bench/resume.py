@@ -26,9 +26,9 @@ import psutil
 import vflan
 from bench.record import write
 from tests.conftest import make_backbones, make_squares
-from vflan.checkpoints import found
-from vflan.recipe import Recipe
-from vflan.runs import Run
+from vflan.config import Recipe
+from vflan.training.checkpointing import found
+from vflan.training.run import Run
 
 WAYS = {"full": {}, "lora": dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)}
 LAYOUTS = {"replicated": {}, "sharded": dict(sharding="fsdp2")}
@@ -134,7 +134,7 @@ def kill_of_two(recipe, draw, whom):
     workers = [
         process
         for process in below
-        if "vflan.train" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
+        if "vflan.training.trainer" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
     ]
     os.kill(child if whom == "parent" else draw.choice(workers).pid, signal.SIGKILL)
     alive = end(child) == 0

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HOME))  # `python bench/train.py` works too
 import numpy as np  # noqa: E402
 
 from bench.record import matmul_gflops, write  # noqa: E402
-from vflan.recipe import Recipe, replace  # noqa: E402
+from vflan.config import Recipe, replace  # noqa: E402
 
 # name: (unit, at least, at most)
 CHECKS = {
@@ -126,7 +126,7 @@ def make_body(folder, hidden, layers, wide, heads, tower):
     )
     from transformers.utils import logging
 
-    from vflan.conversation import SYSTEM
+    from vflan.data.conversation import SYSTEM
 
     logging.disable_progress_bar()
 
@@ -179,7 +179,7 @@ def make_body(folder, hidden, layers, wide, heads, tower):
 
 def mini_world(folder, rows):
     """The mini world's base recipe over rows of its three stages, in their proportion."""
-    from vflan.recipe import preset, resolve
+    from vflan.config import preset, resolve
 
     base, draw, mix = preset("tiny").base, np.random.default_rng(SEED), []
     for stage in ("captions", "flan", "chat"):
@@ -202,10 +202,10 @@ def ours(recipe):
     import torch
 
     import vflan
-    from vflan import model as models
-    from vflan.batches import plan
+    from vflan.models import llava as models
+    from vflan.training.batching import plan
 
-    module, kept = import_module("vflan.train"), []
+    module, kept = import_module("vflan.training.trainer"), []
     module.prepare = lambda *arguments, prepare=module.prepare, **more: (
         kept.append(prepare(*arguments, **more)) or kept[0]
     )
@@ -224,8 +224,8 @@ def import_module(name):
 
 def loaded(recipe):
     """Model, processor and data as training has them."""
-    from vflan import model as models
-    from vflan.batches import prepare
+    from vflan.models import llava as models
+    from vflan.training.batching import prepare
 
     model, processor = models.load_model(recipe), models.load_processor(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -237,8 +237,8 @@ def baseline(recipe, order=None):
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from vflan import model as models
-    from vflan.pictures import read_picture
+    from vflan.data.images import read_picture
+    from vflan.models import llava as models
 
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
@@ -269,7 +269,7 @@ def baseline(recipe, order=None):
             return order
 
         def create_optimizer(self, *_):
-            self.optimizer = import_module("vflan.train")._optimizer(model, recipe)
+            self.optimizer = import_module("vflan.training.trainer")._optimizer(model, recipe)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"]
             return self.optimizer
@@ -324,7 +324,7 @@ def llava_order(data, batch, world, seed=SEED):
 
 def child(kind, recipe, warm):
     """Train once and say how it went, as json on the last line; the first `warm` steps are not timed."""
-    from vflan.log import peak_gb
+    from vflan.training.metrics import peak_gb
 
     data, ends, steps, left = ours(recipe) if kind == "ours" else baseline(recipe)
     peak = float(left.metrics().peak_gb.max()) if kind == "ours" else peak_gb()
@@ -356,7 +356,7 @@ def work(data, rows, recipe, shapes=None):
     the inputs, 2 for that of the weights (LoRA: of the adapters only); the head at learned positions, the tower once and
     forward only, attention within a conversation and to the left. Recomputing and padding are not work. shapes: the
     configurations of tower and language model; None: those of the recipe."""
-    from vflan import model as models
+    from vflan.models import llava as models
 
     tower, body = shapes or models.shapes(recipe)
     wide, layers = body.hidden_size, body.num_hidden_layers
@@ -421,7 +421,7 @@ def fills(rows=8192, batch=128, budget=8192):
     how full padded micro-batches of 16 are, in our order and in LLaVA's."""
     from types import SimpleNamespace
 
-    from vflan.batches import pack, plan
+    from vflan.training.batching import pack, plan
 
     mix = lengths(rows)
     # the template's own words: 36 before the first question, 3 around each later one, an end token for each answer
@@ -452,9 +452,9 @@ def fills(rows=8192, batch=128, budget=8192):
 
 def packed_error(recipe, rows=6):
     """The largest difference between a packed row and its conversations one by one: of the mean loss and of its gradients."""
-    from vflan import model as models
-    from vflan.batches import Pictures
-    from vflan.learner import Learner
+    from vflan.models import llava as models
+    from vflan.models.loss import Learner
+    from vflan.training.batching import Pictures
 
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
@@ -479,9 +479,9 @@ def losses(recipe, model, processor, data, rows):
     """(ours, the baseline's) mean loss over rows with one model."""
     import torch
 
-    from vflan.batches import Pictures
-    from vflan.learner import Learner
-    from vflan.pictures import read_picture
+    from vflan.data.images import read_picture
+    from vflan.models.loss import Learner
+    from vflan.training.batching import Pictures
 
     with torch.no_grad():
         mine = total = 0.0
@@ -500,7 +500,7 @@ def losses(recipe, model, processor, data, rows):
 def equal_losses(recipe, steps=6):
     """The two losses on the same rows before training, and after the same steps; what is left of the difference is rounding."""
     import vflan
-    from vflan.batches import plan
+    from vflan.training.batching import plan
 
     recipe = replace(recipe, name="equal", schedule="constant", warmup_ratio=0.0, max_steps=steps)
     model, processor, data = loaded(recipe)

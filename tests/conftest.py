@@ -59,7 +59,7 @@ def make_backbones(folder, width=32, layers=2, seed=0):
         PreTrainedTokenizerFast,
     )
 
-    from vflan.conversation import SYSTEM
+    from vflan.data.conversation import SYSTEM
 
     text = [
         SYSTEM,
@@ -154,7 +154,7 @@ def make_squares(folder, rows=32):
 @pytest.fixture
 def recipe(backbones, squares, tmp_path):
     """A small recipe over the squares; its runs go to a folder of this test."""
-    from vflan.recipe import Recipe
+    from vflan.config import Recipe
 
     return Recipe(
         name="base",

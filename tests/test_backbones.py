@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vflan.recipe import ROOT
+from vflan.config import ROOT
 from vflan.world import language_model as L
 from vflan.world import scene as W
 from vflan.world import tasks as T

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vflan
-from vflan import batches, learner
-from vflan.batches import Data, Pictures, feed, micro_batches, pack, packed_step, plan, prepare
-from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
-from vflan.learner import Learner, answer_loss
-from vflan.model import freeze, load_model, load_processor
-from vflan.pictures import read_picture
+from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
+from vflan.data.images import read_picture
+from vflan.models import loss as learner
+from vflan.models.llava import freeze, load_model, load_processor
+from vflan.models.loss import Learner, answer_loss
+from vflan.training import batching
+from vflan.training.batching import Data, Pictures, feed, micro_batches, pack, packed_step, plan, prepare
 
 
 @pytest.fixture
@@ -241,9 +242,11 @@ def test_a_stretched_loss_trains_a_model_to_the_same_losses(mixed, monkeypatch):
 
 def looks(monkeypatch):
     """Records how many pictures each run of the tower saw."""
-    seen, real = [], batches.models.image_features
-    monkeypatch.setattr(batches, "_FEATURES", {})
-    monkeypatch.setattr(batches.models, "image_features", lambda m, pixels: seen.append(len(pixels)) or real(m, pixels))
+    seen, real = [], batching.models.image_features
+    monkeypatch.setattr(batching, "_FEATURES", {})
+    monkeypatch.setattr(
+        batching.models, "image_features", lambda m, pixels: seen.append(len(pixels)) or real(m, pixels)
+    )
     return seen
 
 
@@ -267,15 +270,15 @@ def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(mixed,
 
 def test_a_large_set_is_read_as_it_comes_with_the_same_result(mixed, monkeypatch):
     kept = vflan.train(vflan.replace(mixed, name="kept", max_steps=6)).metrics()
-    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batches, "TOWER_BATCH", 5)
+    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batching, "TOWER_BATCH", 5)
     read = vflan.train(vflan.replace(mixed, name="read", max_steps=6)).metrics()
     assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
 
 
 def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batches, "TOWER_BATCH", 8)
+    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batching, "TOWER_BATCH", 8)
     model, data, pictures = prepared(mixed, tmp_path)
     batches_, steps = plan(data, mixed), None
     steps = feed(data, pictures, batches_, mixed)
@@ -299,8 +302,8 @@ def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp
 @pytest.fixture
 def cached(mixed, tmp_path, monkeypatch):
     """A recipe whose features stay on disk, in a folder of this test, and only there."""
-    monkeypatch.setattr(batches, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(batches, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(batching, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
     return vflan.replace(mixed, feature_cache=True, max_steps=4)
 
 
@@ -352,7 +355,7 @@ def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(cached, tmp_pa
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(batches.np, "save", save)
+    monkeypatch.setattr(batching.np, "save", save)
     assert vflan.train(cached).finished
     assert capfd.readouterr().err.count("takes no more features (No space left on device); training goes on.") == 1
     assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
@@ -430,7 +433,7 @@ def test_many_conversations_are_encoded_as_each_alone(backbones):
 def test_rows_live_in_flat_arrays(mixed, tmp_path, monkeypatch):
     """Also when they come in several chunks, the last of them short and one without a usable row."""
     whole = prepared(mixed, tmp_path)[1]
-    monkeypatch.setattr(batches, "_ENCODED_TOGETHER", 3)
+    monkeypatch.setattr(batching, "_ENCODED_TOGETHER", 3)
     data = prepared(mixed, tmp_path)[1]
     for name in Data.__dataclass_fields__:
         assert np.array_equal(getattr(data, name), getattr(whole, name)), name

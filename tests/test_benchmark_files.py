@@ -15,16 +15,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.__main__ import main
-from vflan.benchmarks.files import LETTER, LETTER_CN, SHORT, UNSURE, match, read_answers, read_rows
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.__main__ import main
+from vflan.evaluation.benchmarks.files import LETTER, LETTER_CN, SHORT, UNSURE, match, read_answers, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*questions, the released")  # test files are small
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("vflan.benchmarks.files.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("vflan.evaluation.benchmarks.files.CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -781,9 +781,7 @@ def test_our_own_questions_and_kept_answers_are_read(put, command):
 
 def test_the_command_is_quick_to_start_and_prints_one_object(put):
     questions, answers = pope_files(put), put("a.jsonl", said({i: "Yes" for i in range(4)}))
-    code = (
-        "import sys; from vflan.benchmarks.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from vflan.evaluation.benchmarks.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     run = subprocess.run(
         [sys.executable, "-c", code, "pope", "--questions", questions, "--answers", answers],
         capture_output=True,

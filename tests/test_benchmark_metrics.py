@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.llava_bench import Review
-from vflan.benchmarks.mme import COGNITION, PERCEPTION
-from vflan.benchmarks.vqa import normalize
-from vflan.judge import Judgement
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.llava_bench import Review
+from vflan.evaluation.benchmarks.mme import COGNITION, PERCEPTION
+from vflan.evaluation.benchmarks.vqa import normalize
+from vflan.evaluation.judge import Judgement
 
 SEEDS = range(5)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vflan import world
-from vflan.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.world.twins import TWINS
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.benchmark import majority
-from vflan.benchmarks.files import json_lines
-from vflan.benchmarks.llava_bench import judge
-from vflan.benchmarks.mmbench import options
-from vflan.benchmarks.tasks import lenient
-from vflan.judge import RuleJudge, is_long_form, mentions
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.benchmark import majority
+from vflan.evaluation.benchmarks.files import json_lines
+from vflan.evaluation.benchmarks.llava_bench import judge
+from vflan.evaluation.benchmarks.mmbench import options
+from vflan.evaluation.benchmarks.tasks import lenient
+from vflan.evaluation.judge import RuleJudge, is_long_form, mentions
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 LEXICON = {"colors": ["red", "blue", "green", "white"], "shapes": ["star", "circle", "cross", "ring"]}

@@ -14,7 +14,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, PngImagePlugin
 
-from vflan import book, publish, recipe, tables
+from vflan import config
+from vflan.analysis import tables
+from vflan.tools import notebooks, publish
 from vflan.world import scene
 
 
@@ -31,7 +33,7 @@ def write(folder, name, *cells, more=""):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for module in (book, recipe, tables):
+    for module in (notebooks, config, tables):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("VFLAN_HOME", str(tmp_path))  # for the kernels
     monkeypatch.chdir(tmp_path)
@@ -59,7 +61,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     gc.collect()  # a kernel that nbval ran in this process says its last words now, not in between
     capfd.readouterr()
 
-    record = book.press("tiny", notebooks=folder)
+    record = notebooks.press("tiny", notebooks=folder)
 
     first, second = (nbformat.read(home / "runs/tiny/notebooks" / f"{n}.ipynb", 4) for n in ("01_first", "02_second"))
     nbformat.validate(first)
@@ -73,7 +75,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert cells[1].metadata == {"tags": ["nbval-check-output"]}
     assert second.cells[1].outputs[0].text == "x {}\n"
     assert (
-        second.cells[2].outputs[0].text == "['vflan.train', 'vflan.evaluate'] None\n"
+        second.cells[2].outputs[0].text == "['vflan.training.trainer', 'vflan.evaluation.evaluator'] None\n"
     )  # what sweeps fork from runs already
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in first.cells)
     assert (folder / "01_first.ipynb").read_text() == source  # the press changes no committed notebook
@@ -88,7 +90,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert [line for line in said.err.splitlines() if "(src/signaler.cpp:" not in line] == []
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()
-    book.press("tiny", only=["01"], notebooks=folder, again=True)
+    notebooks.press("tiny", only=["01"], notebooks=folder, again=True)
     assert (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes() == again  # the same run writes the same file
 
 
@@ -96,9 +98,9 @@ def test_the_first_failure_stops_the_press_with_one_sentence(home):
     folder = write(home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")).parent
     write(folder, "02_never", code("1"))
     with pytest.raises(SystemExit) as stop:
-        book.main(["tiny"])
+        notebooks.main(["tiny"])
     sentence = str(stop.value).splitlines()
-    assert sentence[0] == "vflan.book: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
+    assert sentence[0] == "vflan.tools.notebooks: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
     assert (home / "runs/tiny/notebooks/01_bad.ipynb").exists()
     assert not (home / "runs/tiny/notebooks/02_never.ipynb").exists()
 
@@ -108,7 +110,9 @@ def test_parameters_and_the_preset_reach_the_notebook(home):
         home / "notebooks", "03_third", code("print(preset, changes['seed'] + 1, word)"), more="\nword = 1"
     ).parent
     write(folder, "04_not_this", code("1/0"))
-    book.main(["full_7b", "--notebooks", "03", "-p", "changes", "{'seed': 1}", "-p", "word", "plain", "--out", "mine"])
+    notebooks.main(
+        ["full_7b", "--notebooks", "03", "-p", "changes", "{'seed': 1}", "-p", "word", "plain", "--out", "mine"]
+    )
     done = nbformat.read(home / "mine/notebooks/03_third.ipynb", 4)
     assert done.cells[-1].outputs[0].text == "full_7b 2 plain\n"
     assert json.loads((home / "mine/book.json").read_text())["parameters"]["changes"] == {"seed": 1}
@@ -118,19 +122,19 @@ def test_a_preset_file_is_found_from_the_notebooks_folder(home):
     folder = write(home / "notebooks", "01_a", code("print(open(preset).read())")).parent
     mine = "from vflan.presets.tiny import preset  # my preset\n"
     (home / "mine.py").write_text(mine)
-    assert book.press("mine.py", notebooks=folder)["preset"] == "mine"
+    assert notebooks.press("mine.py", notebooks=folder)["preset"] == "mine"
     assert "my preset" in nbformat.read(home / "runs/tiny/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text
 
 
 def test_wrong_requests_are_answered_with_what_there_is(home):
     with pytest.raises(FileNotFoundError, match="01_name.ipynb"):
-        book.press(notebooks=home)
+        notebooks.press(notebooks=home)
     write(home / "notebooks", "01_a")
     with pytest.raises(ValueError, match="no notebook starts with '07'; there are 01_a"):
-        book.press(only=["07"], notebooks=home / "notebooks")
+        notebooks.press(only=["07"], notebooks=home / "notebooks")
     before = (home / "notebooks" / "01_a.ipynb").read_bytes()
     with pytest.raises(ValueError, match="would replace their sources"):
-        book.press(out=home, notebooks=home / "notebooks")
+        notebooks.press(out=home, notebooks=home / "notebooks")
     assert (home / "notebooks" / "01_a.ipynb").read_bytes() == before
     write(home / "notebooks", "02_b", more="\nseeds = [0]\nnum_processes = 1")
     (home / "broken.py").write_text("def preset(:")
@@ -145,12 +149,12 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
     }
     for sentence, request in wrong.items():
         with pytest.raises(ValueError, match=sentence):
-            book.press(notebooks=home / "notebooks", **request)
+            notebooks.press(notebooks=home / "notebooks", **request)
     assert not (home / "runs").exists()  # nothing ran, no folder was made
 
 
 def test_cleaning_leaves_no_widget_address_or_path(home):
-    view = {"text/plain": "VBox(children=())", book.WIDGET: {"model_id": "1"}}
+    view = {"text/plain": "VBox(children=())", notebooks.WIDGET: {"model_id": "1"}}
     text = (
         f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
     )
@@ -162,7 +166,7 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
         new_output("display_data", {"text/html": f"<i>{home}/a.png</i>", "image/png": "AAAA"}, metadata={"needs": 1}),
     ]
     dirty = new_notebook(cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}})
-    first, last = book.clean(dirty).cells[0].outputs
+    first, last = notebooks.clean(dirty).cells[0].outputs
     assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\nmore"
     assert last.data["text/html"] == "<i>a.png</i>" and last.metadata == {}
     assert dirty.metadata.papermill and len(dirty.cells[0].outputs) == 5  # a copy was cleaned
@@ -178,9 +182,9 @@ def test_a_large_notebooks_pictures_become_jpegs_that_keep_each_colour(tmp_path)
     output = new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[code("x", outputs=[output])]), path)
-    assert path.stat().st_size > book.LIMIT
-    size = book.lay_out(path)
-    assert size == path.stat().st_size < book.LIMIT
+    assert path.stat().st_size > notebooks.LIMIT
+    size = notebooks.lay_out(path)
+    assert size == path.stat().st_size < notebooks.LIMIT
     (kept,) = nbformat.read(path, 4).cells[0].outputs[0].data.values()
     kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(kept))), dtype=int)
     assert kept.shape == pixels.shape
@@ -221,8 +225,8 @@ def test_the_watch_sees_what_children_hold():
     import subprocess
 
     hold = "x = bytearray(300_000_000); import time; time.sleep(1.5)"
-    with book.Watch(every=0.1) as watch:
-        before = book.tree_gb()
+    with notebooks.Watch(every=0.1) as watch:
+        before = notebooks.tree_gb()
         subprocess.run([sys.executable, "-c", hold], check=True)
     assert watch.peak_gb > before + 0.25 and 1 / 60 < watch.minutes < 1
 
@@ -235,13 +239,13 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     nbformat.write(notebook, folder / "01_first.ipynb")
     lines = []
     target = home / "runs/tiny/notebooks/01_first.ipynb"
-    book.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.press("tiny", notebooks=folder, say=lines.append)
     made = target.stat().st_mtime_ns
-    book.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.press("tiny", notebooks=folder, say=lines.append)
     assert target.stat().st_mtime_ns == made and any("up to date" in line for line in lines)
     notebook.cells[0].source = "print('there')"
     nbformat.write(notebook, folder / "01_first.ipynb")
-    book.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.press("tiny", notebooks=folder, say=lines.append)
     assert "there" in target.read_text()
 
 
@@ -249,7 +253,7 @@ SCORES = "run,benchmark,metric,value,low,high,n,seed,baseline\\nbase,pope,f1,{va
 WORK = """import matplotlib.pyplot as plt
 import vflan
 from vflan import plots
-from vflan.recipe import output_folder, resolve
+from vflan.config import output_folder, resolve
 album = resolve(vflan.preset(preset, changes).base.runs)
 plots.save(plt.figure(), "empty", album)
 results = output_folder(album, "results")
@@ -277,8 +281,8 @@ def project(home):
 
 
 def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsys):
-    book.main(["tiny"])
-    book.main(["tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
+    notebooks.main(["tiny"])
+    notebooks.main(["tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
     assert git(project, "status", "--porcelain") == ""
     trial = project / "runs/x y"
     made = ["notebooks/01_work.ipynb", "figures/empty.png", "figures/README.md", "results/scores.csv", "report.html"]
@@ -291,29 +295,29 @@ def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsy
 
 def test_a_trial_without_scores_says_so(project, capsys):
     write(project / "notebooks", "02_none", code("1"))
-    book.main(["tiny", "--notebooks", "02", "-p", "changes", '{"runs": "runs/trial"}'])
+    notebooks.main(["tiny", "--notebooks", "02", "-p", "changes", '{"runs": "runs/trial"}'])
     assert "none yet: runs/trial/results/scores.csv" in capsys.readouterr().out
 
 
 def test_what_a_notebook_made_and_somebody_deleted_is_made_again(project, capsys):
-    book.main(["tiny"])
+    notebooks.main(["tiny"])
     (project / "runs/tiny/figures/empty.png").unlink()
-    book.main(["tiny"])
+    notebooks.main(["tiny"])
     assert (project / "runs/tiny/figures/empty.png").is_file()
 
 
 def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
     with pytest.raises(ValueError, match="01_work has not run to its end"):
         publish.publish("tiny")
-    book.press("tiny", parameters={"changes": {"max_steps": 6}})
+    notebooks.press("tiny", parameters={"changes": {"max_steps": 6}})
     with pytest.raises(ValueError, match="01_work ran with changes={'max_steps': 6}"):
         publish.publish("tiny")
-    book.press("tiny")
+    notebooks.press("tiny")
     (scores := project / "runs/tiny/results/scores.csv").write_text("another")
     with pytest.raises(ValueError, match="results/scores.csv is not as a notebook left it"):
         publish.publish("tiny")
     assert git(project, "status", "--porcelain") == ""  # nothing was copied by halves
-    book.press("tiny", again=True)
+    notebooks.press("tiny", again=True)
     publish.publish("tiny")
     changed = {line[3:] for line in git(project, "status", "--porcelain", "--untracked-files=all").splitlines()}
     figures = {"figures/README.md", "figures/tiny/empty.png", "figures/tiny/empty.svg"}
@@ -329,7 +333,7 @@ def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
 
 
 def test_claims_with_few_seeds_are_a_trial_and_not_published():
-    sources = book.find_notebooks(recipe.ROOT / "notebooks", ["06"])
+    sources = notebooks.find_notebooks(config.ROOT / "notebooks", ["06"])
     found = publish.ledger()[["claim"]].assign(n_seeds=5)
     publish._whole(found, publish.PLACES["tiny_frozen"], sources)
     found.loc[found.claim == "1a", "n_seeds"] = 4

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from vflan import world
-from vflan.evaluate import present
-from vflan.recipe import ROOT, preset, resolve
-from vflan.runs import Run
+from vflan.config import ROOT, preset, resolve
+from vflan.evaluation.evaluator import present
+from vflan.training.run import Run
 
 SECONDS = 240  # that a busy machine may need for one step
 CELLS = {  # what of each notebook is run: the cells that hold these words

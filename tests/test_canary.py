@@ -18,8 +18,8 @@ import torch
 
 import vflan
 from vflan import world
-from vflan.model import load_model, load_processor, load_tokenizer
-from vflan.recipe import replace
+from vflan.config import replace
+from vflan.models.llava import load_model, load_processor, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 TURNS = [

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vflan import checks
-from vflan.batches import prepare
-from vflan.checks import check
-from vflan.conversation import encode, expand
-from vflan.recipe import Recipe
-from vflan.samples import load_samples
+from vflan.config import Recipe
+from vflan.data import validation
+from vflan.data.conversation import encode, expand
+from vflan.data.samples import load_samples
+from vflan.data.validation import check
+from vflan.training.batching import prepare
 
 ASK, SAY = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}
 
@@ -23,8 +23,8 @@ ASK, SAY = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value"
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """An empty cache for each test."""
-    monkeypatch.setattr(checks, "CACHE", tmp_path_factory.mktemp("cache"))
-    return checks.CACHE
+    monkeypatch.setattr(validation, "CACHE", tmp_path_factory.mktemp("cache"))
+    return validation.CACHE
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def opened(monkeypatch):
     """The names of the pictures that check opened, in order."""
     names = []
     monkeypatch.setattr(
-        checks, "read_picture", lambda name, read=checks.read_picture: [names.append(name), read(name)][1]
+        validation, "read_picture", lambda name, read=validation.read_picture: [names.append(name), read(name)][1]
     )
     return names
 
@@ -190,18 +190,18 @@ def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
 
 def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeypatch):
     make(tmp_path)
-    monkeypatch.setattr(checks, "PICTURES", 4)
+    monkeypatch.setattr(validation, "PICTURES", 4)
     for i in range(12):
         Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
     samples = load_samples(make(tmp_path, *[row(image=f"{i}.png") for i in range(12)]))
 
-    def stop(name, stamp=checks.stamp):
+    def stop(name, stamp=validation.stamp):
         if name.endswith("9.png"):
             raise KeyboardInterrupt
         return stamp(name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checks, "stamp", stop)
+        patch.setattr(validation, "stamp", stop)
         check(samples)
     assert len(opened) == 8
     assert check(samples).ok == 12 and len(opened) == 12 and len(set(opened)) == 12
@@ -209,23 +209,23 @@ def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeyp
 
 def test_a_broken_cache_is_made_again(tmp_path, cache):
     samples = load_samples(make(tmp_path, row()))
-    (cache / checks.SHELF).write_text("this is no database, and long enough to be taken for one" * 100)
+    (cache / validation.SHELF).write_text("this is no database, and long enough to be taken for one" * 100)
     assert check(samples).ok == 1
-    with sqlite3.connect(cache / checks.SHELF) as shelf:
+    with sqlite3.connect(cache / validation.SHELF) as shelf:
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_the_check_goes_on(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, row()))
     (tmp_path / "file").touch()
-    monkeypatch.setattr(checks, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(validation, "CACHE", tmp_path / "file" / "cache")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert check(samples).ok == 1
 
 
 def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(50)]))
-    monkeypatch.setattr(checks, "ROWS", 7)
+    monkeypatch.setattr(validation, "ROWS", 7)
     monkeypatch.setattr(Dataset, "__getitem__", lambda *_: pytest.fail("a whole column was read"))
     assert check(samples).ok == 50
 
@@ -371,7 +371,7 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
             assert list(data.ids) == [sample["id"] for sample in sound] and data.bad == len(bad)
             shown = [data.pictures[number] if number >= 0 else None for number in data.picture]
             assert shown == [sample["image"] or None for sample in sound]
-            assert {checks.read_picture(image).mode for image in data.pictures} <= {"RGB"}
+            assert {validation.read_picture(image).mode for image in data.pictures} <= {"RGB"}
             count.kept += len(data.ids)
         count.rows, count.bad = count.rows + report.rows, count.bad + len(bad)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vflan import claims, recipe
-from vflan.evaluate import COLUMNS
+from vflan import claims, config
+from vflan.evaluation.evaluator import COLUMNS
 
 
 def scores(*rows):
@@ -112,7 +112,7 @@ def project(tmp_path, monkeypatch):
     committed = scores(*[("base", s, "mme", m, 10 * s + 40, 2, 25) for s in (0, 1) for m in ("score", "accuracy")])
     (tmp_path / "data" / "results").mkdir(parents=True)
     committed.to_csv(tmp_path / "data" / "results" / "tiny.csv", index=False)
-    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "READ", [])
     return tmp_path
 
@@ -141,7 +141,7 @@ def test_a_notebook_lists_what_it_ran_and_what_it_read(project, capsys):
 
 
 def test_published_scores_keep_the_seeds_that_did_not_run(tmp_path):
-    from vflan.publish import with_other_seeds
+    from vflan.tools.publish import with_other_seeds
 
     for name, rows in (("new", [(0, 70)]), ("old", [(0, 60), (1, 50)])):
         table = scores(*[("base", seed, "mme", "score", value, 2, 25) for seed, value in rows])

@@ -6,14 +6,14 @@ import pytest
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
-from vflan import checks, contamination
-from vflan.checks import check
-from vflan.contamination import Fine, candidates, distance, question_keys, views
+from vflan.data import decontamination, validation
+from vflan.data.decontamination import Fine, candidates, distance, question_keys, views
+from vflan.data.validation import check
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(checks, "CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(validation, "CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def scene(seed, side=96):
@@ -122,10 +122,10 @@ def test_candidates_are_the_most_alike_views_and_no_others(monkeypatch):
     others = draw.integers(0, 256, (50, 2, 8, 8, 3), np.uint8)
     near = others[draw.integers(0, 50, 300)] + draw.normal(0, 10, (300, 2, 8, 8, 3))
     mine = near.clip(0, 255).astype(np.uint8)
-    monkeypatch.setattr(contamination, "LIKE", 110.0)  # so that there are more than CANDIDATES
+    monkeypatch.setattr(decontamination, "LIKE", 110.0)  # so that there are more than CANDIDATES
     gaps = np.sqrt(((mine[:, None, 0].astype(float) - others[None, :, 0]) ** 2).mean((2, 3, 4)))
     slow = {(i, int(j)) for i in range(300) for j in np.argsort(gaps[i])[:8] if gaps[i, j] <= 110}
-    fast = list(contamination._like(mine[:, 0], others[:, 0]))
+    fast = list(decontamination._like(mine[:, 0], others[:, 0]))
     assert {(i, j) for i, j, _ in fast} == slow and len(fast) == len(slow) > 1000
     assert max(abs(gap - gaps[i, j]) for i, j, gap in fast) < 0.01
 

@@ -93,7 +93,7 @@ def public():
 
 
 def test_every_public_name_says_what_it_is():
-    importlib.import_module("vflan.train")
+    importlib.import_module("vflan.training.trainer")
     silent = [
         name for name, value in public() if not isinstance(value, dict) and not (inspect.getdoc(value) or "").strip()
     ]

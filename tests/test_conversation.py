@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflan.conversation import (
+from vflan.config import ROOT
+from vflan.data.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     SYSTEM,
@@ -14,7 +15,6 @@ from vflan.conversation import (
     expand,
     prompt_ids,
 )
-from vflan.recipe import ROOT
 
 
 def turns(*texts):

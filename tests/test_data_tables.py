@@ -2,7 +2,7 @@
 
 import re
 
-from vflan.plots import paper, paper_tasks, printed, released_tasks
+from vflan.analysis.plots import paper, paper_tasks, printed, released_tasks
 
 
 def rows(item, column="MMB", source="vision-flan"):

@@ -6,8 +6,8 @@ import huggingface_hub
 import pytest
 
 import vflan
-from vflan import doctor
-from vflan.recipe import Preset
+from vflan.config import Preset
+from vflan.tools import doctor
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_nothing_is_missing_where_everything_is(found, tmp_path):
     [
         (dict(language_model="data/none"), "data/none: no such folder"),
         (dict(language_model="nobody/nothing"), "hf download nobody/nothing"),
-        (dict(samples="data/vision_flan/annotation_191-task_1k.json"), "python -m vflan.fetch vision_flan_191"),
+        (dict(samples="data/vision_flan/annotation_191-task_1k.json"), "python -m vflan.data.download vision_flan_191"),
         (dict(samples="elsewhere.json"), "elsewhere.json: not there; data/README.md"),
         (dict(images="data/llava_instruct/train2017", samples="data/llava_instruct/x.json"), "COCO train2017"),
         (dict(benchmarks="nowhere"), "nowhere: no benchmark there"),

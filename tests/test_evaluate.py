@@ -19,16 +19,26 @@ import torch
 from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
 from transformers.cache_utils import DynamicLayer
 
-from vflan import answers, workers
-from vflan.answers import answer, answering, first_token
-from vflan.benchmarks import BENCHMARKS
-from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
-from vflan.evaluate import COLUMNS, LETTERS, allowed, difference, evaluate, judged_answers, kept_items, per_task
-from vflan.judge import Judgement
-from vflan.kept import Answer, alone, keep_scores, read_rows
+from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
+from vflan.evaluation import generation as answers
+from vflan.evaluation import parallel
+from vflan.evaluation.answer_cache import Answer, alone, keep_scores, read_rows
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.evaluator import (
+    COLUMNS,
+    LETTERS,
+    allowed,
+    difference,
+    evaluate,
+    judged_answers,
+    kept_items,
+    per_task,
+)
+from vflan.evaluation.generation import answer, answering, first_token
+from vflan.evaluation.judge import Judgement
 
 FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
-HOUSE = sys.modules["vflan.evaluate"]  # vflan.evaluate itself is the function
+HOUSE = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +108,7 @@ def test_one_question_a_picture_equals_generate_too(tiny):
 def test_the_mini_world_answers_as_generate_does(tmp_path):
     """Its committed backbones, a fresh projector, two questions of every kind of task, in fp32 (bench/evaluate.py asks them all)."""
     import vflan
-    from vflan.model import load_model, load_processor
+    from vflan.models.llava import load_model, load_processor
     from vflan.world.scene import render
     from vflan.world.tasks import KINDS, sample
 
@@ -161,7 +171,7 @@ def test_one_pass_takes_the_likelier_of_the_allowed_words(tiny):
 
 
 def likelier(tiny, row):
-    from vflan.conversation import IMAGE_TOKEN_INDEX, prompt_ids
+    from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 
     ids = list(prompt_ids(row["text"], tiny.processor.tokenizer))
     at = ids.index(IMAGE_TOKEN_INDEX)
@@ -458,14 +468,14 @@ def test_several_processes_give_the_same_answers(run, monkeypatch):
     whole = evaluate(run)
     one = sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1]))
     (run.folder / "answers" / "pope.jsonl").unlink()
-    monkeypatch.setattr(workers, "START", "fork")  # this process holds no GPU, and spawning would import torch anew
+    monkeypatch.setattr(parallel, "START", "fork")  # this process holds no GPU, and spawning would import torch anew
     pd.testing.assert_frame_equal(evaluate(run, num_processes=2), whole)
     assert run.loaded == 1 and sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1])) == one
 
 
 def test_questions_on_one_picture_stay_in_one_process():
     asked = [{"image": f"{i % 4}.png" if i % 3 else None} for i in range(60)]
-    pieces = workers.cut(asked, 7)
+    pieces = parallel.cut(asked, 7)
     assert sorted(sum(pieces, [])) == list(range(60)) and len(pieces) > 4
     for picture in {"0.png", "1.png", "2.png", "3.png"}:
         assert sum(any(asked[i]["image"] == picture for i in piece) for piece in pieces) == 1
@@ -477,7 +487,7 @@ class DyingRun(TinyRun):
 
 
 def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
-    monkeypatch.setattr(workers, "START", "fork")
+    monkeypatch.setattr(parallel, "START", "fork")
     run.__class__ = DyingRun
     with pytest.raises(RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"):
         evaluate(run, num_processes=2)
@@ -525,15 +535,15 @@ def test_without_a_run_a_served_model_and_a_folder_are_needed():
 
 
 def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(run, monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("vflan.recipe.ROOT", run.folder)
+    monkeypatch.setattr("vflan.config.ROOT", run.folder)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     run.recipe.benchmarks = "benchmarks"
     assert len(evaluate(run)) and len(evaluate(run, folder="benchmarks"))
 
 
 def test_a_trained_run_is_evaluated_from_its_folder_alone(run, recipe):
-    from vflan.recipe import replace
-    from vflan.train import train
+    from vflan.config import replace
+    from vflan.training.trainer import train
 
     trained = train(replace(recipe, benchmarks=run.recipe.benchmarks, max_steps=1))
     scores = evaluate(trained.folder)

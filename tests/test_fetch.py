@@ -15,11 +15,11 @@ from time import sleep
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-import vflan.fetch  # noqa: F401
+import vflan.data.download  # noqa: F401
 from tests.conftest import serve
-from vflan.fetch import SETS, fetch
+from vflan.data.download import SETS, fetch
 
-module = sys.modules["vflan.fetch"]  # vflan.fetch itself is the function
+module = sys.modules["vflan.data.download"]  # vflan.fetch itself is the function
 COMMIT = "0123456789" * 4
 REPO = "Vision-Flan/vision-flan_191-task_1k"
 ZIP = bytes(range(256)) * 4096 * 24  # 24 MiB: the client writes 10 MiB at a time
@@ -166,7 +166,7 @@ def test_a_connection_that_keeps_breaking_is_one_sentence_and_the_next_call_goes
 
 def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(hub, tmp_path):
     hub.stall_at = 15 * 2**20
-    command = [sys.executable, "-m", "vflan.fetch", "vision_flan_191", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "vflan.data.download", "vision_flan_191", "--folder", str(tmp_path)]
     home = Path(__file__).resolve().parent.parent
     child = subprocess.Popen(command, cwd=home, env=os.environ | {"HF_HUB_DISABLE_XET": "1"})
     try:

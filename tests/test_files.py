@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import vflan
-from vflan import io, runs
-from vflan.recipe import folder_name
-from vflan.runs import Run
+from vflan import io
+from vflan.config import folder_name
+from vflan.training import run as runs
+from vflan.training.run import Run
 
 vflan.train  # noqa: B018 (imports the file)
-TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+TRAIN = sys.modules["vflan.training.trainer"]  # the file; vflan.train is its function
 BAD_NAMES = [
     ".",
     "..",
@@ -70,7 +71,7 @@ def test_plain_names_of_any_script_are_taken(recipe, name):
 
 
 def test_a_name_that_a_seed_makes_too_long_is_refused(recipe):
-    from vflan.recipe import for_seed
+    from vflan.config import for_seed
 
     with pytest.raises(ValueError, match="more than 100"):
         for_seed(vflan.replace(recipe, name="x" * 98), 1)

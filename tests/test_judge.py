@@ -11,10 +11,10 @@ from chat_server import KEY, said, serve  # noqa: F401 (serve is a fixture)
 from tiny_model import TinyRun, lines, make_tiny, tiny_tokenizer, write_pope
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.benchmark import metrics
-from vflan.evaluate import evaluate
-from vflan.judge import (
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.benchmark import metrics
+from vflan.evaluation.evaluator import evaluate
+from vflan.evaluation.judge import (
     GRADE,
     PAIR,
     YES_NO,

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vflan import claims, recipe
-from vflan.benchmarks.benchmark import Metric
+from vflan import claims, config
+from vflan.evaluation.benchmarks.benchmark import Metric
 
 
 def metric(rng, right, pictures=60, each=3):
@@ -161,7 +161,7 @@ def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
 
 
 def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     scores = pd.DataFrame([["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]],
                           columns="run benchmark metric value low high n seed baseline judge problems".split())  # fmt: skip
     short, long = (claims.verdicts(items(0.3), range(n), claim(), rounds=50) for n in (1, 5))

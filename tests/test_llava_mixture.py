@@ -5,10 +5,18 @@ from collections import Counter
 
 import pytest
 
-from vflan.checks import check
-from vflan.conversation import encode
-from vflan.llava_mixture import ROWS, a_okvqa, llava_mixture, one_conversation_per_image, padded_box, records, sharegpt
-from vflan.samples import load_samples, save_samples
+from vflan.data.conversation import encode
+from vflan.data.llava_mixture import (
+    ROWS,
+    a_okvqa,
+    llava_mixture,
+    one_conversation_per_image,
+    padded_box,
+    records,
+    sharegpt,
+)
+from vflan.data.samples import load_samples, save_samples
+from vflan.data.validation import check
 
 
 class Words:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from vflan.mixtures import diverse, mix, mixture_record, recipe_samples, subset, task_flags
-from vflan.recipe import Recipe, differences, replace
-from vflan.samples import load_samples
+from vflan.config import Recipe, differences, replace
+from vflan.data.mixture import diverse, mix, mixture_record, recipe_samples, subset, task_flags
+from vflan.data.samples import load_samples
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a dot"}]
 

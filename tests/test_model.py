@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import vflan
 from tests.conftest import make_backbones
-from vflan import model as models
-from vflan.conversation import IGNORE_INDEX, encode, expand, prompt_ids
-from vflan.model import (
+from vflan.config import write_json
+from vflan.data.conversation import IGNORE_INDEX, encode, expand, prompt_ids
+from vflan.models import llava as models
+from vflan.models.llava import (
     PARTS,
     export,
     fingerprint,
@@ -26,8 +27,7 @@ from vflan.model import (
     parts,
     quantised_layers,
 )
-from vflan.recipe import write_json
-from vflan.runs import Run
+from vflan.training.run import Run
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_bitsandbytes_is_imported_only_when_a_recipe_asks_for_it(recipe, tmp_pat
     script = """if True:
         import json, sys
         import vflan
-        from vflan.model import export, freeze, load_model, load_processor
+        from vflan.models.llava import export, freeze, load_model, load_processor
         recipe = vflan.Recipe.from_dict(json.loads(sys.argv[1]))
         model = load_model(recipe)
         freeze(model, recipe)
@@ -395,7 +395,7 @@ PICTURES = {
 def test_pictures_are_prepared_bit_for_bit_as_llava_does(recipe, tmp_path, name, side):
     from transformers import AutoProcessor, CLIPImageProcessorPil
 
-    from vflan.pictures import read_picture
+    from vflan.data.images import read_picture
 
     clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if side != 24:

@@ -9,8 +9,8 @@ import papermill
 import pytest
 
 from vflan import world
-from vflan.book import LIMIT, find_notebooks
-from vflan.recipe import ROOT
+from vflan.config import ROOT
+from vflan.tools.notebooks import LIMIT, find_notebooks
 
 NOTEBOOKS = find_notebooks(ROOT / "notebooks")
 

@@ -5,9 +5,9 @@ import ast
 import nbformat
 import pytest
 
-from vflan.book import find_notebooks, parameter_names
-from vflan.parameters import KINDS, checked
-from vflan.recipe import ROOT, preset
+from vflan.config import ROOT, preset
+from vflan.tools.notebooks import find_notebooks, parameter_names
+from vflan.tools.parameters import KINDS, checked
 
 NOTEBOOKS = find_notebooks(ROOT / "notebooks")
 

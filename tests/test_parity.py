@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vflan
-from vflan.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, encode, expand
-from vflan.model import (
+from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, encode, expand
+from vflan.models.llava import (
     export,
     fingerprint,
     freeze,
@@ -24,7 +24,7 @@ from vflan.model import (
     save_projector,
     to_llava,
 )
-from vflan.runs import Run
+from vflan.training.run import Run
 
 SEEN, TEXT = ("<image>\nWhat color is it?", "a red square"), ("What is a square?", "a grey one")
 
@@ -216,7 +216,7 @@ def test_a_projector_of_another_width_is_refused_with_both_widths_before_anythin
 ):
     theirs = nn.Sequential(nn.Linear(32, 80), nn.GELU(), nn.Linear(80, 80)).state_dict()
     torch.save({f"model.mm_projector.{name}": weight for name, weight in theirs.items()}, tmp_path / "wide.bin")
-    monkeypatch.setattr("vflan.model._load", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("vflan.models.llava._load", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=r"wide.bin joins a tower of width 32 to a .* width 80, but .* have 32 and 32"):
         load_model(recipe, tmp_path / "wide.bin")
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vflan.benchmarks import BENCHMARKS
-from vflan.benchmarks.case_studies import parse_entities, parse_words
-from vflan.benchmarks.files import LETTER, SHORT, UNSURE, asked
-from vflan.benchmarks.mm_vet import parse as mm_vet_parse
-from vflan.benchmarks.mmmu import normalized, parse_choice, parse_open
-from vflan.benchmarks.vqa import CONTRACTIONS, normalize, soft_accuracy
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.case_studies import parse_entities, parse_words
+from vflan.evaluation.benchmarks.files import LETTER, SHORT, UNSURE, asked
+from vflan.evaluation.benchmarks.mm_vet import parse as mm_vet_parse
+from vflan.evaluation.benchmarks.mmmu import normalized, parse_choice, parse_open
+from vflan.evaluation.benchmarks.vqa import CONTRACTIONS, normalize, soft_accuracy
 
 # ------------------------------------------------------------------------------------------------- answers of VQA's kind
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vflan import pictures
-from vflan.pictures import picture_bytes, picture_trouble, read_picture, stamp
+from vflan.data import images
+from vflan.data.images import picture_bytes, picture_trouble, read_picture, stamp
 
 
 def encoded(color="red", kind="PNG", size=(9, 9)):
@@ -159,7 +159,7 @@ def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures
     archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})
     assert picture_trouble(f"{tmp_path}/text.zip::a.png").split(":")[0] == "truncated picture"
     assert picture_trouble(f"{tmp_path}/gone.zip::a.png").split(":")[0] == "missing picture"
-    monkeypatch.setattr(pictures, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_MEMBER_BYTES", 10)
     assert "unpacks to" in picture_trouble(f"{archive}::a.png")
     locked, data = tmp_path / "locked.zip", bytearray(archive.read_bytes())
     data[data.find(b"PK\1\2") + 8] |= 1
@@ -190,11 +190,11 @@ def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
     members = {f"{i}.png": encoded((i, 0, 0), size=(60, 60)) for i in range(100)}
     archive = zipped(tmp_path / "a.zip", members)
     assert pixel(f"{archive}::7.png") == (7, 0, 0)
-    pictures._lock.acquire()  # as if another thread opened an archive in the moment of the fork
+    images._lock.acquire()  # as if another thread opened an archive in the moment of the fork
     child = os.fork()
     if child == 0:
         os._exit(0 if all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3)) else 1)
-    pictures._lock.release()
+    images._lock.release()
     assert all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
     hung = threading.Timer(60, os.kill, (child, 9))
     hung.start()

@@ -12,10 +12,10 @@ from torch.profiler import profile
 
 import vflan
 from tests.conftest import make_backbones, make_squares
-from vflan import footprint
-from vflan.recipe import Recipe
+from vflan.config import Recipe
+from vflan.training import footprint
 
-TRAIN = sys.modules.get("vflan.train") or __import__("importlib").import_module("vflan.train")
+TRAIN = sys.modules.get("vflan.training.trainer") or __import__("importlib").import_module("vflan.training.trainer")
 FULL = dict(tune=("projector", "language_model"))
 LORA = FULL | dict(lora_r=16, lora_alpha=32, lora_dropout=0.05)
 
@@ -59,7 +59,7 @@ def measured(recipe, monkeypatch):
     monkeypatch.setattr(TRAIN.models, "freeze", freeze)
     monkeypatch.setattr(TRAIN, "feed", feed)
     monkeypatch.setattr(TRAIN.Log, "close", close)
-    monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
+    monkeypatch.setattr(sys.modules["vflan.training.batching"], "_FEATURES", {})
     vflan.train(recipe)
     held = most = weights[0]
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -14,9 +14,9 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vflan import plots, recipe
-from vflan.benchmarks import BENCHMARKS
-from vflan.stats import bootstrap
+from vflan import config, plots
+from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.stats import bootstrap
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +47,11 @@ def marks(ax, marker):
 
 def test_plots_come_without_torch():
     code = "import sys, vflan.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=recipe.ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 
 def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     fig, ax = plt.subplots()
     ax.plot([1, 2])
     first = plots.save(fig, "line", "some-preset")
@@ -178,7 +178,7 @@ def test_packed_rows_show_every_conversation_and_the_padding():
 
 
 def verdict_rows(*rows):
-    from vflan.claims import VERDICTS
+    from vflan.analysis.claims import VERDICTS
 
     return pd.DataFrame([[c, f"statement {c}", "a - b", "x:y", n, e, low, high, 3.0, v] for c, n, e, low, high, v in rows],
                         columns=VERDICTS)  # fmt: skip

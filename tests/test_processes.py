@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 
 import vflan
-from vflan import processes
-from vflan.runs import Run
+from vflan.training import distributed
+from vflan.training.run import Run
 
 HOME = Path(__file__).resolve().parent.parent
 # What a person's own script looks like; beside it, what the tests want to know of the inside.
 SCRIPT = """
 import json, os, sys
 import vflan
-from vflan.recipe import Recipe
+from vflan.config import Recipe
 from torch.distributed.tensor import DTensor
 vflan.train
-TRAIN, seen = sys.modules["vflan.train"], {}
+TRAIN, seen = sys.modules["vflan.training.trainer"], {}
 
 def spread(*arguments, real=TRAIN.processes.spread):
     new = real(*arguments)
@@ -127,7 +127,9 @@ def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_th
     one = vflan.train(vflan.replace(recipe, name="one"))
     run = vflan.train(vflan.replace(recipe, name="two"), num_processes=2)
     assert re.search(
-        r"^python -m torch.distributed.run .* -m vflan.train .*two --processes 2$", capfd.readouterr().out, re.M
+        r"^python -m torch.distributed.run .* -m vflan.training.trainer .*two --processes 2$",
+        capfd.readouterr().out,
+        re.M,
     )
     assert run.summary["processes"] == 2 and run.load_model()
     assert run.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
@@ -159,15 +161,15 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_what_can(recipe):
 
 def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    processes.check(recipe, 2)
+    distributed.check(recipe, 2)
     with pytest.raises(ValueError, match="4 processes were asked for on a machine with 2 GPUs; start 2"):
-        processes.check(recipe, 4)
+        distributed.check(recipe, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two machines of two
-    processes.check(recipe, 4)
+    distributed.check(recipe, 4)
 
 
 def test_deepspeed_that_is_not_installed_is_told_before_training(recipe, monkeypatch):
-    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="sharding='zero3' needs DeepSpeed: pip install deepspeed"):
         vflan.train(vflan.replace(recipe, sharding="zero3"), num_processes=2)
 
@@ -175,11 +177,11 @@ def test_deepspeed_that_is_not_installed_is_told_before_training(recipe, monkeyp
 def test_only_full_tuning_on_gpus_is_sharded_unless_the_recipe_says_so(recipe, monkeypatch):
     lora = vflan.replace(recipe, lora_r=4, lora_alpha=8)
     assert (
-        processes.sharding(recipe, 2) == "none"
-        and processes.sharding(vflan.replace(recipe, sharding="fsdp2"), 2) == "fsdp2"
+        distributed.sharding(recipe, 2) == "none"
+        and distributed.sharding(vflan.replace(recipe, sharding="fsdp2"), 2) == "fsdp2"
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [processes.sharding(r, n) for r, n in ((recipe, 2), (recipe, 1), (lora, 2))] == ["fsdp2", "none", "none"]
+    assert [distributed.sharding(r, n) for r, n in ((recipe, 2), (recipe, 1), (lora, 2))] == ["fsdp2", "none", "none"]
 
 
 def test_fewer_processes_than_asked_for_is_an_error(recipe):
@@ -187,7 +189,7 @@ def test_fewer_processes_than_asked_for_is_an_error(recipe):
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     with pytest.raises(RuntimeError, match="2 processes were asked for, but 1"):
-        sys.modules["vflan.train"].fit(run.folder, 2)
+        sys.modules["vflan.training.trainer"].fit(run.folder, 2)
 
 
 @pytest.mark.parametrize("change", [dict(bits=4, lora_r=4, lora_alpha=8), dict(optimizer="adamw_8bit")])

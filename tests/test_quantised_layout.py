@@ -10,11 +10,11 @@ from bitsandbytes.nn import Linear4bit
 from conftest import make_backbones
 
 import vflan
-from vflan.model import fingerprint, freeze, load_model, parts
-from vflan.runs import Run
+from vflan.models.llava import fingerprint, freeze, load_model, parts
+from vflan.training.run import Run
 
 vflan.train  # noqa: B018 (imports the file)
-TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+TRAIN = sys.modules["vflan.training.trainer"]  # the file; vflan.train is its function
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 from test_layout import ROOMS
 
 import vflan
-from vflan import publish, tables
-from vflan.claims import floors
-from vflan.recipe import _FIELDS, Preset, preset_names
+from vflan.analysis import tables
+from vflan.analysis.claims import floors
+from vflan.config import _FIELDS, Preset, preset_names
+from vflan.tools import publish
 from vflan.world import chats
 
 HOME = Path(__file__).resolve().parent.parent
@@ -133,7 +134,7 @@ def test_the_tables_are_what_the_results_give(tmp_path):
             (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HOME / kept, tmp_path / kept)
     tables.fill_readme(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, "run python -m vflan.publish --readme"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, "run python -m vflan.tools.publish --readme"
 
 
 def scores(*rows):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 import vflan
-from vflan.recipe import ROOT, Recipe, differences, for_seed, preset_names, resolve, weights_source
+from vflan.config import ROOT, Recipe, differences, for_seed, preset_names, resolve, weights_source
 
 
 def test_every_preset_gives_the_three_stages_in_order():

@@ -11,8 +11,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, PngImagePlugin
 
-from vflan import tables
-from vflan.report import write_report
+from vflan.analysis import tables
+from vflan.tools.report import write_report
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

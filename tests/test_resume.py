@@ -14,12 +14,13 @@ import torch
 from accelerate.utils import LoggerType
 
 import vflan
-from vflan import checkpoints, runs
-from vflan.heldout import hold_out
-from vflan.runs import Run
+from vflan.training import checkpointing
+from vflan.training import run as runs
+from vflan.training.run import Run
+from vflan.training.validation import hold_out
 
 vflan.train  # noqa: B018 (imports the file)
-TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+TRAIN = sys.modules["vflan.training.trainer"]  # the file; vflan.train is its function
 TRACKIO = """
 calls = []
 class config:
@@ -95,14 +96,14 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [path.name for path in checkpoints.found(saving.folder)] == ["step-00000002"]
+    assert [path.name for path in checkpointing.found(saving.folder)] == ["step-00000002"]
     assert same_weights(straight, vflan.train(saving))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monkeypatch, capsys):
     straight = vflan.train(vflan.replace(saving, name="straight"))
     run = killed(saving, monkeypatch)
-    newest, before = checkpoints.found(run.folder)
+    newest, before = checkpointing.found(run.folder)
     assert (newest.name, before.name) == ("step-00000004", "step-00000002")
     tensors = newest / "0.pt"
     content = bytearray(tensors.read_bytes())
@@ -116,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monke
 
 def test_without_one_whole_checkpoint_a_run_begins_anew(saving, monkeypatch):
     straight = vflan.train(vflan.replace(saving, name="straight"))
-    for path in checkpoints.found(killed(saving, monkeypatch).folder):
+    for path in checkpointing.found(killed(saving, monkeypatch).folder):
         (path / "checkpoint.json").write_text("{")
     assert same_weights(straight, vflan.train(saving))
 
@@ -125,7 +126,7 @@ def test_a_run_that_begins_anew_says_nothing_twice(saving, monkeypatch):
     """What was logged before the first step stood there twice after a kill before the first checkpoint."""
     saving = vflan.replace(saving, heldout_rows=6, evaluate_every=2)
     straight = vflan.train(vflan.replace(saving, name="straight"))
-    for path in checkpoints.found(killed(saving, monkeypatch).folder):
+    for path in checkpointing.found(killed(saving, monkeypatch).folder):
         (path / "checkpoint.json").write_text("{")
     again = vflan.train(saving)
     assert again.heldout().equals(straight.heldout()) and again.sample_answers().equals(straight.sample_answers())
@@ -133,9 +134,9 @@ def test_a_run_that_begins_anew_says_nothing_twice(saving, monkeypatch):
 
 def test_a_checkpoint_says_what_it_belongs_to_and_runs_no_code_when_read(saving, monkeypatch):
     run = killed(saving, monkeypatch)
-    path, about = checkpoints.newest(run.folder)
+    path, about = checkpointing.newest(run.folder)
     assert about["step"] == 4 and about["recipe"] == saving.to_dict()
-    assert about["code"] == checkpoints.versions()["code"] and about["torch"] == torch.__version__
+    assert about["code"] == checkpointing.versions()["code"] and about["torch"] == torch.__version__
     assert set(torch.load(path / "0.pt", weights_only=True)) == {"weights", "moments"}
 
 
@@ -242,7 +243,7 @@ def test_the_last_checkpoint_holds_the_weights_that_the_run_ends_with(saving, mo
 @pytest.mark.parametrize("kept", [True, False], ids=["features kept", "features made as needed"])
 def test_looking_at_held_out_rows_changes_nothing(recipe, monkeypatch, kept):
     if not kept:
-        monkeypatch.setattr("vflan.batches.MAX_KEPT_BYTES", 0)
+        monkeypatch.setattr("vflan.training.batching.MAX_KEPT_BYTES", 0)
     recipe = vflan.replace(recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3)
     looked = vflan.train(vflan.replace(recipe, name="looked", evaluate_every=1))
     unseen = vflan.train(vflan.replace(recipe, name="unseen"))
@@ -315,7 +316,7 @@ def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_training(recipe, monkeypatch):
-    monkeypatch.setattr("vflan.processes.find_spec", lambda name: None)
+    monkeypatch.setattr("vflan.training.distributed.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install wandb"):
         vflan.train(vflan.replace(recipe, trackers=("wandb",)))
     assert not recipe.folder.exists()

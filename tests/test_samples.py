@@ -15,10 +15,10 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
-from vflan import samples as room
-from vflan.checks import check
-from vflan.pictures import picture_trouble, read_picture
-from vflan.samples import load_samples, save_samples
+from vflan.data import samples as room
+from vflan.data.images import picture_trouble, read_picture
+from vflan.data.samples import load_samples, save_samples
+from vflan.data.validation import check
 
 ASK, SAY = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}
 
@@ -184,7 +184,7 @@ def test_a_kill_while_converting_leaves_no_half_table_and_none_of_it_needs_torch
     child = """
 import sys, time
 from pathlib import Path
-from vflan import samples as room
+from vflan.data import samples as room
 room._BLOCK, room.CACHE, whole = 4096, Path(sys.argv[2]), room._json
 def slow(path):
     for number, part in enumerate(whole(path)):

@@ -11,14 +11,14 @@ from chat_server import KEY, said, serve  # noqa: F401 (serve is a fixture)
 from PIL import Image
 from tiny_model import TinyRun, lines, make_tiny, write_pope
 
-from vflan.evaluate import evaluate
-from vflan.served import ServedModel, messages
+from vflan.evaluation.evaluator import evaluate
+from vflan.evaluation.served_model import ServedModel, messages
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A project folder of its own, with POPE in `benchmarks`."""
-    monkeypatch.setattr("vflan.recipe.ROOT", tmp_path)
+    monkeypatch.setattr("vflan.config.ROOT", tmp_path)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     make_tiny(pictures)

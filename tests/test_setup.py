@@ -21,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vflan.recipe import SHIPPED_FILES
+from vflan.config import SHIPPED_FILES
 
 HOME = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
@@ -289,7 +289,7 @@ def test_a_slurm_job_starts_torchrun_on_every_node_with_one_address(tmp_path):
 def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_path, free_port):
     values = {key: value for key, value in recipe.to_dict().items() if key not in ("name", "stage", "template")}
     (tmp_path / "mine.py").write_text(
-        "from vflan.recipe import Preset, Recipe\n"
+        "from vflan.config import Preset, Recipe\n"
         f"values = {values | dict(global_batch=4, micro_batch=2)!r}\n"
         "def preset():\n"
         "    projector = Recipe(name='projector', stage='projector', template='plain', **values | dict(tune=('projector',)))\n"
@@ -325,14 +325,14 @@ import json, os, subprocess, sys
 from pathlib import Path
 import vflan
 from vflan import claims, plots
-from vflan.book import find_notebooks
-from vflan.recipe import ROOT, SHIPPED, commit, resolve
+from vflan.tools.notebooks import find_notebooks
+from vflan.config import ROOT, SHIPPED, commit, resolve
 
 recipes = vflan.preset("tiny")
 vflan.world.build(captions=32, per_kind=4, conversations=4, questions=0.02)
 run = vflan.train(vflan.replace(recipes.projector, max_steps=2))
 plots.style()
-other = [sys.executable, "-c", "from vflan.recipe import ROOT; print(ROOT)"]
+other = [sys.executable, "-c", "from vflan.config import ROOT; print(ROOT)"]
 print(json.dumps({
     "root": str(ROOT),
     "shipped": str(SHIPPED),
@@ -413,14 +413,14 @@ def test_an_installed_package_reads_its_own_files_and_writes_to_the_working_dire
 
 
 def test_vflan_home_says_where_an_installed_package_writes(site, tmp_path):
-    code = "from vflan.recipe import CACHE, ROOT, output_path; print(ROOT, CACHE, output_path('runs'), sep='|')"
+    code = "from vflan.config import CACHE, ROOT, output_path; print(ROOT, CACHE, output_path('runs'), sep='|')"
     said = run_installed(site, tmp_path, code, VFLAN_HOME="my project").split("|")
     home = tmp_path / "my project"
     assert list(map(Path, said)) == [home, home / "data" / "cache", home / "runs"]
 
 
 def test_a_clone_is_its_own_project_folder(tmp_path):
-    code = "from vflan.recipe import ROOT, SHIPPED; print(ROOT, SHIPPED, sep='|')"
+    code = "from vflan.config import ROOT, SHIPPED; print(ROOT, SHIPPED, sep='|')"
     said = run_installed(HOME, tmp_path, code).split("|")
     assert list(map(Path, said)) == [HOME, HOME]
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 import vflan
 from tests.conftest import make_squares, serve
-from vflan.recipe import Recipe, write_json
-from vflan.runs import Run
-from vflan.share import dataset_card, lineage, model_card, serve_command
+from vflan.config import Recipe, write_json
+from vflan.tools.export import dataset_card, lineage, model_card, serve_command
+from vflan.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(runs, export
 
 def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(runs, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr("vflan.share.model_card", lambda *_: 1 / 0)
+        broken.setattr("vflan.tools.export.model_card", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             runs[1].export(tmp_path / "mine")
     assert not list(tmp_path.iterdir())
@@ -339,7 +339,7 @@ def test_a_push_that_cannot_be_is_one_sentence(runs, hub, monkeypatch):
     with pytest.raises(ConnectionError, match="cannot be reached"):
         run.push("me/mine")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("vflan.share.get_token", lambda: None)
+    monkeypatch.setattr("vflan.tools.export.get_token", lambda: None)
     with pytest.raises(PermissionError, match="HF_TOKEN"):
         run.push("me/mine")
     assert not list(run.folder.glob(".push-*"))

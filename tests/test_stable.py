@@ -7,10 +7,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from vflan import book, stable
-from vflan.recipe import ROOT
+from vflan.config import ROOT
+from vflan.tools import notebooks, stable
 
-NOTEBOOKS = book.find_notebooks(ROOT / "notebooks")
+NOTEBOOKS = notebooks.find_notebooks(ROOT / "notebooks")
 
 
 def notebook(*sources, tags=()):
@@ -83,7 +83,7 @@ def test_each_notebook_carries_the_tags_of_the_rule_on_a_third_of_its_cells(path
     compared, says = stable.checked(kept)
     assert compared >= says / 3 > 0
     tags = [cell.metadata.get("tags") for cell in kept.cells]
-    assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "python -m vflan.stable"
+    assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "python -m vflan.tools.stable"
 
 
 # ------------------------------------------------------------------------------------------------------- nbval itself

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from vflan import stats
-from vflan.stats import bootstrap, combine, over_seeds, paired, resampled
+from vflan.evaluation.stats import bootstrap, combine, over_seeds, paired, resampled
 
 
 def test_the_mean_is_exact_and_the_interval_repeats():

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from tiny_model import make_tiny, questions
 
-from vflan.answers import answer
-from vflan.streaming import attention_maps, seen, stream
+from vflan.evaluation.generation import answer
+from vflan.evaluation.streaming import attention_maps, seen, stream
 
-ROOM = sys.modules["vflan.streaming"]
+ROOM = sys.modules["vflan.evaluation.streaming"]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 import vflan
-from vflan.recipe import replace, write_json
-from vflan.sweeps import longest_first, rows_of
+from vflan.analysis.sweeps import longest_first, rows_of
+from vflan.config import replace, write_json
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
     assert done.trained == {(label, seed) for label in ("projector", "few") for seed in (0, 3)}
     assert {label for label, *_ in done.answered} == set(arms)
 
-    monkeypatch.setattr(sys.modules["vflan.train"], "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sys.modules["vflan.training.trainer"], "fit", lambda *_: pytest.fail("trained again"))
     again = vflan.sweep(arms, [0, 3], jobs=1)
     assert again.scores.value.equals(done.scores.value)
     assert not again.trained and not again.answered
@@ -62,15 +62,15 @@ def test_side_by_side_gives_the_same_weights_as_one_after_the_other(small, tmp_p
 
 def test_the_processes_that_train_an_arm_answer_for_it_too(small, monkeypatch):
     """And say the same as one; forked, for this process holds no GPU."""
-    monkeypatch.setattr(sys.modules["vflan.workers"], "START", "fork")
+    monkeypatch.setattr(sys.modules["vflan.evaluation.parallel"], "START", "fork")
     projector, _, _ = small
-    real, asked = sys.modules["vflan.workers"].working, []
+    real, asked = sys.modules["vflan.evaluation.parallel"].working, []
 
     def working(run, num_processes, *more):
         asked.append(num_processes)
         return real(run, num_processes, *more)
 
-    monkeypatch.setattr(sys.modules["vflan.evaluate"], "working", working)
+    monkeypatch.setattr(sys.modules["vflan.evaluation.evaluator"], "working", working)
     two = vflan.sweep({"projector": vflan.Arm(projector)}, jobs=1, num_processes=2)
     kept = two.runs["projector", 0].folder / "answers" / "heldin.jsonl"
     answers = sorted(kept.read_text().splitlines()[1:])

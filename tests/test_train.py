@@ -12,14 +12,14 @@ from accelerate import Accelerator
 
 import vflan
 from tests.conftest import make_squares
-from vflan import learner
-from vflan.batches import Pictures, prepare
-from vflan.learner import Learner
-from vflan.model import fingerprint, load_model, load_processor, parts
-from vflan.runs import Run
-from vflan.train import learning_rate
+from vflan.models import loss as learner
+from vflan.models.llava import fingerprint, load_model, load_processor, parts
+from vflan.models.loss import Learner
+from vflan.training.batching import Pictures, prepare
+from vflan.training.run import Run
+from vflan.training.trainer import learning_rate
 
-TRAIN = sys.modules["vflan.train"]  # the file; vflan.train is its function
+TRAIN = sys.modules["vflan.training.trainer"]  # the file; vflan.train is its function
 
 
 def lines(path):
@@ -231,7 +231,7 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
 
     monkeypatch.setattr(Accelerator, "prepare", in_a_circle)
     monkeypatch.setattr(TRAIN.models, "freeze", freeze)
-    monkeypatch.setattr(sys.modules["vflan.batches"], "_FEATURES", {})
+    monkeypatch.setattr(sys.modules["vflan.training.batching"], "_FEATURES", {})
     gc.disable()
     try:
         if fails:

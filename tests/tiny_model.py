@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vflan.conversation import IMAGE_TOKEN_INDEX, SYSTEM, prompt_ids
+from vflan.data.conversation import IMAGE_TOKEN_INDEX, SYSTEM, prompt_ids
 
 WORDS = "what is there a red blue green star circle in the picture ? yes no USER : ASSISTANT \n".split(" ")
 

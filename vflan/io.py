@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vflan.recipe import shown
+from vflan.config import shown
 
 # All that vflan, and the libraries that it calls, write into a run folder, as patterns of `foreign`.
 MODEL = (

@@ -14,7 +14,7 @@ Stated by the papers: data, what is tuned, batch sizes, learning rates, one epoc
 because Vision-Flan does not say: cosine schedule, warm-up 0.03, no weight decay, no clipping, 2048 tokens, bfloat16, templates.
 """
 
-from vflan.recipe import Preset, Recipe, replace
+from vflan.config import Preset, Recipe, replace
 
 
 def preset() -> Preset:

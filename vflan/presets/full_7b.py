@@ -5,8 +5,8 @@ Cost: not measured here; LLaVA-1.5 reports 3.5 h for a 7B projector on 8 A100-80
 Expect: somewhat below the 13B rows of data/paper.csv.
 """
 
+from vflan.config import Preset, replace
 from vflan.presets.full_13b import preset as full_13b
-from vflan.recipe import Preset, replace
 
 
 def preset() -> Preset:

@@ -5,8 +5,8 @@ Memory, by vflan.plan (computed, not measured): 29 GB for the base stage, 21 GB 
 Cost: not measured here. Expect: close to full tuning on most benchmarks in LLaVA-1.5's own table; Vision-Flan prints no LoRA row.
 """
 
+from vflan.config import Preset, replace
 from vflan.presets.full_7b import preset as full_7b
-from vflan.recipe import Preset, replace
 
 
 def preset() -> Preset:

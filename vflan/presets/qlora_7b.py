@@ -6,8 +6,8 @@ Cost: not measured here. Expect: the shape of the paper's results, not its value
 is its LoRA recipe (r 128, alpha 256) on a quantised model, with an 8-bit optimiser.
 """
 
+from vflan.config import Preset, replace
 from vflan.presets.lora_7b import preset as lora_7b
-from vflan.recipe import Preset, replace
 
 
 def preset() -> Preset:

@@ -5,7 +5,7 @@ Expect: Base answers the mini world's questions tersely, Chat in sentences; READ
 Learning rates are those that a 1 M parameter model likes, not the papers'. One epoch of captions and one of tasks, as there.
 """
 
-from vflan.recipe import Preset, Recipe, replace
+from vflan.config import Preset, Recipe, replace
 
 
 def preset() -> Preset:

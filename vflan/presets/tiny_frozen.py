@@ -5,8 +5,8 @@ the seeds that `make paper` trains with were fixed before anything was run on th
 Hardware and expectations: those of `tiny`. `make paper` took about two hours on two cores, with other work beside it.
 """
 
+from vflan.config import Preset, replace
 from vflan.presets.tiny import preset as tiny
-from vflan.recipe import Preset, replace
 
 
 def preset() -> Preset:

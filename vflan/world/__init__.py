@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from vflan.config import ROOT, shown
 from vflan.io import MARK, foreign, named
-from vflan.recipe import ROOT, shown
 from vflan.world import chats
 from vflan.world.scene import (
     BACKGROUNDS,

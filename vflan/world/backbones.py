@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from vflan.recipe import ROOT
+from vflan.config import ROOT
 from vflan.world import scene as W
 from vflan.world.language_model import make_language_model, make_second_language_model, make_tokenizer
 from vflan.world.words import describe

@@ -7,7 +7,7 @@ Options are lettered a to d, as the mini world's language model writes letters s
 import json
 from dataclasses import replace
 
-from vflan.benchmarks.files import LETTER_CN, UNSURE
+from vflan.evaluation.benchmarks.files import LETTER_CN, UNSURE
 from vflan.world.scene import (
     BACKGROUNDS,
     COLORS,

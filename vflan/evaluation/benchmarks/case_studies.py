@@ -1,0 +1,120 @@
+"""The paper's two case studies (appendix E.2): how much text a model reads, and how many entities it can name.
+
+    textocr/    TextOCR_0.1_val.json (the authors'), train_images/ or images/
+    wit/        a TSV of WIT with image_url and caption_reference_description, images/ (each under the last part of its
+                url); the paper took 1,000 at random, without saying which
+
+textocr: `recall` is the share of the words in the picture that the answer has, case and outer punctuation aside, each
+as often as it was said; words marked illegible ('.') are no targets. `words` is the mean length of the answers.
+wit: the share of the caption's entities that the answer names. The paper finds entities with spaCy. Which finder was
+used stands in the metric's name: `coverage_capitalised` (runs of capitalised words; always given, so that scores from
+two machines compare) and `coverage_spacy_MODEL` (where spaCy and an English model are installed). `entities` is the
+number of capitalised entities an answer has. A missing answer names nothing.
+"""
+
+import re
+from collections import Counter
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+
+import numpy as np
+
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, contains, metrics
+from vflan.evaluation.benchmarks.files import pictures_in, read_rows
+
+EDGE = ".,;:!?\"'()[]{}<>*`"
+STARTERS = set("A An The This That These Those It Its In On At He She They We I You There Here His Her Their As And But Or "
+               "If When While What Which Who Where Why How For From With By To Of".split())  # fmt: skip
+
+
+def parse_words(answer, sample=None):
+    """The words of an answer, lower-case, without punctuation at their ends."""
+    return [w for w in (word.strip(EDGE).lower() for word in str(answer).split()) if w]
+
+
+def read_textocr(path, labels, keep):
+    data = read_rows(path)
+    image = pictures_in(path.parent, "train_images", "images")
+    samples = []
+    for id, picture in data["imgs"].items():
+        strings = [data["anns"][a]["utf8_string"] for a in data["imgToAnns"].get(id, ())]
+        samples.append(dict(question_id=id, text="Read all the text in the image.", label=" ".join(strings),
+                            image=image(picture["file_name"].split("/")[-1])))  # fmt: skip
+    return samples
+
+
+def recall(samples, answers):
+    found, wanted = [], []
+    for s, a in zip(samples, answers):
+        targets, said = Counter(parse_words(s["label"])), Counter(parse_words(a))
+        wanted.append(targets.total())
+        found.append((targets & said).total())
+    length = [len(str(a).split()) / 100 for a in answers]
+    return metrics("recall", found, samples, den=wanted, pooled=True) | metrics("words", length, samples, pooled=True)
+
+
+def parse_entities(answer, sample=None):
+    """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order; a word that only begins a
+    sentence, such as 'The', is none."""
+    runs = re.findall(r"\b[A-Z][\w'-]*(?:(?:\s+(?:of|the|de|la|von|van|der))*\s+[A-Z][\w'-]*)*", str(answer))
+    found = []
+    for run in runs:
+        words = run.split()
+        while words and words[0] in STARTERS:
+            words = words[1:]
+        while words and words[0].islower():  # 'The of Oxford'
+            words = words[1:]
+        found += [" ".join(words)] if words else []
+    return list(dict.fromkeys(found))
+
+
+@cache
+def spacy_model():
+    """(name, pipeline) of the first English spaCy model that is installed, or None; spaCy is imported only then."""
+    names = sorted(m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web"))
+    if not names:
+        return None
+    import spacy
+
+    return names[0], spacy.load(names[0])
+
+
+@lru_cache(1 << 14)
+def spacy_entities(text):
+    return [e.text for e in spacy_model()[1](text).ents]
+
+
+def read_wit(path, labels, keep):
+    image = pictures_in(path.parent, "images")
+    return [dict(question_id=str(i), text="Introduce the entities in the image in detail, with their background.",
+                 label=row["caption_reference_description"], image=image(row["image_url"].rsplit("/", 1)[-1]))
+            for i, row in enumerate(read_rows(path)) if row.get("language", "en") == "en"]  # fmt: skip
+
+
+def coverage(samples, answers):
+    """Targets are taken with their finder from the caption; the capitalised ones count where the answer holds them as
+    whole words in any case, spaCy's where spaCy finds the same entity in the answer."""
+    found = {}
+
+    def share(name, pairs):
+        num = [sum(hits) for hits in pairs]
+        den = np.array([len(hits) for hits in pairs], float)
+        found[name] = metrics(name, num, samples, den=den, pooled=True)[name]
+
+    share(
+        "coverage_capitalised", [[contains(a, e) for e in parse_entities(s["label"])] for s, a in zip(samples, answers)]
+    )
+    if spacy_model():
+        pairs = [([e.lower() for e in spacy_entities(str(s["label"]))], {e.lower() for e in spacy_entities(str(a))})
+                 for s, a in zip(samples, answers)]  # fmt: skip
+        share(f"coverage_spacy_{spacy_model()[0]}", [[e in said for e in targets] for targets, said in pairs])
+    one = found["coverage_capitalised"]
+    count = np.array([len(parse_entities(a)) / 100 for a in answers])
+    return found | {"entities": Metric(count, np.ones(len(samples)), one.group, one.cluster)}
+
+
+TEXTOCR = Benchmark("textocr", "recall", parse_words, recall, read_textocr, ("TextOCR_0.1_val.json", "TextOCR*.json"),
+                    "textvqa.org/textocr", known=lambda sample: sample["label"] is not None, missing="wrong",
+                    max_new_tokens=128)  # fmt: skip
+WIT = Benchmark("wit", "coverage_capitalised", parse_entities, coverage, read_wit, ("*.tsv", "*.tsv.gz"),
+                "google-research-datasets/wit", missing="wrong", max_new_tokens=128)  # fmt: skip

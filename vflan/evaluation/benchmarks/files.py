@@ -1,0 +1,218 @@
+"""Benchmark files as they lie on disk: question files, label files and answer files in the shapes that were released."""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from vflan.config import CACHE
+
+ID_KEYS = ("question_id", "questionId", "index", "id", "image")
+TEXT_KEYS = ("prediction", "text", "response", "pred_answer", "pred", "output", "answer")
+FORMATS = (  # LLaVA-1.5's format prompts: the last line of a question
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+    "When the provided information is insufficient, respond with 'Unanswerable'.",
+    "请直接回答选项字母。",
+)
+SHORT, LETTER, UNSURE, LETTER_CN = ("\n" + line for line in FORMATS)
+
+
+def read_rows(path, na=False):
+    """What a json, jsonl, tsv, csv, xlsx or parquet file holds: mostly a list of dicts, for json whatever is in it.
+
+    Cells of tables are strings; with `na` empty cells and N/A, null, None ... become '', as pandas reads them by
+    default and so the official scripts do. ValueError names the file, and the line that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there.")
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    if kind in ("tsv", "csv", "xlsx", "parquet"):
+        return read_table(path, kind, na)
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    if kind != "jsonl":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as trouble:
+            if trouble.msg != "Extra data":  # several objects, one a line: POPE's label files are called .json
+                raise ValueError(f"{path} is not whole json ({trouble}); download it again.") from None
+    return json_lines(path, text)
+
+
+def json_lines(path, text, broken=None):
+    """The objects of a text with one on each line; a line that is none is an error, or is added to `broken`."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): answers may hold U+2028
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as trouble:
+            if broken is None:
+                raise ValueError(f"{path}, line {number} is not json ({trouble.msg}); download it again.") from None
+            broken.append(number)
+    return rows
+
+
+def read_table(path, kind, na=False):
+    import pandas as pd
+
+    if kind == "parquet":
+        return pd.read_parquet(path).to_dict("records")
+    if kind == "xlsx":
+        try:
+            read = partial(pd.read_excel, engine="openpyxl")
+            import openpyxl  # noqa: F401
+        except ImportError:
+            raise ValueError(f"{path} needs openpyxl to be read: pip install openpyxl, or save it as csv.") from None
+    else:
+        read = partial(pd.read_csv, sep="\t" if kind == "tsv" else ",")
+    return read(path, dtype=str, keep_default_na=na).fillna("").to_dict("records")
+
+
+def find(labels, *names):
+    """`labels` itself where it is a file, else the first file of that folder with one of the names (globs), or None."""
+    labels = Path(labels)
+    if labels.is_file():
+        return labels
+    return next((p for name in names for p in sorted(labels.glob(name))), None)
+
+
+def pictures_in(folder, *names):
+    """A function name -> absolute path of that picture in the first of the sub-folders that exists, or in `folder`."""
+    root = next((folder / name for name in names if (folder / name).is_dir()), folder).absolute()
+    return lambda name: str(root / name) if name else None
+
+
+def keep_picture(data):
+    """Write the bytes of a picture (or their base64) to the cache, once for each content, and return the path."""
+    data = base64.b64decode(data) if isinstance(data, str) else data
+    path = CACHE / "pictures" / f"{hashlib.sha256(data).hexdigest()[:32]}.png"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        part.replace(path)
+    return str(path)
+
+
+def name_picture(data):
+    """A name for a picture that nobody will open: scoring needs to know only which questions share one."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:32]
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def read_answers(path):
+    """(rows, numbers of the lines that are no json): each row a dict with `id`, `text`, `prompt` and `gold` (or None).
+
+    Read are JSON Lines with question_id and text, and the benchmarks' own upload formats: a json list (VQAv2, VizWiz,
+    GQA, TextVQA), a json object id -> answer (MM-Vet, MMMU, ScienceQA), a table (MMBench's xlsx, tsv, csv), and MME's
+    folder of TASK.txt (file, question, right answer, answer, with tabs between them).
+    """
+    path, broken = Path(path), []
+    if path.is_dir():
+        tasks = sorted(path.glob("*.txt"))
+        if tasks:
+            return [row for task in tasks for row in mme_rows(task)], broken
+        parts = sorted(path.glob("merge.jsonl")) or sorted(path.glob("*.jsonl"))
+        if not parts:
+            raise FileNotFoundError(f"{path} holds no answers: neither *.jsonl nor MME's TASK.txt.")
+        return [row for part in parts for row in read_answers(part)[0]], broken
+    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".jsonl" and path.is_file() else ""
+    if text and not text.lstrip().startswith("["):
+        found = json_lines(path, text, broken)
+    else:
+        found = json.loads(text) if text else read_rows(path)
+    if isinstance(found, dict) and first(found, ("question_id", "questionId")) is not None:
+        found = [found]  # a single answer
+    elif isinstance(found, dict):
+        found = found.get("outputs", found)
+        found = [v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v} for k, v in found.items()]
+    rows = []
+    for row in found if isinstance(found, list) else ():
+        id, text = (first(row, keys) for keys in (ID_KEYS, TEXT_KEYS))
+        if id is not None and text is not None:
+            rows.append({"id": str(id), "text": str(text), "prompt": row.get("prompt"), "gold": None})
+    if not rows:
+        raise ValueError(f"{path} holds no answers: each needs a question_id and a text.")
+    return rows, broken
+
+
+def first(row, keys):
+    """The value of the first of the keys that a row has; None if it has none, or is no row."""
+    return next((row[k] for k in keys if row.get(k) is not None), None) if isinstance(row, dict) else None
+
+
+def mme_rows(path):
+    """MME's result file of one task: file, question, right answer and the model's, with tabs between them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) >= 3:
+            rows.append({"id": f"{path.stem}/{cells[0].split('.')[0]}", "prompt": cells[1], "gold": cells[2],
+                         "text": "\t".join(cells[3:])})  # fmt: skip
+    return rows
+
+
+def asked(prompt):
+    """The bare question of a prompt, lower-case: without picture token, OCR tokens and format prompts.
+
+    The three shapes of TextVQA prompts are read as LLaVA's script reads them: the question before or after the line
+    'Reference OCR token: ...', or between 'Question:' and 'Short answer:'.
+    """
+    text = str(prompt).replace("<image>", "")
+    if text.startswith("OCR tokens: ") and (m := re.search(r"Question: (.*?) Short answer:", text, re.S)):
+        text = m[1]
+    for line in FORMATS:
+        text = text.replace(line, "")
+    lines = (line for line in text.split("\n") if not line.startswith("Reference OCR token:"))
+    return " ".join(" ".join(lines).replace("Please answer yes or no.", "").lower().split())
+
+
+def match(samples, rows):
+    """(answers, troubles): the answer to each sample, None where there is none; {trouble: [question ids]}.
+
+    Answers belong to a question by id. Where several questions share one (TextVQA and MME number their pictures), the
+    prompt of the answer decides; without prompts they are taken in their order, if their number is right, and that is
+    said. Of two answers to one question the later counts, as in the official scripts.
+    """
+    places, answers = {}, [None] * len(samples)
+    troubles = {"unknown": [], "duplicate": [], "paired_by_order": []}
+    for i, sample in enumerate(samples):
+        for id in {str(sample["question_id"]), *map(str, sample.get("aliases", ()))}:
+            places.setdefault(id, []).append(i)
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    for id, group in groups.items():
+        here = places.get(id, [])
+        if len(here) == 1:
+            chosen = [(row, here) for row in group]
+        elif here and not any(row["prompt"] for row in group) and len(group) == len(here):
+            troubles["paired_by_order"] += [id] * len(group)
+            chosen = [(row, [i]) for row, i in zip(group, here)]
+        else:
+            chosen = [(row, [i for i in here if asked(samples[i]["text"]) == asked(row["prompt"])]) for row in group]
+        asked_twice = Counter(tuple(found) for _, found in chosen)
+        used = Counter()
+        for row, found in chosen:
+            if not found:
+                troubles["unknown"].append(id)
+                continue
+            key = tuple(found)
+            if len(found) > 1 and asked_twice[key] == len(found):  # one question asked twice, answered twice
+                found = [found[used[key]]]
+            elif used[key]:
+                troubles["duplicate"].append(id)
+            used[key] += 1
+            for i in found:
+                answers[i] = row["text"]
+                if row["gold"] is not None and samples[i].get("label") is None:
+                    samples[i]["label"] = row["gold"]
+    return answers, troubles

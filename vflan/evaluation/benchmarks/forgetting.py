@@ -1,0 +1,177 @@
+"""Catastrophic forgetting, the paper's CF: the model as a plain image classifier, the mean accuracy over four sets.
+
+    cifar10/        cifar-10-batches-py/ (test_batch, batches.meta)
+    cifar100/       cifar-100-python/ (test, meta)
+    mnist/          t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz (or unpacked)
+    miniimagenet/   test.csv (filename, label), words.txt (ImageNet's: id, tab, names), images/
+                    each of the four also as the hub's parquet file of its test split, test-*.parquet
+    forgetting/     nothing: the mean over those of the four that are there
+
+The paper lets Vicuna-13B decide whether an answer names the class; prompts and splits are not printed. Ours asks for one
+of the classes by name (for miniImageNet too, whose test split has 20), and a rule decides unless a judge's verdicts are
+given: the label stands in the first sentence as whole words, and no other label of the set does, so that listing every
+class earns nothing. A missing answer is wrong: there is no official script. CIFAR's files are Python pickles; of these
+only arrays, strings and numbers are let in.
+"""
+
+import gzip
+import io
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
+from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_rows
+
+SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
+
+
+def parse(answer, sample=None):
+    return clean(first_sentence(answer))
+
+
+def items(samples, answers):
+    labels = {}
+    for s in samples:
+        labels.setdefault(s["category"], set()).add(clean(s["label"]))
+        labels[s["category"]].update(map(clean, s.get("classes", ())))
+    return metrics("accuracy", [right(parse(a), clean(s["label"]), labels[s["category"]])
+                                for s, a in zip(samples, answers)], samples)  # fmt: skip
+
+
+def right(said, own, labels):
+    named = {label for label in labels if label in said and contains(said, label)}
+    return own in named and all(other == own or contains(own, other) for other in named)
+
+
+def ask(name, rows, classes, keep):
+    """Samples from (picture's bytes or path, class) pairs, with the classes in the question."""
+    names = [c.replace("_", " ") for c in classes]
+    what = "number" if name == "mnist" else "object"
+    text = f"What is the {what} in the image? Choose one of: {', '.join(names)}.{SHORT}"
+    return [dict(question_id=str(i), text=text, label=names[k], category=name, classes=names,
+                 image=keep(picture) if isinstance(picture, bytes) else picture)
+            for i, (picture, k) in enumerate(rows)]  # fmt: skip
+
+
+class Arrays(pickle.Unpickler):
+    """Reads a pickle that holds arrays, strings and numbers, and nothing that could run."""
+
+    ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar", "encode"}
+
+    def find_class(self, module, name):
+        if name in self.ALLOWED and module.split(".")[0] in ("numpy", "_codecs"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise ValueError(f"a pickle with {module}.{name} in it is not CIFAR's: it is not opened")
+
+
+def unpickle(path):
+    try:
+        with open(path, "rb") as file:
+            return Arrays(file, encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError) as trouble:
+        raise ValueError(f"{path} is no whole CIFAR file ({trouble}); download it again.") from None
+
+
+def png(pixels):
+    """The bytes of a picture: (height, width) or (height, width, 3) of 0 to 255."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def read_cifar(path, labels, keep, name):
+    folder = path if path.is_dir() else path.parent
+    test = next((p for p in (path, folder / "test_batch", *folder.glob("cifar-10*/test*")) if p.is_file()), path)
+    batch, meta = unpickle(test), unpickle(next(p for p in sorted(test.parent.glob("*meta"))))
+    kind, names = (b"fine_labels", b"fine_label_names") if b"fine_labels" in batch else (b"labels", b"label_names")
+    pixels = np.ascontiguousarray(np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return ask(name, zip(map(png, pixels), batch[kind]), [n.decode() for n in meta[names]], keep)
+
+
+def read_mnist(path, labels, keep, name):
+    folder = path if path.is_dir() else path.parent
+
+    def array(pattern, header):
+        found = next(iter(sorted(folder.rglob(pattern))), None)
+        if found is None:
+            raise FileNotFoundError(f"{folder}/{pattern.replace('*', '')} is not there.")
+        raw = found.read_bytes()
+        return np.frombuffer(gzip.decompress(raw) if found.suffix == ".gz" else raw, np.uint8, offset=header)
+
+    digits, pixels = array("t10k-labels*", 8), array("t10k-images*", 16).reshape(-1, 28, 28)
+    return ask(name, zip(map(png, pixels), digits.tolist()), [str(d) for d in range(10)], keep)
+
+
+def read_miniimagenet(path, labels, keep, name):
+    here = path.parent
+    rows, words = read_rows(path), {}
+    image = pictures_in(here, "images", "test")
+    if (here / "words.txt").exists():
+        lines = (here / "words.txt").read_text(encoding="utf-8").splitlines()
+        words = {id: names.split(",")[0] for id, names in (line.split("\t", 1) for line in lines if "\t" in line)}
+    ids = sorted({r["label"] for r in rows})
+    classes = [words.get(id, id) for id in ids]
+    if any(c[:1] == "n" and c[1:].isdigit() for c in classes):
+        raise FileNotFoundError(f"{here}/words.txt is not there: ImageNet's names of the classes (id, tab, names).")
+    return ask(name, [(image(r["filename"]), ids.index(r["label"])) for r in rows], classes, keep)
+
+
+def read_parquet(path, keep, name):
+    """The hub's file: a column with {'bytes': ...} and one with the class's number; their names are in the metadata."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    kinds = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    column = next((c for c in ("fine_label", "label") if c in table.column_names), None)
+    picture = next((c for c in ("img", "image") if c in table.column_names), None)
+    if not column or not picture or "names" not in kinds[column]:
+        raise ValueError(f"{path} needs columns img or image, and label with the names of its classes.")
+    rows = zip((p["bytes"] for p in table[picture].to_pylist()), table[column].to_pylist())
+    return ask(name, rows, kinds[column]["names"], keep)
+
+
+def read(path, labels, keep, name, other):
+    inside = sorted(path.glob("test-*.parquet")) if path.is_dir() else []
+    parquet = path if path.suffix == ".parquet" else next(iter(inside), None)
+    return read_parquet(parquet, keep, name) if parquet else other(path, labels, keep, name)
+
+
+def one(name, other, released, source):
+    return Benchmark(name, "accuracy", parse, items, partial(read, name=name, other=other), released, source,
+                     missing="wrong")  # fmt: skip
+
+
+CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
+    one("cifar10", read_cifar, ("cifar-10-batches-py/test_batch", "test-*.parquet"), "the CIFAR page of U. Toronto"),
+    one("cifar100", read_cifar, ("cifar-100-python/test", "test-*.parquet"), "the CIFAR page of U. Toronto"),
+    one("mnist", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
+    one("miniimagenet", read_miniimagenet, ("test.csv", "test-*.parquet"), "Ravi and Larochelle's split of ImageNet"),
+)
+
+
+class Forgetting(Benchmark):
+    """forgetting/questions.jsonl of the mini world, or the questions of the four sets that are there."""
+
+    def load(self, folder):
+        if (Path(folder) / self.name).is_dir():
+            return super().load(folder)
+        here = [b for b in FOUR if (Path(folder) / b.name).is_dir()]
+        if not here:
+            raise FileNotFoundError(
+                f"{folder} has none of {', '.join(SETS)} - put one there, or run notebooks/01_data_exploration.ipynb, "
+                "which writes the mini world's."
+            )
+        return [
+            s | {"question_id": f"{b.name}_{s['question_id']}", "category": b.name}
+            for b in here
+            for s in b.load(folder)
+        ]
+
+
+FORGETTING = Forgetting("forgetting", "accuracy", parse, items, missing="wrong", paper="CF")

@@ -1,0 +1,106 @@
+"""MM-Vet: open questions that combine capabilities (rec, ocr, know, gen, spat, math), marked 0 to 1 by a judge.
+
+    mm_vet/    llava-mm-vet.jsonl (LLaVA) beside mm-vet.json (the authors'), images/; or mm-vet.json alone
+
+The papers' judge is GPT-4 with the authors' few-shot prompt. Released marks are read as judgements: the authors' json
+id -> {"score": [one a run]}, a list or a table of question_id and score, or their table of results (a csv with a column
+`total`), whose numbers are then given as they stand. Without a judge only `rule` can be said: the share of the
+reference's parts (<AND>; <OR> for one of several) that stand in the answer; in the mini world it is the judge.
+Questions without an answer or a mark are left out.
+"""
+
+import numpy as np
+
+from vflan.evaluation.benchmarks.benchmark import Benchmark, contains, metrics, out_of, valid
+from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
+from vflan.evaluation.benchmarks.vqa import write_json
+from vflan.evaluation.judge import Judgement
+
+
+def parse(answer, sample):
+    """0 to 1: the share of the parts of the reference, joined by <AND>, that stand in the answer as whole words; of
+    alternatives, joined by <OR>, one is enough."""
+
+    def part(text):
+        return any(contains(answer, either) for either in text.split("<OR>") if either.strip())
+
+    parts = [p for p in str(sample.get("label") or "").split("<AND>") if p.strip()]
+    return sum(map(part, parts)) / len(parts) if parts else 0.0
+
+
+def read(path, labels, keep):
+    data = read_rows(path)
+    image = pictures_in(path.parent, "images", "mm-vet/images")
+    found = find(labels, "mm-vet.json", "mm-vet/mm-vet.json")
+    theirs = data if isinstance(data, dict) else read_rows(found) if found and found != path else {}
+    rows = data
+    if isinstance(data, dict):
+        rows = [dict(question_id=id, text=q["question"], image=q["imagename"]) for id, q in data.items()]
+    samples = []
+    for q in rows:
+        bare = str(q["question_id"]).removeprefix("v1_")
+        own = theirs.get(f"v1_{bare}", {})
+        samples.append(q | dict(question_id=f"v1_{bare}", aliases=[bare], image=image(q.get("image")), category="all",
+                                label=own.get("answer"), capability=sorted(own.get("capability", []))))  # fmt: skip
+    return samples
+
+
+def reviews(path, samples):
+    """A Judgement (or None) for each sample; a dict of numbers where the file is the authors' table of results."""
+    data = read_rows(path)
+    if isinstance(data, list) and data and "total" in data[0]:
+        if len(data) > 1:
+            raise ValueError(f"{path} holds the results of {len(data)} models: keep the row of one.")
+        return table(data[0])
+    rows = data.items() if isinstance(data, dict) else [(str(r.get("question_id", r.get("id"))), r) for r in data]
+    marks = {}
+    for id, row in rows:
+        runs = row.get("score") if isinstance(row, dict) else row
+        runs = runs if isinstance(runs, list) else [runs]
+        try:
+            marks["v1_" + str(id).removeprefix("v1_")] = float(np.mean([float(x) for x in runs]))
+        except (TypeError, ValueError):
+            continue  # a mark that is none: as good as missing
+    good = {id: Judgement(10 * mark, "") for id, mark in marks.items() if 0 <= mark <= 1}
+    return [good.get("v1_" + str(s["question_id"]).removeprefix("v1_")) for s in samples]
+
+
+def table(row):
+    """The authors' csv of one model: {"total", "rec", ...: percent, "std", "runs": list}."""
+    found = {}
+    for name, cell in row.items():
+        if name == "runs":
+            found[name] = [float(x) for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")]
+        elif name and not name.startswith("Unnamed") and cell.replace(".", "", 1).isdigit():
+            found[name] = float(cell)
+    return found
+
+
+def items(samples, answers, judgements=None):
+    """total, and by capability and combination of capabilities, where there is a judge; rule in any case."""
+    rule = np.array([parse(a, s) for s, a in zip(samples, answers)])
+    found = {"rule": metrics("rule", rule, samples, pooled=True)["rule"]} if all(s["label"] for s in samples) else {}
+    if judgements is None:
+        judgements = [Judgement(10 * x, "") if s.get("judge") == "rule" else None for x, s in zip(rule, samples)]
+    judged = [(s, j.score / out_of(j)) for s, j in zip(samples, judgements) if valid(j)]
+    if not judged:
+        return found
+    chosen = [s for s, _ in judged]
+    total = metrics("total", [mark for _, mark in judged], chosen, pooled=True)["total"]
+    parts = {"total": total}
+    for name in dict.fromkeys(c for s in chosen for c in s.get("capability", ())):
+        parts[name] = total.where(np.array([name in s.get("capability", ()) for s in chosen]))
+    for both in dict.fromkeys(tuple(s.get("capability", ())) for s in chosen):
+        if len(both) > 1:
+            parts["_".join(both)] = total.where(np.array([tuple(s.get("capability", ())) == both for s in chosen]))
+    return parts | found
+
+
+def upload(samples, answers, path):
+    """The json {"v1_<id>": answer} that the authors' grader reads."""
+    write_json(path, {s["question_id"]: a or "" for s, a in zip(samples, answers)})
+
+
+MM_VET = Benchmark("mm_vet", "total", parse, items, read, known=lambda sample: True, judged=True, reviews=reviews, size=218,
+                   upload=upload, max_new_tokens=128, paper="MM-Vet", source="LLaVA's eval.zip, and mm-vet.zip",
+                   released=("llava-mm-vet.jsonl", "mm-vet.json"))  # fmt: skip

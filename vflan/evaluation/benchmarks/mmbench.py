@@ -1,0 +1,118 @@
+"""MMBench and MMBench-CN: multiple choice, circular. A question is right only if it is so under every rotation.
+
+    mmbench/       mmbench_dev_20230712.tsv (the authors'), pictures inside
+    mmbench_cn/    mmbench_dev_cn_20231003.tsv (the same in Chinese)
+
+Rows whose `index` agrees modulo a million are rotations of one question. The official judge is a server that lets a
+language model read the answers; here an answer to the released file is right if it is the letter and nothing else,
+which reproduces LLaVA-1.5-13B's published 67.7, and `lenient` reads letters and options out of sentences. The test
+split has no answers: `upload` writes the sheet for the server. A missing answer is wrong.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, labelled, metrics
+from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
+
+OPTION = re.compile(r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))", re.S)
+
+
+def options(text):
+    """{letter: option} of a question: '(a) red (b) blue' on one line or 'A. red' on lines of their own."""
+    text = re.sub(rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I)  # no part of the last option
+    return {(m[1] or m[2]).lower(): clean(m[3]) for m in OPTION.finditer(text)}
+
+
+def parse(answer, sample):
+    """The letter chosen, or None. Understood: 'b', 'B.', '(b)', '(b) blue', 'b) blue', 'The answer is (b).', 'blue'.
+
+    A bare 'a' inside a sentence is an article and no choice: 'a red star' picks the option 'a red star'.
+    """
+    answer = re.sub(r"\s+", " ", str(answer)).strip()
+    choices = options(sample["text"])
+    letters = "".join(choices) or "abcd"
+    for pattern in (
+        rf"\(?([{letters}])\)?[.:,)]?$",  # nothing but the letter
+        rf"\(([{letters}])\)",  # (b) blue
+        rf"([{letters}])[.:)](?:\s|$)",  # b. blue
+        rf"(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? \(?([{letters}])\)?[.:]?(?:\s|$)",
+    ):
+        if m := re.match(pattern, answer, re.I):
+            return m[1].lower()
+    said = clean(answer)
+    exact = [letter for letter, option in choices.items() if option == said]
+    named = exact or [k for k, o in choices.items() if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", said)]
+    return named[0] if len(named) == 1 else None
+
+
+def read(path, labels, keep, last=LETTER):
+    rows = read_rows(path, na=True)
+    pictures = {row["index"]: row["image"] for row in rows}
+    samples = []
+    for row in rows:
+        data = (
+            row["image"] if len(row["image"]) > 64 else pictures.get(row["image"], row["image"])
+        )  # or another's index
+        text = "\n".join(filter(None, [row.get("hint"), row["question"]])) + lettered(row) + last
+        samples.append(dict(question_id=row["index"], text=text, label=row.get("answer") or None, exact=True,
+                            image=keep(data), category=row.get("category") or "all",
+                            rotation_of=str(int(row["index"]) % 1_000_000), row=row))  # fmt: skip
+    return samples
+
+
+def lettered(row):
+    """The options of a row, a line each: A to D up to the first that is empty."""
+    text = ""
+    for letter in "ABCD":
+        option = row.get(letter, "")
+        if option.lower() in ("", "nan", "none"):
+            break
+        text += f"\n{letter}. {option}"
+    return text
+
+
+def items(samples, answers):
+    """accuracy: circular, by category; single_pass: of single rows; lenient: circular, answers read with `parse`."""
+    label = [s["label"].lower().strip("() ") for s in samples]
+    loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
+    strict = [a == s["label"] if s.get("exact") else ok for a, s, ok in zip(answers, samples, loose)]
+    right = np.array(strict, float)
+    rotations = {}
+    for i, s in enumerate(samples):
+        rotations.setdefault(s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0], []).append(i)
+    heads = [samples[members[0]] for members in rotations.values()]
+
+    def circular(right):
+        return np.array([right[members].all() for members in rotations.values()], float)
+
+    found = metrics("accuracy", circular(right), heads, pooled=True)  # the official figure counts questions
+    found["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
+    if any(s.get("exact") for s in samples):
+        found["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
+    return found
+
+
+def upload(samples, answers, path):
+    """The server's sheet: the file without hint, picture and categories, and a column `prediction`. .xlsx (needs
+    openpyxl) or .tsv."""
+    import pandas as pd
+
+    drop = ("hint", "category", "source", "image", "comment", "l2-category")
+    sheet = pd.DataFrame([{k: v for k, v in s["row"].items() if k not in drop} for s in samples])
+    sheet["index"] = sheet["index"].astype(int)
+    sheet.insert(min(6, len(sheet.columns)), "prediction", [a or "" for a in answers])
+    if Path(path).suffix == ".xlsx":
+        sheet.to_excel(path, index=False, engine="openpyxl")
+    else:
+        sheet.to_csv(path, index=False, sep="\t")
+
+
+family = partial(Benchmark, headline="accuracy", parse=parse, measure=items, known=labelled, missing="wrong", size=4377,
+                 upload=upload, source="the MMBench project (open-compass)")  # fmt: skip
+MMBENCH = family("mmbench", read=read, paper="MMB", released=("mmbench_dev_20230712.tsv", "*.tsv"))
+MMBENCH_CN = family("mmbench_cn", read=partial(read, last=LETTER_CN), paper="MMB-CN",
+                    released=("mmbench_dev_cn_20231003.tsv", "*.tsv"))  # fmt: skip

@@ -1,0 +1,31 @@
+"""Held-in and held-out tasks: exact match, and a lenient reading for models that answer in sentences."""
+
+from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
+
+
+def parse(answer, sample=None):
+    """The answer as it is compared: lower case, single spaces, no full stop."""
+    return clean(answer)
+
+
+def lenient(answer, label):
+    """Whether the first sentence of `answer` holds `label` as whole words; yes and no must be its first word.
+
+    'The star is red.' is right for 'red'; 'There is no doubt, yes.' is not right for 'no'.
+    """
+    sentence, label = clean(first_sentence(answer)), clean(label)
+    if label in ("yes", "no"):
+        words = sentence.replace(",", " ").split()
+        return bool(words) and words[0].strip(".:;!") == label
+    return contains(sentence, label)
+
+
+def items(samples, answers):
+    exact = [parse(a) == clean(s["label"]) for s, a in zip(samples, answers)]
+    loose = [e or lenient(a, s["label"]) for e, s, a in zip(exact, samples, answers)]
+    return metrics("accuracy", exact, samples) | metrics("lenient", loose, samples)
+
+
+HELDIN, HELDOUT = (
+    Benchmark(name, "accuracy", parse, items, missing="wrong", max_new_tokens=24) for name in ("heldin", "heldout")
+)
