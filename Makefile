@@ -13,7 +13,7 @@ PYTEST = $(PY) -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.
 demo paper test notebooks-test lab: export OMP_NUM_THREADS ?= 1
 
 # Every seed of notebook 06 draws other tasks, so it takes more of them.
-PAPER = $(PY) -m vflan.tools.notebooks tiny_frozen -p live all
+PAPER = $(PY) -m vflan notebooks tiny_frozen -p live all
 FIVE = -p seeds '[20, 21, 22, 23, 24]'
 TEN = -p seeds '[20, 21, 22, 23, 24, 25, 26, 27, 28, 29]'
 
@@ -60,7 +60,7 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) -m vflan.tools.notebooks tiny
+	$(PY) -m vflan notebooks tiny
 
 paper: $(STAMP)
 	$(PAPER) --notebooks 06 $(TEN) -p beyond True
@@ -69,7 +69,7 @@ paper: $(STAMP)
 
 PRESET ?= tiny
 publish: $(STAMP)
-	$(PY) -m vflan.tools.publish $(PRESET)
+	$(PY) -m vflan publish $(PRESET)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

@@ -44,7 +44,6 @@ from tests.conftest import make_backbones, make_squares  # noqa: E402
 from vflan.config import Recipe  # noqa: E402
 from vflan.data.images import picture_trouble, read_picture  # noqa: E402
 from vflan.evaluation.benchmarks import BENCHMARKS  # noqa: E402
-from vflan.evaluation.benchmarks.__main__ import main as score_command  # noqa: E402
 from vflan.models.llava import load_processor, load_tokenizer, read_projector  # noqa: E402
 from vflan.training.run import Run  # noqa: E402
 from vflan.world.twins import TWINS, write_twins  # noqa: E402
@@ -334,7 +333,7 @@ def benchmarks(draw, folder, n):
     def command(name, questions, answers):
         said = io.StringIO()
         with redirect_stderr(said):
-            code = score_command([name, "--questions", str(questions), "--answers", str(answers)])
+            code = command(["score", name, "--questions", str(questions), "--answers", str(answers)])
         text = said.getvalue().strip()
         if code and (not text or "Traceback" in text):
             return "unaccounted", text[-200:]

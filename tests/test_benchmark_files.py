@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from vflan.__main__ import main
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.__main__ import main
 from vflan.evaluation.benchmarks.files import LETTER, LETTER_CN, SHORT, UNSURE, match, read_answers, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*questions, the released")  # test files are small
@@ -55,7 +55,7 @@ def command(capsys):
             for key, value in options.items()
             for part in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))
         ]
-        code = main([name, *given])
+        code = main(["score", name, *given])
         out, run.err = capsys.readouterr()
         assert code == 0, run.err
         assert out.count("\n") == 1
@@ -574,7 +574,7 @@ def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys, run):
     here.mkdir()
     (here / "test_batch").write_bytes(pickle.dumps({b"data": Evil(run)}))
     (here / "batches.meta").write_bytes(pickle.dumps({}))
-    assert main(["cifar10", "--questions", str(here / "test_batch"), "--answers", "x"]) == 1
+    assert main(["score", "cifar10", "--questions", str(here / "test_batch"), "--answers", "x"]) == 1
     out, err = capsys.readouterr()
     assert "not opened" in err and "never" not in out + err
 
@@ -713,7 +713,7 @@ def test_unusable_answers_end_in_one_sentence(put, tmp_path, capsys, name, conte
     questions = pope_files(put)
     if content is not None:
         put(name, content) if not name.endswith(".jsonl") else (tmp_path / name).write_text(content)
-    assert main(["pope", "--questions", str(questions), "--answers", str(tmp_path / name)]) == 1
+    assert main(["score", "pope", "--questions", str(questions), "--answers", str(tmp_path / name)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert re.search(sentence, err)
@@ -758,7 +758,7 @@ def test_a_missing_benchmark_says_which_file_it_needs(tmp_path, name):
 )
 def test_a_question_file_that_is_none_ends_in_one_sentence(put, tmp_path, capsys, name, content):
     path = put("questions.json", content)
-    assert main([name, "--questions", str(path), "--answers", str(put("a.jsonl", said({1: "x"})))]) == 1
+    assert main(["score", name, "--questions", str(path), "--answers", str(put("a.jsonl", said({1: "x"})))]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.strip().count("\n") == 0 and err.strip()
 
@@ -781,9 +781,9 @@ def test_our_own_questions_and_kept_answers_are_read(put, command):
 
 def test_the_command_is_quick_to_start_and_prints_one_object(put):
     questions, answers = pope_files(put), put("a.jsonl", said({i: "Yes" for i in range(4)}))
-    code = "import sys; from vflan.evaluation.benchmarks.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from vflan.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     run = subprocess.run(
-        [sys.executable, "-c", code, "pope", "--questions", questions, "--answers", answers],
+        [sys.executable, "-c", code, "score", "pope", "--questions", questions, "--answers", answers],
         capture_output=True,
         text=True,
     )

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image, PngImagePlugin
 
 from vflan import config
+from vflan.__main__ import main
 from vflan.analysis import tables
 from vflan.tools import notebooks, publish
 from vflan.world import scene
@@ -94,13 +95,12 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     assert (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes() == again  # the same run writes the same file
 
 
-def test_the_first_failure_stops_the_press_with_one_sentence(home):
+def test_the_first_failure_stops_the_press_with_one_sentence(home, capsys):
     folder = write(home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")).parent
     write(folder, "02_never", code("1"))
-    with pytest.raises(SystemExit) as stop:
-        notebooks.main(["tiny"])
-    sentence = str(stop.value).splitlines()
-    assert sentence[0] == "vflan.tools.notebooks: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
+    assert main(["notebooks", "tiny"]) == 1
+    sentence = capsys.readouterr().err.splitlines()
+    assert sentence[-2] == "vflan notebooks: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
     assert (home / "runs/tiny/notebooks/01_bad.ipynb").exists()
     assert not (home / "runs/tiny/notebooks/02_never.ipynb").exists()
 
@@ -110,8 +110,21 @@ def test_parameters_and_the_preset_reach_the_notebook(home):
         home / "notebooks", "03_third", code("print(preset, changes['seed'] + 1, word)"), more="\nword = 1"
     ).parent
     write(folder, "04_not_this", code("1/0"))
-    notebooks.main(
-        ["full_7b", "--notebooks", "03", "-p", "changes", "{'seed': 1}", "-p", "word", "plain", "--out", "mine"]
+    main(
+        [
+            "notebooks",
+            "full_7b",
+            "--notebooks",
+            "03",
+            "-p",
+            "changes",
+            "{'seed': 1}",
+            "-p",
+            "word",
+            "plain",
+            "--out",
+            "mine",
+        ]
     )
     done = nbformat.read(home / "mine/notebooks/03_third.ipynb", 4)
     assert done.cells[-1].outputs[0].text == "full_7b 2 plain\n"
@@ -281,8 +294,8 @@ def project(home):
 
 
 def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsys):
-    notebooks.main(["tiny"])
-    notebooks.main(["tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
+    main(["notebooks", "tiny"])
+    main(["notebooks", "tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
     assert git(project, "status", "--porcelain") == ""
     trial = project / "runs/x y"
     made = ["notebooks/01_work.ipynb", "figures/empty.png", "figures/README.md", "results/scores.csv", "report.html"]
@@ -295,14 +308,14 @@ def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsy
 
 def test_a_trial_without_scores_says_so(project, capsys):
     write(project / "notebooks", "02_none", code("1"))
-    notebooks.main(["tiny", "--notebooks", "02", "-p", "changes", '{"runs": "runs/trial"}'])
+    main(["notebooks", "tiny", "--notebooks", "02", "-p", "changes", '{"runs": "runs/trial"}'])
     assert "none yet: runs/trial/results/scores.csv" in capsys.readouterr().out
 
 
 def test_what_a_notebook_made_and_somebody_deleted_is_made_again(project, capsys):
-    notebooks.main(["tiny"])
+    main(["notebooks", "tiny"])
     (project / "runs/tiny/figures/empty.png").unlink()
-    notebooks.main(["tiny"])
+    main(["notebooks", "tiny"])
     assert (project / "runs/tiny/figures/empty.png").is_file()
 
 
@@ -328,8 +341,8 @@ def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
     write(project / "notebooks", "01_work", code("2"))
     with pytest.raises(ValueError, match="01_work or the package has changed"):
         publish.publish("tiny")
-    with pytest.raises(SystemExit, match="'full_7b' is not published"):
-        publish.main(["full_7b"])
+    with pytest.raises(ValueError, match="'full_7b' is not published"):
+        publish.publish("full_7b")
 
 
 def test_claims_with_few_seeds_are_a_trial_and_not_published():

@@ -33,7 +33,7 @@ def test_nothing_is_missing_where_everything_is(found, tmp_path):
     [
         (dict(language_model="data/none"), "data/none: no such folder"),
         (dict(language_model="nobody/nothing"), "hf download nobody/nothing"),
-        (dict(samples="data/vision_flan/annotation_191-task_1k.json"), "python -m vflan.data.download vision_flan_191"),
+        (dict(samples="data/vision_flan/annotation_191-task_1k.json"), "vflan download vision_flan_191"),
         (dict(samples="elsewhere.json"), "elsewhere.json: not there; data/README.md"),
         (dict(images="data/llava_instruct/train2017", samples="data/llava_instruct/x.json"), "COCO train2017"),
         (dict(benchmarks="nowhere"), "nowhere: no benchmark there"),
@@ -61,17 +61,17 @@ def test_the_gpus_that_are_here_are_held_against_the_plan(found):
 
 
 def test_tiny_can_run_here_and_the_exit_status_says_so(capsys, monkeypatch):
-    assert doctor.main(["tiny"]) == 0
+    assert doctor.examine(["tiny"]) == 0
     said = capsys.readouterr().out
     assert "torch 2" in said and "GB free" in said and "vision_flan_191: " in said and "\ntiny: " in said
     monkeypatch.setattr(doctor, "missing", lambda name: ["data/tiny/language_model: no such folder"])
-    assert doctor.main(["tiny"]) == 1
+    assert doctor.examine(["tiny"]) == 1
     monkeypatch.setattr(doctor, "missing", lambda name: [f"samples: {doctor.DRAWN}"])
-    assert doctor.main(["tiny"]) == 0
+    assert doctor.examine(["tiny"]) == 0
 
 
 def test_a_preset_that_is_none_is_said_and_the_others_go_on(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "missing", lambda name: [] if name == "tiny" else vflan.preset(name))
-    assert doctor.main(["no_such", "tiny"]) == 0
+    assert doctor.examine(["no_such", "tiny"]) == 0
     said = capsys.readouterr().out
     assert "no_such: missing\n  There is no preset 'no_such'" in said and "tiny: nothing is missing" in said

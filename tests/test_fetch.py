@@ -17,6 +17,7 @@ from huggingface_hub import constants, hf_hub_download
 
 import vflan.data.download  # noqa: F401
 from tests.conftest import serve
+from vflan.__main__ import main
 from vflan.data.download import SETS, fetch
 
 module = sys.modules["vflan.data.download"]  # vflan.fetch itself is the function
@@ -166,7 +167,7 @@ def test_a_connection_that_keeps_breaking_is_one_sentence_and_the_next_call_goes
 
 def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(hub, tmp_path):
     hub.stall_at = 15 * 2**20
-    command = [sys.executable, "-m", "vflan.data.download", "vision_flan_191", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "vflan", "download", "vision_flan_191", "--folder", str(tmp_path)]
     home = Path(__file__).resolve().parent.parent
     child = subprocess.Popen(command, cwd=home, env=os.environ | {"HF_HUB_DISABLE_XET": "1"})
     try:
@@ -284,11 +285,9 @@ def test_nothing_is_drawn_where_nobody_watches(hub, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_command_lists_the_sets_and_ends_with_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fetch", "--list"])
-    module.main()
+def test_the_command_lists_the_sets_and_ends_with_one_sentence(capsys):
+    assert main(["download", "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(SETS) and REPO in listed[0]
-    monkeypatch.setattr(sys, "argv", ["fetch", "mnist"])
-    with pytest.raises(SystemExit, match="There is no set 'mnist'"):
-        module.main()
+    assert main(["download", "mnist"]) == 1
+    assert "There is no set 'mnist'" in capsys.readouterr().err

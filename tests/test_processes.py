@@ -127,7 +127,7 @@ def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_th
     one = vflan.train(vflan.replace(recipe, name="one"))
     run = vflan.train(vflan.replace(recipe, name="two"), num_processes=2)
     assert re.search(
-        r"^python -m torch.distributed.run .* -m vflan.training.trainer .*two --processes 2$",
+        r"^python -m torch.distributed.run .* -m vflan train .*two --processes 2$",
         capfd.readouterr().out,
         re.M,
     )

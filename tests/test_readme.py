@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 from test_layout import ROOMS
 
 import vflan
+from vflan.__main__ import app, main
 from vflan.analysis import tables
 from vflan.analysis.claims import floors
 from vflan.config import _FIELDS, Preset, preset_names
-from vflan.tools import publish
 from vflan.world import chats
 
 HOME = Path(__file__).resolve().parent.parent
@@ -56,6 +57,12 @@ def test_every_module_that_is_run_exists_and_can_be_run(module):
     if spec and spec.submodule_search_locations:  # a package is run by its __main__
         spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec and '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def test_every_command_of_the_text_is_one():
+    pages = [PAGE, *((HOME / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "data/README.md"))]
+    named = {name for page in pages for name in re.findall(r"(?:`|^    )vflan (\w+)", page, re.MULTILINE)}
+    assert {"notebooks", "doctor"} <= named <= set(typer.main.get_command(app).commands)
 
 
 def test_papermill_lines_name_notebooks_parameters_and_presets_that_exist():
@@ -134,7 +141,7 @@ def test_the_tables_are_what_the_results_give(tmp_path):
             (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HOME / kept, tmp_path / kept)
     tables.fill_readme(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, "run python -m vflan.tools.publish --readme"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, "run vflan publish --readme"
 
 
 def scores(*rows):
@@ -225,5 +232,5 @@ def test_a_page_without_its_markers_is_an_error_that_names_them(home):
 
 def test_the_tables_can_be_filled_without_running_anything(home, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", home)
-    publish.main(["--readme"])
+    main(["publish", "--readme"])
     assert capsys.readouterr().out == "README.md: no results yet, nothing filled\n"

@@ -83,7 +83,7 @@ def test_each_notebook_carries_the_tags_of_the_rule_on_a_third_of_its_cells(path
     compared, says = stable.checked(kept)
     assert compared >= says / 3 > 0
     tags = [cell.metadata.get("tags") for cell in kept.cells]
-    assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "python -m vflan.tools.stable"
+    assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "vflan tag"
 
 
 # ------------------------------------------------------------------------------------------------------- nbval itself

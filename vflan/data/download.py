@@ -1,19 +1,17 @@
 """Real sets from the Hugging Face hub, into the folders where vflan looks for them.
 
-    python -m vflan.data.download vision_flan_191
-    python -m vflan.data.download --list
+    vflan download vision_flan_191
+    vflan download --list
 
 Files come over plain HTTP straight into their folder, so nothing is stored twice, and a download that was killed goes on where it
 stopped: the hub's own client keeps no partial file between two calls.
 """
 
-import argparse
 import difflib
 import errno
 import hashlib
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -203,25 +201,3 @@ def _check_space(name: str, folder: Path, missing: list[RepoFile]) -> None:
 def _bar(desc: str, total: int | None, initial: int = 0, **_):
     """What the hub's download takes for a class of bars."""
     return progress(f"fetching {desc}", total or 0, "B", initial)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vflan.data.download", description="Download a real set from the Hugging Face hub."
-    )
-    parser.add_argument("name", nargs="?", help=", ".join(SETS))
-    parser.add_argument("--folder", help="instead of the set's own folder under data/")
-    parser.add_argument("--list", action="store_true", help="the sets, where they go, and what remains to be done")
-    asked = parser.parse_args()
-    if asked.list or not asked.name:
-        for name, known in SETS.items():
-            print(f"{name:16} {known.repo:36} -> {known.folder}; {known.then}")
-        return
-    try:
-        print(f"{shown(fetch(asked.name, asked.folder))}: {SETS[asked.name].then}")
-    except (OSError, ValueError) as trouble:
-        sys.exit(str(trouble))
-
-
-if __name__ == "__main__":
-    main()

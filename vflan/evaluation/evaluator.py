@@ -248,6 +248,23 @@ def _kept_answers(run, benchmark, folder, name, judge):
     return test, [said[i] for i in range(len(said))]
 
 
+def write_upload(benchmark, run, folder=None, out=None):
+    """Write the kept answers of a run in the form that a benchmark's server takes; returns the file (MME: the folder).
+
+    folder: of the benchmarks (the recipe's). ValueError for a benchmark that takes no such file, FileNotFoundError where
+    an answer is missing.
+    """
+    if benchmark not in BENCHMARKS or not BENCHMARKS[benchmark].upload:
+        served = ", ".join(name for name, b in BENCHMARKS.items() if b.upload)
+        raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {served}.")
+    run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
+    test, texts = _kept_answers(run, benchmark, folder, None, None)
+    ending = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}.get(benchmark, ".json")
+    path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
+    BENCHMARKS[benchmark].upload(test.samples, texts, path)
+    return path
+
+
 def judged_answers(run, benchmark, folder=None, name=None, judge=None):
     """The questions of a benchmark as list[dict], each with the kept `answer`, whether it is `right`, and the judge's `reason`.
 

@@ -1,16 +1,14 @@
 """What this machine has, and what each preset would still need here, with what to do about it.
 
-    python -m vflan.tools.doctor                # everything
-    python -m vflan.tools.doctor tiny qlora_7b  # these presets only, a .py file among them
+    vflan doctor                # everything
+    vflan doctor tiny qlora_7b  # these presets only, a .py file among them
 
 Nothing is downloaded. The exit status is 0 when the preset `tiny` can run here, else 1.
 """
 
-import argparse
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,7 +69,7 @@ def data():
     """The real sets: found, or the command that fetches them."""
     for name, known in SETS.items():
         lack = [pattern for pattern in known.files if not list(resolve(known.folder).glob(pattern))]
-        yield f"{name}: {f'lacks {lack[0]}; python -m vflan.data.download {name}' if lack else f'found in {known.folder}'}"
+        yield f"{name}: {f'lacks {lack[0]}; vflan download {name}' if lack else f'found in {known.folder}'}"
 
 
 def missing(name: str) -> list[str]:
@@ -114,7 +112,7 @@ def samples(recipe: Recipe):
     of_set = [name for name, known in SETS.items() if path.parent == resolve(known.folder)]
     if not path.exists():
         named = [name for name in of_set if path.name in SETS[name].files]
-        yield f"{recipe.samples}: not there; {f'python -m vflan.data.download {named[0]}' if named else _source(recipe.samples)}"
+        yield f"{recipe.samples}: not there; {f'vflan download {named[0]}' if named else _source(recipe.samples)}"
     if not resolve(recipe.images).exists() and not any(path.parent.glob("image*.zip")):
         yield f"{recipe.images}: no pictures there; {SETS[of_set[0]].then if of_set else _source(recipe.images)}"
 
@@ -153,19 +151,14 @@ def memory(recipe: Recipe) -> str:
     return f"{recipe.name} needs {needs}, here are {len(here)}{f' of {room / GB:.0f} GB' if here else ''}; {hint}"
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vflan.tools.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("presets", nargs="*", help=f"{', '.join(preset_names())}, or a .py file; all if none is named")
+def examine(presets: list[str] | None = None) -> int:
+    """Print what this machine has and what each preset (all, if none is named) lacks; 0 if the tiny preset can run here."""
     print("This machine", *machine(), sep="\n  ")
     print("\nReal data", *data(), sep="\n  ")
-    for name in parser.parse_args(arguments).presets or preset_names():
+    for name in presets or preset_names():
         try:
             lacks = missing(name)
         except (OSError, ValueError) as trouble:  # no such preset, or one that is none
             lacks = [str(trouble)]
         print(f"\n{name}: {'missing' if lacks else 'nothing is missing'}", *lacks, sep="\n  ")
     return int(any(DRAWN not in line for line in missing("tiny")))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,14 @@
 """The press: runs the notebooks in order, lays the executed ones out clean, and says where everything is.
 
-    python -m vflan.tools.notebooks tiny                                   # all notebooks, about as long as a coffee
-    python -m vflan.tools.notebooks tiny --notebooks 03 05 -p changes '{"max_steps": 40, "runs": "runs/mine"}'
-    python -m vflan.tools.notebooks full_13b -p num_processes 8 --out my_run
+    vflan notebooks tiny                                   # all notebooks, about as long as a coffee
+    vflan notebooks tiny --notebooks 03 05 -p changes '{"max_steps": 40, "runs": "runs/mine"}'
+    vflan notebooks full_13b -p num_processes 8 --out my_run
 
 All that comes out lies in the folder of runs, runs/<preset> or the `runs` of `changes`: notebooks/, figures/, results/, minutes and
 memory in book.json, and one page with everything, report.html. No file that git tracks changes; vflan.tools.publish copies what the
 authors publish.
 """
 
-import argparse
 import ast
 import base64
 import difflib
@@ -289,7 +288,7 @@ def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say
     say = say or functools.partial(print, flush=True)
     given, name = dict(parameters or {}), folder_name(Path(preset).stem, "preset")
     if "preset" in given:
-        raise ValueError(f"the preset stands alone, not behind -p: python -m vflan.tools.notebooks {given['preset']}")
+        raise ValueError(f"the preset stands alone, not behind -p: vflan notebooks {given['preset']}")
     home = ROOT / "notebooks"  # an installed package has its own, until somebody puts some in the working directory
     sources = find_notebooks(notebooks or (home if home.is_dir() else resolve("notebooks")), only)
     own = given_parameters(sources, given)
@@ -363,21 +362,3 @@ def _report(name, out, folder, record, say):
         say(f"scores     none yet: {short(scores)} is written by notebooks/05_evaluation.ipynb")
     found = pictures(page.parent)
     say(f"\nreport     {short(write_report(name, out, record, ROOT, table, found, folder))}")
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m vflan.tools.notebooks", description=__doc__.splitlines()[0])
-    parser.add_argument("preset", nargs="?", default="tiny", help="a preset's name, or a .py file of your own")
-    parser.add_argument("--notebooks", nargs="+", default=(), metavar="03", help="only these (start of the file name)")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="notebook parameter")
-    parser.add_argument("--out", help="folder for the executed notebooks and the report (the folder of runs)")
-    parser.add_argument("--again", action="store_true", help="run also the notebooks of which nothing has changed")
-    given = parser.parse_args(arguments)
-    try:
-        press(given.preset, given.notebooks, dict(given.p), given.out, again=given.again)
-    except (Stopped, ValueError, FileNotFoundError) as error:
-        sys.exit(f"vflan.tools.notebooks: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,11 @@
 """For the authors: copies what a finished run made to the tracked places, and fills the tables of README.md.
 
-python -m vflan.tools.publish tiny            # after `make demo`: notebooks, figures, scores
-python -m vflan.tools.publish tiny_frozen     # after `make paper`: the claims
-python -m vflan.tools.publish --readme        # copy nothing: fill the tables of README.md from the tracked results
+vflan publish tiny            # after `make demo`: notebooks, figures, scores
+vflan publish tiny_frozen     # after `make paper`: the claims
+vflan publish --readme        # copy nothing: fill the tables of README.md from the tracked results
 """
 
-import argparse
 import shutil
-import sys
 from typing import NamedTuple
 
 import pandas as pd
@@ -97,7 +95,7 @@ def with_other_seeds(source, target):
 
 def _ready(source, row, folder, place):
     """ValueError unless a notebook ran to its end in this version, without parameters that change what it says."""
-    again = f"run python -m vflan.tools.notebooks {folder.name} first"
+    again = f"run vflan notebooks {folder.name} first"
     if "files" not in row or not (folder / "notebooks" / source.name).is_file():
         raise ValueError(f"{source.stem} has not run to its end in {config.shown(folder)}: {again}.")
     if odd := [name for name in row["parameters"] if name not in place.free]:
@@ -116,21 +114,3 @@ def _whole(found, place, sources):
             raise ValueError(
                 f"claim {claim} has {seeds.get(claim, 0)} seeds, {place.seeds} are needed: this is a short trial."
             )
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m vflan.tools.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("preset", nargs="?", default="tiny", help=f"one of {', '.join(PLACES)}")
-    parser.add_argument("--readme", action="store_true", help="only fill the tables of README.md")
-    given = parser.parse_args(arguments)
-    try:
-        if given.readme:
-            return print("README.md:", ", ".join(tables.fill_readme()) or "no results yet, nothing filled")
-        for path in publish(given.preset):
-            print(config.shown(path))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"vflan.tools.publish: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Which cells of a notebook say the same on every machine: those get the tag by which nbval compares what they print.
 
-    python -m vflan.tools.stable                        # tag the committed notebooks anew
-    python -m vflan.tools.stable notebooks/01_*.ipynb   # or these
+    vflan tag                        # tag the committed notebooks anew
+    vflan tag notebooks/01_*.ipynb   # or these
 
 What a cell shows varies if it comes from training, from a trained model, from a clock or from the
 machine (`VARYING`), by whatever way through other cells. A tag that a person sets has the last word:
@@ -10,7 +10,6 @@ trained model, for example, which the rule cannot tell from the weights).
 """
 
 import ast
-import sys
 from pathlib import Path
 
 import nbformat
@@ -161,14 +160,11 @@ def checked(notebook):
     return sum(CHECK in cell.metadata.get("tags", []) for cell in cells), len(cells)
 
 
-def main(paths=None):
-    paths = paths or sys.argv[1:] or sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+def tag_files(paths=None):
+    """Tag the cells of these notebooks (the committed ones, if none is named) and print how many are compared."""
+    paths = paths or sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     for path in map(Path, paths):
         notebook = tag(nbformat.read(path, as_version=4))
         path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         compared, all_of_them = checked(notebook)
         print(f"{path.stem}: {compared} of {all_of_them} cells with text output say the same everywhere")
-
-
-if __name__ == "__main__":
-    main()

@@ -295,7 +295,7 @@ def launch(folder: Path, num_processes: int) -> None:
     The printed command is what one pastes into a cluster script (with torch.distributed.run's own options for more machines).
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += ["-m", "vflan.training.trainer", str(folder), "--processes", str(num_processes)]
+    command += ["-m", "vflan", "train", str(folder), "--processes", str(num_processes)]
     print(" ".join(["python", *command[1:-3], shown(Path(folder)), *command[-2:]]), flush=True)
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VFLAN_HOME": str(ROOT)}

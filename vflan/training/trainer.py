@@ -1,6 +1,5 @@
 """Training: `train` for people, `fit` for each process. Plain PyTorch and Accelerate, the loop on one screen."""
 
-import argparse
 import gc
 import json
 import math
@@ -20,7 +19,7 @@ from vflan.models.loss import Learner
 from vflan.training import checkpointing, distributed
 from vflan.training.batching import Pictures, feed, plan, prepare
 from vflan.training.metrics import Log
-from vflan.training.run import Run, end_with_parent, launch
+from vflan.training.run import Run, launch
 from vflan.training.validation import HeldOut, hold_out, task_names
 
 
@@ -265,14 +264,3 @@ def _started_from(init) -> dict:
     if not init.finished:
         raise ValueError(f"{shown(init.folder)} is not finished; train it to the end before starting from it.")
     return dict(init=shown(init.folder), init_weights=init.summary["parts"])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m vflan.training.trainer", description="Train the run that a folder describes."
-    )
-    parser.add_argument("folder")
-    parser.add_argument("--processes", type=int, default=None, help="fail unless so many processes take part")
-    arguments = parser.parse_args()
-    end_with_parent()
-    fit(arguments.folder, arguments.processes)

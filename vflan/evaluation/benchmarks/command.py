@@ -1,4 +1,4 @@
-"""python -m vflan.evaluation.benchmarks NAME --questions FILE [--labels FILE_OR_FOLDER] --answers FILE [--reviews FILE ...]
+"""vflan score NAME --questions FILE [--labels FILE_OR_FOLDER] --answers FILE [--reviews FILE ...]
 
 Scores answers that lie in a file, whoever made them, with the files that the benchmark's authors and LLaVA released.
 Prints one json object: the metrics in percent (MME's points on their own scale), `n` questions scored, and `problems`:
@@ -6,7 +6,6 @@ how many answers are missing, belong to no question (unknown), are there twice (
 not known, how many lines are no json. Which they are is told on stderr.
 """
 
-import argparse
 import json
 import sys
 import warnings
@@ -85,22 +84,18 @@ def is_review(path):
     return isinstance(row, dict) and bool({"tuple", "score", "total"} & row.keys())
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m vflan.evaluation.benchmarks", description=__doc__.split("\n\n")[1])
-    parser.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--questions", required=True, help="the released question file (or MME's, MNIST's folder)")
-    parser.add_argument("--labels", help="file or folder of the labels; default: the folder of the questions")
-    parser.add_argument("--answers", help="JSON Lines with question_id and text, or the benchmark's upload format")
-    parser.add_argument("--reviews", nargs="+", default=(), help="released verdicts of a judge, a file for each run")
-    given = parser.parse_args(arguments)
+def run(name, questions, answers=None, labels=None, reviews=()):
+    """What `vflan score` does: print the result as one json object, remarks on stderr; returns the exit status."""
+    if name not in BENCHMARKS:
+        return stop(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result, found = score_files(given.name, given.questions, given.answers, given.labels, given.reviews)
+            result, found = score_files(name, questions, answers, labels, reviews)
     except (OSError, ValueError, zipfile.BadZipFile) as trouble:
         return stop(str(trouble))
     except (KeyError, TypeError, AttributeError, IndexError) as trouble:
-        return stop(f"A file of {given.name} is not in a shape that is known ({type(trouble).__name__}: {trouble}); "
+        return stop(f"A file of {name} is not in a shape that is known ({type(trouble).__name__}: {trouble}); "
                     "data/README.md lists the released files.")  # fmt: skip
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
@@ -114,7 +109,3 @@ def main(arguments=None):
 def stop(sentence):
     print(" ".join(sentence.split()), file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
