@@ -134,7 +134,7 @@ def kill_of_two(recipe, draw, whom):
     workers = [
         process
         for process in below
-        if "vflan.training.trainer" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
+        if {"vflan", "train"} <= set(process.cmdline()) and "torch.distributed.run" not in process.cmdline()
     ]
     os.kill(child if whom == "parent" else draw.choice(workers).pid, signal.SIGKILL)
     alive = end(child) == 0

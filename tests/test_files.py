@@ -275,7 +275,7 @@ def test_processes_that_are_launched_refuse_a_folder_that_was_taken_before_they_
 
     real_fit = TRAIN.fit
     monkeypatch.setattr(TRAIN, "launch", launch)
-    monkeypatch.setattr(TRAIN.processes, "check", lambda *_: None)
+    monkeypatch.setattr(TRAIN.distributed, "check", lambda *_: None)
     with pytest.raises((RuntimeError, ValueError), match="another recipe"):
         vflan.train(recipe, num_processes=2)
     assert Run(recipe.folder).recipe.lr == 0.5

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 vflan.train
 TRAIN, seen = sys.modules["vflan.training.trainer"], {}
 
-def spread(*arguments, real=TRAIN.processes.spread):
+def spread(*arguments, real=TRAIN.distributed.spread):
     new = real(*arguments)
     weights = [weight for weight in new.model.parameters() if weight.requires_grad]
     local = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights)
@@ -39,7 +39,7 @@ def learning_rate(step, *rest, real=TRAIN.learning_rate):
         raise KeyboardInterrupt
     return real(step, *rest)
 
-TRAIN.processes.spread, TRAIN.learning_rate = spread, learning_rate
+TRAIN.distributed.spread, TRAIN.learning_rate = spread, learning_rate
 for name, changes, stop in json.loads(sys.argv[2]):
     recipe = vflan.replace(Recipe.from_dict(json.loads(sys.argv[1])), name=name, **changes)
     try:

@@ -187,7 +187,7 @@ def test_importing_reading_checking_and_planning_need_nothing_that_windows_lacks
 def test_presets_are_shipped_with_the_package():
     assert sorted(p.name for p in (HOME / "vflan/presets").glob("*.py")) != []
     assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"] == {
-        "vflan": ["presets/*.py"]
+        "vflan": ["presets/*.py", "*.pyi", "py.typed"]
     }
 
 
