@@ -244,3 +244,11 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
         assert len(alive) > 20 and not [one for one in alive if one() is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("what", [vflan.train, vflan.plan])
+def test_a_whole_preset_or_a_name_in_place_of_a_recipe_is_told_what_to_write(what):
+    with pytest.raises(TypeError, match="preset.projector, preset.base or preset.chat"):
+        what(vflan.preset("tiny"))
+    with pytest.raises(TypeError, match="not str; vflan.preset"):
+        what("tiny")

@@ -212,6 +212,16 @@ class Preset(NamedTuple):
     chat: Recipe
 
 
+def one_recipe(recipe) -> None:
+    """TypeError, with what to write, where a whole preset or something else stands in place of a recipe."""
+    if isinstance(recipe, Preset):
+        raise TypeError(
+            "This is a preset, three recipes: give one of them, preset.projector, preset.base or preset.chat."
+        )
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"This takes a vflan.Recipe, not {type(recipe).__name__}; vflan.preset('tiny').base is one.")
+
+
 def replace(recipe: Recipe, **changes) -> Recipe:
     """The recipe with some fields changed; a sweep is plain Python around it."""
     _known(changes)

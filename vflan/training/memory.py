@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 from huggingface_hub import try_to_load_from_cache
 
-from vflan.config import Recipe, replace, resolve
+from vflan.config import Recipe, one_recipe, replace, resolve
 from vflan.data.conversation import IGNORE_INDEX, encode_many
 from vflan.data.mixture import recipe_samples
 from vflan.models import llava as models
@@ -121,6 +121,7 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: str = "A100-80G", share: float = SH
     machine, else like LLaVA-1.5's. `share`: of the boards' peak rate that training reaches, recomputing counted. ValueError
     names the known kinds, and what cannot be shared out.
     """
+    one_recipe(recipe)
     if gpu not in GPUS:
         raise ValueError(f"There is no gpu={gpu!r} in the list; known ones are {', '.join(GPUS)}.")
     if not (isinstance(gpus, int) and gpus > 0 and 0 < share <= 1):

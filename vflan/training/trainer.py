@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vflan.config import Recipe, read_json, resolve, shown
+from vflan.config import Recipe, one_recipe, read_json, resolve, shown
 from vflan.models import llava as models
 from vflan.models.loss import Learner
 from vflan.training import checkpointing, distributed
@@ -31,6 +31,7 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     same global batches. A script that torchrun has started, on one machine or on several that share the run's folder,
     trains with the processes it has.
     """
+    one_recipe(recipe)
     run, together = Run(recipe.folder), distributed.started()
     if together > 1:
         distributed.check(recipe, together)

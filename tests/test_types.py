@@ -1,0 +1,35 @@
+"""Editors and type checkers see the public API: what README.md shows passes a type checker."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import vflan
+
+HOME = Path(__file__).resolve().parent.parent
+PAGE = (HOME / "README.md").read_text(encoding="utf-8")
+
+
+def complaints(folder, code):
+    """What pyright says about a file with this code."""
+    (folder / "shown.py").write_text(code)
+    (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(HOME)], "useLibraryCodeForTypes": False}))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return [found["message"] for found in json.loads(said.stdout)["generalDiagnostics"]]
+
+
+def test_a_type_checker_finds_the_mistakes_and_nothing_in_the_readme(tmp_path):
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)
+    code = "\n".join(map(dedent, blocks)) + "\nvflan.train(vflan.preset('tiny'))\n"
+    (found,) = complaints(tmp_path, code)
+    assert '"Preset" is not assignable to' in found
+
+
+def test_the_stub_lists_what_it_imports():
+    stub = (HOME / "vflan" / "__init__.pyi").read_text(encoding="utf-8")
+    listed = re.findall(r'"(\w+)"', stub.split("__all__")[1])
+    assert sorted(listed) == sorted(vflan.__all__) and all(hasattr(vflan, name) for name in listed)
