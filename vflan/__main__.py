@@ -119,11 +119,11 @@ def score(
     answers: Annotated[str | None, typer.Option(help="JSON Lines with question_id and text, or upload format")] = None,
     reviews: Annotated[list[str], typer.Option(help="released verdicts of a judge, a file for each run")] = (),
 ):
-    """Score answers that lie in a file, whoever made them, with the files that the benchmark's authors released.
+    """Score a file of answers, from any model, with the files that the benchmark's authors released.
 
     Prints one json object: the metrics in percent (MME's points on their own scale), `n` questions scored, and
     `problems`: how many answers are missing, belong to no question (unknown), are there twice (duplicate) or empty,
-    how many labels are not known, how many lines are no json. Which they are is told on stderr.
+    how many labels are not known, how many lines are not json. Their ids are listed on stderr.
     """
     from vflan.evaluation.benchmarks.command import run
 
@@ -200,9 +200,9 @@ def spelled_out(arguments: list[str]) -> list[str]:
     rest, out = list(arguments), []
     while rest:
         word = rest.pop(0)
-        if word == "-p" and len(rest) > 1 and "=" not in rest[0].split("{")[0].split("[")[0]:
+        if word == "-p" and len(rest) > 1 and "=" not in rest[0]:
             out += ["-p", f"{rest.pop(0)}={rest.pop(0)}"]
-        elif word in ("--notebooks", "--reviews"):
+        elif word in ("--notebooks", "--reviews") and rest and not rest[0].startswith("-"):
             while rest and not rest[0].startswith("-"):
                 out += [word, rest.pop(0)]
         else:

@@ -1,9 +1,9 @@
 """vflan score NAME --questions FILE [--labels FILE_OR_FOLDER] --answers FILE [--reviews FILE ...]
 
-Scores answers that lie in a file, whoever made them, with the files that the benchmark's authors and LLaVA released.
+Scores a file of answers, from any model, with the files that the benchmark's authors and LLaVA released.
 Prints one json object: the metrics in percent (MME's points on their own scale), `n` questions scored, and `problems`:
 how many answers are missing, belong to no question (unknown), are there twice (duplicate) or empty, how many labels are
-not known, how many lines are no json. Which they are is told on stderr.
+not known, how many lines are not json. Their ids are listed on stderr.
 """
 
 import json

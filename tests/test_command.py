@@ -1,0 +1,42 @@
+"""The command line reads what papermill users write, and `vflan upload` writes a server's file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from vflan.__main__ import main, spelled_out
+from vflan.evaluation import evaluator
+
+
+@pytest.mark.parametrize(
+    "written, read",
+    [
+        (["-p", "changes", '{"a": "x=y"}'], ["-p", 'changes={"a": "x=y"}']),
+        (["-p", "seeds=[1]", "--again"], ["-p", "seeds=[1]", "--again"]),
+        (["--notebooks", "02", "05", "--again"], ["--notebooks", "02", "--notebooks", "05", "--again"]),
+        (["tiny", "--notebooks"], ["tiny", "--notebooks"]),
+    ],
+)
+def test_papermills_way_of_writing_is_read(written, read):
+    assert spelled_out(written) == read
+
+
+def test_an_option_without_its_value_runs_nothing(capsys):
+    assert main(["notebooks", "tiny", "--notebooks"]) == 2
+    assert "--notebooks" in capsys.readouterr().err
+
+
+def test_a_runs_answers_become_the_servers_file(tmp_path, monkeypatch):
+    kept = SimpleNamespace(samples=[{"question_id": "7"}, {"question_id": "8"}]), ["Red.", None]
+    monkeypatch.setattr(evaluator, "_kept_answers", lambda *_: kept)
+    path = evaluator.write_upload("gqa", SimpleNamespace(folder=tmp_path), out=tmp_path / "up.json")
+    assert json.loads(path.read_text()) == [
+        {"questionId": "7", "prediction": "red"},
+        {"questionId": "8", "prediction": ""},
+    ]
+
+
+def test_a_benchmark_without_a_server_is_refused(capsys):
+    assert main(["upload", "pope", "--run", "runs/none"]) == 1
+    assert "There is no upload file for 'pope'" in capsys.readouterr().err
