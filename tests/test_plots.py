@@ -46,7 +46,7 @@ def marks(ax, marker):
 
 
 def test_plots_come_without_torch():
-    code = "import sys, vflan.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, vflan.analysis.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 

@@ -56,7 +56,7 @@ def until(condition):
 
 
 def test_the_module_needs_no_torch():
-    code = "import sys, vflan.widgets; sys.exit('torch' in sys.modules)"
+    code = "import sys, vflan.tools.widgets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
