@@ -25,7 +25,9 @@ class BuildWithShippedFiles(build_py):
         for pattern in SHIPPED_FILES:
             sources = sorted(HOME.glob(pattern))
             if not sources:
-                raise FileNotFoundError(f"{pattern} is not in {HOME}: build from a whole clone or source archive.")
+                raise FileNotFoundError(
+                    f"{pattern} is not in {HOME}: build from a whole clone or source archive."
+                )
             for source in sources:
                 place = target / source.relative_to(HOME)
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -70,13 +70,19 @@ def outcome(call):
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     began = time.monotonic()
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             found = call() or ("taken", "")
     except TooLong:
         found = "hung", "".join(traceback.format_exc().splitlines()[-3:])
     except Exception as trouble:
-        found = ("refused", str(trouble)) if on_purpose(trouble) else ("unaccounted", in_words(trouble))
+        found = (
+            ("refused", str(trouble)) if on_purpose(trouble) else ("unaccounted", in_words(trouble))
+        )
     except SystemExit as trouble:
         found = "refused", str(trouble)
     finally:
@@ -105,7 +111,12 @@ def twisted(value, draw, depth=0):
         if isinstance(value, str) and draw.random() < 0.5:
             at = draw.randrange(len(value) + 1)
             return draw.choice(
-                (value[:at], value + value, value[:at] + str(draw.choice(ODD)) + value[at:], value.upper())
+                (
+                    value[:at],
+                    value + value,
+                    value[:at] + str(draw.choice(ODD)) + value[at:],
+                    value.upper(),
+                )
             )
         return draw.choice(ODD)
     value = copy.copy(value)
@@ -135,7 +146,14 @@ def damaged(data, draw):
         return bytes(data[:at] + data[at : at + 200] + data[at:])
     if how == 4:
         return draw.choice(
-            (b"\xef\xbb\xbf", b"\xff\xfe", b"\0" * 8, b"<html>", b"PK\3\4", b"version https://git-lfs")
+            (
+                b"\xef\xbb\xbf",
+                b"\xff\xfe",
+                b"\0" * 8,
+                b"<html>",
+                b"PK\3\4",
+                b"version https://git-lfs",
+            )
         ) + bytes(data)
     return bytes(data[:at]) + draw.randbytes(draw.randrange(1, 300))
 
@@ -171,7 +189,16 @@ def records(draw, folder, n):
             row = twisted(row, draw)
         if draw.random() < 0.1 and isinstance(row, dict):
             row["image"] = draw.choice(
-                ("link.png", "pipe.png", "../../secret.png", "images", ".", "/dev/zero", "0.png/x", "a" * 300)
+                (
+                    "link.png",
+                    "pipe.png",
+                    "../../secret.png",
+                    "images",
+                    ".",
+                    "/dev/zero",
+                    "0.png/x",
+                    "a" * 300,
+                )
             )
         many = [row] if draw.random() < 0.5 else [whole[0], row, whole[1]]
         file = folder / f"rows{draw.choice(('.json', '.jsonl'))}"
@@ -187,7 +214,10 @@ def pictures(draw, folder, n):
     """Picture files: damaged, of every mode and format, misnamed, animated, rotated, thin, empty, and bombs."""
     folder.mkdir(parents=True)
     make_backbones(folder)
-    processors = [load_processor(vflan.replace(recipe_in(folder), image_aspect_ratio=a)) for a in ("pad", "crop")]
+    processors = [
+        load_processor(vflan.replace(recipe_in(folder), image_aspect_ratio=a))
+        for a in ("pad", "crop")
+    ]
     noise = Image.frombytes("RGB", (40, 30), random.Random(1).randbytes(3600))
     kinds = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "GIF": ("P", "L"),
              "WEBP": ("RGB", "RGBA"), "BMP": ("RGB", "1", "P"), "TIFF": ("RGB", "CMYK", "F", "I;16", "LAB"), "PPM": ("RGB", "L"),
@@ -197,11 +227,17 @@ def pictures(draw, folder, n):
         for mode in modes:
             out = io.BytesIO()
             grey = noise.convert("L")
-            picture = grey.point(lambda v: v * 256, "I").convert(mode) if mode == "I;16" else noise.convert(mode)
+            picture = (
+                grey.point(lambda v: v * 256, "I").convert(mode)
+                if mode == "I;16"
+                else noise.convert(mode)
+            )
             picture.save(out, kind)
             sound.append(out.getvalue())
     out = io.BytesIO()
-    noise.save(out, "GIF", save_all=True, append_images=[noise.rotate(90), Image.new("RGB", (40, 30))])
+    noise.save(
+        out, "GIF", save_all=True, append_images=[noise.rotate(90), Image.new("RGB", (40, 30))]
+    )
     sound.append(out.getvalue())  # animated
     for turn in range(1, 9):
         out, exif = io.BytesIO(), Image.Exif()
@@ -215,9 +251,21 @@ def pictures(draw, folder, n):
         sound.append(out.getvalue())
     bombs = [
         png(width, height)
-        for width, height in ((0, 0), (0, 5), (20000, 20000), (100000, 100000), (2**31 - 1, 2**31 - 1))
+        for width, height in (
+            (0, 0),
+            (0, 5),
+            (20000, 20000),
+            (100000, 100000),
+            (2**31 - 1, 2**31 - 1),
+        )
     ]
-    bombs += [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4"]
+    bombs += [
+        b"",
+        b"GIF89a",
+        b"\x89PNG\r\n\x1a\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.4",
+    ]
     endings = ("png", "jpg", "gif", "webp", "tif", "txt", "zip", "", "PNG", "parquet")
 
     def seen(path):
@@ -245,7 +293,9 @@ def png(width, height):
     """A PNG that says that it is so large, with little in it."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
@@ -333,7 +383,9 @@ def benchmarks(draw, folder, n):
     def command(name, questions, answers):
         said = io.StringIO()
         with redirect_stderr(said):
-            code = command(["score", name, "--questions", str(questions), "--answers", str(answers)])
+            code = command(
+                ["score", name, "--questions", str(questions), "--answers", str(answers)]
+            )
         text = said.getvalue().strip()
         if code and (not text or "Traceback" in text):
             return "unaccounted", text[-200:]
@@ -365,7 +417,9 @@ def benchmarks(draw, folder, n):
         ]
         answers = work / draw.choice(("answers.jsonl", "answers.json"))
         rows = [twisted(row, draw) if draw.random() < 0.3 else row for row in rows]
-        answers.write_text("\n".join(map(json.dumps, rows)) if answers.suffix == ".jsonl" else json.dumps(rows))
+        answers.write_text(
+            "\n".join(map(json.dumps, rows)) if answers.suffix == ".jsonl" else json.dumps(rows)
+        )
         questions = next(p for p in sorted((work / name).rglob("*"), reverse=True) if p.is_file())
         yield partial(command, name, questions, answers)
 
@@ -399,7 +453,11 @@ def answers(draw, folder, n):
 
     for _ in range(n):
         name = draw.choice(list(samples))
-        said = "".join(draw.choice(pieces) for _ in range(draw.randrange(6))) if draw.random() < 0.97 else None
+        said = (
+            "".join(draw.choice(pieces) for _ in range(draw.randrange(6)))
+            if draw.random() < 0.97
+            else None
+        )
         yield partial(read, name, said)
 
 
@@ -456,7 +514,11 @@ def presets(draw, folder, n):
     for number in range(n):
         path = folder / f"mine{number}.py"
         path.write_bytes(bodies[number] if number < len(bodies) else damaged(good, draw))
-        more = {draw.choice(("lr", "max_steps", "nothing", "name")): draw.choice(ODD)} if draw.random() < 0.3 else {}
+        more = (
+            {draw.choice(("lr", "max_steps", "nothing", "name")): draw.choice(ODD)}
+            if draw.random() < 0.3
+            else {}
+        )
         yield partial(read, f"tiny{number}" if number % 20 == 19 else path, more)
 
 
@@ -500,7 +562,9 @@ def checkpoints(draw, folder, n):
     for number in range(n):
         if number % 4 == 3:
             path = folder / "other.bin"
-            whole = pickle.dumps({"model.mm_projector.0.weight": Hostile(proof)}, protocol=draw.choice((2, 4)))
+            whole = pickle.dumps(
+                {"model.mm_projector.0.weight": Hostile(proof)}, protocol=draw.choice((2, 4))
+            )
             path.write_bytes(whole if number % 8 == 3 else damaged(projector.read_bytes(), draw))
 
             def call(path=path):
@@ -516,7 +580,11 @@ def checkpoints(draw, folder, n):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(run.folder, kept)
         file = draw.choice(
-            [p for p in kept.rglob("*") if p.is_file() and p.suffix in (".json", ".jsonl", ".safetensors", ".jinja")]
+            [
+                p
+                for p in kept.rglob("*")
+                if p.is_file() and p.suffix in (".json", ".jsonl", ".safetensors", ".jinja")
+            ]
         )
         how = draw.random()
         if how < 0.15:
@@ -534,11 +602,16 @@ FAMILIES = {  # and how many inputs of each
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.bad_input", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bad_input", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs, for a look")
     parser.add_argument(
-        "--families", nargs="+", choices=[f.__name__ for f in FAMILIES], default=[f.__name__ for f in FAMILIES]
+        "--families",
+        nargs="+",
+        choices=[f.__name__ for f in FAMILIES],
+        default=[f.__name__ for f in FAMILIES],
     )
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
@@ -577,7 +650,11 @@ def main():
         "peak_gb": ("GB, peak memory of the whole bench", None, GIGABYTES),
     }
     values = dict(
-        inputs=sum(every.values()), unaccounted=every["unaccounted"], hung=every["hung"], slowest=slowest, peak_gb=peak
+        inputs=sum(every.values()),
+        unaccounted=every["unaccounted"],
+        hung=every["hung"],
+        slowest=slowest,
+        peak_gb=peak,
     )
     if asked.share == 1 and len(counts) == len(FAMILIES):
         write(

@@ -71,7 +71,9 @@ def plant(originals, folder: Path) -> dict[str, tuple[str, str]]:
 def report(training, evaluation):
     """check() on one row a training picture against one question an evaluation picture."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "this"}]
-    rows = [dict(id=p, image=p, task_name=Path(p).parent.name, conversations=turns) for p in training]
+    rows = [
+        dict(id=p, image=p, task_name=Path(p).parent.name, conversations=turns) for p in training
+    ]
     asked = [dict(question_id=p, image=p, text="Which one?") for p in evaluation]
     return validation.check(Dataset.from_list(rows), against={"planted": asked})
 
@@ -85,7 +87,9 @@ def quality(folder: Path, world: Path, seed: int, pictures: int | None):
     training = sorted(draw.choice(training, pictures, replace=False)) if pictures else training
     real = [str(p) for p in sorted(REAL.iterdir())] if REAL.is_dir() else []
     chosen = {
-        "mini": [str(p) for p in draw.choice(evaluation, min(len(evaluation), 1000), replace=False)],
+        "mini": [
+            str(p) for p in draw.choice(evaluation, min(len(evaluation), 1000), replace=False)
+        ],
         "real": real[1::2],
     }
     (folder / "copies").mkdir()
@@ -100,14 +104,20 @@ def quality(folder: Path, world: Path, seed: int, pictures: int | None):
     hits = set(zip(found.picture, found.question_id))
     recall = {
         f"{source}_{kind}": [
-            (name, original) in hits for name, (k, original) in planted.items() if k == kind and original in members
+            (name, original) in hits
+            for name, (k, original) in planted.items()
+            if k == kind and original in members
         ]
         for source, members in ((s, set(o)) for s, o in chosen.items() if o)
         for kind in KINDS
     }
-    by_kind = {kind: np.mean(sum((v for k, v in recall.items() if k.endswith(kind)), [])) for kind in KINDS}
+    by_kind = {
+        kind: np.mean(sum((v for k, v in recall.items() if k.endswith(kind)), [])) for kind in KINDS
+    }
     false = found[~found.picture.isin(planted)]
-    wrong = false[false.kind != "same pixels"].picture.nunique()  # identical pixels by chance are a match
+    wrong = false[
+        false.kind != "same pixels"
+    ].picture.nunique()  # identical pixels by chance are a match
     return (
         by_kind,
         wrong / len(training),
@@ -127,7 +137,11 @@ def rate(folder: Path):
     if REAL.is_dir():
         names, what = [str(p) for p in sorted(REAL.iterdir())], "the real samples"
     else:
-        draw, names, what = np.random.default_rng(0), [], "generated 640 x 480 JPEGs (no real samples here)"
+        draw, names, what = (
+            np.random.default_rng(0),
+            [],
+            "generated 640 x 480 JPEGs (no real samples here)",
+        )
         for i in range(150):
             coarse = Image.fromarray(draw.integers(0, 256, (48, 64, 3), np.uint8))
             names.append(str(folder / f"{i}.jpg"))
@@ -136,13 +150,19 @@ def rate(folder: Path):
         Path(name).read_bytes()
     best = 0
     for attempt in range(3):
-        validation.CACHE = folder / f"cache-{attempt}"  # nothing is remembered from the attempt before
-        start = time.process_time()  # of this process alone: others that share the machine do not count
+        validation.CACHE = (
+            folder / f"cache-{attempt}"
+        )  # nothing is remembered from the attempt before
+        start = (
+            time.process_time()
+        )  # of this process alone: others that share the machine do not count
         validation.look_at(names, threads=1)
         best = max(best, len(names) / (time.process_time() - start))
     megapixels = np.mean([np.prod(Image.open(name).size) for name in names]) / 1e6
     return best, dict(
-        pictures=f"{len(names)} of {what}", mean_megapixels=round(float(megapixels), 3), a_second=round(best, 1)
+        pictures=f"{len(names)} of {what}",
+        mean_megapixels=round(float(megapixels), 3),
+        a_second=round(best, 1),
     )
 
 
@@ -156,12 +176,21 @@ def search_minutes():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.contamination", description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, help="so many of the mini world's training pictures only")
-    parser.add_argument(
-        "--seed", type=int, default=1, help="of the mini world; 0 is the one that the thresholds were chosen on"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.contamination", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--world", help="build the mini world in this folder, or use the one there, and leave it")
+    parser.add_argument(
+        "--pictures", type=int, help="so many of the mini world's training pictures only"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of the mini world; 0 is the one that the thresholds were chosen on",
+    )
+    parser.add_argument(
+        "--world", help="build the mini world in this folder, or use the one there, and leave it"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -176,13 +205,20 @@ def main():
         "contamination_false_alarms": false_alarms,
         "contamination_minutes": SIZE / a_second / 8 / 60 + search,
     }
-    notes |= {"seed": options.seed, "rate": speed, "recall_by_kind": {k: round(float(v), 4) for k, v in recall.items()}}
+    notes |= {
+        "seed": options.seed,
+        "rate": speed,
+        "recall_by_kind": {k: round(float(v), 4) for k, v in recall.items()},
+    }
     notes["extrapolated"] = (
         f"{SIZE} pictures at the rate of one thread here times 8, and {search:.1f} min to search {EVALUATION} evaluation pictures "
         "for like ones, not divided; opening the like ones again is not in it"
     )
     command = " ".join(
-        ["python -m bench.contamination", *("FOLDER" if a == options.world else a for a in sys.argv[1:])]
+        [
+            "python -m bench.contamination",
+            *("FOLDER" if a == options.world else a for a in sys.argv[1:]),
+        ]
     )
     if options.pictures:
         print(json.dumps(values | notes, indent=1))

@@ -47,7 +47,10 @@ def make(path, rows):
     draw = random.Random(SEED)
     instructions = [" ".join(draw.choices(WORDS, k=draw.randint(8, 76))) for _ in range(TASKS)]
     phrases = [" ".join(draw.choices(WORDS, k=draw.randint(0, 20))) for _ in range(5000)]
-    answers = [" ".join(draw.choices(WORDS, k=min(200, int(draw.paretovariate(0.9)) + 1))) for _ in range(5000)]
+    answers = [
+        " ".join(draw.choices(WORDS, k=min(200, int(draw.paretovariate(0.9)) + 1)))
+        for _ in range(5000)
+    ]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
             task = i * TASKS // rows
@@ -59,7 +62,9 @@ def make(path, rows):
                 "image": f"{name}_{i}_COCO_train2014_{draw.randrange(10**6):012}.jpg",
                 "task_name": name,
             }
-            row["conversations"] = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
+            row["conversations"] = [
+                {"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)
+            ]
             file.write(("[" if i == 0 else ", ") + json.dumps(row, ensure_ascii=False))
         file.write("]")
 
@@ -68,7 +73,10 @@ def memory():
     """This process in MB: its peak, and what it holds now, of its own (anon) and of files."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     kb = {line[0].rstrip(":"): int(line[1]) for line in lines if len(line) == 3 and line[2] == "kB"}
-    return {"peak": kb["VmHWM"] / 1024, **{part: kb[f"Rss{part}"] / 1024 for part in ("Anon", "File")}}
+    return {
+        "peak": kb["VmHWM"] / 1024,
+        **{part: kb[f"Rss{part}"] / 1024 for part in ("Anon", "File")},
+    }
 
 
 def baseline(path):
@@ -88,7 +96,9 @@ def opening(path, together=None):
     samples = load_samples(path)
     opened, held = time.perf_counter(), memory()
     draw = random.Random(SEED)
-    texts = [samples[draw.randrange(len(samples))]["conversations"][0]["value"] for _ in range(1000)]
+    texts = [
+        samples[draw.randrange(len(samples))]["conversations"][0]["value"] for _ in range(1000)
+    ]
     read = time.perf_counter()
     out = {
         "import": imported - start,
@@ -96,7 +106,12 @@ def opening(path, together=None):
         "row_us": (read - opened) * 1000,
         "rows": len(samples),
     }
-    out |= {"torch": "torch" in sys.modules, "imported": before["peak"], "words": sum(map(len, texts)), **memory()}
+    out |= {
+        "torch": "torch" in sys.modules,
+        "imported": before["peak"],
+        "words": sum(map(len, texts)),
+        **memory(),
+    }
     out["opened"] = held["peak"]
     if together:
         together.wait()
@@ -139,22 +154,33 @@ def fresh(what, path, cache):
     """The result of one of the functions above in a process of its own."""
     environment = os.environ | {"VFLAN_CACHE": str(cache)}
     command = [sys.executable, "-m", "bench.data", "--child", what, str(path)]
-    done = subprocess.run(command, cwd=HOME, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=HOME, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     print(what, {key: round(value, 3) for key, value in found.items()}, flush=True)
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.data", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument(
-        "--folder", help="where the generated file goes for the time of the run (default: the temporary folder)"
+        "--folder",
+        help="where the generated file goes for the time of the run (default: the temporary folder)",
     )
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"baseline": baseline, "opening": opening, "eight": eight}[args.child[0]](args.child[1])))
+        print(
+            json.dumps(
+                {"baseline": baseline, "opening": opening, "eight": eight}[args.child[0]](
+                    args.child[1]
+                )
+            )
+        )
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path, cache = Path(folder) / "vision_flan.json", Path(folder) / "cache"
@@ -166,7 +192,11 @@ def main():
         shared = fresh("eight", path, cache)
         table = sum(file.stat().st_size for file in cache.rglob("*.arrow")) / 1e6
     assert slow["rows"] == first["rows"] == again["rows"] == args.rows and not again["torch"]
-    values = {"open_seconds": again["seconds"], "open_rss_mb": again["opened"], "thousand_rows_rss_mb": again["peak"]}
+    values = {
+        "open_seconds": again["seconds"],
+        "open_rss_mb": again["opened"],
+        "thousand_rows_rss_mb": again["peak"],
+    }
     values |= {"convert_seconds": first["seconds"], "convert_rss_mb": first["opened"]}
     values |= {"eight_open_pss_mb": shared["pss"], "eight_open_rss_mb": shared["rss"]}
     values |= {"json_load_seconds": slow["seconds"], "json_load_rss_mb": slow["peak"]}
@@ -181,7 +211,11 @@ def main():
     if args.rows == ROWS:
         write("data", CHECKS, values, "python -m bench.data", **notes)
     else:
-        whole = {name: round(seconds * ROWS / args.rows) for name, seconds in values.items() if name in GROW}
+        whole = {
+            name: round(seconds * ROWS / args.rows)
+            for name, seconds in values.items()
+            if name in GROW
+        }
         print(json.dumps(values | notes | {"at_full_size_seconds": whole}, indent=1))
 
 

@@ -33,9 +33,13 @@ CHECKS = {
 
 def command(target, folder, log):
     """Run `make target` in `folder` and return its Watch; a failure ends the benchmark with the end of the log."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("VFLAN_HOME", "VIRTUAL_ENV")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("VFLAN_HOME", "VIRTUAL_ENV")
+    }
     with open(log, "w") as out:
-        process = subprocess.Popen(["make", target], cwd=folder, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(
+            ["make", target], cwd=folder, stdout=out, stderr=out, env=environment
+        )
         with Watch(process.pid) as watch:
             code = process.wait()
     if code:
@@ -77,9 +81,15 @@ def measure(names, keep=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="measure only these")
-    parser.add_argument("--keep", help="clone into this folder, or use the clone there, and leave it")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="measure only these"
+    )
+    parser.add_argument(
+        "--keep", help="clone into this folder, or use the clone there, and leave it"
+    )
     names, keep = parser.parse_args().only, parser.parse_args().keep
     shown = " ".join("FOLDER" if arg == keep else arg for arg in sys.argv[1:])
     write("demo", CHECKS, measure(names, keep), f"python -m bench.demo {shown}".strip())

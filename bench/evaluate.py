@@ -46,11 +46,16 @@ def one_by_one(model, processor, questions, max_new_tokens):
     """The answers of batch-1 generate(), the picture prepared anew for each question."""
     tokenizer, said = processor.tokenizer, []
     for question in questions:
-        ids, more = list(prompt_ids(question["text"], tokenizer, has_image=bool(question["image"]))), {}
+        ids, more = (
+            list(prompt_ids(question["text"], tokenizer, has_image=bool(question["image"]))),
+            {},
+        )
         if question["image"]:
             at = ids.index(IMAGE_TOKEN_INDEX)
             ids[at : at + 1] = [model.config.image_token_id] * model.config.image_seq_length
-            pixels = processor.image_processor([read_picture(question["image"])], return_tensors="pt")["pixel_values"]
+            pixels = processor.image_processor(
+                [read_picture(question["image"])], return_tensors="pt"
+            )["pixel_values"]
             more["pixel_values"] = pixels.to(model.device, model.dtype)
         ids = torch.tensor([ids], device=model.device)
         out = model.generate(
@@ -82,7 +87,9 @@ def prefilled(model, way, *arguments):
 
     def count(module, positional, named):
         nonlocal total
-        shape = (named["inputs_embeds"] if named.get("inputs_embeds") is not None else named["input_ids"]).shape
+        shape = (
+            named["inputs_embeds"] if named.get("inputs_embeds") is not None else named["input_ids"]
+        ).shape
         total += shape[0] * shape[1] if shape[1] > 1 else 0
 
     hook = model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
@@ -98,7 +105,11 @@ def compared(model, processor, questions, max_new_tokens):
     fast, fast_seconds = timed(together, model, processor, questions, max_new_tokens, rounds=3)
     slow, slow_seconds = timed(one_by_one, model, processor, questions, max_new_tokens)
     some = questions[: max(1, len(questions) // 10)]  # one at a time is the same for all
-    before = prefilled(model, one_by_one, model, processor, some, max_new_tokens) * len(questions) / len(some)
+    before = (
+        prefilled(model, one_by_one, model, processor, some, max_new_tokens)
+        * len(questions)
+        / len(some)
+    )
     notes = {
         "questions": len(questions),
         "pictures": len({q["image"] for q in questions}),
@@ -117,7 +128,9 @@ def compared(model, processor, questions, max_new_tokens):
 def mini_world():
     """{benchmark: its questions}."""
     return {
-        name: [{"image": s["image"], "text": b.prompt(s)} for s in b.load(resolve(BENCHMARK_FOLDER))]
+        name: [
+            {"image": s["image"], "text": b.prompt(s)} for s in b.load(resolve(BENCHMARK_FOLDER))
+        ]
         for name, b in BENCHMARKS.items()
         if (resolve(BENCHMARK_FOLDER) / name).is_dir()
     }
@@ -145,13 +158,17 @@ def body_of_576(processor, questions):
                               image_size=336, patch_size=14)  # fmt: skip
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, image_seq_length=576)
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=token, image_seq_length=576
+        )
     ).eval()
     pictures = processor.image_processor
     old = pictures.size, pictures.crop_size
     pictures.size, pictures.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
     try:
-        speedup, notes = compared(model, processor, questions, 2)  # POPE's answers are one token and the end
+        speedup, notes = compared(
+            model, processor, questions, 2
+        )  # POPE's answers are one token and the end
     finally:
         pictures.size, pictures.crop_size = old
     return {"speedup": round(speedup, 1)} | notes
@@ -179,9 +196,13 @@ def measure(run, share):
     unequal, total = Counter(), 0
     for name, rows in asked.items():
         rows, tokens = some(rows), min(48, BENCHMARKS[name].max_new_tokens)
-        pairs = zip(together(model, processor, rows, tokens), one_by_one(model, processor, rows, tokens))
+        pairs = zip(
+            together(model, processor, rows, tokens), one_by_one(model, processor, rows, tokens)
+        )
         unequal[name], total = sum(a != b for a, b in pairs), total + len(rows)
-    wrong = sum(unequal.values()) + notes_shared["unequal answers"] + notes_single["unequal answers"]
+    wrong = (
+        sum(unequal.values()) + notes_shared["unequal answers"] + notes_single["unequal answers"]
+    )
     total += len(pope) + len(single)
     few = pope_shaped(sorted({q["image"] for q in asked["pope"]})[:6])
     notes = {
@@ -194,21 +215,37 @@ def measure(run, share):
         "seed": SEED,
         "threads": torch.get_num_threads(),
     }
-    return {"speedup_shared_prefix": shared, "speedup_single": alone, "answers_equal": 1 - wrong / total}, notes
+    return {
+        "speedup_shared_prefix": shared,
+        "speedup_single": alone,
+        "answers_equal": 1 - wrong / total,
+    }, notes
 
 
 def bf16(model, processor, questions):
     """The same comparison in half precision, where near ties may fall either way; bf16 is emulated on most CPUs."""
     half = model.to(torch.bfloat16)
-    pairs = list(zip(together(half, processor, questions, 16), one_by_one(half, processor, questions, 16)))
+    pairs = list(
+        zip(together(half, processor, questions, 16), one_by_one(half, processor, questions, 16))
+    )
     model.float()
     return {"questions": len(pairs), "unequal answers": sum(a != b for a, b in pairs)}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", help="folder of a finished run of the mini world; by default one is trained briefly")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the questions; less than 1 writes no record")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.evaluate", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--run",
+        help="folder of a finished run of the mini world; by default one is trained briefly",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="share of the questions; less than 1 writes no record",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -52,34 +52,59 @@ class Workshop:
 
     def __init__(self, folder):
         self.folder = folder
-        self.recipe = replace(make_recipe(folder / "shared"), max_steps=40, evaluate_every=20, save_every=4)
+        self.recipe = replace(
+            make_recipe(folder / "shared"), max_steps=40, evaluate_every=20, save_every=4
+        )
         rows = json.loads(Path(self.recipe.samples).read_text())
-        vflan.save_samples([row | {"id": f"{i}"} for i in range(400) for row in rows], folder / "shared" / "many.json")
+        vflan.save_samples(
+            [row | {"id": f"{i}"} for i in range(400) for row in rows],
+            folder / "shared" / "many.json",
+        )
         (folder / "questions" / "images").mkdir(parents=True)
         write_twins(folder / "questions", seed=3, questions=1.5)
         with_judge = folder / "questions" / "mm_vet"
-        lines = [json.loads(line) for line in (with_judge / "questions.jsonl").read_text().splitlines()]
-        (with_judge / "questions.jsonl").write_text("\n".join(json.dumps(row | {"judge": None}) for row in lines))
-        self.run = vflan.train(replace(self.recipe, name="trained", runs=str(folder / "shared" / "runs")))
+        lines = [
+            json.loads(line) for line in (with_judge / "questions.jsonl").read_text().splitlines()
+        ]
+        (with_judge / "questions.jsonl").write_text(
+            "\n".join(json.dumps(row | {"judge": None}) for row in lines)
+        )
+        self.run = vflan.train(
+            replace(self.recipe, name="trained", runs=str(folder / "shared" / "runs"))
+        )
         HTTPServer.handle_error = lambda *_: None  # a client that was killed hangs up
         self.hub = Hub(
-            {"annotation_191-task_1k.json": b"[]" * 10, "image_191-task_1k.zip": bytes(range(256)) * 65_536}, REPO
+            {
+                "annotation_191-task_1k.json": b"[]" * 10,
+                "image_191-task_1k.zip": bytes(range(256)) * 65_536,
+            },
+            REPO,
         )
         self.slow = 0.0
         self.server = ChatServer(self.reply)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         os.environ |= dict(HF_ENDPOINT=self.hub.endpoint, NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1",
                            OPENAI_BASE_URL=self.server.url, OPENAI_API_KEY="none")  # fmt: skip
 
     def reply(self, body, number):
         time.sleep(self.slow if number % 3 else 0.004)
-        return said(str(int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16) % 11 / 10))
+        return said(
+            str(
+                int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16) % 11 / 10
+            )
+        )
 
     # ---- the pieces of work
 
     def fetch(self, home):
         folder = vflan.fetch("vision_flan_191", home / "data")
-        return {path.name: digest(path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+        return {
+            path.name: digest(path)
+            for path in sorted(folder.iterdir())
+            if not path.name.startswith(".")
+        }
 
     def convert(self, home):
         samples = vflan.load_samples(self.folder / "shared" / "many.json", self.recipe.images)
@@ -87,13 +112,22 @@ class Workshop:
 
     def check(self, home):
         report = vflan.check(
-            vflan.load_samples(self.folder / "questions" / "pictures.json", self.folder / "questions" / "images")
+            vflan.load_samples(
+                self.folder / "questions" / "pictures.json", self.folder / "questions" / "images"
+            )
         )
         return [str(report), report.bad.to_csv(), report.duplicates.to_csv()]
 
     def train(self, home, processes=1, **more):
-        run = vflan.train(replace(self.recipe, name="mine", runs=str(home / "runs"), **more), num_processes=processes)
-        left = [path.name for path in run.folder.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+        run = vflan.train(
+            replace(self.recipe, name="mine", runs=str(home / "runs"), **more),
+            num_processes=processes,
+        )
+        left = [
+            path.name
+            for path in run.folder.iterdir()
+            if path.name.startswith(".") and path.name != ".lock"
+        ]
         return [run.summary["parts"], list(run.metrics().loss), run.heldout().to_csv(), left]
 
     def train_lora(self, home):
@@ -116,13 +150,20 @@ class Workshop:
             shutil.rmtree(home / "copy", ignore_errors=True)
             shutil.copytree(self.run.folder, home / "copy")
             (home / "copy").rename(folder)
-        scores = vflan.evaluate(Run(folder), list(names), self.folder / "questions", batch_size=4, judge=judge)
-        answers = [sorted(path.read_text().splitlines()) for path in sorted((folder / "answers").glob("*.jsonl"))]
+        scores = vflan.evaluate(
+            Run(folder), list(names), self.folder / "questions", batch_size=4, judge=judge
+        )
+        answers = [
+            sorted(path.read_text().splitlines())
+            for path in sorted((folder / "answers").glob("*.jsonl"))
+        ]
         return [scores.to_csv(), answers]
 
     def judge(self, home):
         return self.evaluate(
-            home, EndpointJudge("judge", cache=home / "verdicts", timeout=0.5, retries=1), ("mm_vet",)
+            home,
+            EndpointJudge("judge", cache=home / "verdicts", timeout=0.5, retries=1),
+            ("mm_vet",),
         )[0]
 
     def press(self, home):
@@ -141,11 +182,16 @@ class Workshop:
         book.ROOT = config.ROOT = home
         os.chdir(home)
         book.press("tiny", notebooks=notebooks)
-        pressed = [nbformat.read(path, 4) for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))]
+        pressed = [
+            nbformat.read(path, 4)
+            for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))
+        ]
         return [[cell.get("outputs") for cell in notebook.cells] for notebook in pressed]
 
     def build(self, home):
-        folder = world.build(home / "world", seed=5, captions=60, per_kind=4, conversations=20, questions=0.05)
+        folder = world.build(
+            home / "world", seed=5, captions=60, per_kind=4, conversations=20, questions=0.05
+        )
         return {
             str(path.relative_to(folder)): digest(path)
             for path in sorted(folder.rglob("*"))
@@ -154,13 +200,20 @@ class Workshop:
 
     def export(self, home):
         folder = home / "out"
-        if not folder.exists():  # an export is there whole or not at all; one that is there is not written again
+        if (
+            not folder.exists()
+        ):  # an export is there whole or not at all; one that is there is not written again
             self.run.export(folder)
-        return {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        return {
+            str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
+        }
 
     def sweep(self, home):
         short = replace(self.recipe, runs=str(home / "runs"), max_steps=8)
-        arms = {"a": vflan.Arm(replace(short, name="a")), "b": vflan.Arm(replace(short, name="b"), init="a")}
+        arms = {
+            "a": vflan.Arm(replace(short, name="a")),
+            "b": vflan.Arm(replace(short, name="b"), init="a"),
+        }
         done = vflan.sweep(arms, [0], ["gqa"], self.folder / "questions", jobs=2)
         return [done.scores.to_csv(), [run.summary["parts"] for run in done.runs.values()]]
 
@@ -192,7 +245,11 @@ def start(shop, work, home, shift=0.0):
         write_json(Path(f"{home}.json"), json.loads(json.dumps(came_out)))
         status = 0
     except BaseException as trouble:
-        print(f"\n{type(trouble).__name__}: {' '.join(str(trouble).split())}", file=sys.stderr, flush=True)
+        print(
+            f"\n{type(trouble).__name__}: {' '.join(str(trouble).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(status)
 
 
@@ -213,7 +270,11 @@ def end(child, patience=PATIENCE):
 def words(home):
     """What the last process of a folder said at its end."""
     path = Path(f"{home}.log")
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    lines = (
+        [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        if path.exists()
+        else []
+    )
     return lines[-1] if lines else ""
 
 
@@ -225,7 +286,8 @@ def whole(shop, work, home, expected, shift=0.0):
     if (came_out := json.loads(Path(f"{home}.json").read_text())) != expected:
         pairs = zip(came_out, expected) if isinstance(expected, list) else [(came_out, expected)]
         odd = next(
-            (f"{one!s:.300} instead of {other!s:.300}" for one, other in pairs if one != other), "more or less of it"
+            (f"{one!s:.300} instead of {other!s:.300}" for one, other in pairs if one != other),
+            "more or less of it",
         )
         raise AssertionError(f"something else came out: {odd}")
 
@@ -262,7 +324,11 @@ def interrupt(shop, work, home, draw, expected, length):
 
 def mounted(home, size):
     home.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", home], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", home],
+        check=True,
+        capture_output=True,
+    )
 
 
 def full_disk(shop, work, home, draw, expected, length, room):
@@ -303,8 +369,12 @@ def two_at_once(shop, work, home, draw, expected, length):
     codes = [end(first), end(second)]
     if all(codes):
         raise AssertionError(f"neither came to its end: {words(home)[:300]}")
-    if any(codes) and not any(sentence in Path(f"{home}.log").read_text() for sentence in SENTENCES):
-        raise AssertionError(f"one failed without saying that the other was there: {words(home)[:300]}")
+    if any(codes) and not any(
+        sentence in Path(f"{home}.log").read_text() for sentence in SENTENCES
+    ):
+        raise AssertionError(
+            f"one failed without saying that the other was there: {words(home)[:300]}"
+        )
     whole(shop, work, home, expected)
     return True
 
@@ -356,7 +426,9 @@ def kernel(shop, work, home, draw, expected, length):
     from jupyter_client.manager import start_new_kernel
 
     home.mkdir()
-    write_json(home / "recipe.json", replace(shop.recipe, name="mine", runs=str(home / "runs")).to_dict())
+    write_json(
+        home / "recipe.json", replace(shop.recipe, name="mine", runs=str(home / "runs")).to_dict()
+    )
     cell = (f"import json, vflan\nrecipe = vflan.Recipe(**json.load(open({str(home / 'recipe.json')!r})))\n"
             "run = vflan.train(recipe)\nprint(json.dumps([run.summary['parts'], list(run.metrics().loss)]))")  # fmt: skip
     manager, client = start_new_kernel(kernel_name="python3")
@@ -367,7 +439,9 @@ def kernel(shop, work, home, draw, expected, length):
             time.sleep(0.02)
         time.sleep(draw.uniform(0, length / 2))
         manager.interrupt_kernel()
-        while (reply := client.get_shell_msg(timeout=PATIENCE))["parent_header"].get("msg_id") != asked:
+        while (reply := client.get_shell_msg(timeout=PATIENCE))["parent_header"].get(
+            "msg_id"
+        ) != asked:
             pass
         hit, printed = reply["content"].get("ename") == "KeyboardInterrupt", []
 
@@ -375,8 +449,12 @@ def kernel(shop, work, home, draw, expected, length):
             if message["content"].get("name") == "stdout":
                 printed.append(message["content"]["text"])
 
-        while reply := client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)["content"]:
-            if reply["status"] != "aborted":  # a kernel turns down what reaches it just after an error: press again
+        while reply := client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)[
+            "content"
+        ]:
+            if (
+                reply["status"] != "aborted"
+            ):  # a kernel turns down what reaches it just after an error: press again
                 break
         if reply["status"] != "ok":
             raise AssertionError(f"the cell, run again: {reply['ename']}: {reply['evalue']}")
@@ -403,7 +481,9 @@ KINDS = {  # fault: (how it is done, {work: how often})
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.faults", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the faults, for a look")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -424,9 +504,17 @@ def main():
                 if work not in straight:
                     home, began = scratch / f"straight-{work}", time.monotonic()
                     if end(start(shop, work, home)):
-                        sys.exit(f"{work} failed undisturbed:\n{Path(f'{home}.log').read_text()[-3000:]}")
-                    size = sum(path.stat().st_blocks * 512 for path in home.rglob("*") if path.is_file())
-                    straight[work] = json.loads(Path(f"{home}.json").read_text()), time.monotonic() - began, size
+                        sys.exit(
+                            f"{work} failed undisturbed:\n{Path(f'{home}.log').read_text()[-3000:]}"
+                        )
+                    size = sum(
+                        path.stat().st_blocks * 512 for path in home.rglob("*") if path.is_file()
+                    )
+                    straight[work] = (
+                        json.loads(Path(f"{home}.json").read_text()),
+                        time.monotonic() - began,
+                        size,
+                    )
                 expected, length, room = straight[work]
                 more = dict(room=room) if kind == "full_disk" else {}
                 began, hits = time.monotonic(), 0
@@ -441,19 +529,33 @@ def main():
                         hits += bool(hit)
                     except Exception as trouble:
                         hits += 1
-                        lost.append(f"{kind}, {work}, {number}: {type(trouble).__name__}: {trouble}")
+                        lost.append(
+                            f"{kind}, {work}, {number}: {type(trouble).__name__}: {trouble}"
+                        )
                         print(lost[-1], flush=True)
                     shutil.rmtree(home, ignore_errors=True)
                 counts[kind] += hits
-                print(f"{kind:20} {work:22} {hits:3} faults, {time.monotonic() - began:.0f} s", flush=True)
+                print(
+                    f"{kind:20} {work:22} {hits:3} faults, {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
     checks = {
         "faults": ("faults", 200, None),
         "lost": ("faults that lost something or were not told in a sentence", None, 0),
-        **{kind: (f"faults: {strike.__doc__.split('.')[0].strip()}", 1, None) for kind, (strike, _) in KINDS.items()},
+        **{
+            kind: (f"faults: {strike.__doc__.split('.')[0].strip()}", 1, None)
+            for kind, (strike, _) in KINDS.items()
+        },
     }
     values = dict(faults=sum(counts.values()), lost=len(lost), **counts)
     if asked.share == 1 and len(asked.kinds) == len(KINDS):
-        write("faults", checks, values, f"python -m bench.faults {' '.join(sys.argv[1:])}".strip(), seed=asked.seed)
+        write(
+            "faults",
+            checks,
+            values,
+            f"python -m bench.faults {' '.join(sys.argv[1:])}".strip(),
+            seed=asked.seed,
+        )
     else:
         print(values)
 

@@ -38,7 +38,11 @@ CHECKS = {
     "tiny_works": ("1: the tiny preset trains on this device, bf16 and fp32", 1, None),
     "packed_error_fp32": ("packed against one by one: loss and gradients, fp32", None, 1e-4),
     "packed_error_bf16": ("the same in bf16, relative to the largest gradient", None, 0.05),
-    "answers_equal_fp32": ("share of batched answers equal to those of one by one, fp32", 1.0, None),
+    "answers_equal_fp32": (
+        "share of batched answers equal to those of one by one, fp32",
+        1.0,
+        None,
+    ),
     "answers_equal_bf16": ("the same in bf16, where near ties may fall the other way", 0.9, None),
     "full_mfu": ("of the measured matmul rate", 0.55, None),
     "full_tokens_s": ("useful tokens/s, 7B, all weights", None, None),
@@ -72,7 +76,9 @@ class Figures:
         if card and old.get("notes", {}).get("card") == card:
             self.rows, self.notes = {row["name"]: row for row in old["checks"]}, old["notes"]
         self.failed = self.notes["failed"]
-        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HOME, capture_output=True, text=True)
+        self.commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=HOME, capture_output=True, text=True
+        )
 
     def value(self, name):
         return self.rows.get(name, {}).get("value")
@@ -82,7 +88,9 @@ class Figures:
             self.rows[name] = row(name, value, *CHECKS[name], self.commit.stdout.strip())
             print(f"{name:24} {self.rows[name]['value']}", flush=True)
         self.notes |= notes
-        record = dict(self.about, notes=self.notes, checks=[self.rows[n] for n in CHECKS if n in self.rows])
+        record = dict(
+            self.about, notes=self.notes, checks=[self.rows[n] for n in CHECKS if n in self.rows]
+        )
         scratch = self.path.with_name(f".{self.path.name}")
         scratch.write_text(json.dumps(record, indent=1) + "\n")
         scratch.replace(self.path)
@@ -145,7 +153,11 @@ def profiled(path):
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
         yield
-    path.write_text(watched.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80))
+    path.write_text(
+        watched.key_averages().table(
+            sort_by="cuda_time_total", row_limit=40, max_name_column_width=80
+        )
+    )
 
 
 class Bench:
@@ -186,7 +198,9 @@ class Bench:
         eye = (2, 32) if self.dry else (24, 1024) if width == 4096 else (4, 256)
         vision = CLIPVisionConfig(hidden_size=eye[1], intermediate_size=4 * eye[1], num_hidden_layers=eye[0],
                                   num_attention_heads=max(2, eye[1] // 64), image_size=336, patch_size=14)  # fmt: skip
-        config = models._llava_config(vision, text, self.processor().tokenizer.convert_tokens_to_ids("<image>"))
+        config = models._llava_config(
+            vision, text, self.processor().tokenizer.convert_tokens_to_ids("<image>")
+        )
         torch.manual_seed(SEED)
         torch.set_default_dtype(dtype or self.half)
         try:
@@ -216,7 +230,11 @@ class Bench:
         wide, numbers, picture, tokens, learned = config.image_seq_length, {}, [], [], []
         for sample, (ids, labels) in zip(samples, encoded):
             room = self.recipe.max_length - (wide - 1 if sample.get("image") else 0)
-            name = str(self.folder / "real" / "images" / sample["image"]) if sample.get("image") else None
+            name = (
+                str(self.folder / "real" / "images" / sample["image"])
+                if sample.get("image")
+                else None
+            )
             picture.append(numbers.setdefault(name, len(numbers)) if name else -1)
             tokens.append(np.array(ids[:room], dtype=np.int32))
             learned.append(np.array(labels[:room]) != IGNORE_INDEX)
@@ -261,7 +279,12 @@ class Bench:
         note = dict(steps=len(batches) - warm, rows=len(rows), seconds=round(float(seconds), 2),
                     ends_s=metrics.seconds.round(1).tolist(),
                     fill=round(float(metrics.fill.mean()), 3), tflops=round(flops / 1e12, 1))  # fmt: skip
-        return float(rate), float(flops / 1e12 / self.rate) if self.rate else float("nan"), peak, note
+        return (
+            float(rate),
+            float(flops / 1e12 / self.rate) if self.rate else float("nan"),
+            peak,
+            note,
+        )
 
     # --------------------------------------------------------------------------------------------------- steps
 
@@ -279,14 +302,20 @@ class Bench:
         """The tiny preset as people run it, through files: does it work on this device at all?"""
         from vflan import world
 
-        folder = world.build(self.folder / "world", captions=120, per_kind=4, conversations=40, questions=0.05)
+        folder = world.build(
+            self.folder / "world", captions=120, per_kind=4, conversations=40, questions=0.05
+        )
         self.world, losses = folder, {}
         for precision in ("fp32", "bf16"):
             run = self.tiny_run(f"tiny-{precision}", precision=precision, max_steps=8)
             losses[precision] = [round(loss, 4) for loss in run.metrics().loss]
             model = run.load_model()
             assert model.device.type == self.device.type, f"the model loads onto {model.device}"
-        self.figures.put("tiny_works", int(all(loss[-1] < loss[0] for loss in losses.values())), tiny_losses=losses)
+        self.figures.put(
+            "tiny_works",
+            int(all(loss[-1] < loss[0] for loss in losses.values())),
+            tiny_losses=losses,
+        )
 
     def tiny_run(self, name, **changes):
         import vflan
@@ -316,7 +345,9 @@ class Bench:
         from vflan.training.batching import Pictures
 
         recipe = replace(self.recipe, precision="fp32" if dtype == torch.float32 else "bf16")
-        model = self.model(layers=None if self.dry else 4, width=None if self.dry else 1024, dtype=dtype)
+        model = self.model(
+            layers=None if self.dry else 4, width=None if self.dry else 1024, dtype=dtype
+        )
         model.requires_grad_(False)
         for part in (model.model.multi_modal_projector, model.model.language_model):
             part.requires_grad_(True)
@@ -334,10 +365,19 @@ class Bench:
                 piece = net(*data.batch(part, self.device), pictures(part)) / tokens
                 piece.backward()
                 loss += piece.item()
-            found.append((loss, [w.grad.float().clone() for w in net.parameters() if w.grad is not None]))
+            found.append(
+                (loss, [w.grad.float().clone() for w in net.parameters() if w.grad is not None])
+            )
         (loss, gradients), (alone, others) = found
         scale = 1.0 if dtype == torch.float32 else max(float(g.abs().max()) for g in others)
-        return (max([abs(loss - alone), *(float((a - b).abs().max()) / scale for a, b in zip(gradients, others))]),)
+        return (
+            max(
+                [
+                    abs(loss - alone),
+                    *(float((a - b).abs().max()) / scale for a, b in zip(gradients, others)),
+                ]
+            ),
+        )
 
     def ways(self):
         """Where a step's time goes, on layers of 7B's width: forward, backward and optimiser of one packed row, by attention,
@@ -352,7 +392,15 @@ class Bench:
             except Exception as trouble:
                 why = f"{type(trouble).__name__}: {trouble}".splitlines()[0][:200]
                 trouble.__traceback__ = None
-                table.append(dict(kind=kind, attention=attention, compiled=compiled, recompute=recompute, failed=why))
+                table.append(
+                    dict(
+                        kind=kind,
+                        attention=attention,
+                        compiled=compiled,
+                        recompute=recompute,
+                        failed=why,
+                    )
+                )
             print(json.dumps(table[-1]), flush=True)
             self.figures.put()
             free()
@@ -378,19 +426,26 @@ class Bench:
             model.model.language_model.set_attn_implementation(attention)
         net.train()
         optimizer = sys.modules["vflan.training.trainer"]._optimizer(model, recipe)
-        groups, pictures = pack(data.lengths, recipe.pack_tokens), Pictures(data, model, self.processor(), recipe)
+        groups, pictures = (
+            pack(data.lengths, recipe.pack_tokens),
+            Pictures(data, model, self.processor(), recipe),
+        )
         ready = [(data.batch(group, self.device), pictures(group)) for group in groups[:3]]
         times = {"forward": [], "backward": [], "optimizer": []}
         turns = 4 if self.dry else 6
         for turn in range(turns):
             batch, features = ready[turn % len(ready)]
-            watched = profiled(self.figures.path.parent / f"profile-{kind}{'-compiled' if compiled else ''}.txt")
+            watched = profiled(
+                self.figures.path.parent / f"profile-{kind}{'-compiled' if compiled else ''}.txt"
+            )
             with watched if turn == turns - 1 and not self.dry else nullcontext():
                 for part in times:
                     sync()
                     start = time.perf_counter()
                     if part == "forward":
-                        with torch.autocast(self.device.type, self.half, enabled=self.half == torch.bfloat16):
+                        with torch.autocast(
+                            self.device.type, self.half, enabled=self.half == torch.bfloat16
+                        ):
                             loss = net(*batch, features)
                     elif part == "backward":
                         (loss / 1000).backward()
@@ -400,7 +455,9 @@ class Bench:
                     sync()
                     times[part].append(time.perf_counter() - start)
         ms = {part: round(1e3 * statistics.median(found[2:-1]), 1) for part, found in times.items()}
-        peak = round(torch.cuda.max_memory_allocated() / 1e9, 1) if torch.cuda.is_available() else None
+        peak = (
+            round(torch.cuda.max_memory_allocated() / 1e9, 1) if torch.cuda.is_available() else None
+        )
         first = round(times["forward"][0] + times["backward"][0], 1)
         return dict(kind=kind, attention=model.model.language_model.config._attn_implementation, compiled=compiled,
                     recompute=recompute, layers=layers, positions=ready[0][0][0].numel(), ms=ms, gb=peak,
@@ -419,13 +476,21 @@ class Bench:
             benchmark = BENCHMARKS[name]
             rows = benchmark.load(folder)[: 10 if self.dry else 40]
             asked += [{"image": s["image"], "text": benchmark.prompt(s)} for s in rows]
-        asked += pope_shaped(sorted({q["image"] for q in asked if q["image"]})[: 2 if self.dry else 6])
+        asked += pope_shaped(
+            sorted({q["image"] for q in asked if q["image"]})[: 2 if self.dry else 6]
+        )
         for name, dtype in (("fp32", "float"), ("bf16", "bfloat16")):
             if name == "bf16" and self.dry:
                 continue
             model = getattr(model, dtype)()
-            pairs = list(zip(together(model, processor, asked, 16), one_by_one(model, processor, asked, 16)))
-            self.figures.put(f"answers_equal_{name}", sum(a == b for a, b in pairs) / len(pairs), answers=len(pairs))
+            pairs = list(
+                zip(together(model, processor, asked, 16), one_by_one(model, processor, asked, 16))
+            )
+            self.figures.put(
+                f"answers_equal_{name}",
+                sum(a == b for a, b in pairs) / len(pairs),
+                answers=len(pairs),
+            )
 
     def full(self):
         """All of 7B's language model. On one card of 80 GB weights and moments are 16-bit (fp32 masters are 81 GB)."""
@@ -447,7 +512,9 @@ class Bench:
         """7B in 4 bits, rows of 2,048 positions, as preset qlora_7b."""
         from vflan.config import replace
 
-        changes = dict(bits=4, gradient_checkpointing=True, optimizer="adamw_8bit", pack_tokens=None, **LORA)
+        changes = dict(
+            bits=4, gradient_checkpointing=True, optimizer="adamw_8bit", pack_tokens=None, **LORA
+        )
         changes |= dict(max_steps=3)
         recipe = replace(self.recipe, **changes)
         rate, _, peak, note = self.trained(recipe, self.model(bits=4))
@@ -483,9 +550,13 @@ class Bench:
             some = asked[:: max(1, len(asked) // 24)]
             slow = seconds_of(lambda: one_by_one(model, processor, some, 3), 1)
             self.figures.put("evaluate_speedup", slow / len(some) * len(asked) / seconds)
-            alone = [{"image": path, "text": "What is in the picture?"} for path in pictures[: 4 if self.dry else 64]]
+            alone = [
+                {"image": path, "text": "What is in the picture?"}
+                for path in pictures[: 4 if self.dry else 64]
+            ]
             self.figures.put(
-                "single_questions_s", len(alone) / seconds_of(lambda: together(model, processor, alone, 8), 1)
+                "single_questions_s",
+                len(alone) / seconds_of(lambda: together(model, processor, alone, 8), 1),
             )
         if torch.cuda.is_available():
             self.figures.put(evaluation_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1))
@@ -511,7 +582,9 @@ class Bench:
         broken = self.tiny_run("broken", **steps)
         a, b = (dict(run.load_model().state_dict()) for run in (whole, broken))
         error = max(float((a[name] - b[name]).abs().max()) for name in a)
-        self.figures.put("resume_equal", int(models.fingerprint(a.items()) == models.fingerprint(b.items())))
+        self.figures.put(
+            "resume_equal", int(models.fingerprint(a.items()) == models.fingerprint(b.items()))
+        )
         self.figures.put("resume_error", error)
 
     def baseline(self):
@@ -570,7 +643,9 @@ def quantise(module, dtype):
             # Made without a weight of its own: to draw one on the CPU for each layer takes a minute.
             layer = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
                                       quant_type="nf4", compress_statistics=True, device="meta")  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+            layer.weight = bnb.nn.Params4bit(
+                child.weight.data, requires_grad=False, quant_type="nf4"
+            )
             setattr(module, name, layer.to(child.weight.device))
         else:
             quantise(child, dtype)
@@ -600,8 +675,12 @@ def guards():
         sys.modules["datasets"] = lacking
     from transformers import PreTrainedModel
 
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name before transformers 5.2x
-        PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+    if not hasattr(
+        PreTrainedModel, "activation_checkpointing_enable"
+    ):  # its name before transformers 5.2x
+        PreTrainedModel.activation_checkpointing_enable = (
+            PreTrainedModel.gradient_checkpointing_enable
+        )
 
 
 def versions():
@@ -617,14 +696,22 @@ def versions():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU if there is no GPU")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny shapes, on a CPU if there is no GPU"
+    )
     parser.add_argument("--only", nargs="+", choices=list(BOXES), help="these steps")
     parser.add_argument("--eager", action="store_true", help="full and lora without compile=True")
-    parser.add_argument("--recompute", action="store_true", help="full and lora with gradient_checkpointing=True")
+    parser.add_argument(
+        "--recompute", action="store_true", help="full and lora with gradient_checkpointing=True"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="no step begins after so many")
     parser.add_argument("--packages", help="a folder of packages to add to the path")
-    parser.add_argument("--out", help="the file of figures ($OUT/gpu.json, or bench/results/gpu.json)")
+    parser.add_argument(
+        "--out", help="the file of figures ($OUT/gpu.json, or bench/results/gpu.json)"
+    )
     options = parser.parse_args()
     if options.packages and Path(options.packages).is_dir():
         sys.path.append(options.packages)
@@ -637,7 +724,9 @@ def main():
         os.environ.setdefault("VFLAN_CACHE", str(Path(folder) / "cache"))
         guards()
         out = options.out or (f"{os.environ['OUT']}/gpu.json" if os.environ.get("OUT") else None)
-        default = Path(folder) / "gpu.json" if options.dry else HOME / "bench" / "results" / "gpu.json"
+        default = (
+            Path(folder) / "gpu.json" if options.dry else HOME / "bench" / "results" / "gpu.json"
+        )
         card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
         memory = round(torch.cuda.mem_get_info()[1] / 1e9, 1) if torch.cuda.is_available() else None
         cpu = machine()
@@ -646,7 +735,9 @@ def main():
         figures = Figures(Path(out) if out else default, about, "" if options.dry else card)
         figures.notes |= dict(card=card, gpu_memory_gb=memory, seed=SEED)
         started, bench = time.monotonic(), Bench(figures, Path(folder), options.dry)
-        bench.how = dict(compile=not (options.eager or options.dry), gradient_checkpointing=options.recompute)
+        bench.how = dict(
+            compile=not (options.eager or options.dry), gradient_checkpointing=options.recompute
+        )
         for name in options.only or BOXES:
             left = options.minutes * 60 - (time.monotonic() - started)
             start, why = time.monotonic(), None
@@ -663,7 +754,10 @@ def main():
                 trouble.__traceback__ = None
             if why:
                 figures.failed[name] = why
-            print(f"-- {name}: {time.monotonic() - start:.1f} s{', ' + why if why else ''}", flush=True)
+            print(
+                f"-- {name}: {time.monotonic() - start:.1f} s{', ' + why if why else ''}",
+                flush=True,
+            )
             figures.put(**{f"{name}_seconds": round(time.monotonic() - start, 1)})
             free()
         sys.exit(f"Steps that failed: {', '.join(figures.failed)}." if figures.failed else 0)

@@ -100,7 +100,9 @@ def train(recipe, processes=1):
 
 
 def same(run, straight):
-    return run.summary["parts"] == straight.summary["parts"] and run.metrics().loss.equals(straight.metrics().loss)
+    return run.summary["parts"] == straight.summary["parts"] and run.metrics().loss.equals(
+        straight.metrics().loss
+    )
 
 
 def kill_at_any_moment(recipe, draw, length):
@@ -112,8 +114,16 @@ def kill_at_any_moment(recipe, draw, length):
 
 
 def kill_while_writing(recipe, draw, length):
-    child, part, whole = start(recipe, slow_disk=0.1), recipe.folder / "checkpoints" / ".part", draw.randrange(1, 12)
-    while not (len(found(recipe.folder)) and int(found(recipe.folder)[0].name[5:]) >= 5 * whole and part.exists()):
+    child, part, whole = (
+        start(recipe, slow_disk=0.1),
+        recipe.folder / "checkpoints" / ".part",
+        draw.randrange(1, 12),
+    )
+    while not (
+        len(found(recipe.folder))
+        and int(found(recipe.folder)[0].name[5:]) >= 5 * whole
+        and part.exists()
+    ):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.005)
@@ -134,7 +144,8 @@ def kill_of_two(recipe, draw, whom):
     workers = [
         process
         for process in below
-        if {"vflan", "train"} <= set(process.cmdline()) and "torch.distributed.run" not in process.cmdline()
+        if {"vflan", "train"} <= set(process.cmdline())
+        and "torch.distributed.run" not in process.cmdline()
     ]
     os.kill(child if whom == "parent" else draw.choice(workers).pid, signal.SIGKILL)
     alive = end(child) == 0
@@ -149,7 +160,9 @@ def full_disk(recipe, folder):
     stopped; 0 if not; None if no small disk can be had here."""
     disk = folder / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", disk], capture_output=True
+    ).returncode:
         return None
     try:
         straight, _ = train(vflan.replace(recipe, name="roomy"))
@@ -163,15 +176,21 @@ def full_disk(recipe, folder):
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         run, _ = train(recipe)
         print(sentence[-1] if sentence else said[-500:], flush=True)
-        return int(bool(failed and sentence and kept) and run.summary["parts"] == straight.summary["parts"])
+        return int(
+            bool(failed and sentence and kept) and run.summary["parts"] == straight.summary["parts"]
+        )
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.resume", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.resume", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--kills", type=int, default=20, help="of one process, at any moment")
-    parser.add_argument("--writing", type=int, default=4, help="of one process, while it writes a checkpoint")
+    parser.add_argument(
+        "--writing", type=int, default=4, help="of one process, while it writes a checkpoint"
+    )
     parser.add_argument("--pairs", type=int, default=4, help="of runs of two processes")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -182,7 +201,9 @@ def main():
     kills, identical, counts = 0, 0, {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(Path(folder))
-        straight = {way: train(vflan.replace(recipe, name=way, **change)) for way, change in WAYS.items()}
+        straight = {
+            way: train(vflan.replace(recipe, name=way, **change)) for way, change in WAYS.items()
+        }
         for layout in LAYOUTS if asked.pairs else ():
             straight[layout] = train(vflan.replace(recipe, name=layout, **LAYOUTS[layout]), 2)
         for number, (kind, way) in enumerate(kinds + pairs[: asked.pairs], 1):
@@ -214,8 +235,16 @@ def main():
         "full_disk": ("1: one sentence, last checkpoint whole, same bits in the end", 1, None),
     }
     values = dict(kills=kills, identical=identical, kills_while_writing=counts.get("writing", 0))
-    values |= dict(kills_of_two_processes=counts.get("worker", 0) + counts.get("parent", 0), full_disk=filled)
-    write("resume", checks, values, f"python -m bench.resume {' '.join(sys.argv[1:])}".strip(), seed=asked.seed)
+    values |= dict(
+        kills_of_two_processes=counts.get("worker", 0) + counts.get("parent", 0), full_disk=filled
+    )
+    write(
+        "resume",
+        checks,
+        values,
+        f"python -m bench.resume {' '.join(sys.argv[1:])}".strip(),
+        seed=asked.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ BODIES = {
     "small": dict(hidden=256, layers=4, wide=688, heads=4, tower=(3, 128, 336, 14)),
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
     "tiny": TINY,
-    "words_only": dict(hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)),  # for its processor
+    "words_only": dict(
+        hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)
+    ),  # for its processor
 }
 
 
@@ -70,9 +72,15 @@ def lengths(n, seed=SEED):
         elif kind == 1 and draw.random() < 0.3:
             turns = [(draw.integers(8, 30), int(draw.lognormal(np.log(110), 0.5)))]
         elif kind == 1:
-            turns = [(draw.integers(5, 20), draw.integers(1, 25)) for _ in range(1 + draw.geometric(0.18))]
+            turns = [
+                (draw.integers(5, 20), draw.integers(1, 25))
+                for _ in range(1 + draw.geometric(0.18))
+            ]
         else:
-            turns = [(draw.integers(10, 80), int(draw.lognormal(np.log(190), 0.7))) for _ in range(draw.integers(1, 7))]
+            turns = [
+                (draw.integers(10, 80), int(draw.lognormal(np.log(190), 0.7)))
+                for _ in range(draw.integers(1, 7))
+            ]
         rows.append((kind != 2, turns))
     return rows
 
@@ -85,10 +93,16 @@ def real_lengths(folder, rows, body):
     (folder / "images").mkdir(parents=True)
     words = lambda n: " ".join(f"w{i}" for i in draw.integers(0, VOCABULARY - 100, n))  # noqa: E731
     for i, (picture, turns) in enumerate(lengths(rows)):
-        talk = [dict([("from", who), ("value", words(n))]) for turn in turns for who, n in zip(("human", "gpt"), turn)]
+        talk = [
+            dict([("from", who), ("value", words(n))])
+            for turn in turns
+            for who, n in zip(("human", "gpt"), turn)
+        ]
         row = dict(id=str(i), task_name="words", conversations=talk)
         if picture:
-            blurred = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))
+            blurred = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+                (640, 480)
+            )
             blurred.save(folder / "images" / f"{i}.jpg")
             talk[0]["value"], row["image"] = f"<image>\n{talk[0]['value']}", f"{i}.jpg"
         samples.append(row)
@@ -130,10 +144,18 @@ def make_body(folder, hidden, layers, wide, heads, tower):
 
     logging.disable_progress_bar()
 
-    known = ["<unk>", "<s>", "</s>", "<image>", *dict.fromkeys(f"{SYSTEM} USER ASSISTANT : , . '".split())]
+    known = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<image>",
+        *dict.fromkeys(f"{SYSTEM} USER ASSISTANT : , . '".split()),
+    ]
     known += [mark for mark in (".", ",", "'", "s", "user", "assistant") if mark not in known]
     known += [f"w{i}" for i in range(VOCABULARY - len(known))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -165,8 +187,13 @@ def make_body(folder, hidden, layers, wide, heads, tower):
         eos_token_id=2,
     )
     big = hidden > 1024  # a 7B is drawn where it is fast, and kept in 16 bits
-    where, kind = ("cuda", torch.bfloat16) if big and torch.cuda.is_available() else ("cpu", torch.float32)
-    for part, make, config in (("tower", CLIPVisionModel, eyes), ("language_model", LlamaForCausalLM, mouth)):
+    where, kind = (
+        ("cuda", torch.bfloat16) if big and torch.cuda.is_available() else ("cpu", torch.float32)
+    )
+    for part, make, config in (
+        ("tower", CLIPVisionModel, eyes),
+        ("language_model", LlamaForCausalLM, mouth),
+    ):
         torch.set_default_dtype(kind)
         with torch.device(where):
             model = make(config)
@@ -185,13 +212,17 @@ def mini_world(folder, rows):
     for stage in ("captions", "flan", "chat"):
         path = resolve(base.samples).with_name(f"{stage}.json")
         if not path.is_file():
-            sys.exit(f"{path.relative_to(HOME)} is not there: run notebooks/01_data_exploration.ipynb first.")
+            sys.exit(
+                f"{path.relative_to(HOME)} is not there: run notebooks/01_data_exploration.ipynb first."
+            )
         mix += json.loads(path.read_text())
     folder.mkdir(parents=True)
     chosen = [mix[i] for i in sorted(draw.choice(len(mix), rows, replace=False))]
     (folder / "samples.json").write_text(json.dumps(chosen))
     samples, images = str(folder / "samples.json"), str(resolve(base.images))
-    return replace(base, name="mini", samples=samples, images=images, runs=str(folder / "runs"), seed=SEED)
+    return replace(
+        base, name="mini", samples=samples, images=images, runs=str(folder / "runs"), seed=SEED
+    )
 
 
 # ---------------------------------------------------------------------------------------- the two runs, a process each
@@ -210,7 +241,9 @@ def ours(recipe):
         kept.append(prepare(*arguments, **more)) or kept[0]
     )
     if models.compute_dtype(recipe) == torch.bfloat16:
-        models.export = lambda model, processor, recipe, folder, init: Path(folder).mkdir()  # 13 GB that nobody reads
+        models.export = lambda model, processor, recipe, folder, init: Path(
+            folder
+        ).mkdir()  # 13 GB that nobody reads
     run = vflan.train(recipe)
     batches = [rows.tolist() for rows in plan(kept[0], recipe)]
     return kept[0], run.metrics().seconds.tolist(), batches, run
@@ -243,7 +276,9 @@ def baseline(recipe, order=None):
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
     model.config.use_cache = model.config.text_config.use_cache = False
-    model._hf_peft_config_loaded = bool(recipe.lora_r)  # else Trainer takes a 4-bit model for one that cannot learn
+    model._hf_peft_config_loaded = bool(
+        recipe.lora_r
+    )  # else Trainer takes a 4-bit model for one that cannot learn
     share, times = recipe.global_batch // recipe.micro_batch, []
     order = llava_order(data, recipe.micro_batch, share) if order is None else order
 
@@ -253,10 +288,18 @@ def baseline(recipe, order=None):
         batch = dict(
             input_ids=pad(ids, batch_first=True, padding_value=0).long(),
             labels=pad(labels, batch_first=True, padding_value=-100).long(),
-            attention_mask=pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True),
+            attention_mask=pad(
+                [torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True
+            ),
         )
-        shown = [read_picture(str(data.pictures[data.picture[row]])) for row in rows if data.picture[row] >= 0]
-        return batch | (dict(processor.image_processor(shown, return_tensors="pt")) if shown else {})
+        shown = [
+            read_picture(str(data.pictures[data.picture[row]]))
+            for row in rows
+            if data.picture[row] >= 0
+        ]
+        return batch | (
+            dict(processor.image_processor(shown, return_tensors="pt")) if shown else {}
+        )
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -295,7 +338,9 @@ def baseline(recipe, order=None):
         disable_tqdm=True,
         seed=SEED,
     )
-    Plain(model, arguments, collate, train_dataset=range(len(data.ids)), callbacks=[Clock()]).train()
+    Plain(
+        model, arguments, collate, train_dataset=range(len(data.ids)), callbacks=[Clock()]
+    ).train()
     size = recipe.global_batch
     steps = [order[i : i + size] for i in range(0, len(order), size)]
     return data, [moment - times[0] for moment in times[1:]], steps, model
@@ -347,7 +392,8 @@ def padded_fill(data, steps, recipe):
     size = recipe.micro_batch
     parts = [step[i : i + size] for step in steps for i in range(0, len(step), size)]
     return float(
-        sum(data.lengths[part].sum() for part in parts) / sum(len(part) * data.lengths[part].max() for part in parts)
+        sum(data.lengths[part].sum() for part in parts)
+        / sum(len(part) * data.lengths[part].max() for part in parts)
     )
 
 
@@ -370,15 +416,28 @@ def work(data, rows, recipe, shapes=None):
     total += 6 * layers * wide * (tokens**2).sum()  # 2 products of T x T / 2, thrice
     eye = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
     seen = data.image_tokens + 1
-    total += 2 * (tower.num_hidden_layers - 1) * (eye + 2 * seen * tower.hidden_size) * seen * pictures
+    total += (
+        2 * (tower.num_hidden_layers - 1) * (eye + 2 * seen * tower.hidden_size) * seen * pictures
+    )
     return float(total + 6 * (tower.hidden_size + wide) * wide * data.image_tokens * pictures)
 
 
 def start(kind, recipe, warm=0, folder=None):
     """Run `child` in a process of its own."""
     recipe = replace(recipe, name=f"{recipe.name}-{time.time_ns()}")
-    command = [sys.executable, "-m", "bench.train", "--child", kind, json.dumps(recipe.to_dict()), str(warm)]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "VFLAN_HOME": str(HOME)}
+    command = [
+        sys.executable,
+        "-m",
+        "bench.train",
+        "--child",
+        kind,
+        json.dumps(recipe.to_dict()),
+        str(warm),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "VFLAN_HOME": str(HOME),
+    }
     done = subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{kind} of {recipe.name} failed:\n{done.stderr[-3000:]}")
@@ -394,7 +453,9 @@ def beside(recipe, repeats, gflops, warm=0):
     for _ in range(repeats):
         for kind, found in runs.items():
             found.append(start(kind, recipe, warm))
-            print(f"  {kind}: {found[-1]['tokens'] / found[-1]['seconds']:.0f} tokens/s", flush=True)
+            print(
+                f"  {kind}: {found[-1]['tokens'] / found[-1]['seconds']:.0f} tokens/s", flush=True
+            )
 
     def rate(run, what="tokens"):
         return run[what] / run["seconds"]
@@ -406,7 +467,9 @@ def beside(recipe, repeats, gflops, warm=0):
             useful_tokens_s=round(statistics.median(map(rate, found)), 1),
             learned_tokens_s=round(statistics.median(rate(run, "supervised") for run in found), 1),
             steps_s=round(statistics.median(rate(run, "steps") for run in found), 3),
-            share_of_matmul_rate=round(statistics.median(rate(run, "work") for run in found) / gflops / 1e9, 3),
+            share_of_matmul_rate=round(
+                statistics.median(rate(run, "work") for run in found) / gflops / 1e9, 3
+            ),
             peak_gb=round(statistics.median(run["peak_gb"] for run in found), 3),
         )
         for kind, found in runs.items()
@@ -425,10 +488,14 @@ def fills(rows=8192, batch=128, budget=8192):
 
     mix = lengths(rows)
     # the template's own words: 36 before the first question, 3 around each later one, an end token for each answer
-    size = np.array([36 + 576 * seen + sum(5 + q + a for q, a in turns) for seen, turns in mix]).clip(max=2048)
+    size = np.array(
+        [36 + 576 * seen + sum(5 + q + a for q, a in turns) for seen, turns in mix]
+    ).clip(max=2048)
     picture = np.array([0 if seen else -1 for seen, _ in mix])
     data = SimpleNamespace(ids=range(rows), lengths=size, picture=picture, image_tokens=576)
-    packed = Recipe("fill", "base", "", "", "", "", "", global_batch=batch, micro_batch=16, packing="packed")
+    packed = Recipe(
+        "fill", "base", "", "", "", "", "", global_batch=batch, micro_batch=16, packing="packed"
+    )
     padded = replace(packed, packing="padded")
     widest = slots = useful = 0
     for step in plan(data, packed):
@@ -472,7 +539,9 @@ def packed_error(recipe, rows=6):
         found.append((loss, [w.grad.clone() for w in net.parameters() if w.grad is not None]))
     (loss, gradients), (alone, others) = found
     assert len(gradients) == len(others) > 0
-    return max([abs(loss - alone), *((a - b).abs().max().item() for a, b in zip(gradients, others))])
+    return max(
+        [abs(loss - alone), *((a - b).abs().max().item() for a, b in zip(gradients, others))]
+    )
 
 
 def losses(recipe, model, processor, data, rows):
@@ -490,7 +559,9 @@ def losses(recipe, model, processor, data, rows):
             which = data.picture[row]
             shown = [read_picture(str(data.pictures[which]))] if which >= 0 else None
             pixels = dict(processor.image_processor(shown, return_tensors="pt")) if shown else {}
-            total += model(input_ids=ids, labels=labels, **pixels).loss.item() * data.supervised[row]
+            total += (
+                model(input_ids=ids, labels=labels, **pixels).loss.item() * data.supervised[row]
+            )
         net, pictures = Learner(model, recipe), Pictures(data, model, processor, recipe)
         mine = net(*data.batch(rows, "cpu"), pictures(rows)).item()
     tokens = data.supervised[rows].sum()
@@ -508,19 +579,30 @@ def equal_losses(recipe, steps=6):
     first = losses(recipe, model, processor, data, rows)
     mine = vflan.train(recipe).load_model()
     *_, theirs = baseline(recipe, order)
-    last = losses(recipe, mine, processor, data, rows)[0], losses(recipe, theirs.eval(), processor, data, rows)[1]
+    last = (
+        losses(recipe, mine, processor, data, rows)[0],
+        losses(recipe, theirs.eval(), processor, data, rows)[1],
+    )
     print("the same rows, before training:", *first, f"; after the same {steps} steps:", *last)
     return abs(first[0] - first[1]), dict(before=first, after=last, steps=steps)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.train", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
-        "--tiny", action="store_true", help="a toy model everywhere, to try the code; nothing is written"
+        "--tiny",
+        action="store_true",
+        help="a toy model everywhere, to try the code; nothing is written",
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
     parser.add_argument(
-        "--rows", type=int, nargs=2, default=(1600, 64), help="rows of the mini world and of real lengths"
+        "--rows",
+        type=int,
+        nargs=2,
+        default=(1600, 64),
+        help="rows of the mini world and of real lengths",
     )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -550,11 +632,19 @@ def main():
             if body == "small":
                 values["speedup_real_lengths"], values["memory_ratio"] = speedup, memory
             else:
-                notes[f"real_lengths_{body}"] |= dict(speedup=round(speedup, 2), memory_ratio=round(memory, 2))
+                notes[f"real_lengths_{body}"] |= dict(
+                    speedup=round(speedup, 2), memory_ratio=round(memory, 2)
+                )
     if options.tiny:
         print(json.dumps(dict(values=values, notes=notes), indent=1))
     else:
-        write("train", CHECKS, values, f"python -m bench.train {' '.join(sys.argv[1:])}".strip(), **notes)
+        write(
+            "train",
+            CHECKS,
+            values,
+            f"python -m bench.train {' '.join(sys.argv[1:])}".strip(),
+            **notes,
+        )
 
 
 if __name__ == "__main__":

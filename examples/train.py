@@ -14,7 +14,9 @@ import vflan
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset", help="a name, or a .py file of your own")
-    parser.add_argument("--changes", type=json.loads, default={}, help="Recipe fields for all three stages, as JSON")
+    parser.add_argument(
+        "--changes", type=json.loads, default={}, help="Recipe fields for all three stages, as JSON"
+    )
     asked = parser.parse_args()
     run, recipes = None, vflan.preset(asked.preset, **asked.changes)
     for recipe in recipes:

@@ -11,8 +11,18 @@ KEY = "sk-a-secret-that-must-not-be-seen"
 
 def said(text, model="served-v1", finish="stop"):
     """The body of a good reply."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": finish,
+    }
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [choice],
+    }
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -32,7 +42,10 @@ class ChatServer(ThreadingHTTPServer):
     def texts(self):
         """The text of each question, in the order of arrival."""
         content = [body["messages"][-1]["content"] for body in self.asked]
-        return [c if isinstance(c, str) else next(p["text"] for p in c if p["type"] == "text") for c in content]
+        return [
+            c if isinstance(c, str) else next(p["text"] for p in c if p["type"] == "text")
+            for c in content
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -45,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.keys.add(self.headers["Authorization"])
             number = len(self.server.asked)
         found = self.server.reply(body, number)
-        status, answer, headers = (*found, {}, {})[:3] if isinstance(found, tuple) else (200, found, {})
+        status, answer, headers = (
+            (*found, {}, {})[:3] if isinstance(found, tuple) else (200, found, {})
+        )
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         try:
             self.send_response(status)
@@ -70,7 +85,9 @@ def serve(monkeypatch):
 
     def start(reply):
         server = ChatServer(reply)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         started.append(server)
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)

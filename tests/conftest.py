@@ -12,7 +12,9 @@ from pathlib import Path
 # whatever the shell says: spinning OpenMP threads make busy machines ten times slower, and the
 # children that some tests fork wait for ever for threads that only their parent has
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")  # what the tests open leaves nothing in data/cache
+os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(
+    prefix="vflan-cache-"
+)  # what the tests open leaves nothing in data/cache
 
 import pytest
 from filelock import FileLock
@@ -44,12 +46,23 @@ def backbones(tmp_path_factory):
     """Folders of a random CLIP tower and a random Llama with a byte-fallback BPE tokenizer, named as in a Recipe."""
     folder = tmp_path_factory.mktemp("backbones")
     make_backbones(folder)
-    return {"vision_tower": str(folder / "vision_tower"), "language_model": str(folder / "language_model")}
+    return {
+        "vision_tower": str(folder / "vision_tower"),
+        "language_model": str(folder / "language_model"),
+    }
 
 
 def make_backbones(folder, width=32, layers=2, seed=0):
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -70,7 +83,12 @@ def make_backbones(folder, width=32, layers=2, seed=0):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     special = ["<unk>", "<s>", "</s>", "<image>", *bytes_]
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
@@ -78,7 +96,9 @@ def make_backbones(folder, width=32, layers=2, seed=0):
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in bytes_]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -113,9 +133,9 @@ def make_backbones(folder, width=32, layers=2, seed=0):
             )
         )
     tower.save_pretrained(folder / "vision_tower")
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
-        folder / "vision_tower"
-    )
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    ).save_pretrained(folder / "vision_tower")
     language.save_pretrained(folder / "language_model")
     fast.save_pretrained(folder / "language_model")
 
@@ -142,10 +162,20 @@ def make_squares(folder, rows=32):
         colour = COLOURS[i % len(COLOURS)]
         Image.new("RGB", (30, 20), colour).save(folder / "images" / f"{i}.png")
         turns = [
-            {"from": "human", "value": ["<image>\nWhat color is it?", "Describe the image.\n<image>"][i % 2]},
+            {
+                "from": "human",
+                "value": ["<image>\nWhat color is it?", "Describe the image.\n<image>"][i % 2],
+            },
             {"from": "gpt", "value": f"a {colour} square"},
         ]
-        samples.append({"id": f"s{i}", "image": f"{i}.png", "task_name": f"task{i % 8}", "conversations": turns})
+        samples.append(
+            {
+                "id": f"s{i}",
+                "image": f"{i}.png",
+                "task_name": f"task{i % 8}",
+                "conversations": turns,
+            }
+        )
     path = folder / "samples.json"
     path.write_text(json.dumps(samples))
     return path

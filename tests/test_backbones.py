@@ -47,7 +47,9 @@ def test_the_tokenizer_gives_every_word_of_the_world_one_piece_and_loses_no_text
             ids = tokenizer(text, add_special_tokens=False).input_ids
             assert tokenizer.decode(ids) == text
             words = [w.strip("?.,!") for w in answer.split()]
-            assert all(len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in words if w), answer
+            assert all(
+                len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in words if w
+            ), answer
     odd = "Ägypten 12345 \u4f60\u597d"
     assert tokenizer.decode(tokenizer(odd, add_special_tokens=False).input_ids) == odd
     assert len(tokenizer(L.SYSTEM, add_special_tokens=False).input_ids) == 1
@@ -56,7 +58,9 @@ def test_the_tokenizer_gives_every_word_of_the_world_one_piece_and_loses_no_text
 def test_the_start_gathers_the_five_words_before_a_full_stop(tokenizer):
     model = small(tokenizer)
     L.start(model, tokenizer)
-    ids = tokenizer("sand clear. b2 small striped red star. c4 large plain blue circle.", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "sand clear. b2 small striped red star. c4 large plain blue circle.", return_tensors="pt"
+    ).input_ids
     at = (ids[0] == tokenizer.convert_tokens_to_ids(".")).nonzero().flatten()[-1]
     with torch.no_grad():
         attention = model(ids, output_attentions=True).attentions[0][0, :, at]
@@ -76,7 +80,9 @@ def test_a_question_in_a_row_sees_the_text_and_itself_only(model, tokenizer):
             ids, positions, mask, where, _, _ = rows.batch([(text, blocks)])
             logits.append(L.logits_at(model, ids, positions, mask, where)[-1])
         plain = model(torch.tensor([text + block[0]])).logits[0, -1]
-    assert torch.allclose(logits[0], logits[1], atol=1e-4) and torch.allclose(logits[0], plain, atol=1e-4)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4) and torch.allclose(
+        logits[0], plain, atol=1e-4
+    )
 
 
 def test_muon_steps_in_an_orthogonal_direction():
@@ -98,14 +104,21 @@ def test_lessons_never_ask_what_is_new_in_both(tokenizer):
     for i in range(60):
         for question, _ in L.lesson(rows, W.rng_of("new", i), weights, 0, 224)[1]:
             asked += tokenizer.decode(question)
-    for words in ("Is there anything at", "Is the red object small", "Describe the red object", "the object at b2."):
+    for words in (
+        "Is there anything at",
+        "Is the red object small",
+        "Describe the red object",
+        "the object at b2.",
+    ):
         assert words not in asked
     assert "What is the color of" in asked
 
 
 def test_the_record_tells_seed_time_and_every_skill():
     record = json.loads((FOLDER / "backbones.json").read_text())
-    assert {"seed", "cpu_seconds", "skills"} <= set(record["vision_tower"]) & set(record["language_model"])
+    assert {"seed", "cpu_seconds", "skills"} <= set(record["vision_tower"]) & set(
+        record["language_model"]
+    )
     assert set(record["language_model"]["skills"]) == set(T.KINDS)
 
 

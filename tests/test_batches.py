@@ -17,7 +17,16 @@ from vflan.models import loss as learner
 from vflan.models.llava import freeze, load_model, load_processor
 from vflan.models.loss import Learner, answer_loss
 from vflan.training import batching
-from vflan.training.batching import Data, Pictures, feed, micro_batches, pack, packed_step, plan, prepare
+from vflan.training.batching import (
+    Data,
+    Pictures,
+    feed,
+    micro_batches,
+    pack,
+    packed_step,
+    plan,
+    prepare,
+)
 
 
 @pytest.fixture
@@ -31,7 +40,10 @@ def mixed(recipe):
             del row["image"]
             turns[0]["value"] = "What is a square?"
         if i % 4 == 3:
-            turns += [{"from": "human", "value": "Is it green?"}, {"from": "gpt", "value": "yes it is"}]
+            turns += [
+                {"from": "human", "value": "Is it green?"},
+                {"from": "gpt", "value": "yes it is"},
+            ]
     rows[2]["image"] = rows[0]["image"]
     Path(recipe.samples).write_text(json.dumps(rows))
     return vflan.replace(recipe, packing="packed", max_length=256)
@@ -51,7 +63,9 @@ def summed(net, data, pictures, rows):
     loss = net(*data.batch(rows, "cpu"), pictures(rows))
     loss.backward()
     return loss.item(), {
-        name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None
+        name: weight.grad.clone()
+        for name, weight in net.named_parameters()
+        if weight.grad is not None
     }
 
 
@@ -70,11 +84,17 @@ def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
     recipe = vflan.replace(mixed, packing="padded")
     model, data, pictures = prepared(recipe, tmp_path)
     chosen = [0, 1, 3]
-    ours = Learner(model, recipe)(*data.batch(chosen, "cpu"), pictures(chosen)) / data.supervised[chosen].sum()
+    ours = (
+        Learner(model, recipe)(*data.batch(chosen, "cpu"), pictures(chosen))
+        / data.supervised[chosen].sum()
+    )
     ids, labels = zip(*(map(torch.from_numpy, data.row(row)) for row in chosen))
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
-    ids, labels = pad(ids, batch_first=True).long(), pad(labels, batch_first=True, padding_value=IGNORE_INDEX).long()
+    ids, labels = (
+        pad(ids, batch_first=True).long(),
+        pad(labels, batch_first=True, padding_value=IGNORE_INDEX).long(),
+    )
     shown = [read_picture(str(data.pictures[data.picture[row]])) for row in (0, 3)]
     pixels = load_processor(recipe).image_processor(shown, return_tensors="pt")["pixel_values"]
     full = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, labels=labels).loss
@@ -110,10 +130,17 @@ def test_the_proof_of_packing_sees_a_leak(mixed, tmp_path):
 
 def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, **causal):
     """What PyTorch's varlen kernel computes on a GPU, one conversation after the other: (T, heads, width) in and out."""
-    assert causal in (dict(window_size=(-1, 0)), dict(is_causal=True)) and max_q == cu_seq_q.diff().max()
+    assert (
+        causal in (dict(window_size=(-1, 0)), dict(is_causal=True))
+        and max_q == cu_seq_q.diff().max()
+    )
     attend = torch.nn.functional.scaled_dot_product_attention
-    pieces = zip(*(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), dim=1) for x in (query, key, value)))
-    return torch.cat([attend(*piece, is_causal=True, scale=scale) for piece in pieces], dim=1).transpose(0, 1)
+    pieces = zip(
+        *(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), dim=1) for x in (query, key, value))
+    )
+    return torch.cat(
+        [attend(*piece, is_causal=True, scale=scale) for piece in pieces], dim=1
+    ).transpose(0, 1)
 
 
 def test_the_varlen_kernel_is_given_what_keeps_conversations_apart(mixed, tmp_path, monkeypatch):
@@ -166,17 +193,24 @@ def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tm
 
 def test_an_answer_cut_at_max_length_is_counted_and_listed_as_check_lists_it(mixed, tmp_path):
     rows = json.loads(Path(mixed.samples).read_text())
-    rows[23]["conversations"].append({"from": "human", "value": "Why?"})  # is left out too, and said before the cut
+    rows[23]["conversations"].append(
+        {"from": "human", "value": "Why?"}
+    )  # is left out too, and said before the cut
     Path(mixed.samples).write_text(json.dumps(rows))
     processor, samples = load_processor(mixed), vflan.load_samples(mixed.samples, mixed.images)
     whole = prepare(mixed, processor.tokenizer, load_model(mixed).config, tmp_path)
     assert whole.repaired == 1 and whole.bad == 0
     recipe = vflan.replace(mixed, max_length=int(np.sort(whole.lengths)[-8]), max_bad_share=1.0)
     data = prepare(recipe, processor.tokenizer, load_model(mixed).config, tmp_path)
-    report = vflan.check(samples, processor.tokenizer, recipe.max_length, image_tokens=data.image_tokens)
+    report = vflan.check(
+        samples, processor.tokenizer, recipe.max_length, image_tokens=data.image_tokens
+    )
     listed = [json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()]
     assert listed == report.repaired.to_dict("records") and data.repaired == len(listed) > 4
-    assert any("without an answer; " in row["reason"] and "answer tokens beyond" in row["reason"] for row in listed)
+    assert any(
+        "without an answer; " in row["reason"] and "answer tokens beyond" in row["reason"]
+        for row in listed
+    )
     assert data.bad == len(report.bad) and data.lengths.max() == recipe.max_length
 
 
@@ -194,7 +228,10 @@ def test_best_fit_fills_what_has_least_room():
 
 
 def test_no_pack_is_left_nearly_empty():
-    assert [len(group) for group in pack([10] * 12, 100)] == [6, 6]  # first come, first served gives 10 and 2
+    assert [len(group) for group in pack([10] * 12, 100)] == [
+        6,
+        6,
+    ]  # first come, first served gives 10 and 2
     assert [len(group) for group in pack([10] * 12, 100, processes=4)] == [3, 3, 3, 3]
 
 
@@ -228,7 +265,9 @@ def test_logits_in_stretches_give_the_loss_and_gradients_of_all_at_once(monkeypa
     monkeypatch.setattr(learner, "LOGITS", 600)
     for ours, theirs in zip(run(), whole):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert max(seen) <= 600 and len(seen) == 2 * 6  # 12 rows at a time, forward and again in the backward pass
+    assert (
+        max(seen) <= 600 and len(seen) == 2 * 6
+    )  # 12 rows at a time, forward and again in the backward pass
     reference = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
     assert torch.allclose(whole[0], reference, rtol=1e-6)
 
@@ -245,7 +284,9 @@ def looks(monkeypatch):
     seen, real = [], batching.models.image_features
     monkeypatch.setattr(batching, "_FEATURES", {})
     monkeypatch.setattr(
-        batching.models, "image_features", lambda m, pixels: seen.append(len(pixels)) or real(m, pixels)
+        batching.models,
+        "image_features",
+        lambda m, pixels: seen.append(len(pixels)) or real(m, pixels),
     )
     return seen
 
@@ -258,7 +299,9 @@ def test_the_tower_looks_once_at_a_shared_picture_and_never_for_text(mixed, tmp_
     assert pictures([1, 4]) is None and pictures([0]) is not None and seen == [2]
 
 
-def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(mixed, tmp_path, monkeypatch):
+def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(
+    mixed, tmp_path, monkeypatch
+):
     looks(monkeypatch)
     model, data, pictures = prepared(mixed, tmp_path)
     ran = []
@@ -293,7 +336,10 @@ def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_pat
 def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
     order = plan(data, vflan.replace(mixed, epochs=3))
-    whole, rest = list(feed(data, pictures, order, mixed)), list(feed(data, pictures, order, mixed, first=5))
+    whole, rest = (
+        list(feed(data, pictures, order, mixed)),
+        list(feed(data, pictures, order, mixed, first=5)),
+    )
     assert len(whole) == 12 and [part.tolist() for parts in whole[5:] for part, _ in parts] == [
         part.tolist() for parts in rest for part, _ in parts
     ]
@@ -337,27 +383,38 @@ def test_damaged_or_foreign_features_are_made_again(cached, tmp_path, monkeypatc
     assert np.load(files[0]).shape == np.load(files[1]).shape == first.shape[1:]
 
 
-def test_another_tower_another_preparation_and_an_exchanged_file_are_other_features(cached, tmp_path, monkeypatch):
+def test_another_tower_another_preparation_and_an_exchanged_file_are_other_features(
+    cached, tmp_path, monkeypatch
+):
     model, data, pictures = prepared(cached, tmp_path)
     seen = looks(monkeypatch)
     pictures([0])
     settle(pictures)
     Path(str(data.pictures[data.picture[0]])).touch()
     Pictures(data, model, load_processor(cached), cached)([0])
-    Pictures(data, model, load_processor(vflan.replace(cached, image_aspect_ratio="crop")), cached)([0])
+    Pictures(data, model, load_processor(vflan.replace(cached, image_aspect_ratio="crop")), cached)(
+        [0]
+    )
     next(model.model.vision_tower.parameters()).data += 1
     Pictures(data, model, load_processor(cached), cached)([0])
     assert seen == [1, 1, 1, 1]
 
 
-def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(cached, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(
+    cached, tmp_path, monkeypatch, capfd
+):
     def save(file, array):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(batching.np, "save", save)
     assert vflan.train(cached).finished
-    assert capfd.readouterr().err.count("takes no more features (No space left on device); training goes on.") == 1
+    assert (
+        capfd.readouterr().err.count(
+            "takes no more features (No space left on device); training goes on."
+        )
+        == 1
+    )
     assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
 
 
@@ -371,12 +428,17 @@ def test_accumulating_small_batches_is_the_same_as_one_large_batch(mixed):
     for other in others:
         assert other.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
     ways = [dict(pack_tokens=256), dict(pack_tokens=2000)]
-    one, other = [vflan.train(vflan.replace(mixed, name=f"p{i}", max_steps=4, **way)) for i, way in enumerate(ways)]
+    one, other = [
+        vflan.train(vflan.replace(mixed, name=f"p{i}", max_steps=4, **way))
+        for i, way in enumerate(ways)
+    ]
     assert other.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("average", ["tokens", "micro_batches"])
-def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(mixed, tmp_path, average):
+def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(
+    mixed, tmp_path, average
+):
     recipe = vflan.replace(mixed, packing="padded", micro_batch=2, loss_average=average)
     model, data, pictures = prepared(recipe, tmp_path)
     net, order = Learner(model, recipe), plan(data, recipe)
@@ -384,11 +446,16 @@ def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(mixe
         losses = []
         for rank in range(world):
             parts = next(feed(data, pictures, order, recipe, rank, world))
-            losses += [(net(*data.batch(part, "cpu"), pictures(part)).item(), weight, part) for part, weight in parts]
+            losses += [
+                (net(*data.batch(part, "cpu"), pictures(part)).item(), weight, part)
+                for part, weight in parts
+            ]
         total = sum(loss / weight for loss, weight, _ in losses)
         means = [loss / data.supervised[part].sum() for loss, _, part in losses]
         whole = sum(loss for loss, _, _ in losses) / data.supervised[order[0]].sum()
-        assert len(losses) == 4 and total == pytest.approx(whole if average == "tokens" else np.mean(means))
+        assert len(losses) == 4 and total == pytest.approx(
+            whole if average == "tokens" else np.mean(means)
+        )
 
 
 @pytest.mark.usefixtures("alone")
@@ -403,11 +470,15 @@ def test_rows_are_what_encode_gives_with_the_picture_widened(mixed, tmp_path):
     tokenizer, rows = load_processor(mixed).tokenizer, json.loads(Path(mixed.samples).read_text())
     for row in range(32):
         ids, labels = expand(
-            *encode(rows[row]["conversations"], tokenizer), model.config.image_seq_length, model.config.image_token_id
+            *encode(rows[row]["conversations"], tokenizer),
+            model.config.image_seq_length,
+            model.config.image_token_id,
         )
         ours, learned = data.row(row)
         assert ours.tolist() == ids and learned.tolist() == labels
-        assert data.lengths[row] == len(ids) and data.supervised[row] == sum(label >= 0 for label in labels)
+        assert data.lengths[row] == len(ids) and data.supervised[row] == sum(
+            label >= 0 for label in labels
+        )
         assert data.ids[row] == rows[row]["id"]
 
 
@@ -442,7 +513,9 @@ def test_rows_live_in_flat_arrays(mixed, tmp_path, monkeypatch):
 
 
 def batches_recipe(**changes):
-    where = dict.fromkeys(["vision_tower", "language_model", "samples", "images", "runs"], "nowhere")
+    where = dict.fromkeys(
+        ["vision_tower", "language_model", "samples", "images", "runs"], "nowhere"
+    )
     return vflan.Recipe(name="base", stage="base", **where, **changes)
 
 
@@ -456,16 +529,24 @@ def data_of(lengths, packed=False, text_only=()):
 def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one():
     """A step of the GPU presets on 8 processes: two passes each at 8,192 positions, eight at 2,048."""
     lengths = np.random.default_rng(0).integers(620, 900, 128)
-    recipes = {name: vflan.replace(vflan.preset(name).base, packing="packed") for name in ("full_7b", "qlora_7b")}
+    recipes = {
+        name: vflan.replace(vflan.preset(name).base, packing="packed")
+        for name in ("full_7b", "qlora_7b")
+    }
     shares = {
         name: micro_batches(data_of(lengths, packed=True), np.arange(128), recipe, 8)
         for name, recipe in recipes.items()
     }
-    widest = {name: max(lengths[part].sum() for parts in share for part in parts) for name, share in shares.items()}
+    widest = {
+        name: max(lengths[part].sum() for parts in share for part in parts)
+        for name, share in shares.items()
+    }
     assert {name: len(share[0]) for name, share in shares.items()} == dict(full_7b=2, qlora_7b=8)
     assert 4096 < widest["full_7b"] <= 8192 and widest["qlora_7b"] <= 2048
     padded = vflan.replace(recipes["full_7b"], packing="padded")
-    assert {len(part) for part in micro_batches(data_of(lengths), np.arange(128), padded, 8)[0]} == {padded.micro_batch}
+    assert {
+        len(part) for part in micro_batches(data_of(lengths), np.arange(128), padded, 8)[0]
+    } == {padded.micro_batch}
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
@@ -479,7 +560,9 @@ def test_every_epoch_sees_every_row_once(packing):
 def test_padded_batches_hold_like_lengths():
     data = data_of(np.random.default_rng(0).integers(10, 100, 800))
     steps = plan(data, batches_recipe(global_batch=16))
-    fill = sum(data.lengths[step].sum() for step in steps) / sum(16 * data.lengths[step].max() for step in steps)
+    fill = sum(data.lengths[step].sum() for step in steps) / sum(
+        16 * data.lengths[step].max() for step in steps
+    )
     assert fill > 0.9  # a random order gives 0.6
 
 
@@ -504,16 +587,27 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
     """The same rows in the same step, packed alike, with the same ids and labels."""
     recipe = vflan.replace(mixed, max_length=128, epochs=2)
     _, data, _ = prepared(recipe, tmp_path)
-    samples, tokenizer = vflan.load_samples(recipe.samples, recipe.images), load_processor(recipe).tokenizer
+    samples, tokenizer = (
+        vflan.load_samples(recipe.samples, recipe.images),
+        load_processor(recipe).tokenizer,
+    )
     order = plan(data, recipe)
     for row in (0, 17):
-        step, steps, rows = packed_step(samples, row, vflan.replace(recipe, packing="padded"), tokenizer)
+        step, steps, rows = packed_step(
+            samples, row, vflan.replace(recipe, packing="padded"), tokenizer
+        )
         assert (
-            steps == len(order) == 8 and row in order[step - 1] and not any(row in some for some in order[: step - 1])
+            steps == len(order) == 8
+            and row in order[step - 1]
+            and not any(row in some for some in order[: step - 1])
         )
         (groups,) = micro_batches(data, order[step - 1], recipe)
-        assert [[number for number, *_ in own] for own in rows] == [group.tolist() for group in groups]
-        assert len(groups) > 1 and max(map(len, groups)) > 1, "one conversation a row would prove nothing"
+        assert [[number for number, *_ in own] for own in rows] == [
+            group.tolist() for group in groups
+        ]
+        assert len(groups) > 1 and max(map(len, groups)) > 1, (
+            "one conversation a row would prove nothing"
+        )
         for number, ids, labels in (one for own in rows for one in own):
             expected = data.row(number)
             assert list(ids) == expected[0].tolist() and list(labels) == expected[1].tolist()

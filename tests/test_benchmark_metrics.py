@@ -19,20 +19,29 @@ def draw(seed, options, n):
 
 def rows(n, **columns):
     """n samples with one column of values each; pictures are shared by three questions."""
-    base = [{"question_id": str(i), "text": "?", "image": f"{i // 3}.png", "category": "all"} for i in range(n)]
+    base = [
+        {"question_id": str(i), "text": "?", "image": f"{i // 3}.png", "category": "all"}
+        for i in range(n)
+    ]
     return [row | {key: values[i] for key, values in columns.items()} for i, row in enumerate(base)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pope_equals_counting(seed):
-    samples = rows(90, label=draw(seed, ["yes", "no"], 90), category=draw(seed + 9, ["random", "popular"], 90))
+    samples = rows(
+        90, label=draw(seed, ["yes", "no"], 90), category=draw(seed + 9, ["random", "popular"], 90)
+    )
     answers = draw(seed + 5, ["Yes", "No", "no, it is not", "Yes. No"], 90)
     scores, f1 = BENCHMARKS["pope"].score(samples, answers), []
     for category in ("random", "popular"):
         tp = fp = tn = fn = 0
         for s, a in zip(samples, answers):
             if s["category"] == category:
-                said = "no" if {"No", "no", "not"} & set(a.split(".")[0].replace(",", "").split(" ")) else "yes"
+                said = (
+                    "no"
+                    if {"No", "no", "not"} & set(a.split(".")[0].replace(",", "").split(" "))
+                    else "yes"
+                )
                 tp += said == "yes" == s["label"]
                 tn += said == "no" == s["label"]
                 fp += said == "yes" != s["label"]
@@ -40,17 +49,27 @@ def test_pope_equals_counting(seed):
         precision, recall = tp / (tp + fp), tp / (tp + fn)
         f1.append(200 * precision * recall / (precision + recall))
         assert scores[f"f1/{category}"] == pytest.approx(f1[-1])
-        assert scores[f"accuracy/{category}"] == pytest.approx(100 * (tp + tn) / (tp + tn + fp + fn))
+        assert scores[f"accuracy/{category}"] == pytest.approx(
+            100 * (tp + tn) / (tp + tn + fp + fn)
+        )
         assert scores[f"precision/{category}"] == pytest.approx(100 * precision)
         assert scores[f"recall/{category}"] == pytest.approx(100 * recall)
-        assert scores[f"yes_ratio/{category}"] == pytest.approx(100 * (tp + fp) / (tp + tn + fp + fn))
+        assert scores[f"yes_ratio/{category}"] == pytest.approx(
+            100 * (tp + fp) / (tp + tn + fp + fn)
+        )
     assert scores["f1"] == pytest.approx(np.mean(f1))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mme_equals_the_sum_over_tasks(seed):
     samples = [
-        {"question_id": f"{t}/{i}", "text": "?", "image": f"{t}/{i // 2}", "category": t, "label": ["Yes", "No"][i % 2]}
+        {
+            "question_id": f"{t}/{i}",
+            "text": "?",
+            "image": f"{t}/{i // 2}",
+            "category": t,
+            "label": ["Yes", "No"][i % 2],
+        }
         for t in PERCEPTION + COGNITION
         for i in range(20)
     ]
@@ -111,10 +130,12 @@ def test_mmbench_of_the_release_wants_the_letter_alone_and_says_what_lenient_rea
         "image": "x",
         "category": "c",
     }
-    assert [BENCHMARKS["mmbench"].score([sample], [a])["accuracy"] for a in ("B", "B.", "b", "blue")] == [100, 0, 0, 0]
-    assert [BENCHMARKS["mmbench"].score([sample], [a])["lenient"] for a in ("B", "B.", "b", "blue", "A")] == [
-        100
-    ] * 4 + [0]
+    assert [
+        BENCHMARKS["mmbench"].score([sample], [a])["accuracy"] for a in ("B", "B.", "b", "blue")
+    ] == [100, 0, 0, 0]
+    assert [
+        BENCHMARKS["mmbench"].score([sample], [a])["lenient"] for a in ("B", "B.", "b", "blue", "A")
+    ] == [100] * 4 + [0]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -137,32 +158,44 @@ def test_vqa_equals_leaving_one_person_out(seed):
         for kind in ("other", "number"):
             part = [v for v, s in zip(values, samples) if s["category"] == kind]
             assert scores[f"accuracy/{kind}"] == pytest.approx(100 * np.mean(part))
-        assert scores["unanswerable"] == pytest.approx(100 * np.mean([a == "unanswerable" for a in answers]))
+        assert scores["unanswerable"] == pytest.approx(
+            100 * np.mean([a == "unanswerable" for a in answers])
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gqa_counts_questions_alike(seed):
     samples = rows(
-        60, label=draw(seed, ["yes", "no", "dog"], 60), category=draw(seed + 1, ["query", "verify", "choose"], 60)
+        60,
+        label=draw(seed, ["yes", "no", "dog"], 60),
+        category=draw(seed + 1, ["query", "verify", "choose"], 60),
     )
     answers = draw(seed + 2, ["Yes", "no.", "Dog", "dog "], 60)
     right = [a.rstrip(".").lower() == s["label"] for s, a in zip(samples, answers)]
     scores = BENCHMARKS["gqa"].score(samples, answers)
     assert scores["accuracy"] == pytest.approx(100 * np.mean(right))
-    for kind, names in (("open", ["query"]), ("binary", ["verify", "choose"]), ("choose", ["choose"])):
+    for kind, names in (
+        ("open", ["query"]),
+        ("binary", ["verify", "choose"]),
+        ("choose", ["choose"]),
+    ):
         part = [r for r, s in zip(right, samples) if s["category"] in names]
         assert scores[f"accuracy/{kind}"] == pytest.approx(100 * np.mean(part))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_scienceqa_reports_the_picture_half_and_the_whole(seed):
-    samples = rows(60, label=draw(seed, "ABC", 60), image=[f"{i}.png" if i % 3 else None for i in range(60)])
+    samples = rows(
+        60, label=draw(seed, "ABC", 60), image=[f"{i}.png" if i % 3 else None for i in range(60)]
+    )
     answers = draw(seed + 1, ["A", "B. x", "The answer is C.", "c"], 60)
     read = {"A": "A", "B. x": "B", "The answer is C.": "C", "c": None}
     right = [read[a] == s["label"] for s, a in zip(samples, answers)]
     scores = BENCHMARKS["scienceqa"].score(samples, answers)
     assert scores["accuracy"] == pytest.approx(100 * np.mean(right))
-    assert scores["img_accuracy"] == pytest.approx(100 * np.mean([r for r, s in zip(right, samples) if s["image"]]))
+    assert scores["img_accuracy"] == pytest.approx(
+        100 * np.mean([r for r, s in zip(right, samples) if s["image"]])
+    )
     assert scores["text_accuracy"] == pytest.approx(100 * np.mean(right[::3]))
 
 
@@ -179,13 +212,17 @@ def test_seed_counts_images_videos_and_types(seed):
     scores = BENCHMARKS["seed"].score(samples, answers)
     assert scores["accuracy"] == pytest.approx(100 * right.mean())
     for key, column in (("image", "data_type"), ("video", "data_type"), ("x", "category")):
-        assert scores[f"accuracy/{key}"] == pytest.approx(100 * right[[s[column] == key for s in samples]].mean())
+        assert scores[f"accuracy/{key}"] == pytest.approx(
+            100 * right[[s[column] == key for s in samples]].mean()
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_llava_bench_is_the_ratio_of_means_without_failed_reviews(seed):
     rng = np.random.default_rng(seed)
-    samples = rows(60, label=["x"] * 60, category=[["conv", "detail", "complex"][i % 3] for i in range(60)])
+    samples = rows(
+        60, label=["x"] * 60, category=[["conv", "detail", "complex"][i % 3] for i in range(60)]
+    )
     pairs = rng.integers(1, 11, (60, 2)).astype(float)
     reviews = [None if i % 10 == 0 else Review(b, "", a) for i, (a, b) in enumerate(pairs)]
     kept = [i for i in range(60) if reviews[i]]
@@ -194,7 +231,9 @@ def test_llava_bench_is_the_ratio_of_means_without_failed_reviews(seed):
     assert scores["answer_mean"] == pytest.approx(10 * pairs[kept, 1].mean())
     assert scores["reference_mean"] == pytest.approx(10 * pairs[kept, 0].mean())
     conv = [i for i in kept if i % 3 == 0]
-    assert scores["score/conv"] == pytest.approx(100 * pairs[conv, 1].mean() / pairs[conv, 0].mean())
+    assert scores["score/conv"] == pytest.approx(
+        100 * pairs[conv, 1].mean() / pairs[conv, 0].mean()
+    )
 
 
 BAD = [
@@ -213,7 +252,9 @@ BAD = [
 def test_a_failed_judgement_is_left_out_and_not_averaged_in(name, mark):
     samples = rows(2, label=["x", "y"], capability=[["rec"], ["rec"]])
     benchmark = BENCHMARKS[name]
-    assert benchmark.score(samples, ["a", "b"], [Judgement(5.0, ""), mark])[benchmark.headline] == 50
+    assert (
+        benchmark.score(samples, ["a", "b"], [Judgement(5.0, ""), mark])[benchmark.headline] == 50
+    )
     assert benchmark.headline not in benchmark.score(samples, ["a", "b"], [mark, mark])
 
 
@@ -246,23 +287,33 @@ def test_mmmu_counts_questions_alike(seed):
         category=draw(seed + 2, ["Math", "Art"], 60),
     )
     answers = draw(seed + 1, ["(B)", "A", "it is 4.50", "B", "5"], 60)
-    right = np.array([a in ("(B)", "B") if k != "open" else a == "it is 4.50" for k, a in zip(kinds, answers)])
+    right = np.array(
+        [a in ("(B)", "B") if k != "open" else a == "it is 4.50" for k, a in zip(kinds, answers)]
+    )
     scores = BENCHMARKS["mmmu"].score(samples, answers)
     assert scores["accuracy"] == pytest.approx(100 * right.mean())
-    assert scores["accuracy/Math"] == pytest.approx(100 * right[[s["category"] == "Math" for s in samples]].mean())
-    assert scores["accuracy/open"] == pytest.approx(100 * right[[k == "open" for k in kinds]].mean())
+    assert scores["accuracy/Math"] == pytest.approx(
+        100 * right[[s["category"] == "Math" for s in samples]].mean()
+    )
+    assert scores["accuracy/open"] == pytest.approx(
+        100 * right[[k == "open" for k in kinds]].mean()
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_forgetting_averages_over_sets(seed):
-    samples = rows(60, label=draw(seed, ["cat", "dog"], 60), category=draw(seed + 1, ["cifar10", "mnist"], 60))
+    samples = rows(
+        60, label=draw(seed, ["cat", "dog"], 60), category=draw(seed + 1, ["cifar10", "mnist"], 60)
+    )
     answers = draw(seed + 2, ["A cat.", "dog", "cat or dog", "It is a dog. No cat."], 60)
     read = {"A cat.": "cat", "dog": "dog", "cat or dog": None, "It is a dog. No cat.": "dog"}
     parts = [
         np.mean([read[a] == s["label"] for s, a in zip(samples, answers) if s["category"] == kind])
         for kind in ("cifar10", "mnist")
     ]
-    assert BENCHMARKS["forgetting"].score(samples, answers)["accuracy"] == pytest.approx(100 * np.mean(parts))
+    assert BENCHMARKS["forgetting"].score(samples, answers)["accuracy"] == pytest.approx(
+        100 * np.mean(parts)
+    )
 
 
 def test_a_class_that_nobody_has_is_still_a_wrong_answer():
@@ -287,14 +338,20 @@ def test_textocr_counts_words_as_often_as_they_are_there(seed):
                 said.remove(w)
                 found += 1
     scores = BENCHMARKS["textocr"].score(samples, answers)
-    assert scores["recall"] == pytest.approx(100 * found / wanted) and scores["words"] == pytest.approx(3)
+    assert scores["recall"] == pytest.approx(100 * found / wanted) and scores[
+        "words"
+    ] == pytest.approx(3)
 
 
 def test_wit_says_which_finder_found_the_entities():
     samples = rows(2, label=["The Eiffel Tower in Paris.", "A Camel of Ludwig van Beethoven"])
     scores = BENCHMARKS["wit"].score(samples, ["the eiffel tower", "A Camel, not Paris"])
-    assert scores["coverage_capitalised"] == pytest.approx(100 * 1 / 3)  # 'Camel of Ludwig van Beethoven' is one run
-    assert scores["entities"] == 1 and all(k in ("coverage_capitalised", "entities") or "spacy" in k for k in scores)
+    assert scores["coverage_capitalised"] == pytest.approx(
+        100 * 1 / 3
+    )  # 'Camel of Ludwig van Beethoven' is one run
+    assert scores["entities"] == 1 and all(
+        k in ("coverage_capitalised", "entities") or "spacy" in k for k in scores
+    )
 
 
 # ------------------------------------------------------------------------------------- questions that cannot be scored
@@ -326,15 +383,25 @@ def test_a_label_that_is_not_known_is_counted_and_not_scored(name, label, unknow
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in BENCHMARKS if n not in ("mme", "mm_vet", "llava_bench", "wit", "mmbench", "mmbench_cn")]
+    "name",
+    [
+        n
+        for n in BENCHMARKS
+        if n not in ("mme", "mm_vet", "llava_bench", "wit", "mmbench", "mmbench_cn")
+    ],
 )
 def test_a_missing_answer_is_wrong_or_left_out_as_the_docstring_says(name):
     labels = {"pope": "yes", "scienceqa": "A", "seed": "A", "mmmu": "A"}
     label = labels.get(name, "cat")
     samples = rows(4, label=[label] * 4, answers=[[label] * 10] * 4)
     metrics = BENCHMARKS[name].items(samples, [label, None, label, label])
-    assert metrics[BENCHMARKS[name].headline].value() == (75 if BENCHMARKS[name].missing == "wrong" else 100)
-    assert BENCHMARKS[name].problems(samples, [label, None, " ", label]) == {"missing": ["1"], "empty": ["2"]}
+    assert metrics[BENCHMARKS[name].headline].value() == (
+        75 if BENCHMARKS[name].missing == "wrong" else 100
+    )
+    assert BENCHMARKS[name].problems(samples, [label, None, " ", label]) == {
+        "missing": ["1"],
+        "empty": ["2"],
+    }
 
 
 def test_nothing_to_score_is_no_crash():
@@ -348,6 +415,8 @@ def test_nothing_to_score_is_no_crash():
 
 def test_pictures_that_do_not_open_are_named(tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
-    samples = rows(2, label=["a", "b"], image=[str(tmp_path / "bad.png"), str(tmp_path / "none.png")])
+    samples = rows(
+        2, label=["a", "b"], image=[str(tmp_path / "bad.png"), str(tmp_path / "none.png")]
+    )
     bad, none = BENCHMARKS["heldin"].problems(samples, pictures=True)["unreadable_picture"]
     assert bad.startswith("0: undecodable picture") and none.startswith("1: missing picture")

@@ -20,7 +20,15 @@ def gold(sample):
 
 
 def test_every_benchmark_of_the_papers_has_a_twin():
-    assert set(BENCHMARKS) - set(TWINS) == {"heldin", "heldout", "pope", "mme", "mmbench", "llava_bench", "forgetting"}
+    assert set(BENCHMARKS) - set(TWINS) == {
+        "heldin",
+        "heldout",
+        "pope",
+        "mme",
+        "mmbench",
+        "llava_bench",
+        "forgetting",
+    }
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -40,25 +48,34 @@ def core(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["heldin", "heldout", "pope", "mme", "mmbench", "llava_bench", "forgetting"])
+@pytest.mark.parametrize(
+    "name", ["heldin", "heldout", "pope", "mme", "mmbench", "llava_bench", "forgetting"]
+)
 def test_the_benchmarks_of_the_notebooks_are_read_and_their_labels_score_best(core, name):
     benchmark = BENCHMARKS[name]
     samples = benchmark.load(core)
     score = benchmark.score(samples, [s["label"] for s in samples])[benchmark.headline]
-    assert score >= (99 if name != "llava_bench" else 90) and benchmark.problems(samples, pictures=True) == {}
+    assert (
+        score >= (99 if name != "llava_bench" else 90)
+        and benchmark.problems(samples, pictures=True) == {}
+    )
     assert ("lexicon" in samples[0]) == (name == "llava_bench")
 
 
 def test_forgetting_is_the_mean_of_the_four_sets(folder):
     samples = BENCHMARKS["forgetting"].load(folder)
     assert {s["category"] for s in samples} == {"cifar10", "cifar100", "mnist", "miniimagenet"}
-    scores = BENCHMARKS["forgetting"].score(samples, [s["label"] if s["category"] == "mnist" else "?" for s in samples])
+    scores = BENCHMARKS["forgetting"].score(
+        samples, [s["label"] if s["category"] == "mnist" else "?" for s in samples]
+    )
     assert scores["accuracy"] == 25
 
 
 def test_people_mostly_agree_and_some_questions_have_no_answer(folder):
     vizwiz, vqa = BENCHMARKS["vizwiz"].load(folder), BENCHMARKS["vqav2"].load(folder)
-    assert all(s["answers"].count(s["label"]) >= 4 and len(set(s["answers"])) <= 6 for s in vizwiz + vqa)
+    assert all(
+        s["answers"].count(s["label"]) >= 4 and len(set(s["answers"])) <= 6 for s in vizwiz + vqa
+    )
     assert {s["category"] for s in vizwiz} == {"other", "unanswerable"}
 
 
@@ -72,4 +89,6 @@ def test_the_same_seed_writes_the_same_questions(folder, tmp_path):
     (tmp_path / "images").mkdir()
     world.write_twins(tmp_path, seed=0, questions=0.25)
     for name in TWINS:
-        assert (tmp_path / name / "questions.jsonl").read_bytes() == (folder / name / "questions.jsonl").read_bytes()
+        assert (tmp_path / name / "questions.jsonl").read_bytes() == (
+            folder / name / "questions.jsonl"
+        ).read_bytes()

@@ -14,11 +14,20 @@ from vflan.evaluation.benchmarks.tasks import lenient
 from vflan.evaluation.judge import RuleJudge, is_long_form, mentions
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-LEXICON = {"colors": ["red", "blue", "green", "white"], "shapes": ["star", "circle", "cross", "ring"]}
+LEXICON = {
+    "colors": ["red", "blue", "green", "white"],
+    "shapes": ["star", "circle", "cross", "ring"],
+}
 
 
 def question(label, category="a", image="x.png", text="?", number="1", **more):
-    return {"question_id": number, "image": image, "text": text, "label": label, "category": category} | more
+    return {
+        "question_id": number,
+        "image": image,
+        "text": text,
+        "label": label,
+        "category": category,
+    } | more
 
 
 # ------------------------------------------------------------------------------------------------------------- parsers
@@ -32,7 +41,10 @@ def question(label, category="a", image="x.png", text="?", number="1", **more):
         ("no", "no"),
         ("There is not a star", "no"),
         ("Yes. There is no other", "yes"),  # only the first sentence counts
-        ("Yes, there is no doubt", "no"),  # oddities of the official script, kept so that numbers compare
+        (
+            "Yes, there is no doubt",
+            "no",
+        ),  # oddities of the official script, kept so that numbers compare
         ("NO", "yes"),
         ("", "yes"),
         ("nothing", "yes"),
@@ -70,7 +82,10 @@ def test_an_article_is_no_choice():
 def test_options_are_found_on_one_line_and_on_lines_of_their_own():
     expected = {"a": "red", "b": "dark blue"}
     assert options("Which? (a) red (b) dark blue Answer with the letter.") == expected
-    assert options("Which?\nA. red\nB. dark blue\nAnswer with the option's letter directly.") == expected
+    assert (
+        options("Which?\nA. red\nB. dark blue\nAnswer with the option's letter directly.")
+        == expected
+    )
     assert options("What is a star?") == {}
 
 
@@ -90,7 +105,11 @@ def test_forgetting_gives_nothing_for_naming_every_class():
     score = BENCHMARKS["forgetting"].score
     assert score(samples, ["It is a star.", "circle", "five"])["accuracy"] == 100
     assert score(samples, ["star or circle", "circle and star", "5"])["accuracy"] == 0
-    assert score(samples, ["starling", "circle", "five"]) == {"accuracy": 75, "accuracy/a": 50, "accuracy/digits": 100}
+    assert score(samples, ["starling", "circle", "five"]) == {
+        "accuracy": 75,
+        "accuracy/a": 50,
+        "accuracy/digits": 100,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -99,7 +118,9 @@ def test_forgetting_gives_nothing_for_naming_every_class():
 def test_accuracy_is_averaged_over_kinds_not_over_questions():
     samples = [question("red")] * 3 + [question("two", "count")]
     scores = BENCHMARKS["heldin"].score(samples, ["Red.", "red", "the red one", "three"])
-    assert scores["accuracy"] == pytest.approx(100 / 3) and scores["accuracy/a"] == pytest.approx(200 / 3)
+    assert scores["accuracy"] == pytest.approx(100 / 3) and scores["accuracy/a"] == pytest.approx(
+        200 / 3
+    )
     assert scores["lenient"] == 50
 
 
@@ -113,14 +134,19 @@ def test_pope_counts_by_hand():
 
 def test_mme_adds_accuracy_and_accuracy_of_whole_pairs():
     samples = [
-        question(label, task, image) for task in ("color", "count") for image in "xyzw" for label in ("yes", "no")
+        question(label, task, image)
+        for task in ("color", "count")
+        for image in "xyzw"
+        for label in ("yes", "no")
     ]
     answers = ["yes", "no"] * 3 + ["yes", "yes"] + ["yes", "yes"] * 4
     scores = BENCHMARKS["mme"].score(samples, answers)
     assert scores["accuracy/color"] == 87.5 and scores["accuracy_plus/color"] == 75
     assert scores["accuracy/count"] == 50 and scores["accuracy_plus/count"] == 0
     assert scores["total"] == 87.5 + 75 + 50 and scores["score"] == scores["total"] / 4
-    unpaired = BENCHMARKS["mme"].score(samples[:-1], answers[:-1])  # the last picture of `count` has one question
+    unpaired = BENCHMARKS["mme"].score(
+        samples[:-1], answers[:-1]
+    )  # the last picture of `count` has one question
     assert unpaired["accuracy/count"] == 50 and unpaired["accuracy/color"] == 87.5
     assert BENCHMARKS["mme"].problems(samples[:-1], answers[:-1])["unpaired"] == ["1"]
     assert BENCHMARKS["mme"].score(samples[:1], answers[:1]) == {}
@@ -132,7 +158,9 @@ def test_mmbench_wants_every_rotation_right():
                for q in range(2) for k, (text, label) in enumerate(zip(texts, "ab"))]  # fmt: skip
     scores = BENCHMARKS["mmbench"].score(samples, ["a", "b", "a", "a"])
     assert scores["accuracy"] == 50 and scores["single_pass"] == 75
-    assert BENCHMARKS["mmbench"].baseline(samples)["accuracy"] == 0  # one letter for all can never be circularly right
+    assert (
+        BENCHMARKS["mmbench"].baseline(samples)["accuracy"] == 0
+    )  # one letter for all can never be circularly right
 
 
 def test_the_majority_answer_is_that_of_each_category():
@@ -152,7 +180,10 @@ def test_missing_answers_are_an_error():
 @pytest.mark.parametrize(
     "text, pairs",
     [
-        ("a small red striped star and a large blue circle.", [("red", "star"), ("blue", "circle")]),
+        (
+            "a small red striped star and a large blue circle.",
+            [("red", "star"), ("blue", "circle")],
+        ),
         ("The star is red. The ring is not blue.", [("red", "star")]),
         ("The star in the picture is red.", [("red", "star")]),
         ("Two red stars, blue crosses", [("red", "star"), ("blue", "cross")]),
@@ -180,9 +211,16 @@ def test_long_form_means_whole_sentences_with_a_verb(answer, long):
     assert is_long_form(answer) is long
 
 
-def open_question(label="The picture shows a red star and a blue circle.", image="x.png", category="detail"):
+def open_question(
+    label="The picture shows a red star and a blue circle.", image="x.png", category="detail"
+):
     return question(
-        label, category, image, "Describe it.", facts=[["red", "star"], ["blue", "circle"]], lexicon=LEXICON
+        label,
+        category,
+        image,
+        "Describe it.",
+        facts=[["red", "star"], ["blue", "circle"]],
+        lexicon=LEXICON,
     )
 
 
@@ -193,13 +231,18 @@ def test_the_judge_prefers_full_true_sentences_and_says_why():
     marks = [RuleJudge(LEXICON).judge("?", sample["label"], a, sample) for a in answers]
     scores = [m.score for m in marks]
     assert scores[0] == 10 and scores == sorted(scores, reverse=True)[:1] + scores[1:]
-    assert scores[0] > scores[1] > scores[3] > scores[5] >= scores[4] == 0 and scores[0] > scores[2] > scores[5]
+    assert (
+        scores[0] > scores[1] > scores[3] > scores[5] >= scores[4] == 0
+        and scores[0] > scores[2] > scores[5]
+    )
     assert "not there: green ring" in marks[2].reason and "1 of 2 objects" in marks[3].reason
 
 
 def test_open_answers_are_measured_apart_for_form_content_and_invention():
     samples = [open_question(image="x.png"), open_question(image="y.png")]
-    scores = BENCHMARKS["llava_bench"].score(samples, ["The picture shows a red star and a white ring.", "blue circle"])
+    scores = BENCHMARKS["llava_bench"].score(
+        samples, ["The picture shows a red star and a white ring.", "blue circle"]
+    )
     assert scores["format"] == 50
     assert scores["hallucination"] == pytest.approx(100 / 3)  # the white ring among three pairs
     assert scores["content"] == pytest.approx(100 * 2 * 2 / (3 + 4))
@@ -209,7 +252,12 @@ def test_open_answers_are_measured_apart_for_form_content_and_invention():
 
 def test_a_short_question_is_judged_by_what_it_asks_for():
     sample = open_question(label="The star in the picture is red.", category="conversation")
-    assert RuleJudge(LEXICON).judge("What color is the star?", sample["label"], "The star is red.", sample).score == 10
+    assert (
+        RuleJudge(LEXICON)
+        .judge("What color is the star?", sample["label"], "The star is red.", sample)
+        .score
+        == 10
+    )
     number = open_question(label="There are two objects in the picture.", category="conversation")
     good, bad = (RuleJudge(LEXICON).judge("?", number["label"], a, number).score
                  for a in ("There are two objects in the picture.", "I see many."))  # fmt: skip
@@ -247,7 +295,8 @@ def released():
     if not (folder / "pope" / "llava_pope_test.jsonl").exists():
         pytest.skip("needs POPE's released files beside the repository: shared/benchmarks/pope")
     answers = {
-        str(r["question_id"]): r["text"] for r in json_lines("", (folder / "pope" / "llava-v1.5-13b.jsonl").read_text())
+        str(r["question_id"]): r["text"]
+        for r in json_lines("", (folder / "pope" / "llava-v1.5-13b.jsonl").read_text())
     }
     samples = BENCHMARKS["pope"].load(folder)
     return samples, [answers[s["question_id"]] for s in samples]
@@ -267,9 +316,15 @@ def test_labels_do_not_depend_on_the_order_of_the_files(released, tmp_path):
     (tmp_path / "pope").mkdir()
     for path in (SHARED / "benchmarks" / "pope").glob("*pope*"):
         lines = path.read_text().splitlines()
-        (tmp_path / "pope" / path.name).write_text("\n".join(lines[::-1] if path.suffix == ".json" else lines))
-    with pytest.warns(UserWarning, match="sha256 should be"):  # the files were changed, and that is said
-        assert [s["label"] for s in BENCHMARKS["pope"].load(tmp_path)] == [s["label"] for s in samples]
+        (tmp_path / "pope" / path.name).write_text(
+            "\n".join(lines[::-1] if path.suffix == ".json" else lines)
+        )
+    with pytest.warns(
+        UserWarning, match="sha256 should be"
+    ):  # the files were changed, and that is said
+        assert [s["label"] for s in BENCHMARKS["pope"].load(tmp_path)] == [
+            s["label"] for s in samples
+        ]
     path = tmp_path / "pope" / "coco_pope_random.json"
     path.write_text(path.read_text().split("\n", 1)[1])
     with pytest.warns(UserWarning, match="1 questions have no usable label"):

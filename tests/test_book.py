@@ -27,7 +27,9 @@ def code(source, tags=(), **more):
 
 def write(folder, name, *cells, more=""):
     folder.mkdir(exist_ok=True)
-    notebook = new_notebook(cells=[code(f'preset = "tiny"\nchanges = {{}}{more}', ["parameters"]), *cells])
+    notebook = new_notebook(
+        cells=[code(f'preset = "tiny"\nchanges = {{}}{more}', ["parameters"]), *cells]
+    )
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
@@ -42,7 +44,9 @@ def home(tmp_path, monkeypatch):
 
 
 def png(noise=False, description=None):
-    pixels = np.random.default_rng(0).integers(0, 255, (300, 300, 3)) if noise else np.zeros((8, 8, 3))
+    pixels = (
+        np.random.default_rng(0).integers(0, 255, (300, 300, 3)) if noise else np.zeros((8, 8, 3))
+    )
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     if description:
         info.add_text("Description", description)
@@ -64,28 +68,50 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
 
     record = notebooks.press("tiny", notebooks=folder)
 
-    first, second = (nbformat.read(home / "runs/tiny/notebooks" / f"{n}.ipynb", 4) for n in ("01_first", "02_second"))
+    first, second = (
+        nbformat.read(home / "runs/tiny/notebooks" / f"{n}.ipynb", 4)
+        for n in ("01_first", "02_second")
+    )
     nbformat.validate(first)
     cells = [cell for cell in first.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [1, 2, None, 3]
-    assert [output.name for output in cells[1].outputs if output.output_type == "stream"] == ["stdout"]
-    assert cells[1].outputs[0].text == "notebooks\n"  # run in the notebook's folder; the machine's path is gone
-    assert cells[3].outputs[0].data["text/plain"] == "2" and cells[3].outputs[0].execution_count == 3
-    assert set(first.metadata) == {"kernelspec", "language_info"} and first.metadata.kernelspec.name == "python3"
+    assert [output.name for output in cells[1].outputs if output.output_type == "stream"] == [
+        "stdout"
+    ]
+    assert (
+        cells[1].outputs[0].text == "notebooks\n"
+    )  # run in the notebook's folder; the machine's path is gone
+    assert (
+        cells[3].outputs[0].data["text/plain"] == "2" and cells[3].outputs[0].execution_count == 3
+    )
+    assert (
+        set(first.metadata) == {"kernelspec", "language_info"}
+        and first.metadata.kernelspec.name == "python3"
+    )
     assert cells[0].metadata == {"tags": ["parameters"]}
     assert cells[1].metadata == {"tags": ["nbval-check-output"]}
     assert second.cells[1].outputs[0].text == "x {}\n"
     assert (
-        second.cells[2].outputs[0].text == "['vflan.training.trainer', 'vflan.evaluation.evaluator'] None\n"
+        second.cells[2].outputs[0].text
+        == "['vflan.training.trainer', 'vflan.evaluation.evaluator'] None\n"
     )  # what sweeps fork from runs already
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in first.cells)
-    assert (folder / "01_first.ipynb").read_text() == source  # the press changes no committed notebook
+    assert (
+        folder / "01_first.ipynb"
+    ).read_text() == source  # the press changes no committed notebook
 
     kept = json.loads((home / "runs/tiny/book.json").read_text())
-    assert kept == record and [row["name"] for row in kept["notebooks"]] == ["01_first", "02_second"]
+    assert kept == record and [row["name"] for row in kept["notebooks"]] == [
+        "01_first",
+        "02_second",
+    ]
     assert kept["peak_gb"] > 0 and kept["minutes"] > 0
     said = capfd.readouterr()
-    assert "01_first" in said.out and "runs/tiny/notebooks" in said.out and "runs/tiny/figures/README.md" in said.out
+    assert (
+        "01_first" in said.out
+        and "runs/tiny/notebooks" in said.out
+        and "runs/tiny/figures/README.md" in said.out
+    )
     assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
     # Quiet when nobody watches. A kernel that ends may leave a word of libzmq (zeromq/libzmq#3715) or of asyncio.
     noise = ("(src/signaler.cpp:", "Task was destroyed but it is pending", "task: <Task pending")
@@ -93,22 +119,82 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()
     notebooks.press("tiny", only=["01"], notebooks=folder, again=True)
-    assert (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes() == again  # the same run writes the same file
+    assert (
+        home / "runs/tiny/notebooks/01_first.ipynb"
+    ).read_bytes() == again  # the same run writes the same file
+
+
+def test_two_notebooks_run_side_by_side_once_what_they_read_is_there(home):
+    def figure(name):
+        folder = "'../runs/tiny/figures'"
+        return f"import os; os.makedirs({folder}, exist_ok=True); open({folder} + '/{name}.csv', 'w').write('x')\n"
+
+    until = (
+        "import time\nfor _ in range(300): time.sleep(0 if os.path.exists('sixth.txt') else 0.1)\n"
+    )
+    write(home / "notebooks", "02_first", code("open('second.txt', 'w').write('x')"))
+    write(
+        home / "notebooks",
+        "03_second",
+        code(figure("losses") + until + "print(open('sixth.txt').read())"),
+    )
+    write(
+        home / "notebooks",
+        "06_third",
+        code(figure("curves") + "open('sixth.txt', 'w').write(open('second.txt').read())"),
+    )
+    write(home / "notebooks", "08_fourth", code("print(open('sixth.txt').read())"))
+
+    record = notebooks.press("tiny", notebooks=home / "notebooks")
+
+    files = {row["name"]: sorted(row["files"]) for row in record["notebooks"]}
+    assert files == {
+        "02_first": [],
+        "03_second": ["figures/losses.csv"],
+        "06_third": ["figures/curves.csv"],
+        "08_fourth": [],
+    }
+
+
+def test_after_a_failure_no_notebook_starts_and_the_one_beside_it_ends(home):
+    write(home / "notebooks", "02_first", code("1"))
+    write(home / "notebooks", "03_second", code("raise ValueError('no')"))
+    write(home / "notebooks", "04_third", code("open('fourth.txt', 'w').write('x')"))
+    write(
+        home / "notebooks",
+        "06_fourth",
+        code("import time; time.sleep(3); open('sixth.txt', 'w').write('x')"),
+    )
+    with pytest.raises(
+        notebooks.Stopped, match=r"03_second.ipynb stopped in cell \[2\] - ValueError: no"
+    ):
+        notebooks.press("tiny", notebooks=home / "notebooks")
+    assert (home / "notebooks/sixth.txt").exists() and not (home / "notebooks/fourth.txt").exists()
+    done = json.loads((home / "runs/tiny/book.json").read_text())["notebooks"]
+    assert [row["name"] for row in done] == ["02_first", "06_fourth"]
 
 
 def test_the_first_failure_stops_the_press_with_one_sentence(home, capsys):
-    folder = write(home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")).parent
+    folder = write(
+        home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")
+    ).parent
     write(folder, "02_never", code("1"))
     assert main(["notebooks", "tiny"]) == 1
     sentence = capsys.readouterr().err.splitlines()
-    assert sentence[-2] == "vflan notebooks: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
+    assert (
+        sentence[-2]
+        == "vflan notebooks: 01_bad.ipynb stopped in cell [2] - ValueError: the picture is missing"
+    )
     assert (home / "runs/tiny/notebooks/01_bad.ipynb").exists()
     assert not (home / "runs/tiny/notebooks/02_never.ipynb").exists()
 
 
 def test_parameters_and_the_preset_reach_the_notebook(home):
     folder = write(
-        home / "notebooks", "03_third", code("print(preset, changes['seed'] + 1, word)"), more="\nword = 1"
+        home / "notebooks",
+        "03_third",
+        code("print(preset, changes['seed'] + 1, word)"),
+        more="\nword = 1",
     ).parent
     write(folder, "04_not_this", code("1/0"))
     main(
@@ -137,7 +223,10 @@ def test_a_preset_file_is_found_from_the_notebooks_folder(home):
     mine = "from vflan.presets.tiny import preset  # my preset\n"
     (home / "mine.py").write_text(mine)
     assert notebooks.press("mine.py", notebooks=folder)["preset"] == "mine"
-    assert "my preset" in nbformat.read(home / "runs/tiny/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text
+    assert (
+        "my preset"
+        in nbformat.read(home / "runs/tiny/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text
+    )
 
 
 def test_wrong_requests_are_answered_with_what_there_is(home):
@@ -156,8 +245,12 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
         "no preset 'tinny' .did you mean 'tiny'": dict(preset="tinny"),
         "broken.py cannot be run: SyntaxError": dict(preset="broken.py"),
         "has a parameter 'chnges'; did you mean 'changes'": dict(parameters={"chnges": "3"}),
-        "has a parameter 'seeds'; there are preset, changes": dict(parameters={"seeds": "0"}, only=["01"]),
-        "Recipe has no field 'max_stps'; the closest is 'max_steps'": dict(parameters={"changes": '{"max_stps": 1}'}),
+        "has a parameter 'seeds'; there are preset, changes": dict(
+            parameters={"seeds": "0"}, only=["01"]
+        ),
+        "Recipe has no field 'max_stps'; the closest is 'max_steps'": dict(
+            parameters={"changes": '{"max_stps": 1}'}
+        ),
         "num_processes='two': a whole number": dict(parameters={"num_processes": "two"}),
         "max_steps=0: a number of at least 1": dict(parameters={"changes": {"max_steps": 0}}),
     }
@@ -169,17 +262,21 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
 
 def test_cleaning_leaves_no_widget_address_or_path(home):
     view = {"text/plain": "VBox(children=())", notebooks.WIDGET: {"model_id": "1"}}
-    text = (
-        f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
-    )
+    text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
     outputs = [
         new_output("display_data", view),
         new_output("stream", name="stdout", text=text),
         new_output("stream", name="stderr", text="warning"),
         new_output("stream", name="stdout", text="more"),
-        new_output("display_data", {"text/html": f"<i>{home}/a.png</i>", "image/png": "AAAA"}, metadata={"needs": 1}),
+        new_output(
+            "display_data",
+            {"text/html": f"<i>{home}/a.png</i>", "image/png": "AAAA"},
+            metadata={"needs": 1},
+        ),
     ]
-    dirty = new_notebook(cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}})
+    dirty = new_notebook(
+        cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}}
+    )
     first, last = notebooks.clean(dirty).cells[0].outputs
     assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\nmore"
     assert last.data["text/html"] == "<i>a.png</i>" and last.metadata == {}
@@ -223,8 +320,16 @@ def test_the_gallery_lists_figures_with_their_captions(home):
 
 
 def test_closing_table_readme_and_report_print_one_headline_under_one_name():
-    rows = [("base", "pope", "accuracy", 72, 0), ("base", "pope", "f1", 80, 0), ("base-seed1", "pope", "f1", 90, 1)]
-    rows += [("chat", "pope", "f1", 70.04, 0), ("base", "mme", "accuracy", 61, 0), ("base", "mme", "score", 47.2, 0)]
+    rows = [
+        ("base", "pope", "accuracy", 72, 0),
+        ("base", "pope", "f1", 80, 0),
+        ("base-seed1", "pope", "f1", 90, 1),
+    ]
+    rows += [
+        ("chat", "pope", "f1", 70.04, 0),
+        ("base", "mme", "accuracy", 61, 0),
+        ("base", "mme", "score", 47.2, 0),
+    ]
     scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed"])
     scores = scores.assign(low=scores.value - 1, high=scores.value + 1, baseline=50)
     table = tables.score_table(scores)
@@ -232,7 +337,10 @@ def test_closing_table_readme_and_report_print_one_headline_under_one_name():
     assert table.loc["base", "POPE F1"] == 85 and table.loc["base", "MME score"] == 47.2
     assert table.loc["chat", "POPE F1"] == 70 and np.isnan(table.loc["chat", "MME score"])
     _, _, shown = tables.score_rows(scores)  # what README and report print
-    assert {title: base.split()[0] for title, _, _, base, *_ in shown} == {"POPE F1": "85.0", "MME score": "47.2"}
+    assert {title: base.split()[0] for title, _, _, base, *_ in shown} == {
+        "POPE F1": "85.0",
+        "MME score": "47.2",
+    }
 
 
 def test_the_watch_sees_what_children_hold():
@@ -263,7 +371,9 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     assert "there" in target.read_text()
 
 
-SCORES = "run,benchmark,metric,value,low,high,n,seed,baseline\\nbase,pope,f1,{value},60,70,9,0,50\\n"
+SCORES = (
+    "run,benchmark,metric,value,low,high,n,seed,baseline\\nbase,pope,f1,{value},60,70,9,0,50\\n"
+)
 WORK = """import matplotlib.pyplot as plt
 import vflan
 from vflan import plots
@@ -299,7 +409,13 @@ def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsy
     main(["notebooks", "tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
     assert git(project, "status", "--porcelain") == ""
     trial = project / "runs/x y"
-    made = ["notebooks/01_work.ipynb", "figures/empty.png", "figures/README.md", "results/scores.csv", "report.html"]
+    made = [
+        "notebooks/01_work.ipynb",
+        "figures/empty.png",
+        "figures/README.md",
+        "results/scores.csv",
+        "report.html",
+    ]
     assert [name for name in made if not (trial / name).is_file()] == []
     said = capsys.readouterr().out.split("report     runs/tiny/report.html")[1]
     assert "65.4" in said and "85.4" not in said and said.rstrip().endswith("runs/x y/report.html")
@@ -333,11 +449,17 @@ def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
     assert git(project, "status", "--porcelain") == ""  # nothing was copied by halves
     notebooks.press("tiny", again=True)
     publish.publish("tiny")
-    changed = {line[3:] for line in git(project, "status", "--porcelain", "--untracked-files=all").splitlines()}
+    changed = {
+        line[3:]
+        for line in git(project, "status", "--porcelain", "--untracked-files=all").splitlines()
+    }
     figures = {"figures/README.md", "figures/tiny/empty.png", "figures/tiny/empty.svg"}
     data = {"data/results/tiny.csv", "data/results/tiny_floors.csv"}
     assert changed == {"README.md", "notebooks/01_work.ipynb"} | figures | data
-    assert "65.4" in (project / "README.md").read_text() and "65.4" in (project / "data/results/tiny.csv").read_text()
+    assert (
+        "65.4" in (project / "README.md").read_text()
+        and "65.4" in (project / "data/results/tiny.csv").read_text()
+    )
     assert scores.read_bytes() == (project / "data/results/tiny.csv").read_bytes()
     write(project / "notebooks", "01_work", code("2"))
     with pytest.raises(ValueError, match="01_work or the package has changed"):

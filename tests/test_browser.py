@@ -26,7 +26,14 @@ from vflan.training.run import Run
 SECONDS = 240  # that a busy machine may need for one step
 CELLS = {  # what of each notebook is run: the cells that hold these words
     "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
-    "04": ["preset = ", "import vflan", "talk, tasks = ", "bases, chats = ", "questions = [q |", "widgets.chat"],
+    "04": [
+        "preset = ",
+        "import vflan",
+        "talk, tasks = ",
+        "bases, chats = ",
+        "questions = [q |",
+        "widgets.chat",
+    ],
     "05": [
         "preset = ",
         "import vflan",
@@ -42,9 +49,17 @@ def finished():
     """Whether the tiny preset's first seed is trained and evaluated, and its world drawn."""
     p = preset("tiny")
     asked = resolve(p.base.benchmarks)
-    if not resolve(p.base.samples).is_file() or not asked.is_dir() or not all(Run(r.folder).finished for r in p):
+    if (
+        not resolve(p.base.samples).is_file()
+        or not asked.is_dir()
+        or not all(Run(r.folder).finished for r in p)
+    ):
         return False
-    return all((recipe.folder / "answers" / f"{name}.jsonl").is_file() for recipe in p for name in present(asked))
+    return all(
+        (recipe.folder / "answers" / f"{name}.jsonl").is_file()
+        for recipe in p
+        for name in present(asked)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +68,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     changes, skipped = {}, ["scores = vflan.sweep"]  # its answers are kept
     if not finished():
-        small = world.build(folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1)
+        small = world.build(
+            folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1
+        )
         for path in (small / "benchmarks").iterdir():
             if path.is_dir() and path.name not in ("pope", "llava_bench", "images"):
                 shutil.rmtree(path)
@@ -65,8 +82,14 @@ def folder(tmp_path_factory):
         whole, cells = nbformat.read(path, 4), []
         for words in wanted:
             if words not in skipped:
-                (cell,) = (cell for cell in whole.cells if cell.cell_type == "code" and words in cell.source)
-                cells.append(nbformat.v4.new_code_cell(cell.source.replace("world.build()", "world")))
+                (cell,) = (
+                    cell
+                    for cell in whole.cells
+                    if cell.cell_type == "code" and words in cell.source
+                )
+                cells.append(
+                    nbformat.v4.new_code_cell(cell.source.replace("world.build()", "world"))
+                )
         cells[0].source += f"\nchanges = {changes!r}\nseeds = [0]"
         notebook = nbformat.v4.new_notebook(cells=cells, metadata=whole.metadata)
         nbformat.write(notebook, folder / f"{start}.ipynb")
@@ -81,7 +104,9 @@ def lab(folder):
         port = free.getsockname()[1]
     settings = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no question over the notebook
+    settings.write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )  # no question over the notebook
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}",
                "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=secret",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
@@ -94,10 +119,14 @@ def lab(folder):
         end = time.monotonic() + SECONDS
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=secret", timeout=5).close()
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/api?token=secret", timeout=5
+                ).close()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[-2000:]
+                assert server.poll() is None and time.monotonic() < end, (
+                    folder / "lab.log"
+                ).read_text()[-2000:]
                 time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/doc/tree/{{}}.ipynb?token=secret"
     finally:
@@ -107,10 +136,14 @@ def lab(folder):
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         pytest.skip("needs Chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright: pip install playwright"
+    )
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -160,7 +193,9 @@ def choose(widget, name, option):
 
 def says(widget, *texts):
     for text in texts:
-        widget.get_by_text(text).locator("visible=true").first.wait_for()  # an option of a menu is none
+        widget.get_by_text(text).locator(
+            "visible=true"
+        ).first.wait_for()  # an option of a menu is none
 
 
 def test_the_task_browser(notebook):
@@ -206,9 +241,12 @@ def test_the_chat(notebook, tmp_path):
         widget.get_by_role("button", name="ask").click()
         says(widget, question)
         page.wait_for_function(
-            "button => !button.disabled", arg=widget.get_by_role("button", name="ask").element_handle()
+            "button => !button.disabled",
+            arg=widget.get_by_role("button", name="ask").element_handle(),
         )
-        assert answers.inner_text().count("you ") == number and "(" not in answers.inner_text().replace("(nothing)", "")
+        assert answers.inner_text().count(
+            "you "
+        ) == number and "(" not in answers.inner_text().replace("(nothing)", "")
         choose(widget, "run", "base" if number == 1 else "chat")
     says(widget, "of its attention is on the picture")
     choose(widget, "layer", "2")

@@ -65,7 +65,9 @@ def measure(folder):
     recipes = {}
     for stage in vflan.preset("tiny"):
         file = built / "samples" / Path(stage.samples).name
-        small = dict(samples=str(file), images=str(built / "samples" / "images"), runs=str(folder / "runs"))
+        small = dict(
+            samples=str(file), images=str(built / "samples" / "images"), runs=str(folder / "runs")
+        )
         recipes[stage.stage] = replace(stage, num_samples=None, max_steps=6, **small)
     base = recipes["base"]
     tokenizer, model = load_tokenizer(base), load_model(base)
@@ -78,10 +80,13 @@ def measure(folder):
     for ratio in ("pad", "crop"):
         prepare = load_processor(replace(base, image_aspect_ratio=ratio)).image_processor
         found["pixels"][ratio] = [
-            digest(prepare([p], return_tensors="pt")["pixel_values"].numpy()) for p in (picture, wide)
+            digest(prepare([p], return_tensors="pt")["pixel_values"].numpy())
+            for p in (picture, wide)
         ]
     processor = load_processor(base)
-    ready = processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=picture, return_tensors="pt")
+    ready = processor(
+        text="USER: <image>\nWhat is it? ASSISTANT:", images=picture, return_tensors="pt"
+    )
     with torch.inference_mode():
         found["logits"] = model(**ready).logits[0, -1, ::40].tolist()
     start = None
@@ -118,7 +123,9 @@ def test_the_canary_can_die(now, golden):
     """A token, a pixel or a loss that moves by a thousandth is seen."""
     assert hashlib.sha256(b"other").hexdigest()[:16] not in golden["pixels"]["pad"]
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(np.array(golden["losses"]["base"]) * 1.001, golden["losses"]["base"], rtol=1e-4)
+        np.testing.assert_allclose(
+            np.array(golden["losses"]["base"]) * 1.001, golden["losses"]["base"], rtol=1e-4
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def opened(monkeypatch):
     """The names of the pictures that check opened, in order."""
     names = []
     monkeypatch.setattr(
-        validation, "read_picture", lambda name, read=validation.read_picture: [names.append(name), read(name)][1]
+        validation,
+        "read_picture",
+        lambda name, read=validation.read_picture: [names.append(name), read(name)][1],
     )
     return names
 
@@ -69,9 +71,17 @@ def reason(folder, **changes):
         ([ASK, {"value": "x"}], "unknown role", "unknown role"),
         ([ASK, {"from": "gpt", "value": " \n"}], "empty answer", "empty answer"),
         ([ASK, {"from": "gpt", "value": None}], "empty answer", "empty answer"),
-        ([{"from": "human", "value": "What?"}, SAY], "picture without an image token", "image token count"),
+        (
+            [{"from": "human", "value": "What?"}, SAY],
+            "picture without an image token",
+            "image token count",
+        ),
         ([ASK, SAY, ASK, SAY], "image token in more than one question", "image token count"),
-        ([ASK, {"from": "gpt", "value": "<image>"}], "image token in an answer", "image token count"),
+        (
+            [ASK, {"from": "gpt", "value": "<image>"}],
+            "image token in an answer",
+            "image token count",
+        ),
     ],
 )
 def test_a_bad_conversation_is_named_with_its_reason(tmp_path, turns, expected, kind):
@@ -144,17 +154,27 @@ def test_an_answer_beyond_max_length_is_bad_and_one_that_is_cut_is_said(tmp_path
 
     assert judged(end) == ({}, [])
     assert judged(end - 1) == ({}, [f"left out: 1 answer tokens beyond max_length={end - 1}"])
-    assert judged(first + 1) == ({}, [f"left out: {end - first - 1} answer tokens beyond max_length={first + 1}"])
+    assert judged(first + 1) == (
+        {},
+        [f"left out: {end - first - 1} answer tokens beyond max_length={first + 1}"],
+    )
     assert judged(first) == ({"too long at max_length": 1}, [])
     assert check(samples).ok == 1  # without a tokenizer no length is known
 
 
 def test_totals_add_up_by_task(tmp_path):
-    rows = [row(id=str(i), task_name="ab"[i % 2], image=["ok.png", "gone.png"][i > 7]) for i in range(10)]
+    rows = [
+        row(id=str(i), task_name="ab"[i % 2], image=["ok.png", "gone.png"][i > 7])
+        for i in range(10)
+    ]
     rows[3]["conversations"] = [SAY, ASK, SAY]
     by_task = check(load_samples(make(tmp_path, *rows))).by_task.set_index("task_name")
-    assert by_task.loc["a"].to_dict() == dict(rows=5, ok=4, bad=1, repaired=0, duplicates=0, contaminated=0)
-    assert by_task.loc["b"].to_dict() == dict(rows=5, ok=4, bad=1, repaired=1, duplicates=0, contaminated=0)
+    assert by_task.loc["a"].to_dict() == dict(
+        rows=5, ok=4, bad=1, repaired=0, duplicates=0, contaminated=0
+    )
+    assert by_task.loc["b"].to_dict() == dict(
+        rows=5, ok=4, bad=1, repaired=1, duplicates=0, contaminated=0
+    )
 
 
 def test_the_same_content_under_another_name_is_a_duplicate_and_not_bad(tmp_path):
@@ -163,7 +183,9 @@ def test_the_same_content_under_another_name_is_a_duplicate_and_not_bad(tmp_path
     Image.new("RGB", (9, 9)).save(images / "also.bmp")  # other bytes, same pixels
     Image.new("RGB", (3, 27)).save(images / "long.png")  # the same bytes of pixels in another shape
     report = check(
-        load_samples(make(tmp_path, *[row(image=n) for n in ("ok.png", "also.bmp", "long.png", "also.bmp")]))
+        load_samples(
+            make(tmp_path, *[row(image=n) for n in ("ok.png", "also.bmp", "long.png", "also.bmp")])
+        )
     )
     assert report.ok == 4 and "1 pictures repeat" in str(report)
     assert report.duplicates.to_dict("records") == [
@@ -209,7 +231,9 @@ def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeyp
 
 def test_a_broken_cache_is_made_again(tmp_path, cache):
     samples = load_samples(make(tmp_path, row()))
-    (cache / validation.SHELF).write_text("this is no database, and long enough to be taken for one" * 100)
+    (cache / validation.SHELF).write_text(
+        "this is no database, and long enough to be taken for one" * 100
+    )
     assert check(samples).ok == 1
     with sqlite3.connect(cache / validation.SHELF) as shelf:
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
@@ -231,9 +255,16 @@ def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_table_in_a_notebook_obeys_no_html_of_the_samples(tmp_path):
-    report = check(load_samples(make(tmp_path, row(id="<script>", task_name="<b>t</b>", image="<i>.png"))))
+    report = check(
+        load_samples(make(tmp_path, row(id="<script>", task_name="<b>t</b>", image="<i>.png")))
+    )
     shown = report._repr_html_()
-    assert "&lt;script&gt;" in shown and "<script>" not in shown and "<b>t</b>" not in shown and "<i>" not in shown
+    assert (
+        "&lt;script&gt;" in shown
+        and "<script>" not in shown
+        and "<b>t</b>" not in shown
+        and "<i>" not in shown
+    )
 
 
 # ------------------------------------------------------------------------------- whatever comes, every row is accounted for
@@ -267,7 +298,17 @@ ODD_PICTURES = [
     "folder.png",
     *(f"cut{i}.{k}" for i in range(8) for k in ("png", "jpg", "gif")),
 ]
-TRICKS = ["gone.png", "../secret.png", "/etc/hostname", "a\x00b.png", "x" * 5000, "a/" * 3000 + "b.png", "", ".", ".."]
+TRICKS = [
+    "gone.png",
+    "../secret.png",
+    "/etc/hostname",
+    "a\x00b.png",
+    "x" * 5000,
+    "a/" * 3000 + "b.png",
+    "",
+    ".",
+    "..",
+]
 TRICKS += [
     "images/../whole.png",
     "\ud800.png",
@@ -285,17 +326,32 @@ GARBAGE = st.recursive(
     max_leaves=5,
 )
 ROLE = st.sampled_from(["human", "gpt", "Human", "system", "", None]) | GARBAGE
-TURNS = st.lists(st.fixed_dictionaries({}, optional={"from": ROLE, "value": TEXT | GARBAGE}) | GARBAGE, max_size=5)
+TURNS = st.lists(
+    st.fixed_dictionaries({}, optional={"from": ROLE, "value": TEXT | GARBAGE}) | GARBAGE,
+    max_size=5,
+)
 ANY_PICTURE = st.sampled_from(SOUND_PICTURES + ODD_PICTURES + TRICKS)
 TALK = st.lists(TEXT, min_size=1, max_size=4).map(
-    lambda texts: [{"from": ["human", "gpt"][i % 2], "value": v} for i, v in enumerate([ASK["value"], *texts])]
+    lambda texts: [
+        {"from": ["human", "gpt"][i % 2], "value": v} for i, v in enumerate([ASK["value"], *texts])
+    ]
 )
 CONVERSATIONS = TALK | st.just([ASK, SAY]) | TURNS | GARBAGE
-ANYTHING = {"id": st.integers() | GARBAGE, "image": ANY_PICTURE | GARBAGE, "task_name": TEXT | GARBAGE}
+ANYTHING = {
+    "id": st.integers() | GARBAGE,
+    "image": ANY_PICTURE | GARBAGE,
+    "task_name": TEXT | GARBAGE,
+}
 RECORD = (
-    st.fixed_dictionaries({}, optional=ANYTHING | {"conversations": CONVERSATIONS})  # anything may be wrong
-    | st.fixed_dictionaries({"image": ANY_PICTURE, "conversations": st.just([ASK, SAY])})  # the picture
-    | st.fixed_dictionaries({"image": st.sampled_from(SOUND_PICTURES), "conversations": CONVERSATIONS})  # the rest
+    st.fixed_dictionaries(
+        {}, optional=ANYTHING | {"conversations": CONVERSATIONS}
+    )  # anything may be wrong
+    | st.fixed_dictionaries(
+        {"image": ANY_PICTURE, "conversations": st.just([ASK, SAY])}
+    )  # the picture
+    | st.fixed_dictionaries(
+        {"image": st.sampled_from(SOUND_PICTURES), "conversations": CONVERSATIONS}
+    )  # the rest
 )
 
 
@@ -310,7 +366,9 @@ def odd_pictures(tmp_path_factory):
     colour.convert("CMYK").save(folder / "cmyk.jpg")
     Image.new("I;16", (9, 7), 40_000).save(folder / "deep.png")
     colour.quantize(7).save(folder / "palette.png")
-    grey.save(folder / "moving.gif", save_all=True, append_images=[grey.rotate(90), grey.rotate(180)])
+    grey.save(
+        folder / "moving.gif", save_all=True, append_images=[grey.rotate(90), grey.rotate(180)]
+    )
     colour.convert("RGBA").save(folder / "clear.png")
     Image.new("LA", (1, 900)).save(folder / "line.png")
     colour.save(folder / "jpeg.png", format="JPEG")
@@ -323,7 +381,9 @@ def odd_pictures(tmp_path_factory):
         file = io.BytesIO()
         colour.save(file, {"jpg": "JPEG"}.get(kind, kind))
         for i in range(8):
-            (folder / f"cut{i}.{kind}").write_bytes(file.getvalue()[: int(len(file.getvalue()) * (i + 0.5) / 8)])
+            (folder / f"cut{i}.{kind}").write_bytes(
+                file.getvalue()[: int(len(file.getvalue()) * (i + 0.5) / 8)]
+            )
     Image.new("RGB", (9, 9)).save(folder.parent / "secret.png")
     return folder
 
@@ -332,7 +392,9 @@ class Counted:
     rows = bad = kept = repaired = 0
 
 
-def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_ones(backbones, odd_pictures, tmp_path):
+def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_ones(
+    backbones, odd_pictures, tmp_path
+):
     tokenizer, count = tokenizer_of(backbones), Counted()
 
     class Config:
@@ -340,7 +402,15 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
 
     path = tmp_path / "odd.json"
     recipe = Recipe(
-        "odd", "base", "", "", str(path), str(odd_pictures), str(tmp_path), max_bad_share=1.0, max_length=90
+        "odd",
+        "base",
+        "",
+        "",
+        str(path),
+        str(odd_pictures),
+        str(tmp_path),
+        max_bad_share=1.0,
+        max_length=90,
     )
 
     # one example is one file; nothing is shrunk, as that would take minutes
@@ -357,14 +427,20 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
         samples = load_samples(path, odd_pictures)
         report = check(samples, tokenizer, max_length=90, image_tokens=Config.image_seq_length)
         bad = set(report.bad.row)
-        assert len(samples) == len(records) == report.rows == report.ok + len(report.bad) and len(bad) == len(
-            report.bad
-        )
+        assert len(samples) == len(records) == report.rows == report.ok + len(report.bad) and len(
+            bad
+        ) == len(report.bad)
         assert report.reasons.sum() == len(bad) and bad.isdisjoint(report.repaired.row)
-        assert report.by_task[["ok", "bad"]].to_numpy().sum() == report.by_task.rows.sum() == len(records)
+        assert (
+            report.by_task[["ok", "bad"]].to_numpy().sum()
+            == report.by_task.rows.sum()
+            == len(records)
+        )
         if report.ok:
             data = prepare(recipe, tokenizer, Config, tmp_path)
-            listed = [json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()]
+            listed = [
+                json.loads(line) for line in (tmp_path / "repaired.jsonl").read_text().splitlines()
+            ]
             assert listed == report.repaired.to_dict("records") and data.repaired == len(listed)
             count.repaired += len(listed)
             sound = [sample for number, sample in enumerate(samples) if number not in bad]

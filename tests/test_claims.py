@@ -13,12 +13,19 @@ from vflan.evaluation.evaluator import COLUMNS
 
 def scores(*rows):
     """(run, seed, benchmark, metric, value, half of the interval, majority) -> a table as evaluate makes it."""
-    return pd.DataFrame([[r, b, m, v, v - h, v + h, 100, s, z, "", 0] for r, s, b, m, v, h, z in rows], columns=COLUMNS)
+    return pd.DataFrame(
+        [[r, b, m, v, v - h, v + h, 100, s, z, "", 0] for r, s, b, m, v, h, z in rows],
+        columns=COLUMNS,
+    )
 
 
 def verdict(*values):
     """The verdict on `a > b` for ((a, b) of each seed), intervals of +-2."""
-    rows = [(run, s, "mme", "score", v, 2, 25) for s, pair in enumerate(values) for run, v in zip("ab", pair)]
+    rows = [
+        (run, s, "mme", "score", v, 2, 25)
+        for s, pair in enumerate(values)
+        for run, v in zip("ab", pair)
+    ]
     return claims.compare(scores(*rows), [("a is higher", "a", "b", "mme", "score")]).verdict[0]
 
 
@@ -32,14 +39,20 @@ def test_a_claim_holds_only_if_the_intervals_are_apart_in_every_seed():
 
 
 def test_a_comparison_with_a_run_that_is_not_there_stays_open():
-    found = claims.compare(scores(("a", 0, "mme", "score", 60, 2, 25)), [("c", "a", "b", "mme", "score")])
+    found = claims.compare(
+        scores(("a", 0, "mme", "score", 60, 2, 25)), [("c", "a", "b", "mme", "score")]
+    )
     assert found.verdict[0] == "open" and pd.isna(found.difference[0])
 
 
 def test_a_comparison_shows_values_intervals_and_the_mean_difference():
     rows = [("a", 0, "mme", "score", 60, 2, 25), ("b", 0, "mme", "score", 50, 1, 25)]
     row = claims.compare(scores(*rows), [("c", "a", "b", "mme", "score")]).iloc[0]
-    assert (row["first"], row["second"], row.difference) == ("60.0 [58.0, 62.0]", "50.0 [49.0, 51.0]", 10.0)
+    assert (row["first"], row["second"], row.difference) == (
+        "60.0 [58.0, 62.0]",
+        "50.0 [49.0, 51.0]",
+        10.0,
+    )
 
 
 def held(table):
@@ -47,18 +60,26 @@ def held(table):
 
 
 def test_floors_are_judged_on_the_mean_of_the_seeds():
-    low, high = ("base", 0, "heldin", "accuracy", 78, 2, 30), ("base", 1, "heldin", "accuracy", 83, 2, 30)
+    low, high = (
+        ("base", 0, "heldin", "accuracy", 78, 2, 30),
+        ("base", 1, "heldin", "accuracy", 83, 2, 30),
+    )
     assert held(claims.floors(scores(low, high))) == {"Base answers held-in tasks": True}
     assert held(claims.floors(scores(low))) == {"Base answers held-in tasks": False}
 
 
 def test_floors_count_from_the_majority_answer_and_from_the_stage_before():
-    rows = [("projector", 0, "heldout", "accuracy", 50, 2, 33), ("base", 0, "heldout", "accuracy", 55, 2, 33)]
+    rows = [
+        ("projector", 0, "heldout", "accuracy", 50, 2, 33),
+        ("base", 0, "heldout", "accuracy", 55, 2, 33),
+    ]
     assert list(held(claims.floors(scores(*rows))).values()) == [True, False]
 
 
 def test_a_floor_over_a_stage_that_was_not_scored_does_not_hold():
-    assert list(held(claims.floors(scores(("chat", 0, "llava_bench", "format", 99, 1, 0)))).values()) == [False]
+    assert list(
+        held(claims.floors(scores(("chat", 0, "llava_bench", "format", 99, 1, 0)))).values()
+    ) == [False]
 
 
 @pytest.mark.parametrize("ratio, holds", [(43, False), (44, True), (56, True), (57, False)])
@@ -101,15 +122,24 @@ def test_kept_answers_stand_beside_their_questions(tmp_path):
     with pytest.raises(FileNotFoundError, match="no answers to heldin"):
         claims.answered(run, "heldin", folder)
     (run.folder / "answers").mkdir(parents=True)
-    kept = [{"model": "x"}, {"i": 1, "answer": "one"}, {"i": 0, "answer": "7"}]  # in the order they came
+    kept = [
+        {"model": "x"},
+        {"i": 1, "answer": "one"},
+        {"i": 0, "answer": "7"},
+    ]  # in the order they came
     (run.folder / "answers" / "heldin.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
-    assert [(s["text"], s["answer"]) for s in claims.answered(run, "heldin", folder)] == [("q0", "7"), ("q1", "one")]
+    assert [(s["text"], s["answer"]) for s in claims.answered(run, "heldin", folder)] == [
+        ("q0", "7"),
+        ("q1", "one"),
+    ]
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project folder whose committed scores know two seeds of a run."""
-    committed = scores(*[("base", s, "mme", m, 10 * s + 40, 2, 25) for s in (0, 1) for m in ("score", "accuracy")])
+    committed = scores(
+        *[("base", s, "mme", m, 10 * s + 40, 2, 25) for s in (0, 1) for m in ("score", "accuracy")]
+    )
     (tmp_path / "data" / "results").mkdir(parents=True)
     committed.to_csv(tmp_path / "data" / "results" / "tiny.csv", index=False)
     monkeypatch.setattr(config, "ROOT", tmp_path)
@@ -120,7 +150,10 @@ def project(tmp_path, monkeypatch):
 def test_a_seed_that_ran_stands_beside_the_committed_ones_that_did_not(project):
     ran = scores(("base", 0, "mme", "score", 63, 2, 25))
     row = claims.beside(ran).loc["mme", "score", "base"]
-    assert dict(row) == {"seed 0, run here": 63, "seed 1, committed": 50}  # the committed seed 0 gives way
+    assert dict(row) == {
+        "seed 0, run here": 63,
+        "seed 1, committed": 50,
+    }  # the committed seed 0 gives way
     assert list(claims.beside(ran, changes={"max_steps": 4}).columns) == ["seed 0, run here"]
     assert list(claims.beside(ran, "lora_7b").columns) == ["seed 0, run here"]
 

@@ -14,7 +14,10 @@ from vflan.evaluation import evaluator
     [
         (["-p", "changes", '{"a": "x=y"}'], ["-p", 'changes={"a": "x=y"}']),
         (["-p", "seeds=[1]", "--again"], ["-p", "seeds=[1]", "--again"]),
-        (["--notebooks", "02", "05", "--again"], ["--notebooks", "02", "--notebooks", "05", "--again"]),
+        (
+            ["--notebooks", "02", "05", "--again"],
+            ["--notebooks", "02", "--notebooks", "05", "--again"],
+        ),
         (["tiny", "--notebooks"], ["tiny", "--notebooks"]),
     ],
 )

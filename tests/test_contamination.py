@@ -24,9 +24,12 @@ def scene(seed, side=96):
     for _ in range(6):
         x, y = draw.integers(0, side - 24, 2)
         pen.rectangle(
-            (x, y, x + draw.integers(8, 24), y + draw.integers(8, 24)), tuple(map(int, draw.integers(0, 256, 3)))
+            (x, y, x + draw.integers(8, 24), y + draw.integers(8, 24)),
+            tuple(map(int, draw.integers(0, 256, 3))),
         )
-    return Image.fromarray((np.asarray(picture) + draw.normal(0, 3, (side, side, 3))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(picture) + draw.normal(0, 3, (side, side, 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def with_a_spot(picture, side=96):
@@ -49,7 +52,9 @@ def samples(folder, *pictures, question="What is it?"):
     for number, (name, picture, how) in enumerate(pictures):
         picture.save(folder / name, **how)
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "x"}]
-        rows.append(dict(id=name, image=str(folder / name), task_name=f"t{number % 2}", conversations=turns))
+        rows.append(
+            dict(id=name, image=str(folder / name), task_name=f"t{number % 2}", conversations=turns)
+        )
     return Dataset.from_list(rows)
 
 
@@ -57,7 +62,9 @@ def asked(folder, *pictures, text="Which one?"):
     questions = []
     for number, picture in enumerate(pictures):
         picture.save(folder / f"asked{number}.png")
-        questions.append(dict(question_id=f"q{number}", image=str(folder / f"asked{number}.png"), text=text))
+        questions.append(
+            dict(question_id=f"q{number}", image=str(folder / f"asked{number}.png"), text=text)
+        )
     return {"mme": questions}
 
 
@@ -87,13 +94,20 @@ def test_copies_are_found_and_told_apart(tmp_path):
         (4, "mme", "q1", "near picture"),
         (5, "mme", "q0", "same file"),
     ]
-    assert report.contamination.distance.tolist()[::4] == [0, 0] and report.contamination.distance.max() <= 1
+    assert (
+        report.contamination.distance.tolist()[::4] == [0, 0]
+        and report.contamination.distance.max() <= 1
+    )
     assert report.by_task.contaminated.tolist() == [2, 3] and report.contaminated == [1, 2, 3, 4, 5]
-    assert report.ok == 6 and "5 rows show a picture of a benchmark" in str(report)  # nothing is removed by itself
+    assert report.ok == 6 and "5 rows show a picture of a benchmark" in str(
+        report
+    )  # nothing is removed by itself
 
 
 def test_a_training_picture_of_which_the_benchmark_shows_a_crop_is_found_too(tmp_path):
-    report = check(samples(tmp_path, ("whole.png", scene(3), {})), against=asked(tmp_path, crop(scene(3))))
+    report = check(
+        samples(tmp_path, ("whole.png", scene(3), {})), against=asked(tmp_path, crop(scene(3)))
+    )
     assert found(report) == [(0, "mme", "q0", "near picture")]
 
 
@@ -132,7 +146,9 @@ def test_candidates_are_the_most_alike_views_and_no_others(monkeypatch):
 
 def test_the_same_question_on_the_same_picture_is_named_with_its_id(tmp_path):
     against = asked(tmp_path, scene(0))
-    against["mme"].append(dict(against["mme"][0], question_id="own", text="What is it? Answer yes or no."))
+    against["mme"].append(
+        dict(against["mme"][0], question_id="own", text="What is it? Answer yes or no.")
+    )
     report = check(samples(tmp_path, ("a.jpg", scene(0), dict(quality=60))), against=against)
     assert found(report) == [(0, "mme", "own", "same question on it")]
 
@@ -140,25 +156,60 @@ def test_the_same_question_on_the_same_picture_is_named_with_its_id(tmp_path):
 def test_questions_alone_are_listed_apart_and_contaminate_nothing(tmp_path):
     text = "How many people are standing to the left of the red bus?"
     against = asked(tmp_path, scene(0), scene(1), text=text)
-    data = samples(tmp_path, ("a.png", scene(8), {}), ("b.png", scene(9), {}), question=text.replace("red", "green"))
+    data = samples(
+        tmp_path,
+        ("a.png", scene(8), {}),
+        ("b.png", scene(9), {}),
+        question=text.replace("red", "green"),
+    )
     report = check(data, against=against)
     assert report.contaminated == [] and report.by_task.contaminated.sum() == 0
     line = dict(rows=2, benchmark="mme", question_id="q0", asked=2, kind="nearly the same words")
-    assert report.questions.to_dict("records") == [dict(question=text.replace("red", "green"), **line)]
+    assert report.questions.to_dict("records") == [
+        dict(question=text.replace("red", "green"), **line)
+    ]
 
 
 @pytest.mark.parametrize(
     "one, other, alike",
     [
         ("What color is the bus?", "<image>\nwhat color is the BUS", True),
-        ("What color is the bus?", "What color is the car?", False),  # too short for one word to be a detail
-        ("Is there a dog in it?\nAnswer the question using a single word or phrase.", "Is there a dog in it?", True),
-        ("Is it a cat?\nAnswer with the option's letter from the given choices directly.", "Is it a cat", True),
-        ("Answer yes or no: a dog?", "answer yes or no, a dog", True),  # no format prompt: it does not end the question
+        (
+            "What color is the bus?",
+            "What color is the car?",
+            False,
+        ),  # too short for one word to be a detail
+        (
+            "Is there a dog in it?\nAnswer the question using a single word or phrase.",
+            "Is there a dog in it?",
+            True,
+        ),
+        (
+            "Is it a cat?\nAnswer with the option's letter from the given choices directly.",
+            "Is it a cat",
+            True,
+        ),
+        (
+            "Answer yes or no: a dog?",
+            "answer yes or no, a dog",
+            True,
+        ),  # no format prompt: it does not end the question
         ("Answer yes or no: a dog?", "a dog?", False),
-        ("What is the man in the blue shirt holding?", "What is the man in the red shirt holding?", True),
-        ("What is the man in the blue shirt holding?", "What is the man in the shirt holding?", False),
-        ("What is the man in the blue shirt holding?", "What is a man in the red shirt holding?", False),
+        (
+            "What is the man in the blue shirt holding?",
+            "What is the man in the red shirt holding?",
+            True,
+        ),
+        (
+            "What is the man in the blue shirt holding?",
+            "What is the man in the shirt holding?",
+            False,
+        ),
+        (
+            "What is the man in the blue shirt holding?",
+            "What is a man in the red shirt holding?",
+            False,
+        ),
         ("", "<image>", False),
     ],
 )
@@ -170,11 +221,17 @@ def test_a_folder_of_benchmarks_is_read_as_evaluation_reads_it(tmp_path):
     (tmp_path / "bench" / "pope").mkdir(parents=True)
     (tmp_path / "bench" / "images").mkdir()
     scene(0).save(tmp_path / "bench" / "images" / "0.png")
-    lines = [dict(question_id=i, image=f"{i}.png", text="Is there a cup?", label="yes") for i in (0, 1)]
+    lines = [
+        dict(question_id=i, image=f"{i}.png", text="Is there a cup?", label="yes") for i in (0, 1)
+    ]
     (tmp_path / "bench" / "pope" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = check(samples(tmp_path, ("a.png", scene(0), {})), against=tmp_path / "bench")
     assert found(report) == [(0, "pope", "0", "same file")]
-    assert len(report.unread) == 1 and "1.png" in report.unread[0] and "1 evaluation pictures could not" in str(report)
+    assert (
+        len(report.unread) == 1
+        and "1.png" in report.unread[0]
+        and "1 evaluation pictures could not" in str(report)
+    )
 
 
 def test_a_folder_without_benchmarks_is_an_error_that_says_what_is_looked_for(tmp_path):
@@ -186,4 +243,8 @@ def test_text_only_rows_and_questions_compare_by_their_words(tmp_path):
     turns = [{"from": "human", "value": "Name a fruit"}, {"from": "gpt", "value": "fig"}]
     data = Dataset.from_list([dict(id="1", image=None, task_name="t", conversations=turns)])
     report = check(data, against={"facts": [dict(question_id=1, text="Name a fruit.")]})
-    assert report.ok == 1 and report.contaminated == [] and report.questions.question.tolist() == ["Name a fruit"]
+    assert (
+        report.ok == 1
+        and report.contaminated == []
+        and report.questions.question.tolist() == ["Name a fruit"]
+    )

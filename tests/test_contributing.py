@@ -28,7 +28,9 @@ def test_the_task_kind_of_the_page_is_drawn_and_put_into_the_collection(monkeypa
     exec(example("A task kind of the mini world"), {})
     assert len(kinds) == before + 1 and kinds["shape_and_texture"].split == "heldout"
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and all(re.fullmatch(r"Name the surface of the \w+\. -> \w+", line) for line in said)
+    assert len(said) == 3 and all(
+        re.fullmatch(r"Name the surface of the \w+\. -> \w+", line) for line in said
+    )
     assert "shape_and_texture" in set(tasks.table().task_name)
 
 
@@ -64,8 +66,16 @@ def test_the_changelog_names_the_version_of_the_package():
 
 def test_the_citation_is_whole_and_names_the_papers_of_the_readme():
     cited = yaml.safe_load((HOME / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what the format requires
-    assert cited["license"] == tomllib.loads((HOME / "pyproject.toml").read_text())["project"]["license"]
+    assert {
+        "cff-version",
+        "message",
+        "title",
+        "authors",
+    } <= cited.keys()  # what the format requires
+    assert (
+        cited["license"]
+        == tomllib.loads((HOME / "pyproject.toml").read_text())["project"]["license"]
+    )
     readme = (HOME / "README.md").read_text(encoding="utf-8")
     papers = [cited["preferred-citation"], *cited["references"]]
     assert len(papers) == len(re.findall(r"^@article", readme, re.MULTILINE))
@@ -84,17 +94,25 @@ def public():
         yield name, value
         if inspect.isclass(value):
             for method, of in vars(value).items():
-                if not method.startswith("_") and (inspect.isroutine(of) or isinstance(of, property | classmethod)):
+                if not method.startswith("_") and (
+                    inspect.isroutine(of) or isinstance(of, property | classmethod)
+                ):
                     yield f"{name}.{method}", of
         if inspect.ismodule(value):
             for function, of in vars(value).items():
-                if not function.startswith("_") and inspect.isfunction(of) and of.__module__ == value.__name__:
+                if (
+                    not function.startswith("_")
+                    and inspect.isfunction(of)
+                    and of.__module__ == value.__name__
+                ):
                     yield f"{name}.{function}", of
 
 
 def test_every_public_name_says_what_it_is():
     importlib.import_module("vflan.training.trainer")
     silent = [
-        name for name, value in public() if not isinstance(value, dict) and not (inspect.getdoc(value) or "").strip()
+        name
+        for name, value in public()
+        if not isinstance(value, dict) and not (inspect.getdoc(value) or "").strip()
     ]
     assert silent == []

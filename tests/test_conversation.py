@@ -56,14 +56,16 @@ def test_ids_and_labels_equal_the_reference(shared, legacy):
         ids, labels = encode(case["conversations"], tokenizer, case["template"])
         assert ids == case["input_ids" if legacy else "input_ids_legacy_false"], case["name"]
         # the reference printed labels for legacy ids only; other ids supervise the same answers
-        assert [label for label in labels if label >= 0] == [label for label in case["labels"] if label >= 0], case[
-            "name"
-        ]
+        assert [label for label in labels if label >= 0] == [
+            label for label in case["labels"] if label >= 0
+        ], case["name"]
         assert not legacy or labels == case["labels"], case["name"]
 
 
 def test_answers_and_their_end_tokens_are_learned_and_nothing_else(tokenizer):
-    ids, labels = encode(turns("<image>\nWhat color is it?", "red", "Is it a square?", "a blue square"), tokenizer)
+    ids, labels = encode(
+        turns("<image>\nWhat color is it?", "red", "Is it a square?", "a blue square"), tokenizer
+    )
     assert learned(tokenizer, ids, labels) == ["red</s>", "a blue square</s>"]
     assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels))
 
@@ -77,11 +79,20 @@ def test_the_plain_template_learns_the_caption_and_a_newline_only(tokenizer):
 def test_the_image_moves_to_the_front_of_its_question(tokenizer):
     first = encode(turns("<image>\nWhat color is it?", "red"), tokenizer)
     assert encode(turns("What color is it?\n<image>", "red"), tokenizer) == first
-    assert encode(turns("What color <image><image> is it?", "red"), tokenizer)[0].count(IMAGE_TOKEN_INDEX) == 1
+    assert (
+        encode(turns("What color <image><image> is it?", "red"), tokenizer)[0].count(
+            IMAGE_TOKEN_INDEX
+        )
+        == 1
+    )
 
 
 def test_generation_starts_from_exactly_what_training_saw(tokenizer):
-    for text, image in (("<image>\nWhat color is it?", True), ("What is a square?", False), ("<image>", True)):
+    for text, image in (
+        ("<image>\nWhat color is it?", True),
+        ("What is a square?", False),
+        ("<image>", True),
+    ):
         ids, labels = encode(turns(text, "red"), tokenizer)
         prompt = prompt_ids(text, tokenizer, has_image=image)
         assert (
@@ -94,12 +105,20 @@ def test_generation_starts_from_exactly_what_training_saw(tokenizer):
 
 @pytest.mark.parametrize("mark", ["<image>\n", ""])
 def test_a_later_question_is_generated_from_what_training_saw_of_the_conversation(tokenizer, mark):
-    said = [(f"{mark}What color is it?", "red"), ("Is it a square?", "a blue square"), ("And here?", "a red one")]
+    said = [
+        (f"{mark}What color is it?", "red"),
+        ("Is it a square?", "a blue square"),
+        ("And here?", "a red one"),
+    ]
     ids, labels = encode(turns(*(text for pair in said for text in pair)), tokenizer)
     for turn, (question, answer) in enumerate(said):
         prompt = prompt_ids(question, tokenizer, has_image=bool(mark), before=said[:turn])
         assert ids[: len(prompt)] == prompt and tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
-        rest = [i for i, label in zip(ids[len(prompt) :], labels[len(prompt) :]) if label != IGNORE_INDEX]
+        rest = [
+            i
+            for i, label in zip(ids[len(prompt) :], labels[len(prompt) :])
+            if label != IGNORE_INDEX
+        ]
         assert tokenizer.decode(rest).strip().startswith(answer)
 
 
@@ -119,21 +138,34 @@ def test_the_system_text_leads_once(tokenizer):
     ],
     ids=["answer first", "question last", "empty answer", "role name inside", "end token inside"],
 )
-def test_where_the_reference_throws_a_sample_away_what_is_sound_is_kept(tokenizer, conversation, kept):
+def test_where_the_reference_throws_a_sample_away_what_is_sound_is_kept(
+    tokenizer, conversation, kept
+):
     ids, labels = encode(conversation, tokenizer)
     assert learned(tokenizer, ids, labels) == kept
     assert ids.count(IMAGE_TOKEN_INDEX) == 1  # the picture stays, also when its question goes
-    assert ids.count(tokenizer.eos_token_id) == len(kept)  # an end token that a person wrote is text
-    assert bool(audit(conversation).dropped) == (len(kept) < len(conversation) / 2 or conversation[0]["from"] == "gpt")
+    assert ids.count(tokenizer.eos_token_id) == len(
+        kept
+    )  # an end token that a person wrote is text
+    assert bool(audit(conversation).dropped) == (
+        len(kept) < len(conversation) / 2 or conversation[0]["from"] == "gpt"
+    )
 
 
 def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
-    for conversation, why in ((turns("What?"), "wrong order"), (turns("What?", " "), "empty answer"), ([], "no turns")):
+    for conversation, why in (
+        (turns("What?"), "wrong order"),
+        (turns("What?", " "), "empty answer"),
+        ([], "no turns"),
+    ):
         with pytest.raises(ValueError, match=why):
             encode(conversation, tokenizer)
     for conversation, why in (
         (turns("Describe.", "red"), "no image token"),
-        (turns("<image>", "red", "And?", "blue"), "2 answers: the plain template is a picture and one caption"),
+        (
+            turns("<image>", "red", "And?", "blue"),
+            "2 answers: the plain template is a picture and one caption",
+        ),
     ):
         with pytest.raises(ValueError, match=why):
             encode(conversation, tokenizer, "plain")
@@ -141,16 +173,26 @@ def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
 
 def test_the_chat_template_gives_trainings_ids_in_one_pass(tokenizer, tiny_tokenizer):
     for spelling in (tokenizer, tiny_tokenizer):
-        ids, labels = encode(turns("<image>\nWhat color is it?", "a red square", "Is it big?", "no"), spelling)
+        ids, labels = encode(
+            turns("<image>\nWhat color is it?", "a red square", "Is it big?", "no"), spelling
+        )
         picture = [{"type": "image"}, {"type": "text", "text": "What color is it?"}]
-        messages = [dict(role="user", content=picture), dict(role="assistant", content="a red square")]
+        messages = [
+            dict(role="user", content=picture),
+            dict(role="assistant", content="a red square"),
+        ]
         messages += [dict(role="user", content="Is it big?")]
         text = spelling.apply_chat_template(
-            messages, chat_template=chat_template(spelling), add_generation_prompt=True, tokenize=False
+            messages,
+            chat_template=chat_template(spelling),
+            add_generation_prompt=True,
+            tokenize=False,
         )
         image = spelling.convert_tokens_to_ids("<image>")
         end = max(i for i in range(1, len(ids)) if labels[i] != IGNORE_INDEX == labels[i - 1])
-        assert [IMAGE_TOKEN_INDEX if i == image else i for i in spelling(text).input_ids] == ids[:end]
+        assert [IMAGE_TOKEN_INDEX if i == image else i for i in spelling(text).input_ids] == ids[
+            :end
+        ]
 
 
 def test_expand_widens_the_picture_in_ids_and_labels_alike(tokenizer):
@@ -169,6 +211,8 @@ def test_any_text_gives_labels_that_copy_the_ids_and_one_end_token_a_turn(tokeni
     except ValueError:
         return
     ids, labels = encode(turns(*texts), tokenizer)
-    assert len(ids) == len(labels) and all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels))
+    assert len(ids) == len(labels) and all(
+        label in (IGNORE_INDEX, i) for i, label in zip(ids, labels)
+    )
     assert ids.count(tokenizer.eos_token_id) == labels.count(tokenizer.eos_token_id) == len(pairs)
     assert ids.count(IMAGE_TOKEN_INDEX) == image

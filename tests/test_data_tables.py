@@ -16,7 +16,16 @@ def rows(item, column="MMB", source="vision-flan"):
 
 def test_every_number_stands_once_and_says_how_well_it_is_known():
     table = paper()
-    assert list(table.columns) == ["paper", "item", "row", "column", "value", "unit", "confirmed", "note"]
+    assert list(table.columns) == [
+        "paper",
+        "item",
+        "row",
+        "column",
+        "value",
+        "unit",
+        "confirmed",
+        "note",
+    ]
     named = table[table.item != "Figures 5 to 8"]
     assert not named.duplicated(["paper", "item", "row", "column"]).any()
     assert set(table.confirmed) == {"yes", "memory", "inferred", "third-party"}
@@ -28,17 +37,30 @@ def test_the_tables_of_the_paper_are_all_there():
     sizes = {"Table 2": 9, "Table 3": 4, "Table 5": 4, "Table 6": 4, "Table 7": 8}
     assert {item: len(rows(item)) for item in sizes} == sizes
     assert len(rows("Table 4", "MME")) == 3 and len(rows("Table 1", "instances")) == 9
-    assert len(rows("Table 3", "MME", "llava-1.5")) == 4 and len(rows("Table 7", "samples", "llava-1.5")) == 10
+    assert (
+        len(rows("Table 3", "MME", "llava-1.5")) == 4
+        and len(rows("Table 7", "samples", "llava-1.5")) == 10
+    )
 
 
 def test_numbers_that_the_paper_prints_twice_agree():
     mmb = {item: rows(item) for item in ("Table 2", "Table 5", "Table 6", "Table 7")}
     assert (
-        mmb["Table 2"]["Vision-Flan Base"] == mmb["Table 5"]["LLM tuned, MLP tuned"] == mmb["Table 6"]["Base"] == 69.8
+        mmb["Table 2"]["Vision-Flan Base"]
+        == mmb["Table 5"]["LLM tuned, MLP tuned"]
+        == mmb["Table 6"]["Base"]
+        == 69.8
     )
-    assert mmb["Table 2"]["Vision-Flan Chat"] == mmb["Table 6"]["Chat"] == mmb["Table 7"]["Chat"] == 67.6
     assert (
-        rows("Table 4", "LLaVA-Bench")["two-stage, 1,000"] == rows("Table 2", "LLaVA-Bench")["Vision-Flan Chat"] == 78.3
+        mmb["Table 2"]["Vision-Flan Chat"]
+        == mmb["Table 6"]["Chat"]
+        == mmb["Table 7"]["Chat"]
+        == 67.6
+    )
+    assert (
+        rows("Table 4", "LLaVA-Bench")["two-stage, 1,000"]
+        == rows("Table 2", "LLaVA-Bench")["Vision-Flan Chat"]
+        == 78.3
     )
 
 
@@ -60,7 +82,11 @@ def test_all_205_names_of_the_site_are_listed_once():
 def test_the_papers_188_tasks_fall_into_25_categories_of_three_groups():
     tasks = paper_tasks()
     assert len(tasks) == 188 and tasks.category.nunique() == 25
-    assert tasks.group.value_counts().to_dict() == {"classification": 103, "generation": 44, "question answering": 41}
+    assert tasks.group.value_counts().to_dict() == {
+        "classification": 103,
+        "generation": 44,
+        "question answering": 41,
+    }
     assert rows("Figure 2", "tasks").to_dict() == tasks.group.value_counts().to_dict()
 
 
@@ -75,7 +101,14 @@ def test_flags_and_licences_are_known_words():
     flags = tasks["flags"].str.split()  # tasks.flags is pandas' own
     assert set(flags.explode().dropna()) == {"benchmark", "overlaps", "faces"}
     assert set(tasks.licence) - {""} <= {
-        *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY (annotations)"),
+        *(
+            "CC0-1.0",
+            "CC-BY-4.0",
+            "CC-BY-SA-3.0",
+            "CC-BY-NC-4.0",
+            "CC-BY-NC-SA-4.0",
+            "CC-BY (annotations)",
+        ),
         *("MIT", "Apache-2.0", "BSD-3-Clause", "GPL-3.0", "DbCL-1.0"),
         *("free with credit", "research only", "no redistribution", "own terms"),
     }
@@ -86,8 +119,13 @@ def test_a_source_has_one_licence_and_the_facts_are_in_the_table():
     by_source = tasks[tasks.source != "MultiInstruct"].groupby("source").licence
     assert (by_source.nunique() == 1).all()
     licence = by_source.first()
-    assert licence["Clevr"] == licence["visdial"] == "CC-BY-4.0" and licence["MEMOTION"] == "no redistribution"
-    assert licence["INATURALIST"] == "research only" and licence["coco"] == ""  # not stated on the site
+    assert (
+        licence["Clevr"] == licence["visdial"] == "CC-BY-4.0"
+        and licence["MEMOTION"] == "no redistribution"
+    )
+    assert (
+        licence["INATURALIST"] == "research only" and licence["coco"] == ""
+    )  # not stated on the site
     named = tasks[tasks["flags"].str.contains("benchmark")].source
     known = {
         "ImageNet-A",
@@ -101,4 +139,6 @@ def test_a_source_has_one_licence_and_the_facts_are_in_the_table():
         "Road-Anomaly",
     }
     assert set(named) == known | {"NOCAPS"}
-    assert {"fairface", "LFW", "expw", "KVQA"} < set(tasks[tasks["flags"].str.contains("faces")].source)
+    assert {"fairface", "LFW", "expw", "KVQA"} < set(
+        tasks[tasks["flags"].str.contains("faces")].source
+    )

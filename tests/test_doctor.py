@@ -17,7 +17,9 @@ def found(recipe, monkeypatch):
     def look(gpus=(), **changes):
         stages = Preset(*[vflan.replace(recipe, **changes)] * 3)
         monkeypatch.setattr(doctor, "preset", lambda name: stages)
-        monkeypatch.setattr(doctor, "gpus", lambda: [SimpleNamespace(name="g", total_memory=size) for size in gpus])
+        monkeypatch.setattr(
+            doctor, "gpus", lambda: [SimpleNamespace(name="g", total_memory=size) for size in gpus]
+        )
         return doctor.missing("mine")
 
     return look
@@ -33,9 +35,15 @@ def test_nothing_is_missing_where_everything_is(found, tmp_path):
     [
         (dict(language_model="data/none"), "data/none: no such folder"),
         (dict(language_model="nobody/nothing"), "hf download nobody/nothing"),
-        (dict(samples="data/vision_flan/annotation_191-task_1k.json"), "vflan download vision_flan_191"),
+        (
+            dict(samples="data/vision_flan/annotation_191-task_1k.json"),
+            "vflan download vision_flan_191",
+        ),
         (dict(samples="elsewhere.json"), "elsewhere.json: not there; data/README.md"),
-        (dict(images="data/llava_instruct/train2017", samples="data/llava_instruct/x.json"), "COCO train2017"),
+        (
+            dict(images="data/llava_instruct/train2017", samples="data/llava_instruct/x.json"),
+            "COCO train2017",
+        ),
         (dict(benchmarks="nowhere"), "nowhere: no benchmark there"),
         (dict(sharding="zero3"), "pip install deepspeed"),
     ],
@@ -47,12 +55,16 @@ def test_what_is_missing_is_named_once_with_what_to_do(found, changes, says, mon
 
 def test_bitsandbytes_is_asked_for_where_a_preset_uses_it(found, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert "bitsandbytes is not installed: pip install bitsandbytes" in found(optimizer="adamw_8bit")
+    assert "bitsandbytes is not installed: pip install bitsandbytes" in found(
+        optimizer="adamw_8bit"
+    )
     assert not any("pip install" in line for line in found())
 
 
 def test_the_gpus_that_are_here_are_held_against_the_plan(found):
-    published = dict(vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5")
+    published = dict(
+        vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5"
+    )
     large = published | dict(precision="bf16", gradient_checkpointing=True, global_batch=8)
     (line,) = (line for line in found(**large) if "here are" in line)
     assert line.startswith("base needs") and "GB on each of 8 GPUs, here are 0; vflan.plan" in line
@@ -63,15 +75,27 @@ def test_the_gpus_that_are_here_are_held_against_the_plan(found):
 def test_tiny_can_run_here_and_the_exit_status_says_so(capsys, monkeypatch):
     assert doctor.examine(["tiny"]) == 0
     said = capsys.readouterr().out
-    assert "torch 2" in said and "GB free" in said and "vision_flan_191: " in said and "\ntiny: " in said
-    monkeypatch.setattr(doctor, "missing", lambda name: ["data/tiny/language_model: no such folder"])
+    assert (
+        "torch 2" in said
+        and "GB free" in said
+        and "vision_flan_191: " in said
+        and "\ntiny: " in said
+    )
+    monkeypatch.setattr(
+        doctor, "missing", lambda name: ["data/tiny/language_model: no such folder"]
+    )
     assert doctor.examine(["tiny"]) == 1
     monkeypatch.setattr(doctor, "missing", lambda name: [f"samples: {doctor.DRAWN}"])
     assert doctor.examine(["tiny"]) == 0
 
 
 def test_a_preset_that_is_none_is_said_and_the_others_go_on(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "missing", lambda name: [] if name == "tiny" else vflan.preset(name))
+    monkeypatch.setattr(
+        doctor, "missing", lambda name: [] if name == "tiny" else vflan.preset(name)
+    )
     assert doctor.examine(["no_such", "tiny"]) == 0
     said = capsys.readouterr().out
-    assert "no_such: missing\n  There is no preset 'no_such'" in said and "tiny: nothing is missing" in said
+    assert (
+        "no_such: missing\n  There is no preset 'no_such'" in said
+        and "tiny: nothing is missing" in said
+    )

@@ -153,8 +153,12 @@ def test_a_broken_picture_is_an_error_with_a_reason_and_the_others_are_answered(
         rows[at] = rows[at] | {"image": str(image)}
     said = dict(answering(tiny.model, tiny.processor, rows, 3, 4))
     assert [i for i in said if said[i].finish == "error"] and sorted(said) == list(range(20))
-    assert said[4].reason.startswith("truncated picture") and said[9].reason.startswith("missing picture")
-    assert [said[i].text for i in range(20)] == [whole[i] if i not in (4, 9) else "" for i in range(20)]
+    assert said[4].reason.startswith("truncated picture") and said[9].reason.startswith(
+        "missing picture"
+    )
+    assert [said[i].text for i in range(20)] == [
+        whole[i] if i not in (4, 9) else "" for i in range(20)
+    ]
     with pytest.raises(ValueError, match="2 questions were not answered.*picture"):
         answer(tiny.model, tiny.processor, rows, 3)
 
@@ -162,7 +166,10 @@ def test_a_broken_picture_is_an_error_with_a_reason_and_the_others_are_answered(
 def test_one_pass_takes_the_likelier_of_the_allowed_words(tiny):
     rows = [row | {"choices": ["yes", "no"]} for row in questions(tiny)]
     said = dict(answering(tiny.model, tiny.processor, rows, 5, 8))
-    assert {a.finish for a in said.values()} == {"choice"} and {a.text for a in said.values()} == {"yes", "no"}
+    assert {a.finish for a in said.values()} == {"choice"} and {a.text for a in said.values()} == {
+        "yes",
+        "no",
+    }
     for i in (1, 2, 8):  # as the logits of the whole prompt say
         free = dict(answering(tiny.model, tiny.processor, [rows[i] | {"choices": None}], 1))[0].text
         if free in ("yes", "no"):
@@ -178,7 +185,9 @@ def likelier(tiny, row):
     ids[at : at + 1] = [3] * 16
     from PIL import Image
 
-    pixels = tiny.processor.image_processor([Image.open(row["image"])], return_tensors="pt")["pixel_values"]
+    pixels = tiny.processor.image_processor([Image.open(row["image"])], return_tensors="pt")[
+        "pixel_values"
+    ]
     with torch.inference_mode():
         logits = tiny.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
     yes, no = (first_token(w, tiny.processor.tokenizer) for w in ("yes", "no"))
@@ -218,7 +227,9 @@ def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks
     second = answer(other, tiny.processor, rows, 8, 16)
     assert seen == len({row["image"] for row in rows} - {None}) == sum(looks) and second != first
     answers._SEEN.clear()
-    assert answer(other, tiny.processor, rows, 8, 16) == second  # the very answers of one that looked itself
+    assert (
+        answer(other, tiny.processor, rows, 8, 16) == second
+    )  # the very answers of one that looked itself
 
 
 def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
@@ -233,7 +244,9 @@ def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
     assert sum(looks) == 3 * seen
 
 
-def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(tiny, looks, tmp_path):
+def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
+    tiny, looks, tmp_path
+):
     files = sorted(tiny.folder.glob("*.png"))
     picture, broken = tmp_path / "one.png", tmp_path / "broken.png"
     picture.write_bytes(files[0].read_bytes())
@@ -243,7 +256,9 @@ def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
     answer(tiny.model, tiny.processor, rows, 2)
     assert looks == [1, 1] and len(answers._SEEN) == 2
     broken.write_bytes(b"no picture")
-    said = dict(answering(tiny.model, tiny.processor, [*rows, {"text": "what ?", "image": str(broken)}], 2))
+    said = dict(
+        answering(tiny.model, tiny.processor, [*rows, {"text": "what ?", "image": str(broken)}], 2)
+    )
     assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._SEEN) == 2
 
 
@@ -251,7 +266,9 @@ def test_the_oldest_of_what_was_seen_gives_way(tiny, looks, monkeypatch):
     answer(tiny.model, tiny.processor, questions(tiny, 12), 2, 1)
     kept = list(answers._SEEN)
     assert len(kept) > 2
-    monkeypatch.setattr(answers, "SEEN_BYTES", 2 * max(features.nbytes for features in answers._SEEN.values()))
+    monkeypatch.setattr(
+        answers, "SEEN_BYTES", 2 * max(features.nbytes for features in answers._SEEN.values())
+    )
     answers.remember("newest", answers._SEEN[kept[-1]])
     assert list(answers._SEEN) == [kept[-1], "newest"]
 
@@ -265,7 +282,9 @@ def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
     assert {"f1", "accuracy/random", "accuracy/popular", "yes_ratio"} <= set(scores.metric)
     assert (scores.low <= scores.value + 1e-9).all() and (scores.value <= scores.high + 1e-9).all()
     always_yes = scores.set_index("metric").baseline
-    assert always_yes["accuracy"] == pytest.approx(50) and always_yes["f1"] == pytest.approx(200 / 3)
+    assert always_yes["accuracy"] == pytest.approx(50) and always_yes["f1"] == pytest.approx(
+        200 / 3
+    )
     assert set(scores.judge) == {""} and set(scores.problems) == {0}
     assert pd.read_csv(run.folder / "scores.csv").shape == scores.shape
 
@@ -273,9 +292,15 @@ def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
 def test_every_answer_is_kept_with_id_prompt_and_why_it_ended(run):
     evaluate(run)
     header, rows = lines(run.folder / "answers" / "pope.jsonl")
-    assert header["decoding"] == "greedy" and header["max_new_tokens"] == BENCHMARKS["pope"].max_new_tokens
+    assert (
+        header["decoding"] == "greedy"
+        and header["max_new_tokens"] == BENCHMARKS["pope"].max_new_tokens
+    )
     assert sorted(int(row["question_id"]) for row in rows) == list(range(12))
-    assert all(row["prompt"].startswith("is there a ") and row["finish"] in ("stop", "length") for row in rows)
+    assert all(
+        row["prompt"].startswith("is there a ") and row["finish"] in ("stop", "length")
+        for row in rows
+    )
 
 
 def test_a_second_evaluation_reads_the_answers_and_loads_no_model_and_needs_no_pictures(run):
@@ -288,7 +313,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
     whole = evaluate(run)
     path = run.folder / "answers" / "pope.jsonl"
     kept = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(kept[:5]) + kept[5][:10])  # four answers, and a fifth cut off in the middle
+    path.write_text(
+        "".join(kept[:5]) + kept[5][:10]
+    )  # four answers, and a fifth cut off in the middle
     asked = []
 
     def listening(model, processor, samples, *more):
@@ -339,7 +366,9 @@ def test_an_evaluation_that_is_killed_loses_no_answer(run, monkeypatch):
     assert rows[:5] == first and sorted(row["i"] for row in rows) == list(range(12))
 
 
-def test_of_two_evaluations_at_once_one_waits_and_no_question_is_asked_twice(run, monkeypatch, capfd):
+def test_of_two_evaluations_at_once_one_waits_and_no_question_is_asked_twice(
+    run, monkeypatch, capfd
+):
     whole = evaluate(run)
     path = run.folder / "answers" / "pope.jsonl"
     path.unlink()
@@ -363,7 +392,9 @@ def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
 
 def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
     odd = Answer("yes\u2028no\x85\u00e4\n", "stop")
-    monkeypatch.setattr(HOUSE, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples))))
+    monkeypatch.setattr(
+        HOUSE, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
+    )
     pd.testing.assert_frame_equal(evaluate(run), evaluate(run))
     assert read_rows(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
 
@@ -380,16 +411,15 @@ def test_a_damaged_line_is_named(run):
 def test_answers_of_another_model_are_refused(run, tiny):
     evaluate(run)
     tiny_model(tiny.processor.tokenizer, seed=1).save_pretrained(run.folder / "model")
-    with pytest.raises(ValueError, match="answers of another model .*move the file away or delete it to ask again"):
+    with pytest.raises(
+        ValueError, match="answers of another model .*move the file away or delete it to ask again"
+    ):
         evaluate(run)
 
 
 @pytest.mark.parametrize(
     "change, named",
-    [
-        ({"one_pass": {"pope": ("yes", "no")}}, "decoding"),
-        ({"template": "plain"}, "template"),
-    ],
+    [({"one_pass": {"pope": ("yes", "no")}}, "decoding"), ({"template": "plain"}, "template")],
 )
 def test_answers_of_another_way_to_decode_are_refused(run, change, named):
     evaluate(run)
@@ -420,13 +450,18 @@ def test_a_broken_picture_is_counted_and_asked_again_once_it_is_whole(run, own_p
     (own_pictures / "3.png").write_bytes(good[:700])
     scores = evaluate(run)
     asked_of_it = sum(
-        row["image"] == "3.png" for row in read_rows(run.folder / "benchmarks/pope/questions.jsonl") if "image" in row
+        row["image"] == "3.png"
+        for row in read_rows(run.folder / "benchmarks/pope/questions.jsonl")
+        if "image" in row
     )
     assert set(scores.problems) == {2} and asked_of_it in (
         1,
         2,
     )  # the last line has no end, so the reader leaves it out
-    assert "2 problems in 12 questions; the first, question 3: truncated picture" in capsys.readouterr().out
+    assert (
+        "2 problems in 12 questions; the first, question 3: truncated picture"
+        in capsys.readouterr().out
+    )
     rows = lines(run.folder / "answers" / "pope.jsonl")[1]
     assert [row["answer"] for row in rows if row["finish"] == "error"] == ["", ""]
     evaluate(run)
@@ -436,12 +471,16 @@ def test_a_broken_picture_is_counted_and_asked_again_once_it_is_whole(run, own_p
     assert len(lines(run.folder / "answers" / "pope.jsonl")[1]) == 14
 
 
-def test_answers_about_pictures_that_changed_are_refused_but_pictures_may_go(run, own_pictures, tiny):
+def test_answers_about_pictures_that_changed_are_refused_but_pictures_may_go(
+    run, own_pictures, tiny
+):
     whole = evaluate(run)
     picture = own_pictures / "2.png"
     old = picture.read_bytes()
     picture.write_bytes(old + b"more")
-    with pytest.raises(ValueError, match=r"2 answers about pictures that have changed since \(first: 2.png\)"):
+    with pytest.raises(
+        ValueError, match=r"2 answers about pictures that have changed since \(first: 2.png\)"
+    ):
         evaluate(run)
     picture.unlink()
     pd.testing.assert_frame_equal(evaluate(run), whole)
@@ -450,7 +489,9 @@ def test_answers_about_pictures_that_changed_are_refused_but_pictures_may_go(run
 def test_pictures_that_are_all_missing_are_named_before_anything_is_asked(run, own_pictures):
     for path in own_pictures.iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="None of the 5 pictures of pope is there; the first: .*0.png"):
+    with pytest.raises(
+        FileNotFoundError, match="None of the 5 pictures of pope is there; the first: .*0.png"
+    ):
         evaluate(run)
     assert run.loaded == 0
 
@@ -468,9 +509,13 @@ def test_several_processes_give_the_same_answers(run, monkeypatch):
     whole = evaluate(run)
     one = sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1]))
     (run.folder / "answers" / "pope.jsonl").unlink()
-    monkeypatch.setattr(parallel, "START", "fork")  # this process holds no GPU, and spawning would import torch anew
+    monkeypatch.setattr(
+        parallel, "START", "fork"
+    )  # this process holds no GPU, and spawning would import torch anew
     pd.testing.assert_frame_equal(evaluate(run, num_processes=2), whole)
-    assert run.loaded == 1 and sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1])) == one
+    assert (
+        run.loaded == 1 and sorted(map(str, lines(run.folder / "answers" / "pope.jsonl")[1])) == one
+    )
 
 
 def test_questions_on_one_picture_stay_in_one_process():
@@ -489,7 +534,9 @@ class DyingRun(TinyRun):
 def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
     monkeypatch.setattr(parallel, "START", "fork")
     run.__class__ = DyingRun
-    with pytest.raises(RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"):
+    with pytest.raises(
+        RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"
+    ):
         evaluate(run, num_processes=2)
 
 
@@ -534,7 +581,9 @@ def test_without_a_run_a_served_model_and_a_folder_are_needed():
         evaluate(None, "pope")
 
 
-def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(run, monkeypatch, tmp_path_factory):
+def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(
+    run, monkeypatch, tmp_path_factory
+):
     monkeypatch.setattr("vflan.config.ROOT", run.folder)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     run.recipe.benchmarks = "benchmarks"
@@ -574,7 +623,9 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     other = TinyRun(folder, tiny)
     other.recipe.benchmarks = run.recipe.benchmarks
     labels = {s["text"]: s["label"] for s in BENCHMARKS["pope"].load(run.recipe.benchmarks)}
-    right = lambda m, p, samples, *more: ((i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples))  # noqa: E731
+    right = lambda m, p, samples, *more: (
+        (i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples)
+    )  # noqa: E731
     monkeypatch.setattr(HOUSE, "answering", right)
     best = evaluate(other).set_index("metric").value
     table = difference(other, run, "pope").set_index("metric")
@@ -596,7 +647,11 @@ class Fixed:
     def judge(self, question, reference, answer, sample):
         self.seen.append((question, reference, answer))
         failed = len(self.seen) % 3 == 0
-        return Judgement(None, "no score in the reply") if failed else Judgement(1.0, "fine", out_of=2.0)
+        return (
+            Judgement(None, "no score in the reply")
+            if failed
+            else Judgement(1.0, "fine", out_of=2.0)
+        )
 
 
 def test_a_benchmark_with_a_rule_of_its_own_can_be_judged_and_failures_are_left_out(run, capsys):
@@ -614,10 +669,17 @@ def test_a_judge_needs_references(run, monkeypatch):
     bench = BENCHMARKS["pope"]
 
     def without(folder):
-        return [s | {"label": None if s["question_id"] == "7" else s["label"]} for s in bench.load(folder)]
+        return [
+            s | {"label": None if s["question_id"] == "7" else s["label"]}
+            for s in bench.load(folder)
+        ]
 
-    monkeypatch.setitem(BENCHMARKS, "pope", SimpleNamespace(name="pope", load=without, prompt=bench.prompt))
-    with pytest.raises(ValueError, match=r"pope: 1 questions have no reference to judge by \(first: 7\)"):
+    monkeypatch.setitem(
+        BENCHMARKS, "pope", SimpleNamespace(name="pope", load=without, prompt=bench.prompt)
+    )
+    with pytest.raises(
+        ValueError, match=r"pope: 1 questions have no reference to judge by \(first: 7\)"
+    ):
         evaluate(run, "pope", judge={"pope": Fixed()})
 
 
@@ -646,7 +708,9 @@ def test_the_mini_world_is_judged_by_its_rules_and_says_so(run, open_questions):
     assert set(scores.judge) == {"rules 1"} and scores.baseline.notna().all()
 
 
-def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(run, open_questions, monkeypatch):
+def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(
+    run, open_questions, monkeypatch
+):
     bench = BENCHMARKS["llava_bench"]
 
     def load(folder):
@@ -673,7 +737,9 @@ def test_judged_answers_say_which_are_right_as_the_score_does(run):
     assert [row["answer"] for row in rows] == [row["answer"] for row in sorted(
         lines(run.folder / "answers" / "pope.jsonl")[1], key=lambda row: row["i"])]  # fmt: skip
     assert 100 * np.mean([row["right"] for row in rows]) == pytest.approx(scores["accuracy"])
-    assert 0 < sum(row["right"] for row in rows) < len(rows), "a model that is always right would prove nothing"
+    assert 0 < sum(row["right"] for row in rows) < len(rows), (
+        "a model that is always right would prove nothing"
+    )
     assert {row["benchmark"] for row in rows} == {"pope"} and not any(row["reason"] for row in rows)
 
 
@@ -695,13 +761,18 @@ def test_a_judges_reason_is_told_with_its_marks_and_half_of_them_are_right(run):
 def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
     rows = [dict(question_id="a", image="a.png", text="?", label="yes", category="color")]
     assert BENCHMARKS["mme"].items(rows, ["Yes"]) == {}
-    assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [True, False]
+    assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [
+        True,
+        False,
+    ]
 
 
 def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
     def table(**values):
         rows = [(run, "pope", "f1", value, 0, "", 0) for run, value in values.items()]
-        return pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed", "judge", "problems"])
+        return pd.DataFrame(
+            rows, columns=["run", "benchmark", "metric", "value", "seed", "judge", "problems"]
+        )
 
     keep_scores(tmp_path / "scores.csv", table(a=1.0, b=2.0, c=3.0))
     keep_scores(tmp_path / "scores.csv", table(b=9.0, d=4.0, a=8.0))
@@ -755,7 +826,11 @@ def deep(tiny, layers=16):
 
 @pytest.mark.parametrize("each", [1, 2, 9], ids=["a question a picture", "two", "a batch of them"])
 def test_no_more_than_one_cache_is_alive_at_a_time(tiny, tmp_path, living, each):
-    asked = [{"text": "is there a star ?", "image": path} for path in twins(tiny, tmp_path, 16) for _ in range(each)]
+    asked = [
+        {"text": "is there a star ?", "image": path}
+        for path in twins(tiny, tmp_path, 16)
+        for _ in range(each)
+    ]
     answer(deep(tiny), tiny.processor, asked, max_new_tokens=1, batch_size=16)
     ids = prompt_ids("is there a star ?", tiny.processor.tokenizer, has_image=True)
     question = len(ids) - ids.index(IMAGE_TOKEN_INDEX) - 1
@@ -777,7 +852,9 @@ def twins(tiny, folder, number):
 @pytest.mark.parametrize("tokens", [1, 12])
 @pytest.mark.parametrize("each", [1, 3, 20])
 def test_what_is_alive_stays_below_the_limit(tiny, living, tmp_path, tokens, each):
-    asked = [row | {"image": path} for path in twins(tiny, tmp_path, 16) for row in questions(tiny, each)]
+    asked = [
+        row | {"image": path} for path in twins(tiny, tmp_path, 16) for row in questions(tiny, each)
+    ]
     model, limit = deep(tiny), 800_000
     whole = answer(model, tiny.processor, asked, tokens, batch_size=60, memory=1 << 40)
     free, living.most = living.most, 0
@@ -834,7 +911,11 @@ def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
     hook = failing(tiny.model, -1, most=0)
     try:
         with pytest.raises(RuntimeError, match="One question alone does not fit into the memory"):
-            list(answering(tiny.model, tiny.processor, [{"text": "what is there ?", "image": None}] * 9, 6))
+            list(
+                answering(
+                    tiny.model, tiny.processor, [{"text": "what is there ?", "image": None}] * 9, 6
+                )
+            )
     finally:
         hook.remove()
 

@@ -32,7 +32,12 @@ class Hub:
 
     def __init__(self, files, repo=REPO):
         self.files, self.repo, self.served, self.log = files, repo, dict(files), []
-        self.cuts, self.stall_at, self.gated, self.down = [], None, False, None  # cuts: byte positions, each used once
+        self.cuts, self.stall_at, self.gated, self.down = (
+            [],
+            None,
+            False,
+            None,
+        )  # cuts: byte positions, each used once
         self.stalled = threading.Event()
         hub = self
 
@@ -52,7 +57,10 @@ class Hub:
             entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             if path.endswith(".zip"):
                 sha = hashlib.sha256(data).hexdigest()
-                entry |= {"oid": "f" * 40, "lfs": {"oid": sha, "size": len(data), "pointerSize": 134}}
+                entry |= {
+                    "oid": "f" * 40,
+                    "lfs": {"oid": sha, "size": len(data), "pointerSize": 134},
+                }
             yield entry
 
     def answer(self, request):
@@ -76,7 +84,11 @@ class Hub:
         tag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if "lfs" in entry and not cdn:
-            more = {"Location": f"/cdn/{name}", "X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(entry["size"])}
+            more = {
+                "Location": f"/cdn/{name}",
+                "X-Linked-Etag": f'"{tag}"',
+                "X-Linked-Size": str(entry["size"]),
+            }
             return self.send(request, 302, b"", headers | more)
         data, start = self.served[name], 0
         if asked := request.headers.get("Range"):
@@ -93,7 +105,11 @@ class Hub:
         request.end_headers()
         if request.command == "HEAD":
             return
-        stops = [at for at in (*self.cuts[:1], self.stall_at) if at is not None and start <= at < start + len(data)]
+        stops = [
+            at
+            for at in (*self.cuts[:1], self.stall_at)
+            if at is not None and start <= at < start + len(data)
+        ]
         if not stops:
             return request.wfile.write(data)
         request.wfile.write(data[: stops[0] - start])
@@ -107,11 +123,15 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch):
-    hub = Hub({"annotation_191-task_1k.json": JSON, "image_191-task_1k.zip": ZIP, "README.md": b"hello"})
+    hub = Hub(
+        {"annotation_191-task_1k.json": JSON, "image_191-task_1k.zip": ZIP, "README.md": b"hello"}
+    )
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between two tries
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.time.sleep", lambda seconds: None
+    )  # between two tries
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -122,7 +142,10 @@ def names(folder):
 
 
 def assert_whole(folder):
-    assert names(folder) == ["annotation_191-task_1k.json", "image_191-task_1k.zip"]  # and no part of anything
+    assert names(folder) == [
+        "annotation_191-task_1k.json",
+        "image_191-task_1k.zip",
+    ]  # and no part of anything
     assert (folder / "annotation_191-task_1k.json").read_bytes() == JSON
     assert (folder / "image_191-task_1k.zip").read_bytes() == ZIP
 
@@ -167,7 +190,15 @@ def test_a_connection_that_keeps_breaking_is_one_sentence_and_the_next_call_goes
 
 def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(hub, tmp_path):
     hub.stall_at = 15 * 2**20
-    command = [sys.executable, "-m", "vflan", "download", "vision_flan_191", "--folder", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "vflan",
+        "download",
+        "vision_flan_191",
+        "--folder",
+        str(tmp_path),
+    ]
     home = Path(__file__).resolve().parent.parent
     child = subprocess.Popen(command, cwd=home, env=os.environ | {"HF_HUB_DISABLE_XET": "1"})
     try:
@@ -195,7 +226,9 @@ def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name,
     fetch("vision_flan_191", tmp_path)
     assert hub.log == [(name, 0)]
     # it may be somebody's own file, an edited one for instance: it is kept, and that is said
-    assert (tmp_path / f"{name}.old-1").read_bytes() == damaged and ".old-1" in capsys.readouterr().err
+    assert (
+        tmp_path / f"{name}.old-1"
+    ).read_bytes() == damaged and ".old-1" in capsys.readouterr().err
     (tmp_path / f"{name}.old-1").unlink()
     assert_whole(tmp_path)
 
@@ -225,18 +258,24 @@ def test_what_arrives_damaged_is_refused(hub, tmp_path):
 
 
 def test_an_unknown_set_is_answered_with_the_closest(tmp_path):
-    with pytest.raises(ValueError, match="no set 'vision_flan_192'; the closest is 'vision_flan_191'"):
+    with pytest.raises(
+        ValueError, match="no set 'vision_flan_192'; the closest is 'vision_flan_191'"
+    ):
         fetch("vision_flan_192", tmp_path)
 
 
 def test_no_network_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(ConnectionError, match="^http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*again.$"):
+    with pytest.raises(
+        ConnectionError, match="^http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*again.$"
+    ):
         fetch("vision_flan_191", tmp_path)
 
 
-def test_a_hub_that_is_down_a_set_that_is_gone_and_a_file_that_is_gone_are_told_apart(hub, tmp_path):
+def test_a_hub_that_is_down_a_set_that_is_gone_and_a_file_that_is_gone_are_told_apart(
+    hub, tmp_path
+):
     hub.down = 500
     with pytest.raises(ConnectionError, match="500"):
         fetch("vision_flan_191", tmp_path)
@@ -261,8 +300,12 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, tmp_path, monk
     with pytest.raises(OSError, match="needs 0.0 GB more .*make room, or give another folder"):
         fetch("vision_flan_191", tmp_path)
     assert hub.log == []
-    (entry,) = (entry for entry in hub.tree() if "lfs" in entry)  # most of it is there: the rest has room
-    (tmp_path / f".image_191-task_1k.zip.{entry['lfs']['oid'][:12]}.part").write_bytes(ZIP[: 10 * 2**20])
+    (entry,) = (
+        entry for entry in hub.tree() if "lfs" in entry
+    )  # most of it is there: the rest has room
+    (tmp_path / f".image_191-task_1k.zip.{entry['lfs']['oid'][:12]}.part").write_bytes(
+        ZIP[: 10 * 2**20]
+    )
     fetch("vision_flan_191", tmp_path)
 
 
@@ -271,12 +314,17 @@ def test_a_disk_that_fills_up_on_the_way_is_one_sentence(hub, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "http_get", full)
-    with pytest.raises(OSError, match="is full. What has come so far is kept: make room and fetch again"):
+    with pytest.raises(
+        OSError, match="is full. What has come so far is kept: make room and fetch again"
+    ):
         fetch("vision_flan_191", tmp_path)
 
 
 def test_two_fetches_into_one_folder_do_not_mix(hub, tmp_path):
-    with module.FileLock(tmp_path / ".fetch.lock"), pytest.raises(OSError, match="another fetch is at work"):
+    with (
+        module.FileLock(tmp_path / ".fetch.lock"),
+        pytest.raises(OSError, match="another fetch is at work"),
+    ):
         fetch("vision_flan_191", tmp_path)
 
 

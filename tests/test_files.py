@@ -40,7 +40,13 @@ def snapshot(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[name] = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
     return found
 
 
@@ -65,7 +71,9 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(recipe, name):
         vflan.replace(recipe, name=name)
 
 
-@pytest.mark.parametrize("name", ["base", "基础模型", "modèle 2", "a-b_c.d", "x" * 100, "NULL", "базовая"])
+@pytest.mark.parametrize(
+    "name", ["base", "基础模型", "modèle 2", "a-b_c.d", "x" * 100, "NULL", "базовая"]
+)
 def test_plain_names_of_any_script_are_taken(recipe, name):
     assert vflan.replace(recipe, name=name).folder.name == name == folder_name(name)
 
@@ -85,7 +93,10 @@ def test_a_run_trains_under_a_chinese_name(recipe):
 def test_a_folder_of_somebodys_files_is_never_begun_in(recipe, tmp_path):
     thesis(recipe.folder)
     before = snapshot(tmp_path)
-    with pytest.raises(FileExistsError, match=r"is no run of vflan: it holds figures/1.png, thesis.txt. Nothing was"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"is no run of vflan: it holds figures/1.png, thesis.txt. Nothing was",
+    ):
         vflan.train(recipe)
     assert snapshot(tmp_path) == before
 
@@ -99,24 +110,35 @@ def test_a_recipe_json_of_something_else_is_no_mark(recipe, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_files_laid_into_a_start_that_failed_stay_when_the_recipe_changes(recipe, monkeypatch, tmp_path):
+def test_files_laid_into_a_start_that_failed_stay_when_the_recipe_changes(
+    recipe, monkeypatch, tmp_path
+):
     thesis(failed_start(recipe, monkeypatch))
     before = snapshot(tmp_path / "runs")
     with pytest.raises(FileExistsError, match="figures/1.png, thesis.txt. Nothing was deleted"):
         vflan.train(vflan.replace(recipe, lr=0.5))
     assert snapshot(tmp_path / "runs") == before
-    assert vflan.train(vflan.replace(recipe, max_steps=None)).finished  # the same recipe goes on beside them
+    assert vflan.train(
+        vflan.replace(recipe, max_steps=None)
+    ).finished  # the same recipe goes on beside them
     assert (recipe.folder / "thesis.txt").read_text() == "three years of work"
 
 
 def test_a_start_that_failed_makes_room_for_another_recipe(recipe, monkeypatch):
     folder = failed_start(recipe, monkeypatch)
-    for name in ("answers/pope.jsonl", "tensorboard/vflan/events.1", "checkpoints/.part/0.pt", ".model/config.json"):
+    for name in (
+        "answers/pope.jsonl",
+        "tensorboard/vflan/events.1",
+        "checkpoints/.part/0.pt",
+        ".model/config.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
     run = vflan.train(vflan.replace(recipe, lr=0.5, max_steps=1))
     assert run.finished and run.recipe.lr == 0.5
-    assert not {"answers", "tensorboard", "checkpoints", ".model"} & {path.name for path in folder.iterdir()}
+    assert not {"answers", "tensorboard", "checkpoints", ".model"} & {
+        path.name for path in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize("inside", ["model", "tensorboard", "answers", "metrics.jsonl"])
@@ -163,7 +185,10 @@ def test_a_model_folder_with_somebodys_file_is_set_aside_at_the_end(recipe, monk
     folder = failed_start(recipe, monkeypatch)
     (folder / "model").mkdir()
     (folder / "model" / "notes.txt").write_text("mine")
-    assert vflan.train(recipe).finished and (folder / "model.old-1" / "notes.txt").read_text() == "mine"
+    assert (
+        vflan.train(recipe).finished
+        and (folder / "model.old-1" / "notes.txt").read_text() == "mine"
+    )
     assert "model.old-1" in capsys.readouterr().err and (folder / "model" / "config.json").is_file()
 
 
@@ -266,10 +291,14 @@ def test_the_folder_is_held_from_the_first_look_to_the_end(recipe, monkeypatch):
     assert len(refused) == 1 and "is being trained by process" in refused[0]
 
 
-def test_processes_that_are_launched_refuse_a_folder_that_was_taken_before_they_came(recipe, monkeypatch):
+def test_processes_that_are_launched_refuse_a_folder_that_was_taken_before_they_came(
+    recipe, monkeypatch
+):
     def launch(folder, processes):
         begun = Run(folder).written()
-        vflan.train(vflan.replace(recipe, lr=0.5, max_steps=1))  # another process, in the moment without a lock
+        vflan.train(
+            vflan.replace(recipe, lr=0.5, max_steps=1)
+        )  # another process, in the moment without a lock
         monkeypatch.setenv("VFLAN_BEGUN", runs.json.dumps(begun))
         real_fit(folder)
 
@@ -289,7 +318,11 @@ def test_clear_sets_aside_what_is_not_ours(tmp_path):
     (tmp_path / "a" / "config.json").write_text("ours")
     (tmp_path / "a" / "diary").write_text("not ours")
     io.clear(tmp_path / "a", io.MODEL)
-    assert snapshot(tmp_path) == {"a.old-1": None, "a.old-1/config.json": b"ours", "a.old-1/diary": b"not ours"}
+    assert snapshot(tmp_path) == {
+        "a.old-1": None,
+        "a.old-1/config.json": b"ours",
+        "a.old-1/diary": b"not ours",
+    }
 
 
 @pytest.mark.parametrize("target", ["a file", "a link", "home"])

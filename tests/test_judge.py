@@ -30,12 +30,19 @@ from vflan.evaluation.judge import (
     title,
 )
 
-SAMPLE = {"text": "What is there?", "label": "A red star.", "category": "conv", "context": "One red star on sand."}
+SAMPLE = {
+    "text": "What is there?",
+    "label": "A red star.",
+    "category": "conv",
+    "context": "One red star on sand.",
+}
 
 
 @pytest.fixture
 def judge(tmp_path):
-    return EndpointJudge("grader", YES_NO, cache=tmp_path / "cache", timeout=5, retries=2, workers=2)
+    return EndpointJudge(
+        "grader", YES_NO, cache=tmp_path / "cache", timeout=5, retries=2, workers=2
+    )
 
 
 def ask(judge, answers, sample=SAMPLE):
@@ -87,27 +94,40 @@ def test_yes_or_no_is_the_first_word(reply, read):
 
 def test_the_judge_is_shown_context_question_reference_first_and_candidate_second():
     text = PAIR.fill("What is {there}?", "REFERENCE", "CANDIDATE {0}", SAMPLE)
-    wanted = ["One red star on sand.", "What is {there}?", "REFERENCE", "CANDIDATE {0}", "the two scores"]
+    wanted = [
+        "One red star on sand.",
+        "What is {there}?",
+        "REFERENCE",
+        "CANDIDATE {0}",
+        "the two scores",
+    ]
     assert [text.find(part) > 0 for part in wanted] == [True] * 5
     assert [text.index(part) for part in wanted] == sorted(text.index(part) for part in wanted)
 
 
 def test_the_facts_of_a_mini_world_picture_are_its_context():
-    assert "red star, blue ring" in PAIR.fill("?", "r", "a", {"facts": [["red", "star"], ["blue", "ring"]]})
+    assert "red star, blue ring" in PAIR.fill(
+        "?", "r", "a", {"facts": [["red", "star"], ["blue", "ring"]]}
+    )
 
 
 def test_the_benchmarks_own_rules_are_read_where_they_are_there(tmp_path):
     assert prompt_for("llava_bench", tmp_path) is PAIR and prompt_for("mm_vet", tmp_path) is GRADE
     assert prompt_for("cifar10", tmp_path) is YES_NO
     (tmp_path / "llava_bench").mkdir()
-    rules = {"coding": {"role": "Dev", "prompt": "code"}, "llava_bench_conv": {"role": "Helper", "prompt": "THE RULE"}}
+    rules = {
+        "coding": {"role": "Dev", "prompt": "code"},
+        "llava_bench_conv": {"role": "Helper", "prompt": "THE RULE"},
+    }
     (tmp_path / "llava_bench" / "rule.json").write_text(json.dumps(rules))
     own = prompt_for("llava_bench", tmp_path)
     assert "[End of Helper 2]\n\n[System]\nTHE RULE" in own.fill("?", "r", "a", SAMPLE)
     assert "two answers" in own.fill("?", "r", "a", SAMPLE | {"category": "no rule for this one"})
     assert own.hash != PAIR.hash and len(own.hash) == 8
     (tmp_path / "llava_bench" / "rule.json").write_text('{"coding": {}}')
-    with pytest.raises(ValueError, match="begins with llava_bench_: is it the benchmark's rule.json"):
+    with pytest.raises(
+        ValueError, match="begins with llava_bench_: is it the benchmark's rule.json"
+    ):
         prompt_for("llava_bench", tmp_path)
 
 
@@ -119,8 +139,14 @@ def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_t
     found = ask(judge, ["A red star is there."])
     assert found == [Judgement(1.0, "Yes", 1.0, "served-v1")]
     body = server.asked[0]
-    assert body["model"] == "grader" and body["temperature"] == 0 and body["max_tokens"] == YES_NO.max_tokens
-    assert "Prediction: A red star is there." in server.texts()[0] and server.keys == {f"Bearer {KEY}"}
+    assert (
+        body["model"] == "grader"
+        and body["temperature"] == 0
+        and body["max_tokens"] == YES_NO.max_tokens
+    )
+    assert "Prediction: A red star is there." in server.texts()[0] and server.keys == {
+        f"Bearer {KEY}"
+    }
     assert title(judge, found) == f"grader yes_no-{YES_NO.hash} served-v1"
 
 
@@ -176,7 +202,11 @@ def test_a_time_out_is_tried_again(serve, judge):  # noqa: F811
 
 
 def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judge, capsys):  # noqa: F811
-    server = serve(lambda body, n: (500, {"error": {"message": "oh no"}}) if "bad" in str(body) else said("Yes"))
+    server = serve(
+        lambda body, n: (
+            (500, {"error": {"message": "oh no"}}) if "bad" in str(body) else said("Yes")
+        )
+    )
     found = ask(judge, ["good", "bad"])
     assert [j.score for j in found] == [1.0, None]
     assert "InternalServerError" in found[1].reason
@@ -193,7 +223,10 @@ def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):  # noqa: F
     server = serve(lambda b, n: body)
     (found,) = ask(judge, ["x"])
     assert found.score is None and found.reason and len(server.asked) == 2, "it is asked once more"
-    assert len(list(judge.cache.glob("*.jsonl"))) == 1 and not next(judge.cache.glob("*.jsonl")).read_text()
+    assert (
+        len(list(judge.cache.glob("*.jsonl"))) == 1
+        and not next(judge.cache.glob("*.jsonl")).read_text()
+    )
 
 
 def test_a_reply_that_cannot_be_read_may_be_right_the_second_time(serve, judge):  # noqa: F811
@@ -212,15 +245,22 @@ def test_a_wrong_key_or_name_stops_at_once(serve, judge, status, match):  # noqa
 
 def test_an_endpoint_that_is_down_is_given_up(serve, judge):  # noqa: F811
     server = serve(lambda body, n: (500, {}))
-    with pytest.raises(ConnectionError, match="failed 8 times in a row .*is it running.*call again to go on"):
+    with pytest.raises(
+        ConnectionError, match="failed 8 times in a row .*is it running.*call again to go on"
+    ):
         ask(judge, [str(i) for i in range(100)])
     assert len(server.asked) < 60
 
 
 def test_a_newer_models_name_for_the_limit_is_used(serve, judge):  # noqa: F811
-    refusal = (400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}})
+    refusal = (
+        400,
+        {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}},
+    )
     server = serve(lambda body, n: refusal if "max_tokens" in body else said("Yes"))
-    assert [j.score for j in ask(judge, ["x"])] == [1.0] and server.asked[-1]["max_completion_tokens"] == 5
+    assert [j.score for j in ask(judge, ["x"])] == [1.0] and server.asked[-1][
+        "max_completion_tokens"
+    ] == 5
 
 
 def test_nothing_is_paid_for_twice(serve, judge, capsys):  # noqa: F811
@@ -246,18 +286,28 @@ def test_the_cost_is_estimated_before_the_first_call(serve, judge, capsys):  # n
     assert "price unknown" in judge.estimate(["x"])
 
 
-def test_a_run_judged_through_an_endpoint_names_the_judge_and_leaves_failures_out(serve, tmp_path, capsys):  # noqa: F811
+def test_a_run_judged_through_an_endpoint_names_the_judge_and_leaves_failures_out(
+    serve, tmp_path, capsys
+):  # noqa: F811
     write_pope(tmp_path / "benchmarks", tmp_path)
     tiny = make_tiny(tmp_path)
     run = TinyRun(tmp_path, tiny)
     judge = EndpointJudge("grader", cache=tmp_path / "cache")
     replies = {"is there a star ?": "Yes", "is there a blue ?": "No"}
     serve(
-        lambda body, n: said(replies.get(body["messages"][0]["content"].split("\n")[0].removeprefix("Question: "), ""))
+        lambda body, n: said(
+            replies.get(
+                body["messages"][0]["content"].split("\n")[0].removeprefix("Question: "), ""
+            )
+        )
     )
     scores = evaluate(run, judge={"pope": judge})
     row = scores[scores.metric == "f1"].iloc[0]
-    assert (row.value, row.n, row.problems) == (50, 6, 6) and row.judge == f"grader yes_no-{YES_NO.hash} served-v1"
+    assert (row.value, row.n, row.problems) == (
+        50,
+        6,
+        6,
+    ) and row.judge == f"grader yes_no-{YES_NO.hash} served-v1"
     assert "judge: no score in the reply" in capsys.readouterr().out
     assert "grader" in set(pd.read_csv(tmp_path / "scores.csv").judge).pop()
     assert "grader" not in json.dumps(lines(tmp_path / "answers" / "pope.jsonl")[0])
@@ -276,9 +326,13 @@ def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):  # noqa:
                                      blind=pope.blind, max_new_tokens=4, headline="score", default=True)  # fmt: skip
     monkeypatch.setitem(BENCHMARKS, "llava_bench", open_questions)
     serve(lambda body, n: said("10 5" if "is there a star ?" in str(body) else "5 5"))
-    scores = evaluate(run, "llava_bench", judge=EndpointJudge("gpt", cache=tmp_path / "cache")).set_index("metric")
+    scores = evaluate(
+        run, "llava_bench", judge=EndpointJudge("gpt", cache=tmp_path / "cache")
+    ).set_index("metric")
     assert scores.value["score/random"] == pytest.approx(100 * 5 / 7.5)
-    assert scores.judge["score"].startswith(f"gpt pair-{PAIR.hash}") and scores.baseline.isna().all()
+    assert (
+        scores.judge["score"].startswith(f"gpt pair-{PAIR.hash}") and scores.baseline.isna().all()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- a local model
@@ -318,7 +372,9 @@ def test_only_the_new_tokens_of_a_local_judge_are_read(vicuna, monkeypatch, word
     found = ask(judge, ["a red star", "a", "yes or no ? yes"])  # the prompt itself holds both words
     assert [j.score for j in found] == [score] * 3 and len(seen) == 2
     ids, mask, tokens = seen[0]
-    assert tokens == 5 and mask[:, -1].all() and not mask[-1, 0] and ids.shape == mask.shape, "padded on the left"
+    assert tokens == 5 and mask[:, -1].all() and not mask[-1, 0] and ids.shape == mask.shape, (
+        "padded on the left"
+    )
 
 
 def test_a_local_judge_is_prompted_as_vicuna_is_and_named_by_its_weights(vicuna, monkeypatch):
@@ -328,7 +384,10 @@ def test_a_local_judge_is_prompted_as_vicuna_is_and_named_by_its_weights(vicuna,
     found = judge.judge("what is there ?", "star", "a star", SAMPLE)
     text = tokenizer.decode(seen[0][0][0])
     assert text.endswith("ASSISTANT :") and "USER :" in text and len(found.version) == 8
-    assert title(judge, [found]) == f"{folder.name} yes_no-{YES_NO.hash} {found.version}" and "/" not in judge.title
+    assert (
+        title(judge, [found]) == f"{folder.name} yes_no-{YES_NO.hash} {found.version}"
+        and "/" not in judge.title
+    )
 
 
 def test_a_local_judge_really_generates(vicuna):

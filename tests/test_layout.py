@@ -38,7 +38,9 @@ def rooms_imported(path):
     """The rooms that a file imports, without those of BACK."""
     parts = [name.split(".") for name in imported(path)]
     rooms = {p[1] for p in parts if p[0] == "vflan" and len(p) > 1 and p[1] in ROOMS} - {room(path)}
-    return {name for name in rooms if (path.relative_to(HOME / "vflan").as_posix(), name) not in BACK}
+    return {
+        name for name in rooms if (path.relative_to(HOME / "vflan").as_posix(), name) not in BACK
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOME)))
@@ -51,11 +53,15 @@ def test_imports_run_one_way(path):
 def test_a_room_says_what_it_is_for():
     for path in FILES:
         if path.name == "__init__.py":
-            assert (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip(), path
+            assert (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip(), (
+                path
+            )
 
 
 def test_only_notebooks_and_their_tools_meet_the_mini_world():
-    assert [str(p) for p in FILES if room(p) not in ("world", "tools") and "world" in rooms_imported(p)] == []
+    assert [
+        str(p) for p in FILES if room(p) not in ("world", "tools") and "world" in rooms_imported(p)
+    ] == []
 
 
 def test_no_module_has_the_name_of_a_public_function():
@@ -63,13 +69,22 @@ def test_no_module_has_the_name_of_a_public_function():
     assert not {name for name in vflan.__all__ if inspect.isroutine(getattr(vflan, name))} & top
 
 
-@pytest.mark.parametrize("name", ["analysis/plots", "tools/widgets", "evaluation/stats", "analysis/claims", "config"])
+@pytest.mark.parametrize(
+    "name", ["analysis/plots", "tools/widgets", "evaluation/stats", "analysis/claims", "config"]
+)
 def test_looking_at_results_needs_no_torch(name):
     path = HOME / "vflan" / f"{name}.py"
-    assert not {n.split(".")[0] for n in imported(path)} & {"torch", "transformers", "peft", "accelerate"}
+    assert not {n.split(".")[0] for n in imported(path)} & {
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+    }
 
 
-@pytest.mark.parametrize("package, rooms", [("peft", {"models"}), ("bitsandbytes", {"models", "training"})])
+@pytest.mark.parametrize(
+    "package, rooms", [("peft", {"models"}), ("bitsandbytes", {"models", "training"})]
+)
 def test_quantising_and_adapters_stay_in_one_room(package, rooms):
     """models owns both; training takes only the 8-bit optimizer."""
     assert {room(p) for p in FILES for n in imported(p) if n.split(".")[0] == package} <= rooms
@@ -81,6 +96,8 @@ def test_no_tracked_file_holds_a_machine_path():
         pytest.skip("not a git checkout")
     path = re.compile(rb"(?<![\w.~/-])/(?:hom[e]|User[s]|roo[t]|wor[k]|op[t]|tm[p])/\w")
     found = [
-        name for name in git.stdout.split("\0") if (HOME / name).is_file() and path.search((HOME / name).read_bytes())
+        name
+        for name in git.stdout.split("\0")
+        if (HOME / name).is_file() and path.search((HOME / name).read_bytes())
     ]
     assert found == []

@@ -11,7 +11,12 @@ from vflan.evaluation.benchmarks.benchmark import Metric
 def metric(rng, right, pictures=60, each=3):
     """Answers to `each` questions on every picture, right with probability `right`."""
     n = pictures * each
-    return Metric((rng.random(n) < right).astype(float), np.ones(n), np.zeros(n), np.repeat(np.arange(pictures), each))
+    return Metric(
+        (rng.random(n) < right).astype(float),
+        np.ones(n),
+        np.zeros(n),
+        np.repeat(np.arange(pictures), each),
+    )
 
 
 def items(effect, seeds=5, spread=0.0, noise=0):
@@ -63,7 +68,9 @@ def test_a_spread_between_seeds_that_hides_the_effect_is_seen():
 
 def test_below_says_that_an_effect_is_surely_small_and_over_that_it_is_surely_large():
     assert judge(items(0.0), direction="below", smallest=20).verdict == claims.HOLDS
-    assert judge(items(0.0), direction="below", smallest=0.5).verdict == claims.NOT  # small, but not surely
+    assert (
+        judge(items(0.0), direction="below", smallest=0.5).verdict == claims.NOT
+    )  # small, but not surely
     assert judge(items(0.4), direction="below", smallest=20).verdict == claims.NOT
     assert judge(items(0.4), direction="over", smallest=15).verdict == claims.HOLDS
     assert judge(items(0.1), direction="over", smallest=15).verdict == claims.NOT
@@ -71,7 +78,9 @@ def test_below_says_that_an_effect_is_surely_small_and_over_that_it_is_surely_la
 
 def test_weakly_is_between():
     """The uncorrected interval says yes, that for many claims no: found by lowering the effect step by step."""
-    seen = [judge(items(effect, spread=0.05, noise=1)).verdict for effect in np.linspace(0.3, 0.0, 31)]
+    seen = [
+        judge(items(effect, spread=0.05, noise=1)).verdict for effect in np.linspace(0.3, 0.0, 31)
+    ]
     order = [claims.HOLDS, claims.WEAKLY, claims.NOT]
     assert [v for i, v in enumerate(seen) if v not in seen[:i]] == order
 
@@ -85,7 +94,9 @@ def test_false_alarms_are_as_rare_as_promised():
 
 def test_the_interval_covers_the_truth():
     rows = [judge(items(0.1, spread=0.08, noise=n)) for n in range(100)]
-    missed = sum(not row.low <= 10 <= row.high for row in rows)  # corrected for ten claims: about 1 in 200
+    missed = sum(
+        not row.low <= 10 <= row.high for row in rows
+    )  # corrected for ten claims: about 1 in 200
     assert missed <= 4
 
 
@@ -98,7 +109,12 @@ def test_pairing_takes_out_what_is_hard_for_both():
         flip = rng.random((2, len(hard))) < 0.02
         right["old", seed], right["new", seed] = hard ^ flip[0], hard ^ flip[1]
     found = lambda label, seed, _: {  # noqa: E731
-        "accuracy": Metric(right[label, seed].astype(float), np.ones(180), np.zeros(180), np.repeat(np.arange(60), 3))
+        "accuracy": Metric(
+            right[label, seed].astype(float),
+            np.ones(180),
+            np.zeros(180),
+            np.repeat(np.arange(60), 3),
+        )
     }
     alone = judge(found, comparison="new")
     both = judge(found)
@@ -127,7 +143,9 @@ def test_the_ledger_lists_ten_claims_each_with_what_could_decide_it():
     assert list(whole.claim) == [str(i) for i in range(1, 11)]
     assert whole.either_way.str.len().min() > 40
     assert set(table.notebook) <= {"06", "07", "08"}
-    assert all(claims.terms(c) for c in table.comparison) and all(":" in m for row in table.metric for m in row.split())
+    assert all(claims.terms(c) for c in table.comparison) and all(
+        ":" in m for row in table.metric for m in row.split()
+    )
 
 
 def test_a_ledger_with_a_mistake_is_refused(tmp_path):
@@ -169,7 +187,9 @@ def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path,
     claims.publish("tiny", short, scores, changes={"lr": 1, "runs": "runs/a trial"})
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")}
     assert found == {
-        f"runs/{album}/results/{name}.csv" for album in ("tiny_frozen", "a trial") for name in ("claims", "sweeps")
+        f"runs/{album}/results/{name}.csv"
+        for album in ("tiny_frozen", "a trial")
+        for name in ("claims", "sweeps")
     }
     kept = {path.parts[-3]: pd.read_csv(path).n_seeds[0] for path in tmp_path.rglob("claims.csv")}
     assert kept == {"tiny_frozen": 5, "a trial": 1}

@@ -34,16 +34,30 @@ def qa(image, question="q", answer="a"):
 
 
 def choice(image, right=1):
-    return {"image": image, "question": "q", "choices": ["red", "blue", "green", "black"], "correct_choice_idx": right}
+    return {
+        "image": image,
+        "question": "q",
+        "choices": ["red", "blue", "green", "black"],
+        "correct_choice_idx": right,
+    }
 
 
 def region(image, phrase="a hat"):
-    return {"image": image, "width": 640, "height": 480, "box": (64, 48, 320, 240), "phrase": phrase}
+    return {
+        "image": image,
+        "width": 640,
+        "height": 480,
+        "box": (64, 48, 320, 240),
+        "phrase": phrase,
+    }
 
 
 def talk(*said, **row):
     roles = ("human", "gpt") * len(said)
-    return {"id": "s", "conversations": [{"from": r, "value": v} for r, v in zip(roles, said)]} | row
+    return {
+        "id": "s",
+        "conversations": [{"from": r, "value": v} for r, v in zip(roles, said)],
+    } | row
 
 
 def said(row):
@@ -52,7 +66,9 @@ def said(row):
 
 def test_all_questions_of_a_picture_become_one_conversation_with_the_prompt_in_the_first_turn():
     rows = list(
-        one_conversation_per_image([qa("b.jpg", "1?"), qa("a.jpg"), qa("b.jpg", "2?", "two")], "In a word.", "gqa")
+        one_conversation_per_image(
+            [qa("b.jpg", "1?"), qa("a.jpg"), qa("b.jpg", "2?", "two")], "In a word.", "gqa"
+        )
     )
     assert [row["image"] for row in rows] == ["b.jpg", "a.jpg"]
     assert said(rows[0]) == ["<image>\n1?\nIn a word.", "a", "2?", "two"]
@@ -71,11 +87,15 @@ def test_a_okvqa_stands_once_for_each_choice_with_the_options_rotated():
 def test_boxes_are_relative_to_the_padded_square_with_two_decimals():
     assert padded_box((64, 48, 320, 240), 640, 480) == "[0.10, 0.20, 0.60, 0.57]"
     assert padded_box((0, 0, 480, 640), 480, 640) == "[0.12, 0.00, 0.88, 1.00]"
-    assert padded_box((0, 0, 9.7, 5), 9, 5) == "[0.00, 0.22, 1.00, 0.78]"  # a box beyond the edge ends at it
+    assert (
+        padded_box((0, 0, 9.7, 5), 9, 5) == "[0.00, 0.22, 1.00, 0.78]"
+    )  # a box beyond the edge ends at it
 
 
 def test_textcaps_shows_the_words_that_ocr_found_below_the_prompt():
-    (row,) = llava_mixture({"textcaps": [{"image": "t.jpg", "caption": "A sign.", "ocr_tokens": ["stop", "ALL"]}]})
+    (row,) = llava_mixture(
+        {"textcaps": [{"image": "t.jpg", "caption": "A sign.", "ocr_tokens": ["stop", "ALL"]}]}
+    )
     prompt = "Provide a one-sentence caption for the provided image."
     assert said(row) == [f"<image>\n{prompt}\nReference OCR token: stop, ALL", "A sign."]
 
@@ -84,7 +104,9 @@ def test_refcoco_is_cut_into_segments_of_fewer_than_ten_turns_and_asks_both_ways
     rows = list(llava_mixture({"refcoco": [region("c.jpg", f"hat {n}") for n in range(23)]}))
     assert [len(row["conversations"]) // 2 for row in rows] == [9, 9, 5]
     assert all(said(row)[0].startswith("<image>\nPlease provide") for row in rows)
-    asked = Counter(text.removeprefix("<image>\n").split(":")[0] for row in rows for text in said(row)[::2])
+    asked = Counter(
+        text.removeprefix("<image>\n").split(":")[0] for row in rows for text in said(row)[::2]
+    )
     assert set(asked) == {
         "Please provide a short description for this region",
         "Please provide the bounding box coordinate of the region this sentence describes",
@@ -96,7 +118,11 @@ def test_visual_genome_keeps_ten_regions_of_a_picture_in_their_order():
     many, few = [region("v.jpg", f"{n:02}") for n in range(30)], [region("w.jpg")]
     rows = list(llava_mixture({"vg": many + few}))
     phrases = [text[-2:] for text in said(rows[0])[::2]]
-    assert len(phrases) == 10 and phrases == sorted(phrases) and phrases != [f"{n:02}" for n in range(10)]
+    assert (
+        len(phrases) == 10
+        and phrases == sorted(phrases)
+        and phrases != [f"{n:02}" for n in range(10)]
+    )
     assert said(rows[1])[1] == "[0.10, 0.20, 0.60, 0.57]"
     assert said(next(llava_mixture({"vg": many}, seed=1))) != said(rows[0])
 
@@ -108,8 +134,15 @@ def test_visual_genome_keeps_ten_regions_of_a_picture_in_their_order():
         talk("only a question"),
         talk("q", " "),
         {"id": "s", "conversations": None},
-        {"id": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "bing", "value": "a"}]},
-        {"id": "s", "conversations": [{"from": "human", "value": "q"}] * 2 + [{"from": "gpt", "value": "a"}]},
+        {
+            "id": "s",
+            "conversations": [{"from": "human", "value": "q"}, {"from": "bing", "value": "a"}],
+        },
+        {
+            "id": "s",
+            "conversations": [{"from": "human", "value": "q"}] * 2
+            + [{"from": "gpt", "value": "a"}],
+        },
         talk("one question of " + "many " * 3000, "a"),
     ],
 )
@@ -119,7 +152,11 @@ def test_an_invalid_sharegpt_conversation_is_left_out(row):
 
 def test_a_valid_sharegpt_conversation_stays_as_it_is():
     (row,) = sharegpt([talk("html: <image>", "an <image> tag", model="GPT-4")], Words())
-    assert said(row) == ["html: <image>", "an <image> tag"] and row["model"] == "GPT-4" and "image" not in row
+    assert (
+        said(row) == ["html: <image>", "an <image> tag"]
+        and row["model"] == "GPT-4"
+        and "image" not in row
+    )
     (row,) = sharegpt([talk("", "hello", "q", "a", "left open")], Words())
     assert said(row) == ["", "hello", "q", "a"]
 
@@ -147,14 +184,41 @@ def test_the_sources_own_files_become_records_and_rows(tmp_path):
         "gqa": ({"0": {"imageId": "77", "question": "q", "answer": "left", "isBalanced": True}},),
         "ocrvqa": ({"0071": book, "test": book | {"split": 3}},),
         "aokvqa": (
-            [{"image_id": 9, "question": "q", "choices": ["a", "b"], "correct_choice_idx": 0, "difficult": False}],
+            [
+                {
+                    "image_id": 9,
+                    "question": "q",
+                    "choices": ["a", "b"],
+                    "correct_choice_idx": 0,
+                    "difficult": False,
+                }
+            ],
         ),
         "textcaps": (
-            {"data": [{"image_id": "x1", "caption_str": "first"}, {"image_id": "x1", "caption_str": "second"}]},
+            {
+                "data": [
+                    {"image_id": "x1", "caption_str": "first"},
+                    {"image_id": "x1", "caption_str": "second"},
+                ]
+            },
             {"data": [{"image_id": "x1", "ocr_tokens": ["STOP"]}]},
         ),
         "vg": (
-            [{"id": 5, "regions": [{"image_id": 5, "x": 0, "y": 0, "width": 50, "height": 100, "phrase": "a half"}]}],
+            [
+                {
+                    "id": 5,
+                    "regions": [
+                        {
+                            "image_id": 5,
+                            "x": 0,
+                            "y": 0,
+                            "width": 50,
+                            "height": 100,
+                            "phrase": "a half",
+                        }
+                    ],
+                }
+            ],
             [{"image_id": 5, "width": 100, "height": 100, "url": "https://x/VG_100K_2/5.jpg"}],
         ),
     }
@@ -194,17 +258,25 @@ def test_the_saved_mixture_can_be_read_and_checked(tmp_path):
 
 def test_inputs_of_the_published_sizes_give_the_published_row_counts():
     def pictures(count, each, make):
-        return (make(f"{n}.jpg") for n in range(count) for _ in range(each(n) if callable(each) else each))
+        return (
+            make(f"{n}.jpg")
+            for n in range(count)
+            for _ in range(each(n) if callable(each) else each)
+        )
 
     sources = {
         "llava_instruct": (talk("<image>\nq", "a", image="1.jpg") for _ in range(157_712)),
-        "sharegpt": (talk("q", "a") if n % 20 else talk("q") for n in range(42_830)),  # every 20th is invalid
+        "sharegpt": (
+            talk("q", "a") if n % 20 else talk("q") for n in range(42_830)
+        ),  # every 20th is invalid
         "vqav2": pictures(82_783, 2, qa),
         "gqa": pictures(72_140, 2, qa),
         "okvqa": pictures(8_998, lambda n: 1 + (n < 11), qa),
         "ocrvqa": pictures(166_000, 1, qa),
         "aokvqa": pictures(16_540, lambda n: 1 + (n < 516), choice),
-        "textcaps": ({"image": f"{n}.jpg", "caption": "c", "ocr_tokens": ["x"]} for n in range(21_953)),
+        "textcaps": (
+            {"image": f"{n}.jpg", "caption": "c", "ocr_tokens": ["x"]} for n in range(21_953)
+        ),
         # how many regions its pictures had is not published: any mixture of lengths whose segments add up
         "refcoco": pictures(24_224, lambda n: 1 if n == 0 else 18 if n % 50 == 0 else 10, region),
         "vg": pictures(86_417, lambda n: 12 if n % 40 == 0 else 1, region),
@@ -213,7 +285,9 @@ def test_inputs_of_the_published_sizes_give_the_published_row_counts():
     for row in llava_mixture(sources, Words()):
         counts[row["task_name"]] += 1
         images["text only" if "image" not in row else row["task_name"]] += 1
-        longest = max(longest, len(row["conversations"]) if row["task_name"] in ("refcoco", "vg") else 0)
+        longest = max(
+            longest, len(row["conversations"]) if row["task_name"] in ("refcoco", "vg") else 0
+        )
     assert counts == ROWS and counts.total() == 665_298
     assert images["text only"] == 40_688 and longest == 20  # ten regions of Visual Genome
 

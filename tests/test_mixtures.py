@@ -62,7 +62,12 @@ def test_a_selection_is_mixed_like_the_same_rows_in_a_file(six, tmp_path):
     kept = [row for row in range(60) if row % 6 != 2][::-1]  # backwards, and a task has gone
     selected, written = six.select(kept), load_samples(save(tmp_path, six.select(kept).to_list()))
     both = concatenate_datasets([six.select(kept[:30]), six.select(kept[30:])])
-    for draw in (lambda s: mix(s, 3, 4), lambda s: mix(s, total=20), lambda s: mix(s, None, 2), lambda s: subset(s, 7)):
+    for draw in (
+        lambda s: mix(s, 3, 4),
+        lambda s: mix(s, total=20),
+        lambda s: mix(s, None, 2),
+        lambda s: subset(s, 7),
+    ):
         assert ids(draw(selected)) == ids(draw(written)) == ids(draw(both))
     with pytest.raises(ValueError, match="hold 5 tasks"):
         mix(selected, 6)
@@ -86,21 +91,46 @@ def test_without_a_temperature_the_tasks_share_in_proportion_to_their_sizes(unev
 
 def test_temperature_evens_the_tasks_out(uneven):
     shares = np.sqrt([10, 90, 900])
-    wanted = dict(zip(["small", "middle", "large"], np.rint(43 * shares / shares.sum()).astype(int)))
-    assert counts(mix(uneven, total=43, temperature=2)) == wanted == {"small": 3, "middle": 10, "large": 30}
+    wanted = dict(
+        zip(["small", "middle", "large"], np.rint(43 * shares / shares.sum()).astype(int))
+    )
+    assert (
+        counts(mix(uneven, total=43, temperature=2))
+        == wanted
+        == {"small": 3, "middle": 10, "large": 30}
+    )
     even = counts(mix(uneven, total=27, temperature=1e9))
     assert set(even.values()) == {9}
 
 
 def test_a_task_too_small_gives_all_and_the_others_share_the_rest(uneven):
-    assert counts(mix(uneven, total=300, temperature=1e9)) == {"small": 10, "middle": 90, "large": 200}
-    assert counts(mix(uneven, total=1000, temperature=5)) == {"small": 10, "middle": 90, "large": 900}
-    assert counts(mix(uneven, None, 100, total=120, temperature=1e9)) == {"small": 10, "middle": 55, "large": 55}
+    assert counts(mix(uneven, total=300, temperature=1e9)) == {
+        "small": 10,
+        "middle": 90,
+        "large": 200,
+    }
+    assert counts(mix(uneven, total=1000, temperature=5)) == {
+        "small": 10,
+        "middle": 90,
+        "large": 900,
+    }
+    assert counts(mix(uneven, None, 100, total=120, temperature=1e9)) == {
+        "small": 10,
+        "middle": 55,
+        "large": 55,
+    }
 
 
 def test_weights_decide_the_shares_and_zero_leaves_a_task_out(uneven):
-    assert counts(mix(uneven, total=40, weights={"large": 3, "small": 0})) == {"middle": 10, "large": 30}
-    assert counts(mix(uneven, total=40, weights={"small": 4})) == {"small": 10, "middle": 15, "large": 15}
+    assert counts(mix(uneven, total=40, weights={"large": 3, "small": 0})) == {
+        "middle": 10,
+        "large": 30,
+    }
+    assert counts(mix(uneven, total=40, weights={"small": 4})) == {
+        "small": 10,
+        "middle": 15,
+        "large": 15,
+    }
 
 
 def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
@@ -116,9 +146,15 @@ def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
         ({"temperature": 2}, "say with total= how many"),
         ({"total": 5, "temperature": 2, "weights": {"small": 1}}, "give one of them"),
         ({"total": 5, "temperature": 0}, "a number above 0"),
-        ({"total": 5, "weights": {"smal": 1}}, "'smal', which the samples do not hold; the closest is 'small'"),
+        (
+            {"total": 5, "weights": {"smal": 1}},
+            "'smal', which the samples do not hold; the closest is 'small'",
+        ),
         ({"total": 5, "weights": {"small": -1}}, "at least 0"),
-        ({"total": 5, "weights": dict.fromkeys(["small", "middle", "large"], 0)}, "can give 1 to 0 rows"),
+        (
+            {"total": 5, "weights": dict.fromkeys(["small", "middle", "large"], 0)},
+            "can give 1 to 0 rows",
+        ),
         ({"total": 1001}, "can give 1 to 1000 rows"),
         ({"total": 0}, "can give 1 to 1000 rows"),
         ({"exclude": ["small", "middle", "large"]}, "no task is left"),
@@ -130,10 +166,20 @@ def test_a_mixture_that_cannot_be_made_is_one_sentence(uneven, asked, said):
 
 
 def test_tasks_are_left_out_by_name_or_by_flag(tmp_path):
-    names = ["VQAv2", "LFW+face_recognition", "ImageNet-A+image_classification", "STL-10+Image_Classification", "mine"]
+    names = [
+        "VQAv2",
+        "LFW+face_recognition",
+        "ImageNet-A+image_classification",
+        "STL-10+Image_Classification",
+        "mine",
+    ]
     samples = make(tmp_path, dict.fromkeys(names, 2))
     assert set(mix(samples, exclude=["faces"])["task_name"]) == set(names) - {names[1]}
-    assert set(mix(samples, exclude=["benchmark", "mine"])["task_name"]) == {names[0], names[1], names[3]}
+    assert set(mix(samples, exclude=["benchmark", "mine"])["task_name"]) == {
+        names[0],
+        names[1],
+        names[3],
+    }
     assert set(mix(samples, exclude="overlaps")["task_name"]) == {names[0], names[1], names[4]}
     assert len(mix(samples, exclude=["GQA"])) == 10  # a released task that this file does not hold
     with pytest.raises(ValueError, match="exclude='benchmarks'.*closest is 'benchmark'"):
@@ -144,13 +190,17 @@ def test_tasks_are_left_out_by_name_or_by_flag(tmp_path):
 
 
 def recipe(folder, **changes):
-    return Recipe("r", "base", "v", "l", str(folder / "rows.json"), str(folder), str(folder), **changes)
+    return Recipe(
+        "r", "base", "v", "l", str(folder / "rows.json"), str(folder), str(folder), **changes
+    )
 
 
 def test_a_recipe_can_say_all_of_it(uneven, tmp_path):
     make(tmp_path, {"chat": 5}, "more.json")
     more = (str(tmp_path / "more.json") + "#2",)
-    asked = recipe(tmp_path, temperature=1e9, num_samples=30, exclude=("middle",), more_samples=more)
+    asked = recipe(
+        tmp_path, temperature=1e9, num_samples=30, exclude=("middle",), more_samples=more
+    )
     assert counts(recipe_samples(asked)) == {"small": 10, "large": 20, "chat": 2}
     asked = recipe(tmp_path, task_weights=("large=2", "middle=0"), num_samples=15)
     assert counts(recipe_samples(asked)) == {"small": 5, "large": 10}
@@ -176,7 +226,11 @@ def test_a_recipe_that_says_too_little_or_too_much_is_refused(tmp_path, changes,
 
 def test_a_run_that_an_older_vflan_wrote_is_the_same_recipe(tmp_path):
     new = recipe(tmp_path).to_dict()
-    old = {key: value for key, value in new.items() if key not in ("exclude", "temperature", "task_weights")}
+    old = {
+        key: value
+        for key, value in new.items()
+        if key not in ("exclude", "temperature", "task_weights")
+    }
     assert differences(old, new) == ""
     assert "exclude" in differences(old, new | {"exclude": ["faces"]})
 
@@ -187,7 +241,11 @@ def test_the_record_says_what_was_drawn_to_the_last_row(uneven, tmp_path):
     more = str(tmp_path / "more.json")
     asked = recipe(tmp_path, per_task=20, num_samples=30, more_samples=(f"{more}#2", more))
     record = mixture_record(asked, recipe_samples(asked))
-    assert record["rows"] == 37 and sum(record["tasks"].values()) == 37 and record["tasks"]["chat"] == 7
+    assert (
+        record["rows"] == 37
+        and sum(record["tasks"].values()) == 37
+        and record["tasks"]["chat"] == 7
+    )
     assert record["files"] == [
         {"file": asked.samples, "rows": 30},
         {"file": more, "rows": 2},
@@ -216,13 +274,24 @@ def test_the_records_hash_knows_the_order_but_not_the_machine(six, tmp_path):
 
 def test_a_diverse_choice_takes_something_of_every_cluster(tmp_path):
     """Ninety of three kinds and ten of another: a random tenth holds about one of the rare ones, a diverse one its share."""
-    turns = lambda q, a: [dict([("from", "human"), ("value", q)]), dict([("from", "gpt"), ("value", a)])]  # noqa: E731
+    turns = lambda q, a: [
+        dict([("from", "human"), ("value", q)]),
+        dict([("from", "gpt"), ("value", a)]),
+    ]  # noqa: E731
     rows = [
-        dict(id=str(i), task_name="t", conversations=turns("What color is the sky today?", f"blue {i % 3}"))
+        dict(
+            id=str(i),
+            task_name="t",
+            conversations=turns("What color is the sky today?", f"blue {i % 3}"),
+        )
         for i in range(90)
     ]
     rows += [
-        dict(id=f"r{i}", task_name="t", conversations=turns("Read the text on the sign.", f"exit {i}"))
+        dict(
+            id=f"r{i}",
+            task_name="t",
+            conversations=turns("Read the text on the sign.", f"exit {i}"),
+        )
         for i in range(10)
     ]
     samples = load_samples(save(tmp_path, rows), None)

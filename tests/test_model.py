@@ -50,9 +50,13 @@ def test_the_model_is_its_three_parts_and_only_the_projector_is_fresh(recipe, mo
     assert fingerprint(parts(model)["vision_tower"]) == fingerprint(tower)
     assert torch.equal(model.lm_head.weight, language.lm_head.weight)
     assert torch.equal(
-        model.model.language_model.layers[1].mlp.up_proj.weight, language.model.layers[1].mlp.up_proj.weight
+        model.model.language_model.layers[1].mlp.up_proj.weight,
+        language.model.layers[1].mlp.up_proj.weight,
     )
-    assert sum(p.numel() for part in parts(model).values() for p in part.parameters()) == model.num_parameters()
+    assert (
+        sum(p.numel() for part in parts(model).values() for p in part.parameters())
+        == model.num_parameters()
+    )
 
 
 def test_the_fresh_projector_depends_on_the_seed_alone(recipe, model):
@@ -64,9 +68,10 @@ def test_the_fresh_projector_depends_on_the_seed_alone(recipe, model):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_that_the_files_lack_are_an_error_and_so_is_another_shape(recipe, tmp_path, part):
-    name = dict(vision_tower="encoder.layers.1.mlp.fc1.weight", language_model="model.layers.1.mlp.up_proj.weight").get(
-        part, "multi_modal_projector.linear_2.weight"
-    )
+    name = dict(
+        vision_tower="encoder.layers.1.mlp.fc1.weight",
+        language_model="model.layers.1.mlp.up_proj.weight",
+    ).get(part, "multi_modal_projector.linear_2.weight")
     if part == "projector":
         whole = tmp_path / "whole"
         export(load_model(recipe), load_processor(recipe), recipe, whole)
@@ -76,21 +81,34 @@ def test_weights_that_the_files_lack_are_an_error_and_so_is_another_shape(recipe
         broken = vflan.replace(recipe, **{part: str(tmp_path / "broken")})
     weights = load_file(copytree(whole, tmp_path / "broken") / "model.safetensors")
     narrow = weights | {name: weights.pop(name)[:, 1:].clone()}
-    for stored, sentence in ((weights, f"lacks 1 weights.*{name}"), (narrow, rf"{name} is \(.*in the files but")):
+    for stored, sentence in (
+        (weights, f"lacks 1 weights.*{name}"),
+        (narrow, rf"{name} is \(.*in the files but"),
+    ):
         save_file(stored, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=sentence):
             load_model(broken, **ask)
 
 
-def test_a_whole_clip_as_the_hub_stores_it_gives_its_tower_and_says_nothing_of_its_text_side(recipe, tmp_path, capfd):
+def test_a_whole_clip_as_the_hub_stores_it_gives_its_tower_and_says_nothing_of_its_text_side(
+    recipe, tmp_path, capfd
+):
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
     tower = CLIPVisionModel.from_pretrained(recipe.vision_tower)
-    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    small = dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=50,
+    )
     clip = CLIPModel(CLIPConfig(vision_config=tower.config.to_dict(), text_config=small))
     clip.vision_model.load_state_dict(tower.state_dict())
     clip.save_pretrained(tmp_path)
-    old = dict(crop_size=24, do_center_crop=True, do_normalize=True, do_resize=True, resample=3, size=24)
+    old = dict(
+        crop_size=24, do_center_crop=True, do_normalize=True, do_resize=True, resample=3, size=24
+    )
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor"})
     )
@@ -98,14 +116,25 @@ def test_a_whole_clip_as_the_hub_stores_it_gives_its_tower_and_says_nothing_of_i
     capfd.readouterr()
     assert fingerprint(parts(load_model(whole))["vision_tower"]) == fingerprint(tower)
     assert "text_model" not in "".join(capfd.readouterr())
-    assert load_processor(whole).image_processor.to_dict() == load_processor(recipe).image_processor.to_dict()
+    assert (
+        load_processor(whole).image_processor.to_dict()
+        == load_processor(recipe).image_processor.to_dict()
+    )
 
 
 def test_freeze_lets_only_the_named_parts_learn(recipe, model):
     for tune in (("projector",), ("language_model",), ("projector", "language_model")):
         freeze(model, vflan.replace(recipe, tune=tune))
-        learning = {part for part, module in parts(model).items() if all(p.requires_grad for p in module.parameters())}
-        still = {part for part, module in parts(model).items() if not any(p.requires_grad for p in module.parameters())}
+        learning = {
+            part
+            for part, module in parts(model).items()
+            if all(p.requires_grad for p in module.parameters())
+        }
+        still = {
+            part
+            for part, module in parts(model).items()
+            if not any(p.requires_grad for p in module.parameters())
+        }
         assert learning == set(tune) and still == set(PARTS) - set(tune)
 
 
@@ -117,7 +146,9 @@ def test_lora_reaches_the_language_model_and_never_the_tower(recipe, model):
         "language_model" in name for name in adapters
     )  # A and B, 7 matrices, 2 layers
     rest = set(names) - set(adapters)
-    assert len(rest) == 4 and all("multi_modal_projector" in name for name in rest)  # the projector trains in full
+    assert len(rest) == 4 and all(
+        "multi_modal_projector" in name for name in rest
+    )  # the projector trains in full
 
 
 QLORA = dict(bits=4, lora_r=4, lora_alpha=8)
@@ -135,11 +166,15 @@ def test_exactly_the_language_models_linear_layers_are_quantised(recipe, bits, t
             for part, module in parts(model).items()
         }
         assert {part: len(layers) for part, layers in of.items()} == quantised_layers(model)
-        assert quantised_layers(model) == dict(vision_tower=0, projector=0, language_model=2 * 7)  # layers, matrices
+        assert quantised_layers(model) == dict(
+            vision_tower=0, projector=0, language_model=2 * 7
+        )  # layers, matrices
         assert type(model.lm_head) is torch.nn.Linear
         if bits == 4:
             states = [layer.weight.quant_state for layer in of["language_model"]]
-            assert all(state.quant_type == "nf4" and state.nested for state in states)  # nested: double quantisation
+            assert all(
+                state.quant_type == "nf4" and state.nested for state in states
+            )  # nested: double quantisation
 
 
 def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monkeypatch, tmp_path):
@@ -151,7 +186,10 @@ def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monke
     # the pitfall: bitsandbytes compares from the start of a name, so this skips nothing
     skip = ["vision_tower", "multi_modal_projector"]
     monkeypatch.setattr(models, "_quantised", partial(models._quantised, skip=skip))
-    with pytest.raises(ValueError, match="'vision_tower': 18, 'projector': 2, 'language_model': 1[45].*bits=4 means"):
+    with pytest.raises(
+        ValueError,
+        match="'vision_tower': 18, 'projector': 2, 'language_model': 1[45].*bits=4 means",
+    ):
         load_model(four, export_to)
 
 
@@ -189,13 +227,17 @@ def test_every_way_of_tuning_moves_what_it_names_and_nothing_else(recipe, way):
         optimizer.zero_grad()
     moved = {key for key, value in hashes().items() if value != before[key]}
     adapters = "lora" if recipe.lora_r else "own"
-    assert moved == {(part, adapters if part == "language_model" else "own") for part in recipe.tune}
+    assert moved == {
+        (part, adapters if part == "language_model" else "own") for part in recipe.tune
+    }
     assert all(w.dtype == torch.float32 for w in model.parameters() if w.requires_grad)
 
 
 def child(script, *arguments):
     """What a fresh Python, far from this repository, prints."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -214,18 +256,29 @@ def test_bitsandbytes_is_imported_only_when_a_recipe_asks_for_it(recipe, tmp_pat
     assert child(script, json.dumps(recipe.to_dict()), str(tmp_path / "out")).strip() == "[]"
 
 
-def test_an_exported_folder_loads_through_the_auto_classes_with_the_same_numbers(recipe, model, tmp_path):
+def test_an_exported_folder_loads_through_the_auto_classes_with_the_same_numbers(
+    recipe, model, tmp_path
+):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     export(model, load_processor(recipe), recipe, tmp_path / "out")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     picture = Image.new("RGB", (30, 20), "red")
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}]}]
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}],
+        }
+    ]
     text = processor.apply_chat_template(message, add_generation_prompt=True)
     assert " ".join(text.split()).endswith("questions. USER: <image> What color is it? ASSISTANT:")
     inputs = processor(images=picture, text=text, return_tensors="pt")
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length == 4
+    assert (
+        (inputs["input_ids"] == model.config.image_token_id).sum()
+        == model.config.image_seq_length
+        == 4
+    )
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
@@ -250,8 +303,12 @@ def test_a_fresh_process_without_vflan_answers_from_an_exported_folder(recipe, m
     said = child(script, str(tmp_path / "out"))
     ids = list(prompt_ids(sample["text"], processor.tokenizer))
     ids, _ = expand(ids, [IGNORE_INDEX] * len(ids), 4, model.config.image_token_id)
-    pixels = processor.image_processor(Image.open(sample["image"]), return_tensors="pt")["pixel_values"]
-    ours = model.generate(torch.tensor([ids]), pixel_values=pixels, max_new_tokens=5, min_new_tokens=5)
+    pixels = processor.image_processor(Image.open(sample["image"]), return_tensors="pt")[
+        "pixel_values"
+    ]
+    ours = model.generate(
+        torch.tensor([ids]), pixel_values=pixels, max_new_tokens=5, min_new_tokens=5
+    )
     assert said.strip() == f"{ours[0, len(ids) :].tolist()} False"
 
 
@@ -262,8 +319,12 @@ def vicuna(folder, shared, legacy):
     small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(vocab_size=900, **small)).save_pretrained(folder)
     copy(shared / "golden" / "tokenizer.model", folder)
-    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", tokenizer_class="LlamaTokenizer")
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | dict(legacy=legacy, add_bos_token=True)))
+    names = dict(
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", tokenizer_class="LlamaTokenizer"
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(names | dict(legacy=legacy, add_bos_token=True))
+    )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -280,7 +341,9 @@ def test_a_vicuna_keeps_the_reference_tokens_through_loading_saving_and_the_chat
     for case in json.loads((shared / "golden" / "llava_tokens.json").read_text()):
         expected = case["input_ids" if legacy else "input_ids_legacy_false"]
         for tokenizer in (processor.tokenizer, again.tokenizer):
-            assert encode(case["conversations"], tokenizer, case["template"])[0] == expected, case["name"]
+            assert encode(case["conversations"], tokenizer, case["template"])[0] == expected, case[
+                "name"
+            ]
         if case["template"] == "plain" or "<image>" not in case["conversations"][0]["value"]:
             continue
         said = [turn["value"].replace("<image>", "").strip() for turn in case["conversations"]]
@@ -290,7 +353,9 @@ def test_a_vicuna_keeps_the_reference_tokens_through_loading_saving_and_the_chat
         ]
         messages[0]["content"].append(dict(type="image"))
         one_pass = again.tokenizer(again.apply_chat_template(messages)).input_ids
-        assert [-200 if token == again.image_token_id else token for token in one_pass] == expected, case["name"]
+        assert [
+            -200 if token == again.image_token_id else token for token in one_pass
+        ] == expected, case["name"]
 
 
 def test_an_exported_folder_is_laid_out_as_published_ones_are(recipe, tmp_path):
@@ -346,7 +411,9 @@ def test_image_features_are_the_models_own_without_the_layers_above(model, layer
         theirs = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
         above = tower.encoder.layers[layer % 4 :]  # four hidden states of three layers
         for unused in above:
-            unused.register_forward_hook(lambda *_: pytest.fail("a layer ran whose output nobody reads"))
+            unused.register_forward_hook(
+                lambda *_: pytest.fail("a layer ran whose output nobody reads")
+            )
         assert len(above) == {-1: 0, -2: 1, 1: 2}[layer]
         assert torch.equal(parts(model)["projector"](image_features(model, pixels)), theirs)
 
@@ -355,14 +422,16 @@ def test_pad_keeps_the_whole_picture_and_crop_the_middle(recipe):
     wide = Image.new("RGB", (48, 24), "red")
     wide.paste("blue", (12, 0, 36, 24))
     pixels = {
-        how: load_processor(vflan.replace(recipe, image_aspect_ratio=how)).image_processor(wide, return_tensors="pt")[
-            "pixel_values"
-        ][0]
+        how: load_processor(vflan.replace(recipe, image_aspect_ratio=how)).image_processor(
+            wide, return_tensors="pt"
+        )["pixel_values"][0]
         for how in ("pad", "crop")
     }
     assert pixels["pad"].shape == pixels["crop"].shape == (3, 24, 24)
     assert pixels["crop"].std(dim=(1, 2)).max() < 1e-5  # blue only
-    assert pixels["pad"][:, 0].abs().max() < 0.02  # the bar above is CLIP's mean colour, that is zero
+    assert (
+        pixels["pad"][:, 0].abs().max() < 0.02
+    )  # the bar above is CLIP's mean colour, that is zero
     assert pixels["pad"][0, 12, 0] > 1 > -1 > pixels["pad"][0, 12, 12]  # red edges, blue middle
 
 
@@ -397,7 +466,9 @@ def test_pictures_are_prepared_bit_for_bit_as_llava_does(recipe, tmp_path, name,
 
     from vflan.data.images import read_picture
 
-    clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    clip = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     if side != 24:
         folder = copytree(recipe.vision_tower, tmp_path / "tower")
         clip.save_pretrained(folder)
@@ -407,11 +478,15 @@ def test_pictures_are_prepared_bit_for_bit_as_llava_does(recipe, tmp_path, name,
     mode, size = PICTURES[name]
     noise = torch.Generator().manual_seed(7)
     if mode == "I;16":
-        raw = torch.randint(0, 2**16, (size[0] * size[1],), generator=noise).to(torch.uint16).numpy()
+        raw = (
+            torch.randint(0, 2**16, (size[0] * size[1],), generator=noise).to(torch.uint16).numpy()
+        )
         picture = Image.frombytes(mode, size, raw.tobytes())
     else:
         bands = len(Image.new(mode, (1, 1)).getbands())
-        raw = torch.randint(0, 256, (size[0] * size[1] * bands,), generator=noise, dtype=torch.uint8)
+        raw = torch.randint(
+            0, 256, (size[0] * size[1] * bands,), generator=noise, dtype=torch.uint8
+        )
         picture = Image.frombytes(mode, size, raw.numpy().tobytes())
     if mode == "P":
         picture.putpalette(bytes(range(256)) * 3)
@@ -425,26 +500,38 @@ def test_pictures_are_prepared_bit_for_bit_as_llava_does(recipe, tmp_path, name,
         assert expected.shape == (1, 3, side, side)
         for ours in (processor, again):
             assert type(ours.image_processor).__name__ == "LlavaImageProcessorPil"
-            assert torch.equal(ours.image_processor(picture, return_tensors="pt")["pixel_values"], expected)
+            assert torch.equal(
+                ours.image_processor(picture, return_tensors="pt")["pixel_values"], expected
+            )
 
 
-def test_pillow_prepares_pictures_also_where_torchvision_is_installed(recipe, monkeypatch, tmp_path):
+def test_pillow_prepares_pictures_also_where_torchvision_is_installed(
+    recipe, monkeypatch, tmp_path
+):
     from transformers.models.auto import image_processing_auto as auto
 
     asked, find = [], auto._load_backend_class
     monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(auto, "_load_backend_class", lambda name, kind, *a: asked.append(kind) or find(name, "pil", *a))
+    monkeypatch.setattr(
+        auto,
+        "_load_backend_class",
+        lambda name, kind, *a: asked.append(kind) or find(name, "pil", *a),
+    )
     load_processor(recipe).save_pretrained(tmp_path / "model")
     (tmp_path / "done.json").write_text("{}")
     Run(tmp_path).processor()
     assert asked == ["pil"]
 
 
-def test_a_model_made_for_other_backbones_is_refused_before_the_data_is_read(recipe, model, tmp_path):
+def test_a_model_made_for_other_backbones_is_refused_before_the_data_is_read(
+    recipe, model, tmp_path
+):
     load_processor(recipe, model)
     make_backbones(tmp_path, width=64, layers=3)
     other = vflan.replace(recipe, language_model=str(tmp_path / "language_model"))
-    with pytest.raises(ValueError, match="width is 32, not 64 and the language model's depth is 2, not 3"):
+    with pytest.raises(
+        ValueError, match="width is 32, not 64 and the language model's depth is 2, not 3"
+    ):
         load_processor(other, model)
     model.config.image_token_id = 7
     with pytest.raises(ValueError, match="id of <image> is 7, not 3"):
@@ -471,7 +558,9 @@ def test_what_is_no_model_is_refused_in_one_sentence(recipe, model, tmp_path):
         load_processor(vflan.replace(recipe, vision_tower=str(tmp_path / "empty")))
     export(model, load_processor(recipe), recipe, tmp_path / "full")
     config = json.loads((tmp_path / "full" / "config.json").read_text())
-    (tmp_path / "full" / "config.json").write_text(json.dumps(config | dict(vision_feature_select_strategy="full")))
+    (tmp_path / "full" / "config.json").write_text(
+        json.dumps(config | dict(vision_feature_select_strategy="full"))
+    )
     with pytest.raises(ValueError, match="full is no LLaVA-1.5: .*'full'"):
         load_model(recipe, tmp_path / "full")
 
@@ -489,9 +578,9 @@ def test_the_presets_models_have_the_published_numbers_of_parameters(name, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for recipe in vflan.preset(name):
         model = meta_model(recipe)
-        assert tuple(parameter_counts(model).values()) == PUBLISHED[name] and list(parameter_counts(model)) == list(
-            PARTS
-        )
+        assert tuple(parameter_counts(model).values()) == PUBLISHED[name] and list(
+            parameter_counts(model)
+        ) == list(PARTS)
         assert model.config.image_seq_length == 576 and model.device.type == "meta"
 
 
@@ -502,7 +591,9 @@ def test_loras_adapters_are_as_many_as_llavas(size, adapters):
     assert (recipe.lora_r, recipe.lora_alpha) == (128, 256)
     model = meta_model(recipe)
     freeze(model, recipe)
-    learning = sum(w.numel() for n, w in model.named_parameters() if w.requires_grad and "projector" not in n)
+    learning = sum(
+        w.numel() for n, w in model.named_parameters() if w.requires_grad and "projector" not in n
+    )
     assert learning == pytest.approx(adapters, abs=0.05e6)
 
 
@@ -514,10 +605,16 @@ def test_a_tokenizer_without_the_image_token_gets_one_that_is_never_generated(re
     folder = copytree(recipe.language_model, tmp_path / "plain")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(
-            (folder / name).read_text().replace("<image>", "<other>").replace('"image_token"', '"other_token"')
+            (folder / name)
+            .read_text()
+            .replace("<image>", "<other>")
+            .replace('"image_token"', '"other_token"')
         )
     model = load_model(vflan.replace(recipe, language_model=str(folder)))
-    head, size = model.lm_head.weight, json.loads((folder / "config.json").read_text())["vocab_size"]
+    head, size = (
+        model.lm_head.weight,
+        json.loads((folder / "config.json").read_text())["vocab_size"],
+    )
     assert model.config.image_token_id == size and head.shape[0] == size + 1
     logits = head @ torch.randn(head.shape[1], 50)
     assert (logits.argmax(dim=0) < size).all()
@@ -552,7 +649,10 @@ def test_a_causal_language_model_can_be_swapped_in(recipe, model):
         ("model.safetensors", b"\xff" * 100),
         ("processor_config.json", b'{"a": '),
         ("tokenizer.json", b"\xb7"),
-        ("config.json", b'{"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": "many"}}'),
+        (
+            "config.json",
+            b'{"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": "many"}}',
+        ),
         ("tokenizer.json", None),
         ("model.safetensors", None),
     ],
@@ -564,8 +664,12 @@ def test_a_damaged_run_is_refused_in_a_sentence(recipe, tmp_path, name, content)
     write_json(run.folder / "recipe.json", recipe.to_dict())
     export(load_model(recipe), load_processor(recipe), recipe, run.folder / "model")
     write_json(run.folder / "done.json", {"steps": 1})
-    (run.folder / "model" / name).write_bytes(content) if content else (run.folder / "model" / name).unlink()
-    with pytest.raises((ValueError, OSError), match="cannot be read|no config.json|lacks") as trouble:
+    (run.folder / "model" / name).write_bytes(content) if content else (
+        run.folder / "model" / name
+    ).unlink()
+    with pytest.raises(
+        (ValueError, OSError), match="cannot be read|no config.json|lacks"
+    ) as trouble:
         run.processor()
         run.load_model()
     assert "vflan" in str(trouble.traceback[-1].path) and "\n" not in str(trouble.value)
@@ -585,9 +689,14 @@ def test_code_that_comes_with_a_model_is_not_run(recipe, tmp_path, backbones):
     folder = tmp_path / "with_code"
     copytree(backbones["language_model"], folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "own.Mine", "AutoModelForCausalLM": "own.Mine"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "own.Mine", "AutoModelForCausalLM": "own.Mine"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Mine: pass\n")
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Mine: pass\n"
+    )
     with pytest.raises(ValueError):
         load_model(vflan.replace(recipe, language_model=str(folder)))
     assert not (tmp_path / "ran").exists()

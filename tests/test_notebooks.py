@@ -31,11 +31,15 @@ def set_apart(notebook):
 
 
 def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
-    tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert tagged == [1], "papermill needs one cell tagged parameters, right after the title"
     values = {}
     for line in ast.parse(notebook.cells[1].source).body:
-        values[line.targets[0].id] = ast.literal_eval(line.value)  # a derived value would not follow an override
+        values[line.targets[0].id] = ast.literal_eval(
+            line.value
+        )  # a derived value would not follow an override
     assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
 
 
@@ -64,13 +68,17 @@ def test_code_comes_in_small_pieces_between_prose(notebook):
     lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells]
     assert max(lines) <= 20, f"a cell of {max(lines)} lines: move it into the package"
     assert 20 <= len(notebook.cells) <= 45
-    prose, source = (sum(len(cell.source) for cell in some) for some in (set_apart(notebook), cells))
+    prose, source = (
+        sum(len(cell.source) for cell in some) for some in (set_apart(notebook), cells)
+    )
     assert prose >= 0.35 * (prose + source), "too little prose"
 
 
 def test_what_the_paper_says_stands_apart_and_is_answered(notebook):
     prose = [cell.source for cell in set_apart(notebook)]
-    assert any(re.search(r"^> ", text, re.MULTILINE) for text in prose), "the paper's claims are blockquotes"
+    assert any(re.search(r"^> ", text, re.MULTILINE) for text in prose), (
+        "the paper's claims are blockquotes"
+    )
     assert any("the paper says" in text.lower() and text.startswith("## ") for text in prose)
 
 
@@ -86,7 +94,9 @@ def test_the_long_notebooks_read_what_is_committed_and_train_one_small_arm(path)
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_a_notebook_that_trains_ends_with_what_it_ran_and_what_it_read(path):
     nb = nbformat.read(path, 4)
-    sweeps = {name for cell in code(nb) for name in re.findall(r"(\w+) = vflan\.sweep\(", cell.source)}
+    sweeps = {
+        name for cell in code(nb) for name in re.findall(r"(\w+) = vflan\.sweep\(", cell.source)
+    }
     (listed,) = (cell.source for cell in code(nb) if "claims.account(" in cell.source)
     listed = listed[listed.index("claims.account(") :]
     assert sweeps <= set(re.findall(r"\w+", listed))
@@ -96,7 +106,12 @@ def test_outputs_hold_no_error_and_no_path_of_a_machine(notebook):
     for cell in code(notebook):
         for output in cell.outputs:
             assert output.output_type != "error"
-            text = str([output.get("text"), *[v for k, v in output.get("data", {}).items() if k.startswith("text/")]])
+            text = str(
+                [
+                    output.get("text"),
+                    *[v for k, v in output.get("data", {}).items() if k.startswith("text/")],
+                ]
+            )
             assert str(Path.home()) + "/" not in text and str(ROOT) + "/" not in text
 
 
@@ -134,12 +149,19 @@ def run(start, target, **parameters):
 
 def test_notebook_01_shows_real_records(records, tmp_path):
     said = run("01", tmp_path / "01.ipynb", samples=records)
-    assert "158 rows: 158 fine" in said and "158 samples of 158 tasks; 0 of them are in no list" in said
+    assert (
+        "158 rows: 158 fine" in said
+        and "158 samples of 158 tasks; 0 of them are in no list" in said
+    )
 
 
 def test_notebook_03_tunes_on_real_records(records, tmp_path):
-    world.build(tmp_path / "world", captions=10, per_kind=1, conversations=5, questions=0.1)  # few questions to answer
-    small = dict(runs=str(tmp_path), benchmarks=str(tmp_path / "world" / "benchmarks"), num_samples=160)
+    world.build(
+        tmp_path / "world", captions=10, per_kind=1, conversations=5, questions=0.1
+    )  # few questions to answer
+    small = dict(
+        runs=str(tmp_path), benchmarks=str(tmp_path / "world" / "benchmarks"), num_samples=160
+    )
     small |= dict(max_steps=24, global_batch=8, micro_batch=8)
     said = run("03", tmp_path / "03.ipynb", samples=records, changes=small, seeds=[0])
     assert "158 samples of 158 tasks" in said and (tmp_path / "own-base" / "done.json").is_file()

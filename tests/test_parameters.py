@@ -58,6 +58,8 @@ def test_changes_are_fields_of_a_recipe():
 def test_every_parameter_of_a_notebook_is_known_and_its_default_passes(path):
     names = parameter_names(path)
     assert set(names) <= {*KINDS, "changes"}
-    cell = next(c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
+    cell = next(
+        c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])
+    )
     values = [ast.literal_eval(line.value) for line in ast.parse(cell.source).body]
     assert checked(**dict(zip(names, values))) == values

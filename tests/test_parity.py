@@ -56,7 +56,11 @@ class Reference(nn.Module):
 
     def forward(self, ids, pixels):
         """Logits (positions, vocabulary), with the picture's features in place of the one -200."""
-        embeds = [self.model.embed_tokens(torch.tensor([token])) for token in ids if token != IMAGE_TOKEN_INDEX]
+        embeds = [
+            self.model.embed_tokens(torch.tensor([token]))
+            for token in ids
+            if token != IMAGE_TOKEN_INDEX
+        ]
         if IMAGE_TOKEN_INDEX in ids:
             tower = self.model.vision_tower["vision_tower"]["vision_model"]
             hidden = tower(pixels[None], output_hidden_states=True).hidden_states[-2][0, 1:]
@@ -68,9 +72,14 @@ def reference_row(tokenizer, question, answer):
     """Ids and labels as LLaVA makes them: the text on both sides of the picture tokenised apart, the answer alone learned."""
     prompt = f"{SYSTEM} USER: {question} ASSISTANT:"
     chunks = [
-        tokenizer(chunk, add_special_tokens=False).input_ids for chunk in f"{prompt} {answer}</s>".split("<image>")
+        tokenizer(chunk, add_special_tokens=False).input_ids
+        for chunk in f"{prompt} {answer}</s>".split("<image>")
     ]
-    ids = [tokenizer.bos_token_id, *chunks[0], *(t for chunk in chunks[1:] for t in (IMAGE_TOKEN_INDEX, *chunk))]
+    ids = [
+        tokenizer.bos_token_id,
+        *chunks[0],
+        *(t for chunk in chunks[1:] for t in (IMAGE_TOKEN_INDEX, *chunk)),
+    ]
     learned = len(tokenizer(f" {answer}</s>".strip(), add_special_tokens=False).input_ids)
     return ids, [IGNORE_INDEX] * (len(ids) - learned) + ids[len(ids) - learned :]
 
@@ -80,7 +89,9 @@ def reference(recipe):
     return Reference(recipe)
 
 
-@pytest.fixture(params=["pytorch_model.bin", "model.safetensors", "two shards", "without the tower"])
+@pytest.fixture(
+    params=["pytorch_model.bin", "model.safetensors", "two shards", "without the tower"]
+)
 def folder(request, reference, recipe, tmp_path):
     """The reference in a folder as LLaVA's code writes it."""
     path = tmp_path / "llava"
@@ -90,23 +101,38 @@ def folder(request, reference, recipe, tmp_path):
 
 def write(path, reference, recipe, how="model.safetensors", **changes):
     config = json.loads((Path(recipe.language_model) / "config.json").read_text())
-    config |= dict(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"], mm_vision_tower="openai/clip")
-    config |= dict(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    (path / "config.json").write_text(json.dumps(config | dict(mm_hidden_size=32, mm_use_im_start_end=False) | changes))
+    config |= dict(
+        model_type="llava_llama",
+        architectures=["LlavaLlamaForCausalLM"],
+        mm_vision_tower="openai/clip",
+    )
+    config |= dict(
+        mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch"
+    )
+    (path / "config.json").write_text(
+        json.dumps(config | dict(mm_hidden_size=32, mm_use_im_start_end=False) | changes)
+    )
     weights = {name: weight.clone() for name, weight in reference.state_dict().items()}
     if how == "without the tower":
         weights = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
         reference.model.vision_tower["vision_tower"]["vision_model"].save_pretrained(path / "tower")
     else:  # old folders hold tables that are computed today
-        weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+        weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = (
+            torch.arange(5)[None]
+        )
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     if how == "two shards":
         names = sorted(weights)
-        shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        shards = {
+            "pytorch_model-00001-of-00002.bin": names[::2],
+            "pytorch_model-00002-of-00002.bin": names[1::2],
+        }
         for file, mine in shards.items():
             torch.save({name: weights[name] for name in mine}, path / file)
         where = {name: file for file, mine in shards.items() for name in mine}
-        (path / "pytorch_model.bin.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+        (path / "pytorch_model.bin.index.json").write_text(
+            json.dumps(dict(metadata={}, weight_map=where))
+        )
     elif how == "pytorch_model.bin":
         torch.save(weights, path / how)
     else:
@@ -120,7 +146,9 @@ def backbones_of(recipe, folder):
 
 
 @torch.no_grad()
-def test_a_folder_of_llavas_gives_its_logits_losses_and_greedy_tokens(recipe, reference, folder, tmp_path):
+def test_a_folder_of_llavas_gives_its_logits_losses_and_greedy_tokens(
+    recipe, reference, folder, tmp_path
+):
     if (own := folder / "tower").is_dir():
         own.joinpath("preprocessor_config.json").write_bytes(
             (Path(recipe.vision_tower) / "preprocessor_config.json").read_bytes()
@@ -139,14 +167,18 @@ def test_a_folder_of_llavas_gives_its_logits_losses_and_greedy_tokens(recipe, re
         seen = dict(pixel_values=pixels[None]) if "<image>" in question else {}
         ours = model(input_ids=torch.tensor([wide]), labels=torch.tensor([wide_labels]), **seen)
         assert (ours.logits[0] - theirs).abs().max() < 1e-5 < theirs.std() / 100
-        loss = nn.functional.cross_entropy(theirs[:-1], torch.tensor(wide_labels[1:]), ignore_index=IGNORE_INDEX)
+        loss = nn.functional.cross_entropy(
+            theirs[:-1], torch.tensor(wide_labels[1:]), ignore_index=IGNORE_INDEX
+        )
         assert ours.loss.item() == pytest.approx(loss.item(), abs=1e-5)
 
         prompt, said = ids[: labels.index(ids[len(ids) - sum(label >= 0 for label in labels)])], []
         for _ in range(6):
             said.append(reference(prompt + said, pixels)[-1].argmax().item())
         start, _ = expand(prompt, prompt, 4, model.config.image_token_id)
-        again = model.generate(torch.tensor([start]), max_new_tokens=6, min_new_tokens=6, eos_token_id=-1, **seen)
+        again = model.generate(
+            torch.tensor([start]), max_new_tokens=6, min_new_tokens=6, eos_token_id=-1, **seen
+        )
         assert again[0, len(start) :].tolist() == said
 
 
@@ -154,9 +186,9 @@ def test_llavas_names_are_read_and_written_without_loss(recipe, reference):
     model, theirs = load_model(recipe), reference.state_dict()
     ours = from_llava(theirs)
     assert set(ours) == set(model.state_dict())
-    assert all(torch.equal(weight, theirs[name]) for name, weight in to_llava(ours).items()) and len(ours) == len(
-        theirs
-    )
+    assert all(
+        torch.equal(weight, theirs[name]) for name, weight in to_llava(ours).items()
+    ) and len(ours) == len(theirs)
     for rename, name in ((from_llava, "image_newline"), (to_llava, "model.layers.0.weight")):
         with pytest.raises(ValueError, match=f"{name}: LLaVA-1.5 has no such weight"):
             rename({name: torch.ones(1)})
@@ -166,13 +198,22 @@ def test_a_projector_file_of_llavas_is_where_a_stage_begins(recipe, reference, t
     theirs = reference.model.mm_projector.state_dict()
     (tmp_path / "pretrained").mkdir()
     file = tmp_path / "pretrained" / "mm_projector.bin"
-    torch.save({f"model.mm_projector.{name}": weight.bfloat16() for name, weight in theirs.items()}, file)
+    torch.save(
+        {f"model.mm_projector.{name}": weight.bfloat16() for name, weight in theirs.items()}, file
+    )
     (tmp_path / "pretrained" / "config.json").write_text('{"mm_vision_tower": "openai/clip"}')
     fresh = load_model(recipe)
-    for source in (file, file.parent):  # the file, or the folder that LLaVA's own pre-training leaves
+    for source in (
+        file,
+        file.parent,
+    ):  # the file, or the folder that LLaVA's own pre-training leaves
         model = load_model(recipe, source)
-        assert torch.equal(parts(model)["projector"].linear_2.bias, theirs["2.bias"].bfloat16().float())
-        assert torch.equal(parts(model)["projector"].linear_1.weight, theirs["0.weight"].bfloat16().float())
+        assert torch.equal(
+            parts(model)["projector"].linear_2.bias, theirs["2.bias"].bfloat16().float()
+        )
+        assert torch.equal(
+            parts(model)["projector"].linear_1.weight, theirs["0.weight"].bfloat16().float()
+        )
         for part in ("vision_tower", "language_model"):
             assert fingerprint(parts(model)[part]) == fingerprint(parts(fresh)[part])
     save_projector(model, tmp_path / "again.bin")
@@ -181,7 +222,9 @@ def test_a_projector_file_of_llavas_is_where_a_stage_begins(recipe, reference, t
         name: w.shape for name, w in theirs.items()
     }
     assert zipfile.is_zipfile(tmp_path / "again.bin") and not list(tmp_path.glob(".again*"))
-    assert fingerprint(read_projector(tmp_path / "again.bin").items()) == fingerprint(parts(model)["projector"])
+    assert fingerprint(read_projector(tmp_path / "again.bin").items()) == fingerprint(
+        parts(model)["projector"]
+    )
 
 
 def test_training_starts_from_a_projector_file_and_remembers_which(recipe, tmp_path):
@@ -191,9 +234,15 @@ def test_training_starts_from_a_projector_file_and_remembers_which(recipe, tmp_p
     run = vflan.train(still, init=tmp_path / "mm_projector.bin")
     assert run.summary["parts"]["projector"] == fingerprint(start.items())
     assert vflan.train(still, init=str(tmp_path / "mm_projector.bin")) == run
-    assert fingerprint(read_projector(run).items()) == fingerprint(read_projector(run.folder / "model").items())
-    four = vflan.replace(still, name="four", bits=4, lora_r=4, lora_alpha=8, tune=("projector", "language_model"))
-    run = vflan.train(four, init=tmp_path / "mm_projector.bin")  # written in 16 bits on what it began with
+    assert fingerprint(read_projector(run).items()) == fingerprint(
+        read_projector(run.folder / "model").items()
+    )
+    four = vflan.replace(
+        still, name="four", bits=4, lora_r=4, lora_alpha=8, tune=("projector", "language_model")
+    )
+    run = vflan.train(
+        four, init=tmp_path / "mm_projector.bin"
+    )  # written in 16 bits on what it began with
     assert run.summary["parts"]["projector"] == fingerprint(start.items())
     save_projector(load_model(recipe), tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match="init_weights"):
@@ -208,16 +257,27 @@ def test_a_folder_of_llavas_can_be_tuned_quantised_and_exported(recipe, referenc
     freeze(model, four)
     export(model, load_processor(four, model), four, tmp_path / "out", source)
     merged = load_model(recipe, tmp_path / "out").state_dict()
-    assert all(torch.allclose(merged[name], weight) for name, weight in from_llava(reference.state_dict()).items())
+    assert all(
+        torch.allclose(merged[name], weight)
+        for name, weight in from_llava(reference.state_dict()).items()
+    )
 
 
 def test_a_projector_of_another_width_is_refused_with_both_widths_before_anything_is_loaded(
     recipe, monkeypatch, tmp_path
 ):
     theirs = nn.Sequential(nn.Linear(32, 80), nn.GELU(), nn.Linear(80, 80)).state_dict()
-    torch.save({f"model.mm_projector.{name}": weight for name, weight in theirs.items()}, tmp_path / "wide.bin")
-    monkeypatch.setattr("vflan.models.llava._load", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(ValueError, match=r"wide.bin joins a tower of width 32 to a .* width 80, but .* have 32 and 32"):
+    torch.save(
+        {f"model.mm_projector.{name}": weight for name, weight in theirs.items()},
+        tmp_path / "wide.bin",
+    )
+    monkeypatch.setattr(
+        "vflan.models.llava._load", lambda *a, **k: pytest.fail("weights were loaded")
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"wide.bin joins a tower of width 32 to a .* width 80, but .* have 32 and 32",
+    ):
         load_model(recipe, tmp_path / "wide.bin")
 
 
@@ -238,13 +298,17 @@ def test_a_projector_file_that_is_none_is_refused_and_none_of_its_code_is_run(re
     (tmp_path / "page.bin").write_text("<html>not found</html>")
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     for name in ("code.bin", "list.bin", "empty.bin", "page.bin", "page.safetensors"):
-        with pytest.raises(ValueError, match=rf"{name} is damaged, or holds more than weights .*download it again"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is damaged, or holds more than weights .*download it again"
+        ):
             load_model(recipe, tmp_path / name)
     assert not (tmp_path / "harm").exists()
     torch.save({"model.mm_projector.weight": torch.ones(32, 32)}, tmp_path / "linear.bin")
     torch.save({"model.norm.weight": torch.ones(32)}, tmp_path / "none.bin")
     for name, holds in (("linear.bin", "weight"), ("none.bin", "no projector")):
-        with pytest.raises(ValueError, match=f"{name} holds {holds}; LLaVA-1.5's projector is two layers"):
+        with pytest.raises(
+            ValueError, match=f"{name} holds {holds}; LLaVA-1.5's projector is two layers"
+        ):
             load_model(recipe, tmp_path / name)
 
 
@@ -259,17 +323,23 @@ def test_a_llava_of_another_kind_is_refused(recipe, reference, tmp_path):
         with pytest.raises(ValueError, match=f"is no LLaVA-1.5 on a Llama: .*{said}"):
             load_model(recipe, source)
     source = write(tmp_path / "llava", reference, recipe)
-    other = vflan.replace(recipe, vision_tower=str(copytree(recipe.vision_tower, tmp_path / "tower")))
+    other = vflan.replace(
+        recipe, vision_tower=str(copytree(recipe.vision_tower, tmp_path / "tower"))
+    )
     shape = json.loads((tmp_path / "tower" / "config.json").read_text())
     weights = load_file(tmp_path / "tower" / "model.safetensors")
     weights["embeddings.position_embedding.weight"] = torch.zeros(17, 32)
     save_file(weights, tmp_path / "tower" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "tower" / "config.json").write_text(json.dumps(shape | dict(image_size=48)))
-    with pytest.raises(ValueError, match="llava brings a vision tower that is not of .*tower's shape"):
+    with pytest.raises(
+        ValueError, match="llava brings a vision tower that is not of .*tower's shape"
+    ):
         load_model(other, source)
 
 
 def test_a_run_can_be_given_where_a_folder_can(recipe):
     run = vflan.train(vflan.replace(recipe, max_steps=1))
     assert isinstance(run, Run)
-    assert fingerprint(load_model(recipe, run)) == fingerprint(load_model(recipe, run.folder / "model"))
+    assert fingerprint(load_model(recipe, run)) == fingerprint(
+        load_model(recipe, run.folder / "model")
+    )

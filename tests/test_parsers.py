@@ -53,14 +53,20 @@ def test_4000_released_answers_come_out_as_the_official_code_left_them(shared):
     assert len(pairs) == 4000 and [p for p in pairs if normalize(p["raw"]) != p["normalized"]] == []
 
 
-@pytest.mark.parametrize("agreeing, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (5, 1), (10, 1)])
+@pytest.mark.parametrize(
+    "agreeing, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (5, 1), (10, 1)]
+)
 def test_soft_accuracy_leaves_each_person_out_in_turn(agreeing, score):
-    assert soft_accuracy("Two", ["2"] * agreeing + ["three"] * (10 - agreeing)) == pytest.approx(score)
+    assert soft_accuracy("Two", ["2"] * agreeing + ["three"] * (10 - agreeing)) == pytest.approx(
+        score
+    )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    st.lists(st.sampled_from(["1", "one", "two", "the two", "no.", "", "a"]), min_size=10, max_size=10),
+    st.lists(
+        st.sampled_from(["1", "one", "two", "the two", "no.", "", "a"]), min_size=10, max_size=10
+    ),
     st.sampled_from(["one", "2", "no", "x", ""]),
 )
 def test_soft_accuracy_equals_the_slow_way(references, answer):
@@ -125,11 +131,26 @@ def test_scienceqa_takes_a_letter_in_three_shapes_and_nothing_else(raw, read):
 
 def test_scienceqa_reads_small_letters_where_the_options_have_them():
     parse = partial(BENCHMARKS["scienceqa"].parse, sample={"letters": "abcd"})
-    assert [parse(x) for x in ("b", "b. x", "The answer is c.", "B", "e")] == ["b", "b", "c", None, None]
+    assert [parse(x) for x in ("b", "b. x", "The answer is c.", "B", "e")] == [
+        "b",
+        "b",
+        "c",
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
-    "raw, right", [("A", True), ("a", False), ("A.", False), (" A", False), ("A. x", False), ("", False), ("B", False)]
+    "raw, right",
+    [
+        ("A", True),
+        ("a", False),
+        ("A.", False),
+        (" A", False),
+        ("A. x", False),
+        ("", False),
+        ("B", False),
+    ],
 )
 def test_seed_wants_exactly_the_letter(raw, right):
     sample = {"question_id": "1", "text": "?", "label": "A", "category": "x", "image": "i"}
@@ -167,7 +188,11 @@ def test_mmmu_normalises_numbers_and_texts(raw, read):
 )  # fmt: skip
 def test_mmmu_reads_phrases_and_numbers_of_open_answers(raw, read):
     said = parse_open(raw)
-    assert [x for x in read if x not in said and not (isinstance(x, str) and x.replace(".", "").isdigit())] == []
+    assert [
+        x
+        for x in read
+        if x not in said and not (isinstance(x, str) and x.replace(".", "").isdigit())
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -177,7 +202,14 @@ def test_mmmu_reads_phrases_and_numbers_of_open_answers(raw, read):
      ("it is a", "a", True), ("it is a banana", "b", True), ("an ebb", "b", False)],
 )  # fmt: skip
 def test_mmmu_open_answers_may_hold_the_label_or_equal_its_number(raw, label, right):
-    sample = {"question_id": "1", "text": "?", "label": label, "category": "x", "image": "i", "question_type": "open"}
+    sample = {
+        "question_id": "1",
+        "text": "?",
+        "label": label,
+        "category": "x",
+        "image": "i",
+        "question_type": "open",
+    }
     assert BENCHMARKS["mmmu"].score([sample], [raw])["accuracy"] == 100 * right
 
 
@@ -220,7 +252,11 @@ def test_read_text_is_compared_word_by_word(text, words):
 
 # ---------------------------------------------------------------------------------------------------------- odd strings
 
-LETTERED = {"text": "What is it? (a) red (b) blue (c) green (d) white", "options": OPTIONS, "label": "A"}
+LETTERED = {
+    "text": "What is it? (a) red (b) blue (c) green (d) white",
+    "options": OPTIONS,
+    "label": "A",
+}
 FACTS = {
     "lexicon": {"colors": ["red", "blue"], "shapes": ["star", "ring"]},
     "facts": [["red", "star"]],
@@ -261,7 +297,9 @@ def test_every_parser_is_fed():
     assert {name.split()[0] for name in UNDERSTOOD} == set(BENCHMARKS)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(st.lists(ODD, min_size=12, max_size=12))
 def test_no_parser_stops_at_an_odd_string(answers):
     """1,200 strings to each parser, a dozen an example: that is four times as quick as one by one."""
@@ -290,11 +328,13 @@ SCORED = {
 def test_no_answer_scores_out_of_range(one, two):
     for name, rows in SCORED.items():
         samples = [
-            {"question_id": str(i), "text": "?", "image": "x.png", "category": "color"} | r for i, r in enumerate(rows)
+            {"question_id": str(i), "text": "?", "image": "x.png", "category": "color"} | r
+            for i, r in enumerate(rows)
         ]
         scores = BENCHMARKS[name].score(samples, [one, two][: len(rows)])
         bounded = {k: v for k, v in scores.items() if k not in ("words", "entities")}
         assert all(
-            np.isfinite(v) and 0 <= v <= (200 if re.match("total|perc", k) else 100.0001) for k, v in bounded.items()
+            np.isfinite(v) and 0 <= v <= (200 if re.match("total|perc", k) else 100.0001)
+            for k, v in bounded.items()
         )
         assert BENCHMARKS[name].headline in scores

@@ -18,7 +18,9 @@ from vflan.data.images import picture_bytes, picture_trouble, read_picture, stam
 
 def encoded(color="red", kind="PNG", size=(9, 9)):
     buffer = io.BytesIO()
-    picture = Image.new("RGB", size, color) if color else Image.effect_noise(size, 90).convert("RGB")
+    picture = (
+        Image.new("RGB", size, color) if color else Image.effect_noise(size, 90).convert("RGB")
+    )
     picture.save(buffer, kind)
     return buffer.getvalue()
 
@@ -30,7 +32,10 @@ def zipped(path, members, utf8=True):
             archive.writestr(name, data)
     if not utf8:
         data = bytearray(path.read_bytes())
-        for mark, flags in ((b"PK\3\4", 7), (b"PK\1\2", 9)):  # the second byte of the flags, which holds the UTF-8 bit
+        for mark, flags in (
+            (b"PK\3\4", 7),
+            (b"PK\1\2", 9),
+        ):  # the second byte of the flags, which holds the UTF-8 bit
             at = data.find(mark)
             while at >= 0:
                 data[at + flags] &= ~8
@@ -71,14 +76,23 @@ def test_a_palette_picture_and_a_rotated_one_become_what_llava_makes_of_them(tmp
 def test_a_lost_picture_is_found_under_the_name_that_tools_gave_it(tmp_path, written, asked):
     (tmp_path / written).write_bytes(encoded())
     archive = zipped(tmp_path / "pictures.zip", {written: encoded("blue")})
-    assert pixel(str(tmp_path / asked)) == (255, 0, 0) and pixel(f"{archive}::{asked}") == (0, 0, 255)
-    assert picture_trouble(str(tmp_path / asked)) == "" and stamp(tmp_path / asked) == stamp(tmp_path / written)
+    assert pixel(str(tmp_path / asked)) == (255, 0, 0) and pixel(f"{archive}::{asked}") == (
+        0,
+        0,
+        255,
+    )
+    assert picture_trouble(str(tmp_path / asked)) == "" and stamp(tmp_path / asked) == stamp(
+        tmp_path / written
+    )
 
 
 def test_a_picture_that_is_there_is_never_exchanged_for_a_namesake(tmp_path):
     for kind, color in (("jpg", "white"), ("png", "blue"), ("gif", "red")):
         (tmp_path / f"a.{kind}").write_bytes(encoded(color))
-    assert [pixel(str(tmp_path / f"a.{kind}")) for kind in ("png", "gif")] == [(0, 0, 255), (255, 0, 0)]
+    assert [pixel(str(tmp_path / f"a.{kind}")) for kind in ("png", "gif")] == [
+        (0, 0, 255),
+        (255, 0, 0),
+    ]
 
 
 def test_a_namesake_that_is_a_link_is_not_taken(tmp_path):
@@ -105,9 +119,16 @@ def test_each_trouble_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)  # Pillow refuses twice as much
     for home in (f"{tmp_path}/", f"{archive}::"):
         kinds = [
-            picture_trouble(f"{home}{name}").split(":")[0] for name in (*members, "gone.jpg", "folder.png", "a\0b")
+            picture_trouble(f"{home}{name}").split(":")[0]
+            for name in (*members, "gone.jpg", "folder.png", "a\0b")
         ]
-        expected = ["", "truncated picture", "undecodable picture", "too many pixels", "undecodable picture"]
+        expected = [
+            "",
+            "truncated picture",
+            "undecodable picture",
+            "too many pixels",
+            "undecodable picture",
+        ]
         assert kinds == expected + ["missing picture"] * 3, home
     assert picture_trouble("outside:../x.png") == "path outside the images folder: ../x.png"
     for name in ("outside:../x.png", str(tmp_path / "half.jpg")):
@@ -122,20 +143,35 @@ def test_each_trouble_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, mo
 def test_the_released_zip_is_read_in_place(tmp_path, utf8):
     """One top folder that the annotation does not name, names that are not ASCII, and not a file unpacked."""
     names = [f"images_191task_1k/{name}" for name in ("task_0_a.jpg", "WIT+x_1_Müller_漢.png")]
-    archive = zipped(tmp_path / "image_191-task_1k.zip", {names[0]: encoded("red"), names[1]: encoded("blue")}, utf8)
+    archive = zipped(
+        tmp_path / "image_191-task_1k.zip",
+        {names[0]: encoded("red"), names[1]: encoded("blue")},
+        utf8,
+    )
     assert utf8 == (names[1] in zipfile.ZipFile(archive).namelist())
-    assert [pixel(f"{archive}::{name.split('/')[1]}") for name in names] == [(255, 0, 0), (0, 0, 255)]
+    assert [pixel(f"{archive}::{name.split('/')[1]}") for name in names] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
     assert [pixel(f"{archive}::{name}") for name in names] == [(255, 0, 0), (0, 0, 255)]
-    assert picture_bytes(f"{archive}::task_0_a.jpg") == encoded("red") and os.listdir(tmp_path) == [archive.name]
+    assert picture_bytes(f"{archive}::task_0_a.jpg") == encoded("red") and os.listdir(tmp_path) == [
+        archive.name
+    ]
 
 
 def test_a_damaged_member_costs_that_picture_only(tmp_path):
-    archive = zipped(tmp_path / "a.zip", {f"{i}.png": encoded(None, size=(40, 40)) for i in range(3)})
+    archive = zipped(
+        tmp_path / "a.zip", {f"{i}.png": encoded(None, size=(40, 40)) for i in range(3)}
+    )
     whole = archive.read_bytes()
     info, data = zipfile.ZipFile(archive).getinfo("1.png"), bytearray(whole)
     data[info.header_offset + 60] ^= 255
     archive.write_bytes(data)
-    assert [picture_trouble(f"{archive}::{i}.png").split(":")[0] for i in range(3)] == ["", "truncated picture", ""]
+    assert [picture_trouble(f"{archive}::{i}.png").split(":")[0] for i in range(3)] == [
+        "",
+        "truncated picture",
+        "",
+    ]
     data[info.header_offset : info.header_offset + 4] = b"none"
     archive.write_bytes(data)
     assert picture_trouble(f"{archive}::1.png").startswith("truncated picture")
@@ -144,7 +180,8 @@ def test_a_damaged_member_costs_that_picture_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size, kind", [((1, 301), "too thin"), ((60000, 1), "too thin"), ((14000, 100), "too many pixels")]
+    "size, kind",
+    [((1, 301), "too thin"), ((60000, 1), "too thin"), ((14000, 100), "too many pixels")],
 )
 def test_a_line_of_pixels_and_a_band_that_would_fill_the_memory_are_refused(tmp_path, size, kind):
     """Scaling the short side of 1 x 60,000 to 336, or padding 14,000 x 100 to a square, takes gigabytes."""
@@ -154,7 +191,9 @@ def test_a_line_of_pixels_and_a_band_that_would_fill_the_memory_are_refused(tmp_
     assert picture_trouble(tmp_path / "b.png") == ""
 
 
-def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures(tmp_path, monkeypatch):
+def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures(
+    tmp_path, monkeypatch
+):
     (tmp_path / "text.zip").write_text("no zip")
     archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})
     assert picture_trouble(f"{tmp_path}/text.zip::a.png").split(":")[0] == "truncated picture"
@@ -168,7 +207,10 @@ def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures
 
 
 def test_the_contents_of_a_zip_are_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    archive, opened = zipped(tmp_path / "a.zip", {"a.png": encoded("red"), "b.png": encoded("red")}), []
+    archive, opened = (
+        zipped(tmp_path / "a.zip", {"a.png": encoded("red"), "b.png": encoded("red")}),
+        [],
+    )
 
     class Slow(zipfile.ZipFile):
         def __init__(self, *args):
@@ -178,7 +220,9 @@ def test_the_contents_of_a_zip_are_read_once_and_again_when_it_changes(tmp_path,
 
     monkeypatch.setattr(zipfile, "ZipFile", Slow)
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(pixel, [f"{archive}::{name}.png" for name in "ab" * 40])) == {(255, 0, 0)}
+        assert set(pool.map(pixel, [f"{archive}::{name}.png" for name in "ab" * 40])) == {
+            (255, 0, 0)
+        }
     assert len(opened) == 1
     before = stamp(f"{archive}::a.png")
     monkeypatch.undo()
@@ -193,7 +237,11 @@ def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
     images._lock.acquire()  # as if another thread opened an archive in the moment of the fork
     child = os.fork()
     if child == 0:
-        os._exit(0 if all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3)) else 1)
+        os._exit(
+            0
+            if all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
+            else 1
+        )
     images._lock.release()
     assert all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
     hung = threading.Timer(60, os.kill, (child, 9))
@@ -203,11 +251,16 @@ def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
 
 
 def test_a_picture_is_read_from_its_row_of_a_parquet_file(tmp_path):
-    rows = [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(10)] + [None, {"bytes": None, "path": "x.png"}]
+    rows = [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(10)] + [
+        None,
+        {"bytes": None, "path": "x.png"},
+    ]
     part = tmp_path / "part-0.parquet"
     pq.write_table(pa.table({"image": rows}), part, row_group_size=4)
     assert [pixel(f"{part}::{i}")[0] for i in (9, 0, 4, 3)] == [9, 0, 4, 3]
-    assert [picture_trouble(f"{part}::{i}").split(":")[0] for i in (10, 11, 12)] == ["missing picture"] * 3
+    assert [picture_trouble(f"{part}::{i}").split(":")[0] for i in (10, 11, 12)] == [
+        "missing picture"
+    ] * 3
     assert len({stamp(f"{part}::{i}") for i in range(10)}) == 10
     pq.write_table(pa.table({"image": [encoded("blue")]}), part)  # bytes without a struct
     assert pixel(f"{part}::0") == (0, 0, 255)

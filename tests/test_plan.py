@@ -15,7 +15,9 @@ from tests.conftest import make_backbones, make_squares
 from vflan.config import Recipe
 from vflan.training import footprint
 
-TRAIN = sys.modules.get("vflan.training.trainer") or __import__("importlib").import_module("vflan.training.trainer")
+TRAIN = sys.modules.get("vflan.training.trainer") or __import__("importlib").import_module(
+    "vflan.training.trainer"
+)
 FULL = dict(tune=("projector", "language_model"))
 LORA = FULL | dict(lora_r=16, lora_alpha=32, lora_dropout=0.05)
 
@@ -31,9 +33,19 @@ def middling(tmp_path_factory):
     for i, row in enumerate(rows):
         row["conversations"][1]["value"] = " and ".join(["a red square on grey"] * (14 + i))
     path.write_text(json.dumps(rows))
-    backbones = dict(vision_tower=str(folder / "vision_tower"), language_model=str(folder / "language_model"))
+    backbones = dict(
+        vision_tower=str(folder / "vision_tower"), language_model=str(folder / "language_model")
+    )
     more = dict(global_batch=4, micro_batch=2, max_steps=2, max_length=512, lr=1e-4)
-    return Recipe("base", "base", samples=str(path), images=str(folder / "images"), runs="", **backbones, **more)
+    return Recipe(
+        "base",
+        "base",
+        samples=str(path),
+        images=str(folder / "images"),
+        runs="",
+        **backbones,
+        **more,
+    )
 
 
 def measured(recipe, monkeypatch):
@@ -48,7 +60,9 @@ def measured(recipe, monkeypatch):
         return real[0](loaded, *arguments)
 
     def feed(*arguments):
-        weights.append(sum(weight.numel() * weight.element_size() for weight in model[0].parameters()))
+        weights.append(
+            sum(weight.numel() * weight.element_size() for weight in model[0].parameters())
+        )
         profiler.start()
         return real[1](*arguments)
 
@@ -99,7 +113,10 @@ def offline(monkeypatch):
 def test_a_layer_more_costs_as_much_as_the_one_before(middling):
     """What lets a 13B be counted in seconds: two and three layers tell eight."""
     recipe, shape = vflan.replace(middling, **LORA), (2, 78, 2, 100)
-    whole, told = footprint._count(recipe, False, False, shape, 8), footprint.count(recipe, False, False, shape)
+    whole, told = (
+        footprint._count(recipe, False, False, shape, 8),
+        footprint.count(recipe, False, False, shape),
+    )
     assert {key: told[key] for key in whole} == pytest.approx(dict(whole), rel=0.02)
 
 
@@ -109,7 +126,10 @@ def test_weights_gradients_and_moments_are_those_of_the_arithmetic():
     weights, tower = 6_738_415_616 + 20_979_712, 303_507_456
     assert one["weights"] == 4 * weights + 2 * tower and one["gradients"] == 4 * weights
     assert one["optimiser"] == 8 * weights and one["exchange"] == 0
-    assert eight["weights"] == pytest.approx(4 * weights / 8 + 2 * tower) and eight["optimiser"] == weights
+    assert (
+        eight["weights"] == pytest.approx(4 * weights / 8 + 2 * tower)
+        and eight["optimiser"] == weights
+    )
     thrifty = vflan.plan(vflan.replace(seven, optimizer="adamw_8bit")).memory
     assert thrifty["optimiser"] == pytest.approx(2 * weights, rel=0.02)
 
@@ -119,7 +139,11 @@ def test_the_presets_fit_where_their_docstrings_say():
     small = vflan.plan(qlora, gpu="RTX4090-24G")
     assert small.fits and small.peak < 16e9 and not small.changes
     assert vflan.plan(lora, gpu="L40S-48G").fits and not vflan.plan(lora, gpu="RTX4090-24G").fits
-    assert vflan.plan(full, gpus=8).fits and small.hours > 0 and small.kwh == pytest.approx(small.hours * 0.45)
+    assert (
+        vflan.plan(full, gpus=8).fits
+        and small.hours > 0
+        and small.kwh == pytest.approx(small.hours * 0.45)
+    )
 
 
 def test_evaluation_is_counted_too():
@@ -139,16 +163,24 @@ def test_evaluation_is_counted_too():
 def test_what_does_not_fit_comes_with_what_was_tried(middling):
     found = vflan.plan(vflan.replace(vflan.preset("full_7b").base, gradient_checkpointing=False))
     said = str(found)
-    assert not found.fits and "does NOT fit into 1 x A100-80G" in said and "gradient_checkpointing=True:" in said
+    assert (
+        not found.fits
+        and "does NOT fit into 1 x A100-80G" in said
+        and "gradient_checkpointing=True:" in said
+    )
     assert any("gpus=" in change and change.endswith("fits") for change in found.changes)
-    assert any("lora_r=128" in change for change in found.changes) and any("bits=4" in c for c in found.changes)
+    assert any("lora_r=128" in change for change in found.changes) and any(
+        "bits=4" in c for c in found.changes
+    )
     assert all(html.escape(change) in found._repr_html_() for change in found.changes)
 
 
 def test_lengths_are_read_where_they_can_be_and_else_assumed_and_said(middling):
     here, away = vflan.plan(middling, gpu="cpu"), vflan.plan(vflan.preset("full_7b").projector)
     assert here.tokens < 8 * 300 and "12 of 12 rows" in str(here) and "assumed" not in str(here)
-    assert away.steps == math.ceil(558_128 / 256) and "assumed: lengths like LLaVA-1.5's, 558,128 rows" in str(away)
+    assert away.steps == math.ceil(
+        558_128 / 256
+    ) and "assumed: lengths like LLaVA-1.5's, 558,128 rows" in str(away)
     with pytest.raises(ValueError, match="gone.json is not there, and how many rows"):
         vflan.plan(vflan.replace(middling, samples="gone.json"))
 

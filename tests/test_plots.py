@@ -33,7 +33,10 @@ def scores():
         for b in BENCHMARKS.values():
             for metric in {b.headline, "yes_ratio"} if b.name == "pope" else {b.headline}:
                 rows.append([run, b.name, metric, 50.0 + k, 45.0, 60.0, 100, 0, 33.0])
-    return pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"])
+    return pd.DataFrame(
+        rows,
+        columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"],
+    )
 
 
 def texts(fig):
@@ -119,25 +122,40 @@ def test_table_2_shows_the_papers_value_in_grey_and_what_is_unconfirmed_hollow(s
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
     assert marks(axes["MMBench"], "D") == [69.8, 67.6]
     assert marks(axes["MME"], "D") == [1537.8 / 20, 1490.6 / 20]
-    assert marks(axes["MMBench"], "o") == [50, 51, 52] and marks(axes["MMBench"], "|") == [33, 33, 33]
-    fills = [line.get_markerfacecolor() for line in axes["forgetting"].lines if line.get_marker() == "D"]
+    assert marks(axes["MMBench"], "o") == [50, 51, 52] and marks(axes["MMBench"], "|") == [
+        33,
+        33,
+        33,
+    ]
+    fills = [
+        line.get_markerfacecolor() for line in axes["forgetting"].lines if line.get_marker() == "D"
+    ]
     assert fills == ["white", "white"]
     assert marks(axes["held-in tasks"], "D") == []
     assert {"projector", "base", "chat"} <= set(texts(fig))
 
 
 def test_parts_are_compared_with_the_rows_of_their_table(scores):
-    fig = plots.parts_table(scores, {"projector": "LLM frozen, MLP frozen", "base": "LLM tuned, MLP tuned"}, "Table 5")
+    fig = plots.parts_table(
+        scores, {"projector": "LLM frozen, MLP frozen", "base": "LLM tuned, MLP tuned"}, "Table 5"
+    )
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
     assert marks(axes["POPE"], "D") == [51.9, 85.9] and marks(axes["forgetting"], "D") == []
 
 
 def test_curves_have_a_point_for_every_amount_and_name_their_lines(scores):
-    fig = plots.gpt4_curves(scores, {"base": ("Base", 0), "base-100": ("Base", 100), "projector": ("projector", 0)}, 7)
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["Figure 7: POPE, F1", "Figure 7: share of yes"]
+    fig = plots.gpt4_curves(
+        scores, {"base": ("Base", 0), "base-100": ("Base", 100), "projector": ("projector", 0)}, 7
+    )
+    assert [ax.get_title(loc="left") for ax in fig.axes] == [
+        "Figure 7: POPE, F1",
+        "Figure 7: share of yes",
+    ]
     assert list(fig.axes[0].lines[1].get_xdata()) == [0, 100]
     assert {"Base", "projector", "majority answer"} <= set(texts(fig))
-    assert len(plots.gpt4_curves(scores, {"base": ("Base", 0), "base-100": ("Base", 100)}).axes) == 6
+    assert (
+        len(plots.gpt4_curves(scores, {"base": ("Base", 0), "base-100": ("Base", 100)}).axes) == 6
+    )
     with pytest.raises(ValueError, match="choose 5, 6, 7 or 8"):
         plots.gpt4_curves(scores, {}, 9)
     assert len(plots.diversity(scores, {"base": 2, "chat": 8}, ["mme", "pope"]).axes) == 2
@@ -150,7 +168,9 @@ def test_bubbles_do_not_overlap_and_their_area_is_the_number_of_tasks():
     assert gaps[~np.eye(len(radii), dtype=bool)].min() > -1e-6
     fig = plots.task_bubbles(plots.paper_tasks())
     circles = [p for p in fig.axes[0].patches if isinstance(p, plt.Circle)]
-    assert len(circles) == 25 and sum(np.pi * c.get_radius() ** 2 for c in circles) == pytest.approx(188)
+    assert len(circles) == 25 and sum(
+        np.pi * c.get_radius() ** 2 for c in circles
+    ) == pytest.approx(188)
     assert any("188 tasks in 25 categories" in t for t in texts(fig))
 
 
@@ -158,7 +178,9 @@ def test_a_loss_curve_is_drawn_for_every_run():
     table = pd.DataFrame({"step": range(50), "loss": np.linspace(3, 1, 50)})
     runs = [SimpleNamespace(name=name, metrics=lambda: table) for name in ("base", "chat")]
     fig = plots.loss_curve(*runs)
-    assert len(fig.axes[0].lines) == 4 and any(t.startswith("chat, ends at 1.0") for t in texts(fig))
+    assert len(fig.axes[0].lines) == 4 and any(
+        t.startswith("chat, ends at 1.0") for t in texts(fig)
+    )
 
 
 def test_colours_stay_apart_for_colour_blind_readers():
@@ -172,8 +194,12 @@ def test_colours_stay_apart_for_colour_blind_readers():
 def test_packed_rows_show_every_conversation_and_the_padding():
     turn = ([1, -200, -200, 5, 6], [-100, -100, -100, 5, 6])
     ax = plots.packed_rows([[turn, turn], [turn]], budget=12).axes[0]
-    bars = [path for group in ax.collections for path in group.get_paths() if len(path.vertices) >= 4]
-    assert len(bars) == 3 * 3 + 2  # read, picture and learned of each conversation; padding after each row
+    bars = [
+        path for group in ax.collections for path in group.get_paths() if len(path.vertices) >= 4
+    ]
+    assert (
+        len(bars) == 3 * 3 + 2
+    )  # read, picture and learned of each conversation; padding after each row
     assert ax.get_xlim() == (0, 12)
 
 
@@ -185,11 +211,18 @@ def verdict_rows(*rows):
 
 
 def test_the_ledger_shows_every_claim_with_interval_and_verdict_and_the_long_form_beside():
-    found = verdict_rows(("1", 5, 9.0, 4.0, 14.0, "holds"), ("1a", 1, 2.0, np.nan, np.nan, "not enough runs"))
+    found = verdict_rows(
+        ("1", 5, 9.0, 4.0, 14.0, "holds"), ("1a", 1, 2.0, np.nan, np.nan, "not enough runs")
+    )
     long = verdict_rows(("1a", 5, -3.0, -6.0, 1.0, "does not hold at this scale"))
     fig = plots.ledger(found, long)
     said = " ".join(texts(fig))
-    assert "1  statement 1" in said and "1a" in said and "committed long form" in said and "not enough runs" in said
+    assert (
+        "1  statement 1" in said
+        and "1a" in said
+        and "committed long form" in said
+        and "not enough runs" in said
+    )
     ax = fig.axes[0]
     assert sorted(marks(ax, "o")) == [-3.0, 2.0, 9.0]
     spans = [tuple(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2]
@@ -198,11 +231,17 @@ def test_the_ledger_shows_every_claim_with_interval_and_verdict_and_the_long_for
 
 def test_affinity_is_the_gain_over_the_start_by_category():
     rows = []
-    for run, values in {"projector": (40, 50, 20), "category-one": (60, 70, 25), "category-two": (40, 40, 80)}.items():
+    for run, values in {
+        "projector": (40, 50, 20),
+        "category-one": (60, 70, 25),
+        "category-two": (40, 40, 80),
+    }.items():
         for task, value in zip(("a", "b", "c"), values):
             rows.append([run, "heldin", f"accuracy/{task}", value])
     scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value"])
-    fig = plots.affinity(scores, ["category-one", "category-two"], {"a": "one", "b": "one", "c": "two"})
+    fig = plots.affinity(
+        scores, ["category-one", "category-two"], {"a": "one", "b": "one", "c": "two"}
+    )
     gain = fig.axes[0].images[0].get_array()
     assert np.allclose(gain, [[20, 5], [-5, 60]])
 

@@ -59,7 +59,14 @@ def mixed(recipe):
         row["conversations"][0]["value"] = "What is a square?"
     Path(recipe.samples).write_text(json.dumps(rows))
     return vflan.replace(
-        recipe, max_steps=20, micro_batch=3, lr=1e-3, max_grad_norm=1.0, save_every=8, heldout_rows=5, evaluate_every=10
+        recipe,
+        max_steps=20,
+        micro_batch=3,
+        lr=1e-3,
+        max_grad_norm=1.0,
+        save_every=8,
+        heldout_rows=5,
+        evaluate_every=10,
     )
 
 
@@ -87,8 +94,13 @@ def torchrun(recipe, trainings, nodes, folder):
         "PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
     }
     argument = [script, json.dumps(recipe.to_dict()), json.dumps(trainings)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder)
-    children = [subprocess.Popen([*command, "--node_rank", str(rank), *argument], **pipes) for rank in range(nodes)]
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+    )
+    children = [
+        subprocess.Popen([*command, "--node_rank", str(rank), *argument], **pipes)
+        for rank in range(nodes)
+    ]
     said = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0] * nodes, "\n".join(said)
 
@@ -104,13 +116,21 @@ def agree(run, one):
 
 
 @pytest.mark.usefixtures("alone")
-def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume_exactly(recipe, tmp_path):
+def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume_exactly(
+    recipe, tmp_path
+):
     recipe = mixed(recipe)
     one = vflan.train(vflan.replace(recipe, name="one"))
     killed = [["killed", {"sharding": "fsdp2"}, 13], ["killed", {"sharding": "fsdp2"}, None]]
-    trainings = [["replicated", {"sharding": "none"}, None], ["sharded", {"sharding": "fsdp2"}, None], *killed]
+    trainings = [
+        ["replicated", {"sharding": "none"}, None],
+        ["sharded", {"sharding": "fsdp2"}, None],
+        *killed,
+    ]
     torchrun(recipe, trainings, 2, tmp_path)
-    replicated, sharded, resumed = (Run(one.folder.with_name(name)) for name in ("replicated", "sharded", "killed"))
+    replicated, sharded, resumed = (
+        Run(one.folder.with_name(name)) for name in ("replicated", "sharded", "killed")
+    )
     for run, kind in ((replicated, "none"), (sharded, "fsdp2")):
         assert (run.summary["processes"], run.summary["sharding"]) == (2, kind) and agree(run, one)
     seen = json.loads((sharded.folder / "seen.json").read_text())
@@ -122,7 +142,9 @@ def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume
 
 
 @pytest.mark.usefixtures("alone")
-def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(recipe, capfd):
+def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(
+    recipe, capfd
+):
     recipe = vflan.replace(mixed(recipe), max_steps=4, heldout_rows=0, evaluate_every=0)
     one = vflan.train(vflan.replace(recipe, name="one"))
     run = vflan.train(vflan.replace(recipe, name="two"), num_processes=2)
@@ -135,13 +157,19 @@ def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_th
     assert run.metrics().loss.tolist() == pytest.approx(one.metrics().loss.tolist(), abs=1e-5)
 
 
-@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: ZeRO is not run here")
+@pytest.mark.skipif(
+    not find_spec("deepspeed"), reason="DeepSpeed is not installed: ZeRO is not run here"
+)
 @pytest.mark.usefixtures("alone")
 def test_deepspeed_trains_as_one_process_does_and_resumes(recipe, tmp_path):
     recipe = mixed(recipe)
     one = vflan.train(vflan.replace(recipe, name="one"))
     whole = [[kind, {"sharding": kind}, None] for kind in ("zero2", "zero3")]
-    killed = [[f"{kind}-killed", {"sharding": kind}, stop] for kind in ("zero2", "zero3") for stop in (13, None)]
+    killed = [
+        [f"{kind}-killed", {"sharding": kind}, stop]
+        for kind in ("zero2", "zero3")
+        for stop in (13, None)
+    ]
     torchrun(recipe, [*whole, *killed], 1, tmp_path)
     for kind in ("zero2", "zero3"):
         run, resumed = (Run(one.folder.with_name(name)) for name in (kind, f"{kind}-killed"))
@@ -151,10 +179,13 @@ def test_deepspeed_trains_as_one_process_does_and_resumes(recipe, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_with_what_can(recipe):
     with pytest.raises(
-        ValueError, match="global_batch=8: 3 processes cannot share it evenly; start 2, or make it a multiple of 3"
+        ValueError,
+        match="global_batch=8: 3 processes cannot share it evenly; start 2, or make it a multiple of 3",
     ):
         vflan.train(recipe, num_processes=3)
-    with pytest.raises(ValueError, match="global_batch=8: 16 processes are more than its samples; start 8"):
+    with pytest.raises(
+        ValueError, match="global_batch=8: 16 processes are more than its samples; start 8"
+    ):
         vflan.train(recipe, num_processes=16)
     assert not recipe.folder.exists()
 
@@ -162,7 +193,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_what_can(recipe):
 def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     distributed.check(recipe, 2)
-    with pytest.raises(ValueError, match="4 processes were asked for on a machine with 2 GPUs; start 2"):
+    with pytest.raises(
+        ValueError, match="4 processes were asked for on a machine with 2 GPUs; start 2"
+    ):
         distributed.check(recipe, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two machines of two
     distributed.check(recipe, 4)
@@ -170,7 +203,9 @@ def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
 
 def test_deepspeed_that_is_not_installed_is_told_before_training(recipe, monkeypatch):
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="sharding='zero3' needs DeepSpeed: pip install deepspeed"):
+    with pytest.raises(
+        ImportError, match="sharding='zero3' needs DeepSpeed: pip install deepspeed"
+    ):
         vflan.train(vflan.replace(recipe, sharding="zero3"), num_processes=2)
 
 
@@ -181,7 +216,11 @@ def test_only_full_tuning_on_gpus_is_sharded_unless_the_recipe_says_so(recipe, m
         and distributed.sharding(vflan.replace(recipe, sharding="fsdp2"), 2) == "fsdp2"
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [distributed.sharding(r, n) for r, n in ((recipe, 2), (recipe, 1), (lora, 2))] == ["fsdp2", "none", "none"]
+    assert [distributed.sharding(r, n) for r, n in ((recipe, 2), (recipe, 1), (lora, 2))] == [
+        "fsdp2",
+        "none",
+        "none",
+    ]
 
 
 def test_fewer_processes_than_asked_for_is_an_error(recipe):
@@ -192,7 +231,11 @@ def test_fewer_processes_than_asked_for_is_an_error(recipe):
         sys.modules["vflan.training.trainer"].fit(run.folder, 2)
 
 
-@pytest.mark.parametrize("change", [dict(bits=4, lora_r=4, lora_alpha=8), dict(optimizer="adamw_8bit")])
+@pytest.mark.parametrize(
+    "change", [dict(bits=4, lora_r=4, lora_alpha=8), dict(optimizer="adamw_8bit")]
+)
 def test_what_cannot_be_sharded_is_refused(recipe, change):
-    with pytest.raises(ValueError, match="cannot be shared out over processes; set sharding='none'"):
+    with pytest.raises(
+        ValueError, match="cannot be shared out over processes; set sharding='none'"
+    ):
         vflan.replace(recipe, sharding="fsdp2", **change)

@@ -70,7 +70,9 @@ def test_a_terminal_gets_a_bar_after_some_seconds_only(monkeypatch, capsys):
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_in_a_notebook_it_is_a_bar_only_where_a_person_runs_the_cells(asks, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: not asks)  # a kernel's word counts, not its stderr's
+    monkeypatch.setattr(
+        sys.stderr, "isatty", lambda: not asks
+    )  # a kernel's word counts, not its stderr's
     kernel(monkeypatch, asks)
     assert isinstance(progress("x", 3), Lines) is not asks
 

@@ -27,7 +27,9 @@ def wide(tmp_path_factory):
 
 @pytest.fixture
 def qlora(recipe, wide):
-    return vflan.replace(recipe, **wide, bits=4, lora_r=4, lora_alpha=8, lora_dropout=0.3, max_steps=4)
+    return vflan.replace(
+        recipe, **wide, bits=4, lora_r=4, lora_alpha=8, lora_dropout=0.3, max_steps=4
+    )
 
 
 @pytest.fixture
@@ -43,7 +45,10 @@ def layer():
 
 def asked(recipe):
     pictures = Path(recipe.images)
-    return [{"text": "<image>\nWhat color is it?", "image": str(pictures / f"{i}.png")} for i in range(4)]
+    return [
+        {"text": "<image>\nWhat color is it?", "image": str(pictures / f"{i}.png")}
+        for i in range(4)
+    ]
 
 
 def test_the_played_processor_does_what_the_real_one_does(layer, monkeypatch):
@@ -104,7 +109,9 @@ def test_a_model_that_has_answered_is_still_the_same_and_learns_the_same(qlora, 
     def gradients(model):
         freeze(model, vflan.replace(qlora, lora_dropout=0.0))
         ids = torch.tensor([[1, 5, *[model.config.image_token_id] * 4, 6, 7, 8]])
-        model.train()(input_ids=ids, pixel_values=torch.ones(1, 3, 24, 24), labels=ids).loss.backward()
+        model.train()(
+            input_ids=ids, pixel_values=torch.ones(1, 3, 24, 24), labels=ids
+        ).loss.backward()
         return {name: w.grad for name, w in model.named_parameters() if w.requires_grad}
 
     run = vflan.train(qlora)
@@ -138,7 +145,9 @@ def test_a_part_of_a_quantised_run_can_be_swapped(qlora, monkeypatch, part):
         for each in (model, other):
             vflan.answer(each, run.processor(), asked(qlora))
         rest = {name: fingerprint(of) for name, of in parts(model).items() if name != part}
-        swapped = {name: fingerprint(of) for name, of in parts(vflan.swap_part(model, part, run)).items()}
+        swapped = {
+            name: fingerprint(of) for name, of in parts(vflan.swap_part(model, part, run)).items()
+        }
         assert swapped == rest | {part: fingerprint(parts(other)[part])}
         # what another model learns afterwards is not seen here: the weights are copies
         with torch.no_grad():
@@ -149,6 +158,10 @@ def test_a_part_of_a_quantised_run_can_be_swapped(qlora, monkeypatch, part):
 def test_the_language_model_that_training_began_with_is_quantised_alike(qlora):
     model = vflan.swap_part(vflan.train(qlora).load_model(), "language_model", qlora.language_model)
     begun = load_model(qlora)
-    assert fingerprint(parts(model)["language_model"]) == fingerprint(parts(begun)["language_model"])
-    with pytest.raises(ValueError, match="not quantised alike .14 and 0 such layers.*same number of bits"):
+    assert fingerprint(parts(model)["language_model"]) == fingerprint(
+        parts(begun)["language_model"]
+    )
+    with pytest.raises(
+        ValueError, match="not quantised alike .14 and 0 such layers.*same number of bits"
+    ):
         vflan.swap_part(model, "language_model", load_model(vflan.replace(qlora, bits=16)))

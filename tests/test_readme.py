@@ -40,18 +40,26 @@ def test_every_local_link_leads_somewhere(link):
 
 
 def test_every_promise_names_a_test_that_is_there():
-    rows = re.findall(r"^\| (.+?) \| \[(\w+\.py)\]\(tests/\2\): `(\w+)` \| (.*?) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.+?) \| \[(\w+\.py)\]\(tests/\2\): `(\w+)` \| (.*?) \|$", PAGE, re.MULTILINE
+    )
     assert len(rows) >= 15
     for _, file, name, _ in rows:
-        assert f"def {name}(" in (HOME / "tests" / file).read_text(encoding="utf-8"), f"{file}: {name}"
+        assert f"def {name}(" in (HOME / "tests" / file).read_text(encoding="utf-8"), (
+            f"{file}: {name}"
+        )
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^    )make (\w+)", PAGE, re.MULTILINE))))
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:`|^    )make (\w+)", PAGE, re.MULTILINE)))
+)
 def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (HOME / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:vflan|bench)[\w.]*)", PAGE))))
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m ((?:vflan|bench)[\w.]*)", PAGE)))
+)
 def test_every_module_that_is_run_exists_and_can_be_run(module):
     spec = importlib.util.find_spec(module)
     if spec and spec.submodule_search_locations:  # a package is run by its __main__
@@ -60,8 +68,16 @@ def test_every_module_that_is_run_exists_and_can_be_run(module):
 
 
 def test_every_command_of_the_text_is_one():
-    pages = [PAGE, *((HOME / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "data/README.md"))]
-    named = {name for page in pages for name in re.findall(r"(?:`|^    )vflan (\w+)", page, re.MULTILINE)}
+    pages = [
+        PAGE,
+        *(
+            (HOME / name).read_text(encoding="utf-8")
+            for name in ("CONTRIBUTING.md", "data/README.md")
+        ),
+    ]
+    named = {
+        name for page in pages for name in re.findall(r"(?:`|^    )vflan (\w+)", page, re.MULTILINE)
+    }
     assert {"notebooks", "doctor"} <= named <= set(typer.main.get_command(app).commands)
 
 
@@ -85,8 +101,15 @@ def test_python_compiles_and_names_only_what_vflan_has(code):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             known = {"vflan": vflan.__all__, "p": Preset._fields}.get(node.value.id)
             assert known is None or node.attr in known
-            assert callable(getattr(vflan, node.attr, None)) or node.value.id != "vflan" or node.attr == "world"
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "replace":
+            assert (
+                callable(getattr(vflan, node.attr, None))
+                or node.value.id != "vflan"
+                or node.attr == "world"
+            )
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "replace"
+        ):
             assert {keyword.arg for keyword in node.keywords} - {None} <= set(_FIELDS)
 
 
@@ -117,7 +140,9 @@ def test_every_preset_has_its_row():
 
 
 def test_the_import_list_is_the_one_that_is_tested():
-    (block,) = re.findall(r"(?:^    \w+ {2,}.*\n)+", PAGE.split("## How it is laid out")[1], re.MULTILINE)[:1]
+    (block,) = re.findall(
+        r"(?:^    \w+ {2,}.*\n)+", PAGE.split("## How it is laid out")[1], re.MULTILINE
+    )[:1]
     assert [line.split()[0] for line in block.splitlines()] == ROOMS
 
 
@@ -135,18 +160,26 @@ def test_the_tables_are_what_the_results_give(tmp_path):
         pytest.skip(
             "there are no results yet: make publish writes data/results/tiny.csv, make bench bench/results/demo.json"
         )
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=HOME, capture_output=True, text=True).stdout.split("\0")
-    for kept in [name for name in listed if name.startswith(("README.md", "data/results/", "bench/results/"))]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=HOME, capture_output=True, text=True
+    ).stdout.split("\0")
+    for kept in [
+        name for name in listed if name.startswith(("README.md", "data/results/", "bench/results/"))
+    ]:
         if (HOME / kept).exists():
             (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HOME / kept, tmp_path / kept)
     tables.fill_readme(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, "run vflan publish --readme"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == PAGE, (
+        "run vflan publish --readme"
+    )
 
 
 def scores(*rows):
     """Rows (run, benchmark, metric, value, seed) with an interval of +-2 and a baseline of 50."""
-    return pd.DataFrame([(r, b, m, v, v - 2, v + 2, 100, seed, 50) for r, b, m, v, seed in rows], columns=COLUMNS)
+    return pd.DataFrame(
+        [(r, b, m, v, v - 2, v + 2, 100, seed, 50) for r, b, m, v, seed in rows], columns=COLUMNS
+    )
 
 
 @pytest.fixture
@@ -180,27 +213,47 @@ def test_tables_are_filled_between_their_markers_and_only_there(home):
     assert (
         "| POPE F1 | 50.0 |  | 85.0 [78.0, 92.0] | 70.0 [68.0, 72.0] | 85.9 | 86.1 |" in text
     )  # the mean of two seeds
-    assert "| MME score | 50.0 | 51.3 [49.3, 53.3] |  |  | 76.9 | 74.5 |" in text  # the paper's points as percent
+    assert (
+        "| MME score | 50.0 | 51.3 [49.3, 53.3] |  |  | 76.9 | 74.5 |" in text
+    )  # the paper's points as percent
     assert "(87.2) | (84.0) |" in text  # known second-hand
     assert "Seeds trained: 0, 1;" in text and "elsewhere" not in text
     assert "| Base answers held-in tasks | 80 or more | 95.0 | 95.0 | 50.0 |  | yes |" in text
     assert f"1 of {len(judged)} floors hold." in text
-    assert text.startswith("above\n<!-- scores:begin -->\n| benchmark |") and "old\n<!-- scores" not in text
-    assert text.endswith("<!-- scores:end -->\nbetween\n<!-- cost:begin -->\nold\n<!-- cost:end -->\nend\n")
+    assert (
+        text.startswith("above\n<!-- scores:begin -->\n| benchmark |")
+        and "old\n<!-- scores" not in text
+    )
+    assert text.endswith(
+        "<!-- scores:end -->\nbetween\n<!-- cost:begin -->\nold\n<!-- cost:end -->\nend\n"
+    )
     tables.fill_readme(home)
     assert (home / "README.md").read_text() == text  # the same results fill the same page
 
 
 def test_a_floor_that_fails_stands_out_and_one_that_is_shown_is_not_judged():
-    made_up = scores(("base", "heldin", "accuracy", 30.0, 0), ("base", "forgetting", "accuracy/digits", 9.0, 0))
+    made_up = scores(
+        ("base", "heldin", "accuracy", 30.0, 0), ("base", "forgetting", "accuracy/digits", 9.0, 0)
+    )
     text = tables.floors_markdown(floors(made_up))
-    assert "| **no** |" in text and "| not judged |" in text and text.endswith("0 of 1 floors hold.")
+    assert (
+        "| **no** |" in text and "| not judged |" in text and text.endswith("0 of 1 floors hold.")
+    )
 
 
 def test_the_cost_says_what_it_was_measured_on(home):
     checks = [
-        dict(name="demo_minutes", value=12.34, unit="min", target="at most 30", holds=True, commit="abc1234"),
-        dict(name="matmul_gflops", value=40.0, unit="GFLOPS", target="", holds=None, commit="abc1234"),
+        dict(
+            name="demo_minutes",
+            value=12.34,
+            unit="min",
+            target="at most 30",
+            holds=True,
+            commit="abc1234",
+        ),
+        dict(
+            name="matmul_gflops", value=40.0, unit="GFLOPS", target="", holds=None, commit="abc1234"
+        ),
     ]
     machine = dict(cpu="some CPU", cores=2, memory_gb=8.0, load_at_start=0.1)
     record = dict(machine=machine, versions=dict(python="3.11.9", torch="2.13.0"), checks=checks)
@@ -208,7 +261,11 @@ def test_the_cost_says_what_it_was_measured_on(home):
     assert tables.fill_readme(home) == ["cost"]
     text = (home / "README.md").read_text()
     assert "| `make demo`, minutes without installing | 12.3 | at most 30 |" in text
-    assert "GFLOPS | 40.0 |  |" in text and "abc1234 on some CPU, 2 cores, 8.0 GB" in text and "torch 2.13.0." in text
+    assert (
+        "GFLOPS | 40.0 |  |" in text
+        and "abc1234 on some CPU, 2 cores, 8.0 GB" in text
+        and "torch 2.13.0." in text
+    )
 
 
 def test_a_bench_that_fails_or_was_not_run_says_so():
@@ -218,9 +275,14 @@ def test_a_bench_that_fails_or_was_not_run_says_so():
         dict(name="gpu", value="not measured", holds=None, **row),
     ]
     machine = dict(cpu="some CPU", cores=2, memory_gb=8.0, load_at_start=0.1)
-    text = tables.bench_markdown({"data": dict(machine=machine, versions=dict(torch="2.13.0"), checks=checks)})
+    text = tables.bench_markdown(
+        {"data": dict(machine=machine, versions=dict(torch="2.13.0"), checks=checks)}
+    )
     assert "| data: open_seconds | 2.5 | s | at most 1 | **no** |" in text
-    assert "| data: gpu | not measured | s | at most 1 |  |" in text and "`python -m bench.data` at abc1234" in text
+    assert (
+        "| data: gpu | not measured | s | at most 1 |  |" in text
+        and "`python -m bench.data` at abc1234" in text
+    )
 
 
 def test_a_page_without_its_markers_is_an_error_that_names_them(home):

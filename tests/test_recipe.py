@@ -9,20 +9,30 @@ from vflan.config import ROOT, Recipe, differences, for_seed, preset_names, reso
 
 def test_every_preset_gives_the_three_stages_in_order():
     for name in preset_names():
-        assert [recipe.stage for recipe in vflan.preset(name)] == ["projector", "base", "chat"], name
+        assert [recipe.stage for recipe in vflan.preset(name)] == ["projector", "base", "chat"], (
+            name
+        )
 
 
 def test_the_13b_preset_holds_the_papers_values():
     projector, base, chat = vflan.preset("full_13b")
-    assert (projector.lr, projector.global_batch, projector.template, projector.image_aspect_ratio) == (
-        1e-3,
-        256,
-        "plain",
-        "crop",
+    assert (
+        projector.lr,
+        projector.global_batch,
+        projector.template,
+        projector.image_aspect_ratio,
+    ) == (1e-3, 256, "plain", "crop")
+    assert (base.lr, base.global_batch, base.epochs, base.image_aspect_ratio) == (
+        2e-5,
+        128,
+        1,
+        "pad",
     )
-    assert (base.lr, base.global_batch, base.epochs, base.image_aspect_ratio) == (2e-5, 128, 1, "pad")
     assert (chat.lr, chat.global_batch, chat.max_steps, chat.num_samples) == (1e-5, 64, 128, 1000)
-    assert projector.tune == ("projector",) and base.tune == chat.tune == ("projector", "language_model")
+    assert projector.tune == ("projector",) and base.tune == chat.tune == (
+        "projector",
+        "language_model",
+    )
 
 
 def test_changes_reach_all_three_stages():
@@ -43,7 +53,9 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
 
 def test_a_preset_may_be_a_file_of_ones_own(tmp_path):
     own = tmp_path / "mine.py"
-    own.write_text("from vflan.presets.tiny import preset as tiny\ndef preset():\n    return tiny()\n")
+    own.write_text(
+        "from vflan.presets.tiny import preset as tiny\ndef preset():\n    return tiny()\n"
+    )
     assert vflan.preset(str(own), max_steps=4).chat.max_steps == 4
 
 
@@ -99,7 +111,9 @@ def test_a_preset_file_that_is_none_ends_in_one_sentence(tmp_path, text, sentenc
 
 def test_changes_may_come_as_json_as_papermill_hands_them_over():
     """`papermill -p changes '{"max_steps": 2}'` makes a text of it."""
-    assert vflan.preset("tiny", '{"max_steps": 2}', seed=3) == vflan.preset("tiny", max_steps=2, seed=3)
+    assert vflan.preset("tiny", '{"max_steps": 2}', seed=3) == vflan.preset(
+        "tiny", max_steps=2, seed=3
+    )
     assert vflan.preset("tiny", {}) == vflan.preset("tiny", "{}") == vflan.preset("tiny")
     with pytest.raises(ValueError, match="is no json; write it as"):
         vflan.preset("tiny", "max_steps=2")
@@ -126,7 +140,10 @@ def test_a_recipe_survives_json():
 def test_differences_names_each_field_with_both_values():
     old = vflan.preset("tiny").base
     new = dataclasses.replace(old, lr=1.0, seed=3)
-    assert differences(old.to_dict(), new.to_dict()).split("\n") == [f"  lr: {old.lr} -> 1.0", "  seed: 0 -> 3"]
+    assert differences(old.to_dict(), new.to_dict()).split("\n") == [
+        f"  lr: {old.lr} -> 1.0",
+        "  seed: 0 -> 3",
+    ]
 
 
 def test_each_seed_has_a_run_of_its_own():

@@ -47,11 +47,24 @@ def png(description=None):
 def is_harmless(page):
     """Nothing on it runs, and nothing is asked of another place."""
     used = {tag for tag, _ in page.tags}
-    assert not used & {"script", "iframe", "object", "embed", "link", "form", "svg", "base", "video", "input"}
+    assert not used & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "link",
+        "form",
+        "svg",
+        "base",
+        "video",
+        "input",
+    }
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         assert attributes.get("src", "data:").startswith("data:"), attributes["src"]
-        assert "javascript:" not in (attributes.get("href") or "") and "url(" not in (attributes.get("style") or "")
+        assert "javascript:" not in (attributes.get("href") or "") and "url(" not in (
+            attributes.get("style") or ""
+        )
     (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'")
 
@@ -66,13 +79,22 @@ def home(tmp_path):
     pd.DataFrame([("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)], columns=columns).to_csv(
         results / "scores.csv", index=False
     )
-    claims = pd.DataFrame([(EVIL, 2, 1.25, 0.5, 2.0, "holds")], columns="claim n_seeds effect low high verdict".split())
+    claims = pd.DataFrame(
+        [(EVIL, 2, 1.25, 0.5, 2.0, "holds")],
+        columns="claim n_seeds effect low high verdict".split(),
+    )
     claims.to_csv(results / "claims.csv", index=False)
     (tmp_path / "bench/heldin").mkdir(parents=True)
     (tmp_path / "bench/images").mkdir()
     (tmp_path / f"bench/images/{EVIL.replace('/', '')}.png").write_bytes(png())
     image = f"{EVIL.replace('/', '')}.png"
-    row = dict(question_id="1", image=image, text=f"ask {EVIL}", label=f"label {EVIL}", category=f"task {EVIL}")
+    row = dict(
+        question_id="1",
+        image=image,
+        text=f"ask {EVIL}",
+        label=f"label {EVIL}",
+        category=f"task {EVIL}",
+    )
     (tmp_path / "bench/heldin/questions.jsonl").write_text(json.dumps(row) + "\n")
     for name in ("projector", "base"):
         (runs / name / "answers").mkdir(parents=True)
@@ -80,8 +102,13 @@ def home(tmp_path):
             json.dumps(dict(name=name, lr=0.5, benchmarks="bench", samples=f"{EVIL}.json"))
         )
         (runs / name / "done.json").write_text(json.dumps(dict(steps=7, last_loss=0.125)))
-        said = [{}, dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0)]
-        (runs / name / "answers/heldin.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+        said = [
+            {},
+            dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0),
+        ]
+        (runs / name / "answers/heldin.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in said)
+        )
     (runs / "figures").mkdir()
     (runs / "figures/fig4_a.png").write_bytes(png(f"More tasks help {EVIL}"))
     (runs / "notebooks").mkdir()
@@ -94,11 +121,11 @@ def home(tmp_path):
             },
         ),
         new_output("display_data", {"image/png": base64.b64encode(png()).decode()}),
-        new_output("display_data", {"application/javascript": "alert(3)", "text/plain": "no script"}),
+        new_output(
+            "display_data", {"application/javascript": "alert(3)", "text/plain": "no script"}
+        ),
     ]
-    words = (
-        f"# Title\n\n> quoted\n\n[link](javascript:alert(4)) [page](https://arxiv.org) {EVIL}\n\n| a |\n|---|\n| b |"
-    )
+    words = f"# Title\n\n> quoted\n\n[link](javascript:alert(4)) [page](https://arxiv.org) {EVIL}\n\n| a |\n|---|\n| b |"
     cells = [new_markdown_cell(words), new_code_cell("print('<image>')", outputs=outputs)]
     nbformat.write(new_notebook(cells=cells), runs / "notebooks/01_first.ipynb")
     return tmp_path
@@ -120,13 +147,24 @@ def test_all_that_came_out_stands_on_one_page(home):
     path = report_of(home)
     page = Page(path)
     assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
-    assert "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
-    assert "1.25 0.5 2 holds" in page.text and "12.3 minutes" in page.text and "at most 1.5 GB" in page.text
+    assert (
+        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
+    )
+    assert (
+        "1.25 0.5 2 holds" in page.text
+        and "12.3 minutes" in page.text
+        and "at most 1.5 GB" in page.text
+    )
     assert "lr 0.5 0.5" in page.text and "base 7 0.125" in page.text
-    assert "01_first 3.25 0.5" in page.text and "transformers 5." in page.text and "cores" in page.text
+    assert (
+        "01_first 3.25 0.5" in page.text and "transformers 5." in page.text and "cores" in page.text
+    )
     assert {a["href"] for a in page.all("a")} == {"notebooks/01_first.html"}
     pictures = [base64.b64decode(img["src"].partition(",")[2]) for img in page.all("img")]
-    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(40, 30), (40, 30)]  # an answer's and a figure
+    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [
+        (40, 30),
+        (40, 30),
+    ]  # an answer's and a figure
 
 
 def test_no_text_of_data_or_models_becomes_markup(home):
@@ -144,8 +182,12 @@ def test_the_notebooks_are_rendered_beside_without_what_could_run(home):
     is_harmless(page)
     used = {tag for tag, _ in page.tags}
     assert {"h1", "blockquote", "table", "th", "pre", "img"} <= used
-    assert "kept" in page.text and "print ( '<image>' )".replace(" ", "") in page.text.replace(" ", "")
-    assert f"printed {EVIL}" in page.text and "no script" in page.text and "{ x: y }" not in page.text
+    assert "kept" in page.text and "print ( '<image>' )".replace(" ", "") in page.text.replace(
+        " ", ""
+    )
+    assert (
+        f"printed {EVIL}" in page.text and "no script" in page.text and "{ x: y }" not in page.text
+    )
     assert "https://arxiv.org" in {a.get("href") for a in page.all("a")}
 
 

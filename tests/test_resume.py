@@ -63,7 +63,12 @@ def saving(recipe):
 
 @pytest.mark.parametrize(
     "lora",
-    [{}, LORA, dict(LORA, bits=8), dict(LORA, bits=4, optimizer="adamw_8bit", gradient_checkpointing=True)],
+    [
+        {},
+        LORA,
+        dict(LORA, bits=8),
+        dict(LORA, bits=4, optimizer="adamw_8bit", gradient_checkpointing=True),
+    ],
     ids=["full", "LoRA with dropout", "8 bits", "QLoRA"],
 )
 def test_a_killed_run_resumes_to_the_same_weights(saving, monkeypatch, lora):
@@ -92,7 +97,9 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
         vflan.train(saving)
         os._exit(0)
     folder, end = saving.folder / "checkpoints", time.monotonic() + 60
-    while time.monotonic() < end and not ((folder / "step-00000002").exists() and (folder / ".part" / "0.pt").exists()):
+    while time.monotonic() < end and not (
+        (folder / "step-00000002").exists() and (folder / ".part" / "0.pt").exists()
+    ):
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -129,7 +136,9 @@ def test_a_run_that_begins_anew_says_nothing_twice(saving, monkeypatch):
     for path in checkpointing.found(killed(saving, monkeypatch).folder):
         (path / "checkpoint.json").write_text("{")
     again = vflan.train(saving)
-    assert again.heldout().equals(straight.heldout()) and again.sample_answers().equals(straight.sample_answers())
+    assert again.heldout().equals(straight.heldout()) and again.sample_answers().equals(
+        straight.sample_answers()
+    )
 
 
 def test_a_checkpoint_says_what_it_belongs_to_and_runs_no_code_when_read(saving, monkeypatch):
@@ -145,7 +154,9 @@ def test_a_run_does_not_go_on_with_other_data(saving, monkeypatch):
     rows = json.loads(Path(saving.samples).read_text())
     rows[7]["conversations"][1]["value"] = "something else"
     Path(saving.samples).write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="step-00000004: the samples, or how they are tokenised, are not those"):
+    with pytest.raises(
+        ValueError, match="step-00000004: the samples, or how they are tokenised, are not those"
+    ):
         vflan.train(saving)
 
 
@@ -177,9 +188,13 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(saving,
     assert same_weights(straight, vflan.train(saving))
 
 
-def test_a_full_disk_is_also_told_where_torchs_writer_says_only_that_it_stands_elsewhere(saving, monkeypatch):
+def test_a_full_disk_is_also_told_where_torchs_writer_says_only_that_it_stands_elsewhere(
+    saving, monkeypatch
+):
     def save(value, file):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 152704 vs 152592")
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 152704 vs 152592"
+        )
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match="disk is full: .*it has no checkpoint yet"):
@@ -188,7 +203,9 @@ def test_a_full_disk_is_also_told_where_torchs_writer_says_only_that_it_stands_e
 
 def test_a_disk_that_is_full_at_the_end_costs_no_step(saving, monkeypatch):
     def export(*arguments):
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(TRAIN.models, "export", export)
@@ -203,7 +220,9 @@ def test_two_trainings_of_one_folder_at_once_are_refused(saving, monkeypatch):
     run = Run(saving.folder)
     run.folder.mkdir(parents=True)
     with run.alone():
-        with pytest.raises(RuntimeError, match=rf"base is being trained by process {os.getpid()} on .*another name"):
+        with pytest.raises(
+            RuntimeError, match=rf"base is being trained by process {os.getpid()} on .*another name"
+        ):
             vflan.train(saving)
     assert vflan.train(saving).finished
 
@@ -224,7 +243,9 @@ def test_a_checkpoint_is_a_run_that_loads_and_answers(saving, monkeypatch, chang
         run.load_model()
     newest, before = run.at(), run.at(2)
     assert (newest.name, before.name) == ("base-step4", "base-step2") and not run.finished
-    assert newest.summary["steps"] == len(newest.metrics()) == 4 and not same_weights(newest, before)
+    assert newest.summary["steps"] == len(newest.metrics()) == 4 and not same_weights(
+        newest, before
+    )
     question = {"text": "<image>\nWhat color is it?", "image": str(Path(saving.images) / "0.png")}
     assert len(vflan.answer(newest.load_model(), newest.processor(), [question])) == 1
     with pytest.raises(FileNotFoundError, match="base has not a checkpoint of step 3"):
@@ -244,13 +265,29 @@ def test_the_last_checkpoint_holds_the_weights_that_the_run_ends_with(saving, mo
 def test_looking_at_held_out_rows_changes_nothing(recipe, monkeypatch, kept):
     if not kept:
         monkeypatch.setattr("vflan.training.batching.MAX_KEPT_BYTES", 0)
-    recipe = vflan.replace(recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3)
+    recipe = vflan.replace(
+        recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3
+    )
     looked = vflan.train(vflan.replace(recipe, name="looked", evaluate_every=1))
     unseen = vflan.train(vflan.replace(recipe, name="unseen"))
-    assert same_weights(looked, unseen) and looked.summary["heldout"] == 6 and looked.summary["rows"] == 26
+    assert (
+        same_weights(looked, unseen)
+        and looked.summary["heldout"] == 6
+        and looked.summary["rows"] == 26
+    )
     table = looked.heldout()
-    assert sorted(table.step.unique()) == [0, 1, 2, 3, 4] and unseen.heldout().step.unique().tolist() == [4]
-    tasks = table[table.task != "all"].groupby("step").apply(lambda t: (t.loss * t.tokens).sum() / t.tokens.sum())
+    assert sorted(table.step.unique()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ] and unseen.heldout().step.unique().tolist() == [4]
+    tasks = (
+        table[table.task != "all"]
+        .groupby("step")
+        .apply(lambda t: (t.loss * t.tokens).sum() / t.tokens.sum())
+    )
     assert table[table.task == "all"].loss.tolist() == pytest.approx(tasks.tolist(), abs=1e-5)
 
 
@@ -278,18 +315,25 @@ def test_a_smaller_held_out_slice_is_part_of_a_larger_one():
 def test_sample_answers_are_those_of_the_model(recipe):
     run = vflan.train(vflan.replace(recipe, epochs=6, heldout_rows=4, evaluate_every=10))
     said = run.sample_answers()
-    assert said.groupby("step").id.apply(list).map(str).nunique() == 1  # the same questions every time
+    assert (
+        said.groupby("step").id.apply(list).map(str).nunique() == 1
+    )  # the same questions every time
     last = said[said.step == said.step.max()]
     rows = {row["id"]: row for row in json.loads(Path(recipe.samples).read_text())}
     samples = [
-        {"text": rows[name]["conversations"][0]["value"], "image": str(Path(recipe.images) / rows[name]["image"])}
+        {
+            "text": rows[name]["conversations"][0]["value"],
+            "image": str(Path(recipe.images) / rows[name]["image"]),
+        }
         for name in last.id
     ]
     assert last.answer.tolist() == vflan.answer(run.load_model(), run.processor(), samples)
     assert last.reference.tolist() == [rows[name]["conversations"][1]["value"] for name in last.id]
 
 
-def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(recipe, monkeypatch, capsys):
+def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(
+    recipe, monkeypatch, capsys
+):
     clock = iter(range(0, 10**6, 40))
     monkeypatch.setattr("vflan.progress.time.perf_counter", lambda: next(clock))
     run = vflan.train(vflan.replace(recipe, max_steps=4))
@@ -297,7 +341,9 @@ def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(
     line = r"base: \d of 4 steps, loss [\d.]+, [\d,]+ tokens/s, fill \d+%, peak [\d.]+ GB, \d+ min left"
     assert re.search(line, said.err) and said.out == ""
     table = run.metrics()
-    assert (table.fill > 0.5).all() and (table.fill <= 1).all() and (table.useful > table.tokens).all()
+    assert (
+        (table.fill > 0.5).all() and (table.fill <= 1).all() and (table.useful > table.tokens).all()
+    )
     assert (table.peak_gb > 0).all() and (table.tokens_per_second > 0).all()
 
 
@@ -322,7 +368,9 @@ def test_a_tracker_that_is_not_installed_is_told_before_training(recipe, monkeyp
     assert not recipe.folder.exists()
 
 
-def test_a_step_without_a_supervised_token_stops_the_run_with_the_samples_names(recipe, monkeypatch):
+def test_a_step_without_a_supervised_token_stops_the_run_with_the_samples_names(
+    recipe, monkeypatch
+):
     def prepare(*a, real=TRAIN.prepare, **k):
         data = real(*a, **k)
         data.supervised[:] = 0

@@ -36,7 +36,10 @@ def row(**changes):
 
 
 def test_an_array_and_json_lines_load_alike(tmp_path):
-    rows = [row(id=1), row(id="two", image=None, conversations=[{"from": "human", "value": "line\u2028sep"}, SAY])]
+    rows = [
+        row(id=1),
+        row(id="two", image=None, conversations=[{"from": "human", "value": "line\u2028sep"}, SAY]),
+    ]
     array = load_samples(make(tmp_path, *rows)).to_list()
     assert load_samples(make(tmp_path, *rows, lines=True)).to_list() == array
     assert array[0]["image"] == str(tmp_path / "images" / "ok.png") and array[1]["image"] is None
@@ -72,7 +75,10 @@ def png(color="red"):
 
 def test_the_released_files_open_as_they_are(tmp_path):
     """Rows as the five releases hold them: extra keys, no task name, no picture, ids that repeat, an empty answer."""
-    last, hello = {"from": "human", "value": "Name it.\n<image>"}, {"from": "human", "value": "Hello"}
+    last, hello = (
+        {"from": "human", "value": "Name it.\n<image>"},
+        {"from": "human", "value": "Hello"},
+    )
     flan = dict(id="GQA_1", image="ok.png", task_name="GQA", conversations=[last, SAY])
     rows = [flan, flan | {"conversations": [ASK, {"from": "gpt", "value": ""}]}]
     rows.append(dict(id="004539375", image="ok.png", conversations=[last, SAY]))
@@ -88,17 +94,36 @@ def test_the_released_files_open_as_they_are(tmp_path):
 
 
 def test_rows_of_the_wrong_shape_are_kept_and_named(tmp_path):
-    odd = [None, 5, "text", [], {}, {"conversations": 3}, {"conversations": [1, None, {"from": 2, "value": ["x"]}]}]
-    odd += [
-        row(image=image) for image in (3, ["ok.png"], {"a": 1}, "", ".", "a\0b", "x" * 5000, "\ud800.png", "ok.png/")
+    odd = [
+        None,
+        5,
+        "text",
+        [],
+        {},
+        {"conversations": 3},
+        {"conversations": [1, None, {"from": 2, "value": ["x"]}]},
     ]
-    odd += [row(conversations=[ASK, {"from": "gpt", "value": "half \udc00 pair"}]), row(id=None), row(task_name=7)]
+    odd += [
+        row(image=image)
+        for image in (3, ["ok.png"], {"a": 1}, "", ".", "a\0b", "x" * 5000, "\ud800.png", "ok.png/")
+    ]
+    odd += [
+        row(conversations=[ASK, {"from": "gpt", "value": "half \udc00 pair"}]),
+        row(id=None),
+        row(task_name=7),
+    ]
     for lines in (False, True):
         samples = load_samples(make(tmp_path, *odd, lines=lines))
-        assert len(samples) == len(odd) and samples[17]["id"] == "17" and samples[18]["task_name"] == "7"
+        assert (
+            len(samples) == len(odd)
+            and samples[17]["id"] == "17"
+            and samples[18]["task_name"] == "7"
+        )
         assert texts(samples)[16][1] == "half \ufffd pair"
         report = check(samples)
-        assert report.rows == len(odd) == report.ok + len(report.bad) and list(report.bad.row) == list(range(15))
+        assert report.rows == len(odd) == report.ok + len(report.bad) and list(
+            report.bad.row
+        ) == list(range(15))
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
@@ -106,16 +131,21 @@ def test_blocks_may_cut_a_file_anywhere(tmp_path, monkeypatch, block):
     monkeypatch.setattr(room, "_BLOCK", block)
     draw = random.Random(block)
     values = ["", "é漢\U0001f600", 'a "b" \\ \n\t', "\u2028", "x" * 90, "] , [", "<image>"]
-    rows = [row(id=i, more=[1.5e-7, -12, True, None, {"a": []}], task_name=draw.choice(values)) for i in range(30)] + [
-        12345
-    ]
+    rows = [
+        row(id=i, more=[1.5e-7, -12, True, None, {"a": []}], task_name=draw.choice(values))
+        for i in range(30)
+    ] + [12345]
     whole = [[], rows[:1], rows]
-    for rows, layout in [(rows, layout) for rows in whole for layout in ({}, {"indent": 3}, {"ensure_ascii": False})]:
+    for rows, layout in [
+        (rows, layout) for rows in whole for layout in ({}, {"indent": 3}, {"ensure_ascii": False})
+    ]:
         path = tmp_path / "rows.json"
         path.write_text("\ufeff \n" + json.dumps(rows, **layout) + "\n\n", encoding="utf-8")
         assert [one for some, _ in room._json(path) for one in some] == rows
         if "indent" not in layout:
-            path.write_text("\r\n".join(json.dumps(one, **layout) for one in rows), encoding="utf-8")
+            path.write_text(
+                "\r\n".join(json.dumps(one, **layout) for one in rows), encoding="utf-8"
+            )
             assert [one for some, _ in room._json(path) for one in some] == rows
 
 
@@ -136,13 +166,19 @@ def test_blocks_may_cut_a_file_anywhere(tmp_path, monkeypatch, block):
         ("[" * 5000, "not whole json"),
     ],
 )
-def test_a_broken_file_is_an_error_that_says_where_and_what_to_do(tmp_path, monkeypatch, cache, block, text, where):
+def test_a_broken_file_is_an_error_that_says_where_and_what_to_do(
+    tmp_path, monkeypatch, cache, block, text, where
+):
     monkeypatch.setattr(room, "_BLOCK", block)
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(ValueError) as trouble:
         load_samples(path)
-    assert where in str(trouble.value) and str(path) in str(trouble.value) and "again" in str(trouble.value)
+    assert (
+        where in str(trouble.value)
+        and str(path) in str(trouble.value)
+        and "again" in str(trouble.value)
+    )
     assert not list(cache.glob("*.arrow")) and not list(cache.glob("*.part"))
 
 
@@ -174,7 +210,9 @@ def test_a_changed_file_takes_the_place_of_its_table_and_other_images_make_anoth
     path = make(tmp_path, row(id=1))
     old = load_samples(path)
     new = load_samples(make(tmp_path, row(id=2), row(id=3)))
-    assert (old["id"][:], new["id"][:]) == (["1"], ["2", "3"]) and len(list(cache.glob("*.arrow"))) == 1
+    assert (old["id"][:], new["id"][:]) == (["1"], ["2", "3"]) and len(
+        list(cache.glob("*.arrow"))
+    ) == 1
     assert load_samples(path, tmp_path)[0]["image"] == str(tmp_path / "ok.png")
     assert load_samples(path)[0]["image"] == str(tmp_path / "images" / "ok.png")
 
@@ -195,12 +233,16 @@ def slow(path):
 room._json = slow
 room.load_samples(sys.argv[1])
 """
-    process = subprocess.Popen([sys.executable, "-c", child, path, cache.parent], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, path, cache.parent], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"False\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert [file.stat().st_size > 4096 for file in cache.glob("*.part")] == [True] and not list(cache.glob("*.arrow"))
+    assert [file.stat().st_size > 4096 for file in cache.glob("*.part")] == [True] and not list(
+        cache.glob("*.arrow")
+    )
     other = tmp_path / "other.json"  # a conversion of any file sweeps
     other.write_text("[]")
     assert len(load_samples(other)) == 0 and not list(cache.glob("*.part"))
@@ -261,7 +303,10 @@ def test_tables_are_mapped_and_stay_so_when_selected_joined_and_sent_to_another_
 
 
 def test_pictures_may_lie_in_a_zip_beside_the_file(tmp_path):
-    rows = [row(image=name) for name in ("a.png", "Müller.png", "gone.png", "../a.png", "/a.png", "sub/../a.png")]
+    rows = [
+        row(image=name)
+        for name in ("a.png", "Müller.png", "gone.png", "../a.png", "/a.png", "sub/../a.png")
+    ]
     path = tmp_path / "annotation.json"
     path.write_text(json.dumps(rows))
     with zipfile.ZipFile(tmp_path / "image_191-task_1k.zip", "w") as archive:
@@ -271,8 +316,17 @@ def test_pictures_may_lie_in_a_zip_beside_the_file(tmp_path):
     assert samples[0]["image"] == f"{tmp_path / 'image_191-task_1k.zip'}::a.png"
     assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
     kinds = [picture_trouble(image).split(":")[0] for image in samples["image"]]
-    assert kinds == ["", "", "missing picture", "path outside the images folder", "path outside the images folder", ""]
-    again = load_samples(save_samples(samples, tmp_path / "again.json", tmp_path / "image_191-task_1k.zip"))
+    assert kinds == [
+        "",
+        "",
+        "missing picture",
+        "path outside the images folder",
+        "path outside the images folder",
+        "",
+    ]
+    again = load_samples(
+        save_samples(samples, tmp_path / "again.json", tmp_path / "image_191-task_1k.zip")
+    )
     assert again.to_list() == samples.to_list()
     (tmp_path / "image_191-task_1k.zip").write_bytes(b"PK half a download")
     with pytest.raises(ValueError, match="not a whole zip archive; download it again"):
@@ -286,14 +340,18 @@ def parquet(path, rows, **layout):
 
 def test_a_dataset_folder_of_several_parts_opens_with_its_pictures_inside(tmp_path, unread):
     colors = [(i, 0, 0) for i in range(7)]
-    rows = [row(id=i, image={"bytes": png(color), "path": f"{i}.png"}) for i, color in enumerate(colors)]
+    rows = [
+        row(id=i, image={"bytes": png(color), "path": f"{i}.png"}) for i, color in enumerate(colors)
+    ]
     rows[5] |= {"image": None}
     rows[6] |= {"image": {"bytes": None, "path": "ok.png"}}
     make(tmp_path)
     parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows[:4], row_group_size=3)
     parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[4:], row_group_size=2)
     samples = load_samples(tmp_path)
-    assert samples["id"][:] == list("0123456") and texts(samples) == [["<image>\nWhat?", "a dot"]] * 7
+    assert (
+        samples["id"][:] == list("0123456") and texts(samples) == [["<image>\nWhat?", "a dot"]] * 7
+    )
     assert [read_picture(image).getpixel((0, 0)) for image in samples["image"][:5]] == colors[:5]
     assert samples["image"][5:] == [None, str(tmp_path / "images" / "ok.png")]
     assert load_samples(f"{tmp_path}/data/train-00001*")["id"][:] == list("456")
@@ -307,14 +365,19 @@ def test_the_hubs_own_writer_and_plain_columns_open_alike(tmp_path):
     turns = {"conversations": [[ASK, SAY]] * 2}
     plain = Dataset.from_dict(turns | {"id": [1, 2], "image": ["ok.png", None], "model": ["", ""]})
     plain.to_parquet(make(tmp_path).with_name("plain.parquet"))
-    assert load_samples(tmp_path / "plain.parquet")["image"][:] == [str(tmp_path / "images" / "ok.png"), None]
+    assert load_samples(tmp_path / "plain.parquet")["image"][:] == [
+        str(tmp_path / "images" / "ok.png"),
+        None,
+    ]
     Dataset.from_dict(turns | {"image": [png("blue"), None]}).to_parquet(tmp_path / "bytes.parquet")
     samples = load_samples(tmp_path / "bytes.parquet")
     assert samples["id"][:] == ["0", "1"] and samples["image"][1] is None
     assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_a_parquet_file_that_is_broken_foreign_or_of_several_splits_is_an_error_that_says_so(tmp_path):
+def test_a_parquet_file_that_is_broken_foreign_or_of_several_splits_is_an_error_that_says_so(
+    tmp_path,
+):
     parquet(tmp_path / "train-0.parquet", [{"question": "?"}])
     with pytest.raises(ValueError, match="has no column conversations, only question"):
         load_samples(tmp_path)
@@ -329,7 +392,11 @@ def test_a_parquet_file_that_is_broken_foreign_or_of_several_splits_is_an_error_
 
 
 def test_samples_survive_writing_and_reading(tmp_path):
-    rows = [row(), row(conversations=[{"from": "human", "value": "hé"}, SAY], image=None), row(image="../x.png")]
+    rows = [
+        row(),
+        row(conversations=[{"from": "human", "value": "hé"}, SAY], image=None),
+        row(image="../x.png"),
+    ]
     samples = load_samples(make(tmp_path, *rows))
     save_samples(samples, tmp_path / "again.json", tmp_path / "images")
     assert load_samples(tmp_path / "again.json").to_list() == samples.to_list()

@@ -44,11 +44,17 @@ TEXTS = {
     ".svg",
     "",
 }
-ALLOWED = {"sk-a-secret-that-must-not-be-seen"}  # what the tests of endpoints look for, and must not find
+ALLOWED = {
+    "sk-a-secret-that-must-not-be-seen"
+}  # what the tests of endpoints look for, and must not find
 
 
 def found(text):
-    return [key for key in (m.group(0) for m in PATTERN.finditer(text)) if not any(known in key for known in ALLOWED)]
+    return [
+        key
+        for key in (m.group(0) for m in PATTERN.finditer(text))
+        if not any(known in key for known in ALLOWED)
+    ]
 
 
 def committed():
@@ -87,4 +93,6 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_a_planted_key_is_found(kind):
-    assert found(f'{{"output": "before {EXAMPLES[kind]} after"}}') and not found("hf_hub, sk-learn, AKIA, ghp_")
+    assert found(f'{{"output": "before {EXAMPLES[kind]} after"}}') and not found(
+        "hf_hub, sk-learn, AKIA, ghp_"
+    )

@@ -43,7 +43,10 @@ def test_a_served_model_is_scored_like_any_other_and_its_answers_are_kept(home, 
     assert set(scores.run) == {"org-llava-13b"} and scores.set_index("metric").value["f1"] == 100
     assert server.keys == {f"Bearer {KEY}"} and len(server.asked) == 12
     header, rows = lines(home / "runs/served/org-llava-13b/answers/pope.jsonl")
-    assert header["model"].startswith("org/llava-13b at endpoint ") and header["template"] == "the server's"
+    assert (
+        header["model"].startswith("org/llava-13b at endpoint ")
+        and header["template"] == "the server's"
+    )
     assert len(rows) == 12 and {row["finish"] for row in rows} == {"stop"}
     pd.testing.assert_frame_equal(ask(), scores)
     assert len(server.asked) == 12, "kept answers are not asked for again"
@@ -55,28 +58,40 @@ def test_neither_key_nor_address_is_written_down(home, serve, capfd):  # noqa: F
     ask()
     out = capfd.readouterr()
     kept = "".join(path.read_text() for path in (home / "runs").rglob("*") if path.is_file())
-    assert "secret" not in kept + out.out + out.err and "127.0.0.1" not in kept + out.out and "12 problems" in out.out
+    assert (
+        "secret" not in kept + out.out + out.err
+        and "127.0.0.1" not in kept + out.out
+        and "12 problems" in out.out
+    )
 
 
 def test_the_picture_goes_along_as_it_lies_on_disk_and_before_the_text(home, serve):  # noqa: F811
     server = serve(answer_yes_to_stars)
     ask()
-    body = next(b for b in server.asked if b["messages"][0]["content"][1]["text"] == "is there a star ?")
+    body = next(
+        b for b in server.asked if b["messages"][0]["content"][1]["text"] == "is there a star ?"
+    )
     picture, text = body["messages"][0]["content"]
-    assert body["temperature"] == 0 and body["max_tokens"] == 16 and body["model"] == "org/llava-13b"
+    assert (
+        body["temperature"] == 0 and body["max_tokens"] == 16 and body["model"] == "org/llava-13b"
+    )
     kind, data = picture["image_url"]["url"].split(";base64,")
     assert kind == "data:image/png" and text["type"] == "text"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (48, 48)
 
 
 def test_a_question_without_a_picture_is_text_alone():
-    assert messages({"text": "why ?", "image": None})[0]["content"] == [{"type": "text", "text": "why ?"}]
+    assert messages({"text": "why ?", "image": None})[0]["content"] == [
+        {"type": "text", "text": "why ?"}
+    ]
 
 
 def test_answers_that_were_cut_say_so(home, serve):  # noqa: F811
     serve(lambda body, n: said("Yes and", finish="length"))
     ask()
-    assert {row["finish"] for row in lines(home / "runs/served/org-llava-13b/answers/pope.jsonl")[1]} == {"length"}
+    assert {
+        row["finish"] for row in lines(home / "runs/served/org-llava-13b/answers/pope.jsonl")[1]
+    } == {"length"}
 
 
 def test_an_empty_answer_is_an_answer(home, serve):  # noqa: F811
@@ -102,7 +117,9 @@ def test_questions_are_asked_at_the_same_time(home, serve):  # noqa: F811
 
 
 def test_what_failed_is_counted_and_asked_again_next_time(home, serve):  # noqa: F811
-    server = serve(lambda body, n: (500, {}) if "blue" in str(body) else answer_yes_to_stars(body, n))
+    server = serve(
+        lambda body, n: (500, {}) if "blue" in str(body) else answer_yes_to_stars(body, n)
+    )
     assert set(ask().problems) == {3}
     server.reply = answer_yes_to_stars
     before = len(server.asked)
@@ -116,10 +133,14 @@ def test_a_broken_picture_is_not_sent(home, serve):  # noqa: F811
     server = serve(answer_yes_to_stars)
     assert set(ask().problems) == {2} and len(server.asked) == 10
     rows = lines(home / "runs/served/org-llava-13b/answers/pope.jsonl")[1]
-    assert {row["reason"].split(":")[0] for row in rows if row["finish"] == "error"} == {"undecodable picture"}
+    assert {row["reason"].split(":")[0] for row in rows if row["finish"] == "error"} == {
+        "undecodable picture"
+    }
 
 
-def test_an_endpoint_that_goes_down_stops_the_evaluation_and_answers_are_kept(home, serve, monkeypatch):  # noqa: F811
+def test_an_endpoint_that_goes_down_stops_the_evaluation_and_answers_are_kept(
+    home, serve, monkeypatch
+):  # noqa: F811
     server = serve(lambda body, n: answer_yes_to_stars(body, n) if n <= 4 else (500, {}))
     with pytest.raises(ConnectionError, match="failed 8 times in a row"):
         ask(ServedModel("org/llava-13b", workers=1, retries=0))

@@ -59,7 +59,9 @@ def test_conda_installs_the_same_lock():
     environment = yaml.safe_load((HOME / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     assert environment["name"] == PROJECT["name"] and environment["channels"] == ["conda-forge"]
-    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.lock", "-e .[test]"]}
+    assert conda == ["python=3.11", "pip"] and pip == {
+        "pip": ["-r requirements.lock", "-e .[test]"]
+    }
     assert "3.11" in Requirement(f"python{PROJECT['requires-python']}").specifier
 
 
@@ -74,17 +76,33 @@ CLEAN = [
 
 
 def test_continuous_integration_runs_what_a_person_runs():
-    script = [line for line in (HOME / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    script = [
+        line
+        for line in (HOME / ".ci/run").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert (
         script
-        == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make demo", "make notebooks-test", "make test"] + CLEAN
+        == [
+            "set -euo pipefail",
+            'cd "$(dirname "$0")/.."',
+            "make demo",
+            "make notebooks-test",
+            "make test",
+        ]
+        + CLEAN
     )
     assert (HOME / ".ci/run").stat().st_mode & 0o111
     steps = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
-    (python,) = (step["with"]["python-version"] for step in steps if "python" in step.get("uses", ""))
+    (python,) = (
+        step["with"]["python-version"] for step in steps if "python" in step.get("uses", "")
+    )
     job = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
-    assert python == "${{ matrix.python }}" and job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert python == "${{ matrix.python }}" and job["strategy"]["matrix"]["python"] == [
+        "3.11",
+        "3.13",
+    ]
     assert job["env"]["PYTHON"] == "python"  # else make takes a python3.11 that the machine has too
 
 
@@ -106,18 +124,22 @@ def test_the_lock_files_with_hashes_hold_the_same_versions():
     of_torch = {pin.split()[0] for pin in torch if not cuda.match(pin)}
     assert of_torch <= {pin.split()[0] for pin in pins}
     makefile = (HOME / "Makefile").read_text()
-    named = re.search(r"^CUDA = ((?:.*\\\n)*.*)", makefile, re.MULTILINE)[1].replace("\\", " ").split()
+    named = (
+        re.search(r"^CUDA = ((?:.*\\\n)*.*)", makefile, re.MULTILINE)[1].replace("\\", " ").split()
+    )
     assert {pin.split("==")[0] for pin in torch if cuda.match(pin)} == set(named)
     for pin, hashes in [*rest.items(), *torch.items()]:
-        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", each.strip()) for each in hashes), pin
+        assert hashes and all(
+            re.fullmatch(r"sha256:[0-9a-f]{64}", each.strip()) for each in hashes
+        ), pin
 
 
 @pytest.mark.parametrize("name", ["requirements.hashes.lock", "requirements.torch.lock"])
 def test_no_lock_file_names_an_index_or_a_folder(name):
     for line in (HOME / name).read_text().splitlines():
-        assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?==[\w.]+( ;.*)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), (
-            line
-        )
+        assert re.fullmatch(
+            r"[a-z0-9-]+(\[[a-z,]+\])?==[\w.]+( ;.*)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line
+        ), line
         assert "/" not in line and "://" not in line
 
 
@@ -181,17 +203,22 @@ print("read, checked, planned")
 
 
 def test_importing_reading_checking_and_planning_need_nothing_that_windows_lacks(tmp_path):
-    assert run_installed(HOME, tmp_path, WINDOWS, VFLAN_CACHE=str(tmp_path)) == "read, checked, planned"
+    assert (
+        run_installed(HOME, tmp_path, WINDOWS, VFLAN_CACHE=str(tmp_path))
+        == "read, checked, planned"
+    )
 
 
 def test_presets_are_shipped_with_the_package():
     assert sorted(p.name for p in (HOME / "vflan/presets").glob("*.py")) != []
-    assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"] == {
-        "vflan": ["presets/*.py", "*.pyi", "py.typed"]
-    }
+    assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ] == {"vflan": ["presets/*.py", "*.pyi", "py.typed"]}
 
 
-@pytest.mark.parametrize("target", ["demo", "paper", "publish", "test", "lab", "bench", "lock", "clean"])
+@pytest.mark.parametrize(
+    "target", ["demo", "paper", "publish", "test", "lab", "bench", "lock", "clean"]
+)
 def test_make_knows_its_targets(target):
     plan = subprocess.run(["make", "--dry-run", target], cwd=HOME, capture_output=True, text=True)
     assert plan.returncode == 0 and plan.stdout
@@ -202,9 +229,14 @@ def test_an_installed_environment_is_not_installed_again(tmp_path):
     stamp = tmp_path / ".installed"
     stamp.touch()
     arguments = ["make", "--dry-run", "demo", f"VENV={tmp_path}"]
-    assert "pip install" not in subprocess.run(arguments, cwd=HOME, capture_output=True, text=True).stdout
+    assert (
+        "pip install"
+        not in subprocess.run(arguments, cwd=HOME, capture_output=True, text=True).stdout
+    )
     stamp.unlink()
-    assert "pip install" in subprocess.run(arguments, cwd=HOME, capture_output=True, text=True).stdout
+    assert (
+        "pip install" in subprocess.run(arguments, cwd=HOME, capture_output=True, text=True).stdout
+    )
 
 
 # ----------------------------------------------------------------- containers, Binder, several machines: the same files
@@ -212,8 +244,14 @@ def test_an_installed_environment_is_not_installed_again(tmp_path):
 
 def python_versions():
     """Where a version of Python is named, and which."""
-    text = {name: (HOME / name).read_text() for name in ("Dockerfile", "Makefile", ".github/workflows/ci.yml")}
-    conda = {name: yaml.safe_load((HOME / name).read_text()) for name in ("environment.yml", "binder/environment.yml")}
+    text = {
+        name: (HOME / name).read_text()
+        for name in ("Dockerfile", "Makefile", ".github/workflows/ci.yml")
+    }
+    conda = {
+        name: yaml.safe_load((HOME / name).read_text())
+        for name in ("environment.yml", "binder/environment.yml")
+    }
     return {
         "Dockerfile": re.search(r"^FROM python:([\d.]+)", text["Dockerfile"], re.MULTILINE)[1],
         "Makefile": re.search(r"--python-version ([\d.]+)", text["Makefile"])[1],
@@ -229,21 +267,38 @@ def test_every_way_to_set_up_takes_the_same_python():
 
 def test_what_the_container_names_exists():
     lines = (HOME / "Dockerfile").read_text().splitlines()
-    made = [target for line in lines if line.startswith("RUN") for target in re.findall(r"\bmake (\w+)$", line)]
+    made = [
+        target
+        for line in lines
+        if line.startswith("RUN")
+        for target in re.findall(r"\bmake (\w+)$", line)
+    ]
     makefile = (HOME / "Makefile").read_text()
-    assert made == ["setup"] and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in made)
+    assert made == ["setup"] and all(
+        re.search(rf"^{target}:", makefile, re.MULTILINE) for target in made
+    )
     assert [line for line in lines if line.startswith("COPY")] == ["COPY --chown=vflan . ."]
     (start,) = (json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD"))
-    assert start[:4] == [".venv/bin/python", "-m", "jupyterlab", "notebooks"] and (HOME / "notebooks").is_dir()
+    assert (
+        start[:4] == [".venv/bin/python", "-m", "jupyterlab", "notebooks"]
+        and (HOME / "notebooks").is_dir()
+    )
     kept_out = set((HOME / ".dockerignore").read_text().split())
-    assert ".venv/" in kept_out and not kept_out & {"requirements.lock", "data/", "data/tiny/", "vflan/"}
+    assert ".venv/" in kept_out and not kept_out & {
+        "requirements.lock",
+        "data/",
+        "data/tiny/",
+        "vflan/",
+    }
 
 
 def test_the_development_container_builds_the_same_dockerfile():
     home = HOME / ".devcontainer"
     about = json.loads((home / "devcontainer.json").read_text())
     assert (home / about["build"]["dockerfile"]).resolve() == HOME / "Dockerfile"
-    assert (home / about["build"]["context"]).resolve() == HOME and about["postCreateCommand"] == "make setup"
+    assert (home / about["build"]["context"]).resolve() == HOME and about[
+        "postCreateCommand"
+    ] == "make setup"
     assert f"useradd --create-home {about['remoteUser']}" in (HOME / "Dockerfile").read_text()
 
 
@@ -267,27 +322,54 @@ def shell(folder, name, body):
 
 def test_a_slurm_job_starts_torchrun_on_every_node_with_one_address(tmp_path):
     """srun is played by a loop over two nodes, Python by a script that writes down what it was given."""
-    shell(tmp_path, "scontrol", 'test "$1 $2 $3" = "show hostnames node[0-1]" && printf "node0\\nnode1\\n"')
+    shell(
+        tmp_path,
+        "scontrol",
+        'test "$1 $2 $3" = "show hostnames node[0-1]" && printf "node0\\nnode1\\n"',
+    )
     shell(tmp_path, "srun", 'for id in 0 1; do SLURM_NODEID=$id "$@"; done')
     shell(tmp_path, "python", f'printf "%s\\x1f" "$@" >> {tmp_path}/said; echo >> {tmp_path}/said')
-    slurm = dict(SLURM_JOB_NODELIST="node[0-1]", SLURM_JOB_ID="123456", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="8")
-    env = os.environ | slurm | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=str(tmp_path / "python"))
+    slurm = dict(
+        SLURM_JOB_NODELIST="node[0-1]",
+        SLURM_JOB_ID="123456",
+        SLURM_NNODES="2",
+        SLURM_GPUS_ON_NODE="8",
+    )
+    env = (
+        os.environ
+        | slurm
+        | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=str(tmp_path / "python"))
+    )
     asked = ["full_13b", "--changes", '{"save_every": 500, "name": "a b"}']
     subprocess.run(["bash", "examples/slurm.sbatch", *asked], cwd=HOME, env=env, check=True)
-    started = [line.rstrip("\x1f").split("\x1f") for line in (tmp_path / "said").read_text().splitlines()]
+    started = [
+        line.rstrip("\x1f").split("\x1f") for line in (tmp_path / "said").read_text().splitlines()
+    ]
     assert len(started) == 2
     for rank, line in enumerate(started):
         options = dict(zip(line[2:12:2], line[3:12:2]))
-        assert line[:2] == ["-m", "torch.distributed.run"] and line[12:] == ["examples/train.py", *asked]
+        assert line[:2] == ["-m", "torch.distributed.run"] and line[12:] == [
+            "examples/train.py",
+            *asked,
+        ]
         address = {"--master_addr": "node0", "--master_port": "23456"}
-        assert options == {"--nnodes": "2", "--node_rank": str(rank), "--nproc_per_node": "8"} | address
-    directives = re.findall(r"^#SBATCH --([\w-]+)", (HOME / "examples/slurm.sbatch").read_text(), re.MULTILINE)
+        assert (
+            options
+            == {"--nnodes": "2", "--node_rank": str(rank), "--nproc_per_node": "8"} | address
+        )
+    directives = re.findall(
+        r"^#SBATCH --([\w-]+)", (HOME / "examples/slurm.sbatch").read_text(), re.MULTILINE
+    )
     assert {"nodes", "ntasks-per-node", "gpus-per-node", "time"} <= set(directives)
 
 
 @pytest.mark.usefixtures("alone")
 def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_path, free_port):
-    values = {key: value for key, value in recipe.to_dict().items() if key not in ("name", "stage", "template")}
+    values = {
+        key: value
+        for key, value in recipe.to_dict().items()
+        if key not in ("name", "stage", "template")
+    }
     (tmp_path / "mine.py").write_text(
         "from vflan.config import Preset, Recipe\n"
         f"values = {values | dict(global_batch=4, micro_batch=2)!r}\n"
@@ -295,8 +377,16 @@ def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_
         "    projector = Recipe(name='projector', stage='projector', template='plain', **values | dict(tune=('projector',)))\n"
         "    return Preset(projector, *(Recipe(name=name, stage=name, **values) for name in ('base', 'chat')))\n"
     )
-    env = os.environ | dict(NPROC_PER_NODE="2", MASTER_PORT=str(free_port), PYTHON=sys.executable, PYTHONPATH=str(HOME))
-    command = ["bash", "examples/torchrun.sh", str(tmp_path / "mine.py"), "--changes", '{"max_steps": 1}']
+    env = os.environ | dict(
+        NPROC_PER_NODE="2", MASTER_PORT=str(free_port), PYTHON=sys.executable, PYTHONPATH=str(HOME)
+    )
+    command = [
+        "bash",
+        "examples/torchrun.sh",
+        str(tmp_path / "mine.py"),
+        "--changes",
+        '{"max_steps": 1}',
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     started = subprocess.Popen(command, cwd=HOME, env=env, start_new_session=True, **pipes)
     try:
@@ -305,7 +395,10 @@ def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_
     finally:  # also when it hangs: no process stays behind
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
-    done = [json.loads((tmp_path / "runs" / name / "done.json").read_text()) for name in ("projector", "base", "chat")]
+    done = [
+        json.loads((tmp_path / "runs" / name / "done.json").read_text())
+        for name in ("projector", "base", "chat")
+    ]
     assert [(each["processes"], each["steps"]) for each in done] == [(2, 1)] * 3
     begun = json.loads((tmp_path / "runs/chat/init.json").read_text())
     assert begun["init_weights"] == done[1]["parts"]
@@ -356,7 +449,15 @@ print(json.dumps({
 def source(tmp_path_factory):
     """A copy of what a wheel is built from, so that building leaves nothing in the clone."""
     folder = tmp_path_factory.mktemp("source")
-    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "vflan", *SHIPPED_FILES)
+    files = (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "vflan",
+        *SHIPPED_FILES,
+    )
     for path in (path for pattern in files for path in HOME.glob(pattern)):
         place = folder / path.relative_to(HOME)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +474,9 @@ def site(source, tmp_path_factory):
     made, folder = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site-packages")
     pip = [sys.executable, "-m", "pip"]
     offline = ["--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(made), str(source)], check=True)
+    subprocess.run(
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(made), str(source)], check=True
+    )
     (wheel,) = made.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(folder), str(wheel)], check=True)
     return folder
@@ -388,12 +491,16 @@ def run_installed(site, folder, code, **variables):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("VFLAN_")}
     # Python itself would write bytecode beside the package, if pip had not.
     env = kept | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"} | variables
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 
 
-def test_an_installed_package_reads_its_own_files_and_writes_to_the_working_directory(site, tmp_path):
+def test_an_installed_package_reads_its_own_files_and_writes_to_the_working_directory(
+    site, tmp_path
+):
     before = files_below(site)
     seen = json.loads(run_installed(site, tmp_path, USE))
     assert files_below(site) == before  # nothing was written, changed or deleted there
@@ -428,7 +535,9 @@ def test_a_clone_is_its_own_project_folder(tmp_path):
 def test_a_source_archive_holds_all_that_a_wheel_is_built_from(source, tmp_path):
     """MANIFEST.in and SHIPPED_FILES name the same files: an archive built from the one gives the other."""
     build = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True
+    )
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}

@@ -24,7 +24,12 @@ def runs(backbones, tmp_path_factory):
     """A projector run, and a LoRA run from it: three steps each."""
     home = tmp_path_factory.mktemp("share")
     samples = make_squares(home)
-    values = dict(samples=str(samples), images=str(samples.parent / "images"), runs=str(home / "runs"), **backbones)
+    values = dict(
+        samples=str(samples),
+        images=str(samples.parent / "images"),
+        runs=str(home / "runs"),
+        **backbones,
+    )
     values |= dict(lr=1e-2, global_batch=8, micro_batch=4, max_steps=3, max_length=256)
     projector = vflan.train(Recipe(name="projector", stage="projector", template="plain", **values))
     lora = dict(tune=("projector", "language_model"), lora_r=4, lora_alpha=32)
@@ -52,20 +57,34 @@ def test_the_pipeline_of_the_card_answers_as_vflan_does(runs, exported, monkeypa
 def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
     """Its loader looks the classes up by config.json, sizes the projector by it, and matches weights by these names."""
     config = json.loads((exported / "config.json").read_text())
-    assert (config["architectures"], config["model_type"]) == (["LlavaForConditionalGeneration"], "llava")
+    assert (config["architectures"], config["model_type"]) == (
+        ["LlavaForConditionalGeneration"],
+        "llava",
+    )
     vision, text = config["vision_config"], config["text_config"]
     assert (vision["model_type"], text["model_type"]) == ("clip_vision_model", "llama")
     assert text["architectures"] == ["LlamaForCausalLM"]
-    assert config["vision_feature_layer"] == -2 and config["vision_feature_select_strategy"] == "default"
+    assert (
+        config["vision_feature_layer"] == -2
+        and config["vision_feature_select_strategy"] == "default"
+    )
     assert config["projector_hidden_act"] == "gelu" and config["multimodal_projector_bias"] is True
 
     with safe_open(exported / "model.safetensors", "pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
     tower, language = "vision_tower.vision_model", "language_model.model"
-    wanted = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-    wanted |= {f"{tower}.embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight")}
+    wanted = {
+        f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    wanted |= {
+        f"{tower}.embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight")
+    }
     wanted |= {f"{tower}.embeddings.position_embedding.weight", "language_model.lm_head.weight"}
-    wanted |= {f"{tower}.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")}
+    wanted |= {
+        f"{tower}.{norm}.{kind}"
+        for norm in ("pre_layrnorm", "post_layernorm")
+        for kind in ("weight", "bias")
+    }
     for i in range(vision["num_hidden_layers"]):
         layers = [f"self_attn.{p}_proj" for p in "qkv"] + [
             "self_attn.out_proj",
@@ -74,25 +93,42 @@ def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
             "layer_norm1",
             "layer_norm2",
         ]
-        wanted |= {f"{tower}.encoder.layers.{i}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        wanted |= {
+            f"{tower}.encoder.layers.{i}.{layer}.{kind}"
+            for layer in layers
+            for kind in ("weight", "bias")
+        }
     for i in range(text["num_hidden_layers"]):
-        layers = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+        layers = [f"self_attn.{p}_proj" for p in "qkvo"] + [
+            f"mlp.{p}_proj" for p in ("gate", "up", "down")
+        ]
         layers += ["input_layernorm", "post_attention_layernorm"]
         wanted |= {f"{language}.layers.{i}.{layer}.weight" for layer in layers}
     assert set(shapes) == wanted | {f"{language}.embed_tokens.weight", f"{language}.norm.weight"}
-    assert shapes["multi_modal_projector.linear_1.weight"] == [text["hidden_size"], vision["hidden_size"]]
+    assert shapes["multi_modal_projector.linear_1.weight"] == [
+        text["hidden_size"],
+        vision["hidden_size"],
+    ]
     assert shapes[f"{language}.embed_tokens.weight"][0] == text["vocab_size"]
 
     pictures = json.loads((exported / "preprocessor_config.json").read_text())
     assert pictures["crop_size"] == {"height": vision["image_size"], "width": vision["image_size"]}
-    assert pictures["image_processor_type"].startswith("LlavaImageProcessor") and len(pictures["image_mean"]) == 3
+    assert (
+        pictures["image_processor_type"].startswith("LlavaImageProcessor")
+        and len(pictures["image_mean"]) == 3
+    )
     processor = json.loads((exported / "processor_config.json").read_text())
-    assert processor["processor_class"] == "LlavaProcessor" and processor["patch_size"] == vision["patch_size"]
+    assert (
+        processor["processor_class"] == "LlavaProcessor"
+        and processor["patch_size"] == vision["patch_size"]
+    )
     assert processor["num_additional_image_tokens"] == 1 and processor["image_token"] == "<image>"
     tokens = json.loads((exported / "tokenizer.json").read_text())["added_tokens"]
     assert [t["id"] for t in tokens if t["content"] == "<image>"] == [config["image_token_index"]]
     template = (exported / "chat_template.jinja").read_text()
-    assert re.search(r"for \w+ in m\.content if \w+\.type == 'image'", template)  # the format that is called openai
+    assert re.search(
+        r"for \w+ in m\.content if \w+\.type == 'image'", template
+    )  # the format that is called openai
 
 
 def test_the_vllm_line_is_printed_and_fits_the_model(runs, tmp_path, capsys):
@@ -103,12 +139,16 @@ def test_the_vllm_line_is_printed_and_fits_the_model(runs, tmp_path, capsys):
     options = dict(zip(command[3::2], command[4::2]))
     assert (
         int(options["--max-model-len"])
-        <= json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+        <= json.loads((folder / "config.json").read_text())["text_config"][
+            "max_position_embeddings"
+        ]
     )
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1}
 
 
-def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(runs, exported, tmp_path, monkeypatch):
+def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(
+    runs, exported, tmp_path, monkeypatch
+):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
@@ -121,14 +161,18 @@ def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(runs, export
     together = PeftModel.from_pretrained(begun, folder).eval()
     merged = AutoModelForImageTextToText.from_pretrained(exported).eval()
     picture = Image.new("RGB", (30, 20), "red")
-    inputs = base.processor()(images=picture, text="USER: <image> What color? ASSISTANT:", return_tensors="pt")
+    inputs = base.processor()(
+        images=picture, text="USER: <image> What color? ASSISTANT:", return_tensors="pt"
+    )
     with torch.no_grad():
         ours, theirs = together(**inputs).logits, merged(**inputs).logits
         bare = projector.load_model()(**inputs).logits
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(bare, theirs, atol=1e-3)
 
 
-def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(runs, tmp_path, monkeypatch):
+def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(
+    runs, tmp_path, monkeypatch
+):
     with monkeypatch.context() as broken:
         broken.setattr("vflan.tools.export.model_card", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -142,7 +186,9 @@ def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(runs, tm
     (tmp_path / ".mine.part" / "thesis.txt").unlink()
     (tmp_path / ".mine.part" / ".vflan").touch()  # of one that was killed
     (tmp_path / ".mine.part" / "model.safetensors").write_bytes(b"half")
-    assert runs[1].export(tmp_path / "mine").is_dir() and [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert runs[1].export(tmp_path / "mine").is_dir() and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["mine"]
 
 
 def test_what_cannot_be_exported_says_why(runs, exported, tmp_path):
@@ -163,7 +209,10 @@ def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
     folder = folder / name
     folder.mkdir(parents=True)
     values = dict(
-        vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5", images="i", runs="runs"
+        vision_tower="openai/clip-vit-large-patch14-336",
+        language_model="lmsys/vicuna-7b-v1.5",
+        images="i",
+        runs="runs",
     )
     values |= dict(samples="data/vision_flan/annotation_191-task_1k.json")
     write_json(folder / "recipe.json", Recipe(name=name, stage="base", **values | recipe).to_dict())
@@ -171,7 +220,10 @@ def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
     write_json(folder / "done.json", dict(steps=3, rows=30, first_loss=4.0, last_loss=1.25))
     if mixture:
         files = [dict(file=recipe.get("samples", values["samples"]), rows=sum(mixture.values()))]
-        write_json(folder / "mixture.json", dict(rows=sum(mixture.values()), files=files, tasks=mixture, order="abc"))
+        write_json(
+            folder / "mixture.json",
+            dict(rows=sum(mixture.values()), files=files, tasks=mixture, order="abc"),
+        )
     if scores:
         head = "run,benchmark,metric,value,low,high,n,seed,baseline,judge,problems\n"
         (folder / "scores.csv").write_text(head + "".join(f"{line}\n" for line in scores))
@@ -179,8 +231,17 @@ def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
 
 
 def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stages(tmp_path):
-    first = kept(tmp_path, "projector", samples="data/llava_pretrain/blip_laion_cc_sbu_558k.json", mixture={"": 100})
-    tasks = {"CLEVR_CoGenT+Question_Answering": 20, "VQA_color": 7, "fairface+image_classification_race": 3}
+    first = kept(
+        tmp_path,
+        "projector",
+        samples="data/llava_pretrain/blip_laion_cc_sbu_558k.json",
+        mixture={"": 100},
+    )
+    tasks = {
+        "CLEVR_CoGenT+Question_Answering": 20,
+        "VQA_color": 7,
+        "fairface+image_classification_race": 3,
+    }
     scores = [
         "base,pope,f1,81.25,79,83,100,0,50,,0",
         "base,llava_bench,score,70,60,80,9,0,15,rule judge,0",
@@ -196,35 +257,69 @@ def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stage
     assert (about["license"], about["pipeline_tag"]) == ("other", "image-text-to-text")
     result, judged = about["model-index"][0]["results"]
     assert judged["dataset"]["type"] == "llava_bench" and "| 9 | rule judge |" in card.text
-    assert result["dataset"]["type"] == "pope" and result["metrics"] == [{"type": "f1", "value": 81.25}]
-    assert "| pope | f1 | 81.2 | 79.0 to 83.0 | 50.0 | 100 |" in card.text and "yes_ratio" not in card.text
+    assert result["dataset"]["type"] == "pope" and result["metrics"] == [
+        {"type": "f1", "value": 81.25}
+    ]
+    assert (
+        "| pope | f1 | 81.2 | 79.0 to 83.0 | 50.0 | 100 |" in card.text
+        and "yes_ratio" not in card.text
+    )
     assert "| lr | 0.125 |" in card.text and "Llama 2 Community License" in card.text
     assert "| base | base | 30 | 3 | 3 | projector | 0.125 |" in card.text
     assert "| projector | base | 30 |  | 3 | projector |" in card.text  # captions have no tasks
     assert "none of its own" in card.text and "LAION" in card.text
-    assert "| CC-BY-4.0 | 2 | 23 | CLEVR_CoGenT, fairface |" in card.text and "| not stated |" in card.text
+    assert (
+        "| CC-BY-4.0 | 2 | 23 | CLEVR_CoGenT, fairface |" in card.text
+        and "| not stated |" in card.text
+    )
     assert "Faces or identities are the subject of 1 of the tasks." in card.text
     data = dataset_card(base)
     assert DatasetCard(data.content).data.to_dict()["size_categories"] == "n<1K"
-    assert "| CLEVR_CoGenT+Question_Answering | 20 | CLEVR_CoGenT | CC-BY-4.0 |" in data.text and "`abc`" in data.text
+    assert (
+        "| CLEVR_CoGenT+Question_Answering | 20 | CLEVR_CoGenT | CC-BY-4.0 |" in data.text
+        and "`abc`" in data.text
+    )
 
 
 def test_the_mini_worlds_card_says_what_it_is_and_an_unevaluated_run_that_it_was_not(tmp_path):
     tiny = dict(vision_tower="data/tiny/vision_tower", language_model="data/tiny/language_model")
-    run = kept(tmp_path, "base", samples="data/tiny/samples/flan.json", mixture={"color_of": 5}, **tiny)
+    run = kept(
+        tmp_path, "base", samples="data/tiny/samples/flan.json", mixture={"color_of": 5}, **tiny
+    )
     card = model_card(run, "mine")
     about = card.data.to_dict()
-    assert about["license"] == "apache-2.0" and not {"base_model", "datasets", "model-index"} & set(about)
+    assert about["license"] == "apache-2.0" and not {"base_model", "datasets", "model-index"} & set(
+        about
+    )
     assert "drawn shapes" in card.text and "It was not evaluated." in card.text
-    more = kept(tmp_path, "mixed", samples="data/tiny/samples/flan.json", more_samples=("mine.json#5",), **tiny)
-    assert model_card(more, "mine").data.license == "other" and "was not kept" in model_card(more, "mine").text
+    more = kept(
+        tmp_path,
+        "mixed",
+        samples="data/tiny/samples/flan.json",
+        more_samples=("mine.json#5",),
+        **tiny,
+    )
+    assert (
+        model_card(more, "mine").data.license == "other"
+        and "was not kept" in model_card(more, "mine").text
+    )
 
 
 def test_no_path_of_this_machine_and_no_markup_of_others_gets_into_a_card(tmp_path):
     evil = "a | b\n<script>alert(1)</script>"
-    run = kept(tmp_path, "base", tmp_path / "mm_projector.bin", {evil: 4}, samples=str(tmp_path / "mine.json"))
+    run = kept(
+        tmp_path,
+        "base",
+        tmp_path / "mm_projector.bin",
+        {evil: 4},
+        samples=str(tmp_path / "mine.json"),
+    )
     for card in (model_card(run, "mine"), dataset_card(run)):
-        assert str(tmp_path) not in card.content and "<script>" not in card.content and "mine.json" in card.content
+        assert (
+            str(tmp_path) not in card.content
+            and "<script>" not in card.content
+            and "mine.json" in card.content
+        )
     assert "| a \\| b &lt;script&gt;alert(1)&lt;/script&gt; | 4 |" in dataset_card(run).text
 
 
@@ -255,7 +350,11 @@ class Hub:
                         body += self.rfile.read(size)
                         self.rfile.readline()
                     self.rfile.readline()
-                status, answer = (hub.refuse, {}) if hub.refuse else hub.answer(self, self.path.split("?")[0], body)
+                status, answer = (
+                    (hub.refuse, {})
+                    if hub.refuse
+                    else hub.answer(self, self.path.split("?")[0], body)
+                )
                 answer = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))
@@ -276,13 +375,17 @@ class Hub:
             names = [file["path"] for file in json.loads(body)["files"]]
             mode = {True: "lfs", False: "regular"}
             return 200, {
-                "files": [dict(path=n, uploadMode=mode[n.endswith(".safetensors")], shouldIgnore=False) for n in names]
+                "files": [
+                    dict(path=n, uploadMode=mode[n.endswith(".safetensors")], shouldIgnore=False)
+                    for n in names
+                ]
             }
         if path.endswith("/objects/batch"):
             wanted = json.loads(body)["objects"]
             return 200, {
                 "objects": [
-                    each | dict(actions={"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}) for each in wanted
+                    each | dict(actions={"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}})
+                    for each in wanted
                 ]
             }
         if path.startswith("/lfs/"):
@@ -314,11 +417,18 @@ def hub(monkeypatch):
 def test_a_pushed_run_arrives_as_it_is_exported(runs, exported, hub, capsys):
     page = runs[1].push("me/mine")
     assert page.startswith(hub.endpoint) and "vllm serve me/mine" in capsys.readouterr().out
-    ours = {str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    ours = {
+        str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()
+    }
     assert b'model="me/mine"' in hub.files["README.md"] and b'model="mine"' in ours["README.md"]
-    assert set(hub.files) == set(ours) and all(hub.files[name] == ours[name] for name in set(ours) - {"README.md"})
+    assert set(hub.files) == set(ours) and all(
+        hub.files[name] == ours[name] for name in set(ours) - {"README.md"}
+    )
     create = next(json.loads(body) for path, _, body in hub.asked if path == "/api/repos/create")
-    assert create["name"] == "mine" and "private" in (create.get("visibility"), create.get("private") and "private")
+    assert create["name"] == "mine" and "private" in (
+        create.get("visibility"),
+        create.get("private") and "private",
+    )
     signed = {path: token for path, token, _ in hub.asked if not path.startswith("/lfs/")}
     assert set(signed.values()) == {"Bearer hf_of_this_test"}
     assert not any(b"hf_of_this_test" in data for data in hub.files.values())

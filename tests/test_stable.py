@@ -23,7 +23,9 @@ def notebook(*sources, tags=()):
 
 
 def is_checked(*sources, tags=()):
-    return stable.CHECK in stable.tag(notebook(*sources, tags=tags)).cells[-1].metadata.get("tags", [])
+    return stable.CHECK in stable.tag(notebook(*sources, tags=tags)).cells[-1].metadata.get(
+        "tags", []
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,9 @@ def test_a_person_has_the_last_word_and_tagging_twice_changes_nothing():
 
 def test_a_cell_that_only_draws_has_nothing_to_compare():
     drawn = notebook("plots.gallery(data)")
-    drawn.cells[0].outputs = [new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})]
+    drawn.cells[0].outputs = [
+        new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})
+    ]
     assert stable.checked(stable.tag(drawn)) == (0, 0)
 
 
@@ -98,11 +102,33 @@ def judged(tmp_path):
         nb.cells[0].outputs[0].text = stored + "\n"
         nbformat.write(stable.tag(nb), tmp_path / "01_small.ipynb")
         # a process of its own: nbval adds its options to pytest before the first file is read
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--nbval-lax"]
-        command += ["--nbval-sanitize-with", str(ROOT / "tests/nbval_sanitize.cfg"), "--rootdir", str(tmp_path)]
-        done = subprocess.run([*command, tmp_path / "01_small.ipynb"], capture_output=True, text=True, cwd=tmp_path)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--nbval-lax",
+        ]
+        command += [
+            "--nbval-sanitize-with",
+            str(ROOT / "tests/nbval_sanitize.cfg"),
+            "--rootdir",
+            str(tmp_path),
+        ]
+        done = subprocess.run(
+            [*command, tmp_path / "01_small.ipynb"], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode in (0, 1), done.stdout + done.stderr
-        return "fails" if "Cell outputs differ" in done.stdout else "passes" if done.returncode == 0 else "broken"
+        return (
+            "fails"
+            if "Cell outputs differ" in done.stdout
+            else "passes"
+            if done.returncode == 0
+            else "broken"
+        )
 
     return run
 

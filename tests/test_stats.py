@@ -21,7 +21,11 @@ def test_draws_that_are_kept_and_draws_in_blocks_give_the_same_interval(monkeypa
     values, pictures = np.random.default_rng(0).random(300), np.arange(300) // 3
     kept = bootstrap(values, pictures, rounds=500)
     monkeypatch.setattr(stats, "BLOCK", 100 * 70)  # 70 of the 500 rounds at a time
-    assert bootstrap(values, pictures, rounds=500) == kept != bootstrap(values, pictures, rounds=500, seed=1)
+    assert (
+        bootstrap(values, pictures, rounds=500)
+        == kept
+        != bootstrap(values, pictures, rounds=500, seed=1)
+    )
 
 
 def test_the_interval_is_as_wide_as_theory_says():
@@ -47,7 +51,9 @@ def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
     for trial in range(200):
         easiness = rng.beta(2, 2, 60)  # pictures differ, their questions share it
         values = rng.random((60, 4)) < easiness[:, None]
-        _, low, high = bootstrap(values.ravel(), np.repeat(np.arange(60), 4), seed=trial, rounds=500)
+        _, low, high = bootstrap(
+            values.ravel(), np.repeat(np.arange(60), 4), seed=trial, rounds=500
+        )
         held += low <= 0.5 <= high
     assert 0.90 <= held / 200 <= 0.99
 
@@ -113,7 +119,9 @@ def test_wrong_shapes_are_named():
 def test_seeds_are_combined_by_students_t_and_one_seed_shows_no_spread():
     mean, low, high = combine([60, 62, 64])
     assert (
-        mean == 62 and high - mean == pytest.approx(4.303 * 2 / np.sqrt(3)) and mean - low == pytest.approx(high - mean)
+        mean == 62
+        and high - mean == pytest.approx(4.303 * 2 / np.sqrt(3))
+        and mean - low == pytest.approx(high - mean)
     )
     assert combine([60])[0] == 60 and np.isnan(combine([60])[1:]).all()
 

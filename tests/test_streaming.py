@@ -30,7 +30,9 @@ def test_the_pieces_make_up_the_answer(tiny):
     pieces = [ask(tiny, row) for row in rows]
     assert max(map(len, pieces)) > 3, "it comes word by word"
     said = answer(tiny.model, tiny.processor, rows, max_new_tokens=8)
-    assert len(set(said)) > 5 and ["".join(some).split() for some in pieces] == [text.split() for text in said]
+    assert len(set(said)) > 5 and ["".join(some).split() for some in pieces] == [
+        text.split() for text in said
+    ]
 
 
 def test_a_picture_may_be_in_memory(tiny):
@@ -48,17 +50,24 @@ def test_temperature_draws_other_words(tiny):
 
 def test_it_reads_what_was_said_before(tiny):
     row = questions(tiny, 2)[1]
-    said = {before: "".join(ask(tiny, row, before=before)) for before in ((), (("red?", "blue"),), (("red?", "star"),))}
+    said = {
+        before: "".join(ask(tiny, row, before=before))
+        for before in ((), (("red?", "blue"),), (("red?", "star"),))
+    }
     assert len(set(said.values())) > 1 and said[()] == "".join(ask(tiny, row))
     first = attention_maps(tiny.model, tiny.processor, row["text"], row["image"])
-    later = attention_maps(tiny.model, tiny.processor, row["text"], row["image"], before=[("red?", "blue")])
+    later = attention_maps(
+        tiny.model, tiny.processor, row["text"], row["image"], before=[("red?", "blue")]
+    )
     assert first.shape == later.shape and not np.allclose(first, later)
     with pytest.raises(ValueError, match="begin a new one"):
         ask(tiny, row, before=[("red?", "blue " * 3000)])
 
 
 def long_row(tiny):
-    return next(row for row in questions(tiny, 40) if row["image"] and len(ask(tiny, row, 40)) >= 39)
+    return next(
+        row for row in questions(tiny, 40) if row["image"] and len(ask(tiny, row, 40)) >= 39
+    )
 
 
 def test_stop_ends_the_answer_where_it_stands(tiny):
@@ -97,9 +106,14 @@ def test_attention_is_a_share_of_each_layer_and_the_model_is_left_as_it_was(tiny
     before = tiny.model.model.language_model.config._attn_implementation
     maps = attention_maps(tiny.model, tiny.processor, row["text"], row["image"])
     assert (
-        maps.shape == (2, 4, 4) and (maps >= 0).all() and (0 < maps.sum((1, 2))).all() and (maps.sum((1, 2)) < 1).all()
+        maps.shape == (2, 4, 4)
+        and (maps >= 0).all()
+        and (0 < maps.sum((1, 2))).all()
+        and (maps.sum((1, 2)) < 1).all()
     )
-    assert before != "eager" and tiny.model.model.language_model.config._attn_implementation == before
+    assert (
+        before != "eager" and tiny.model.model.language_model.config._attn_implementation == before
+    )
     other = attention_maps(tiny.model, tiny.processor, row["text"] + " red star", row["image"])
     assert not np.allclose(maps, other)
 

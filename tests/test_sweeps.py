@@ -21,9 +21,15 @@ def small(recipe, tmp_path):
     (folder / "images").symlink_to(tmp_path / "images")
     rows = [dict(question_id=str(i), image=f"{i}.png", text="What color is it?", label="red", category="color")
             for i in range(8)]  # fmt: skip
-    (folder / "heldin" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "heldin" / "questions.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     base = replace(recipe, name="base", max_steps=2, benchmarks=str(folder))
-    return replace(base, name="projector", stage="projector", tune=("projector",), template="plain"), base, folder
+    return (
+        replace(base, name="projector", stage="projector", tune=("projector",), template="plain"),
+        base,
+        folder,
+    )
 
 
 def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
@@ -31,9 +37,13 @@ def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
     arms = {"projector": vflan.Arm(projector), "few": vflan.Arm(replace(base, name="few", num_tasks=2), init="projector"),
             "few/old-projector": vflan.Swap("few", "projector", "projector")}  # fmt: skip
     done = vflan.sweep(arms, [0, 3], jobs=1)
-    assert {(r.run, r.seed) for r in done.scores.itertuples()} == {(a, s) for a in arms for s in (0, 3)}
+    assert {(r.run, r.seed) for r in done.scores.itertuples()} == {
+        (a, s) for a in arms for s in (0, 3)
+    }
     assert [done.runs["few", seed].name for seed in (0, 3)] == ["few", "few-seed3"]
-    assert done.runs["few", 3].folder.joinpath("init.json").read_text().count("projector-seed3") == 1
+    assert (
+        done.runs["few", 3].folder.joinpath("init.json").read_text().count("projector-seed3") == 1
+    )
     items = done.items("few/old-projector", 0, "heldin")["accuracy"]
     assert len(items.num) == 8
     with pytest.raises(KeyError):
@@ -41,7 +51,9 @@ def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
     assert done.trained == {(label, seed) for label in ("projector", "few") for seed in (0, 3)}
     assert {label for label, *_ in done.answered} == set(arms)
 
-    monkeypatch.setattr(sys.modules["vflan.training.trainer"], "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        sys.modules["vflan.training.trainer"], "fit", lambda *_: pytest.fail("trained again")
+    )
     again = vflan.sweep(arms, [0, 3], jobs=1)
     assert again.scores.value.equals(done.scores.value)
     assert not again.trained and not again.answered
@@ -76,7 +88,9 @@ def test_the_processes_that_train_an_arm_answer_for_it_too(small, monkeypatch):
     answers = sorted(kept.read_text().splitlines()[1:])
     kept.unlink()
     one = vflan.sweep({"projector": vflan.Arm(projector)}, jobs=1)
-    assert asked == [2] and sorted(kept.read_text().splitlines()[1:]) == answers and len(answers) == 8
+    assert (
+        asked == [2] and sorted(kept.read_text().splitlines()[1:]) == answers and len(answers) == 8
+    )
     assert list(one.scores.value) == list(two.scores.value)
 
 
@@ -84,7 +98,13 @@ def test_what_has_most_work_behind_it_begins_first(small):
     _, base, _ = small
     waiting = {"short": [], "first": [], "second": ["first"], "third": ["second"], "long": []}
     rows = {"short": 2, "first": 1, "second": 1, "third": 5, "long": 4}
-    assert longest_first(list(waiting), waiting, rows) == ["first", "second", "third", "long", "short"]
+    assert longest_first(list(waiting), waiting, rows) == [
+        "first",
+        "second",
+        "third",
+        "long",
+        "short",
+    ]
     of = {name: rows_of(vflan.Arm(replace(base, **fields))) - 1_000 for name, fields in {
         "steps": dict(max_steps=5, global_batch=4), "spread": dict(num_tasks=3, per_task=10, epochs=2.0, max_steps=None),
         "some": dict(num_samples=40, max_steps=None), "all": dict(max_steps=None)}.items()}  # fmt: skip
@@ -113,9 +133,15 @@ def test_a_sweep_that_is_killed_leaves_no_process_behind(small, tmp_path):
     endless = replace(small[0], name="endless", max_steps=100_000)
     write_json(tmp_path / "recipe.json", endless.to_dict())
     (tmp_path / "script.py").write_text(SCRIPT)
-    sweep = subprocess.Popen([sys.executable, "script.py", "recipe.json"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    sweep = subprocess.Popen(
+        [sys.executable, "script.py", "recipe.json"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 240
-    while not (endless.folder / "metrics.jsonl").exists() and sweep.poll() is None and time.monotonic() < until:
+    while (
+        not (endless.folder / "metrics.jsonl").exists()
+        and sweep.poll() is None
+        and time.monotonic() < until
+    ):
         time.sleep(0.1)
     begun = psutil.Process(sweep.pid).children(recursive=True)
     try:
@@ -146,7 +172,10 @@ def test_mistakes_are_named_before_anything_is_trained(small):
 
 def test_a_label_that_cannot_be_a_folder_is_refused_before_anything_is_trained(small):
     projector, base, _ = small
-    arms = {"projector": vflan.Arm(projector), "../x": vflan.Swap("projector", "projector", "projector")}
+    arms = {
+        "projector": vflan.Arm(projector),
+        "../x": vflan.Swap("projector", "projector", "projector"),
+    }
     with pytest.raises(ValueError, match="label='..': it becomes a folder"):
         vflan.sweep(arms, jobs=1)
     assert not projector.folder.exists()

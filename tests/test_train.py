@@ -33,7 +33,11 @@ def same_weights(a, b):
 def test_training_lowers_the_loss_and_writes_a_finished_run(recipe):
     run = vflan.train(vflan.replace(recipe, epochs=8))
     metrics = run.metrics()
-    assert run.finished and len(metrics) == 32 and metrics.loss.iloc[-3:].mean() < 0.5 * metrics.loss.iloc[0]
+    assert (
+        run.finished
+        and len(metrics) == 32
+        and metrics.loss.iloc[-3:].mean() < 0.5 * metrics.loss.iloc[0]
+    )
     assert list(metrics.columns[:4]) == ["step", "loss", "lr", "tokens"]
     assert Run.open(run.folder).recipe == run.recipe
     assert fingerprint(parts(run.load_model())["projector"]) == run.summary["parts"]["projector"]
@@ -44,7 +48,11 @@ def test_only_what_the_recipe_names_moves(recipe):
     start = load_model(recipe)
     for tune in (("projector",), ("language_model",)):
         run = vflan.train(vflan.replace(recipe, name=tune[0], tune=tune, max_steps=3))
-        moved = {part for part, module in parts(start).items() if fingerprint(module) != run.summary["parts"][part]}
+        moved = {
+            part
+            for part, module in parts(start).items()
+            if fingerprint(module) != run.summary["parts"][part]
+        }
         assert moved == set(tune)
 
 
@@ -71,7 +79,9 @@ def test_a_frozen_part_that_moves_stops_the_run_and_is_named(recipe, monkeypatch
     weight = None
     monkeypatch.setattr(TRAIN.models, "freeze", remember)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(AssertionError, match=f"frozen part moved during training: {part.replace('_', ' ')}$"):
+    with pytest.raises(
+        AssertionError, match=f"frozen part moved during training: {part.replace('_', ' ')}$"
+    ):
         vflan.train(vflan.replace(recipe, max_steps=2, tune=tune))
     assert not Run.open(recipe.folder).finished
 
@@ -121,7 +131,9 @@ def test_a_half_written_run_is_trained_again(recipe):
     (whole.folder / "done.json").unlink()
     weights = whole.folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    (whole.folder / ".mixture.json.12345").write_text('{"rows": [')  # what write_json leaves where it is killed
+    (whole.folder / ".mixture.json.12345").write_text(
+        '{"rows": ['
+    )  # what write_json leaves where it is killed
     again = vflan.train(recipe)
     assert not list(again.folder.glob(".*.json.*"))
     assert again.finished and len(again.metrics()) == 3 and again.load_model()
@@ -129,7 +141,9 @@ def test_a_half_written_run_is_trained_again(recipe):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(recipe):
     plain = vflan.train(vflan.replace(recipe, name="plain", max_steps=3)).metrics()
-    thrifty = vflan.train(vflan.replace(recipe, name="thrifty", max_steps=3, gradient_checkpointing=True)).metrics()
+    thrifty = vflan.train(
+        vflan.replace(recipe, name="thrifty", max_steps=3, gradient_checkpointing=True)
+    ).metrics()
     assert thrifty.loss.tolist() == pytest.approx(plain.loss.tolist(), abs=1e-5)
 
 
@@ -150,7 +164,9 @@ def test_bad_rows_are_left_out_and_listed(recipe):
 def test_too_many_bad_rows_stop_the_run_before_it_starts(recipe):
     for i in range(4):
         Path(recipe.images, f"{i}.png").unlink()
-    with pytest.raises(ValueError, match=r"4 of 32 samples are bad(.|\n)*row 0 \(s0\): missing picture"):
+    with pytest.raises(
+        ValueError, match=r"4 of 32 samples are bad(.|\n)*row 0 \(s0\): missing picture"
+    ):
         vflan.train(recipe)
     assert not (recipe.folder / "metrics.jsonl").exists()
 
@@ -173,7 +189,9 @@ def test_text_only_rows_train_beside_pictures(recipe):
 def test_more_samples_are_mixed_in(recipe, tmp_path):
     more = make_squares(tmp_path / "more", rows=8)
     run = vflan.train(
-        vflan.replace(recipe, name="a", max_steps=1, num_samples=10, more_samples=(str(more), f"{more}#3"))
+        vflan.replace(
+            recipe, name="a", max_steps=1, num_samples=10, more_samples=(str(more), f"{more}#3")
+        )
     )
     assert run.summary["rows"] == 10 + 8 + 3
 
@@ -184,7 +202,9 @@ def test_the_schedule_is_the_published_one(recipe):
     from transformers import get_cosine_schedule_with_warmup
 
     weight = torch.nn.Parameter(torch.zeros(1))
-    schedule = get_cosine_schedule_with_warmup(torch.optim.SGD([weight], lr=1.0), math.ceil(0.03 * 40), 40)
+    schedule = get_cosine_schedule_with_warmup(
+        torch.optim.SGD([weight], lr=1.0), math.ceil(0.03 * 40), 40
+    )
     for step in range(40):
         assert learning_rate(step, 40, recipe) == pytest.approx(schedule.get_last_lr()[0])
         schedule.optimizer.step()
@@ -199,7 +219,9 @@ def test_the_projector_has_its_own_learning_rate(recipe):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(recipe, bits):
     start = vflan.train(vflan.replace(recipe, name="start", epochs=2))
-    run = vflan.train(vflan.replace(recipe, bits=bits, lora_r=8, lora_alpha=16, epochs=8), init=start)
+    run = vflan.train(
+        vflan.replace(recipe, bits=bits, lora_r=8, lora_alpha=16, epochs=8), init=start
+    )
     loss = run.metrics().loss
     assert loss.iloc[-4:].mean() < loss.iloc[0] - 0.1  # the frozen output layer allows no more
     model = load_model(vflan.replace(recipe, bits=16), run)
@@ -207,11 +229,18 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
     data = prepare(recipe, load_processor(recipe).tokenizer, model.config, run.folder)
     pictures, rows = Pictures(data, model, load_processor(recipe), recipe), list(range(32))
     with torch.no_grad():
-        merged = Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows)) / data.supervised[rows].sum()
-    assert merged.item() == pytest.approx(loss.iloc[-4:].mean(), abs=0.02)  # what was learned is in the merged weights
+        merged = (
+            Learner(model, recipe)(*data.batch(rows, "cpu"), pictures(rows))
+            / data.supervised[rows].sum()
+        )
+    assert merged.item() == pytest.approx(
+        loss.iloc[-4:].mean(), abs=0.02
+    )  # what was learned is in the merged weights
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["to its end", "until an error, which is kept"])
+@pytest.mark.parametrize(
+    "fails", [False, True], ids=["to its end", "until an error, which is kept"]
+)
 def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
     """Python's own collector is off here, as it may not come for a long time."""
     alive, real, prepare = [], TRAIN.models.freeze, Accelerator.prepare

@@ -16,7 +16,9 @@ PAGE = (HOME / "README.md").read_text(encoding="utf-8")
 def complaints(folder, code):
     """What pyright says about a file with this code."""
     (folder / "shown.py").write_text(code)
-    (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(HOME)], "useLibraryCodeForTypes": False}))
+    (folder / "pyrightconfig.json").write_text(
+        json.dumps({"extraPaths": [str(HOME)], "useLibraryCodeForTypes": False})
+    )
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     said = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return [found["message"] for found in json.loads(said.stdout)["generalDiagnostics"]]

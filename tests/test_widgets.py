@@ -76,7 +76,12 @@ def test_model_and_data_text_is_escaped_everywhere(samples, png):
 
 def test_task_table_counts_each_task_once(samples):
     html = widgets.task_table(pd.DataFrame(samples)).data
-    assert html.count("<tr>") == 1 + 2 and "first?" in html and "second?" not in html and "&lt;image" not in html
+    assert (
+        html.count("<tr>") == 1 + 2
+        and "first?" in html
+        and "second?" not in html
+        and "&lt;image" not in html
+    )
 
 
 def test_task_browser_leafs_and_returns_to_the_first_sample_of_a_new_task(samples):
@@ -96,12 +101,20 @@ def test_task_browser_leafs_and_returns_to_the_first_sample_of_a_new_task(sample
 
 def test_tasks_are_chosen_by_group_and_category(samples):
     known = pd.DataFrame(
-        [("color", "questions", "attributes"), ("shape", "questions", "forms"), ("other", "captions", "captions")],
+        [
+            ("color", "questions", "attributes"),
+            ("shape", "questions", "forms"),
+            ("other", "captions", "captions"),
+        ],
         columns=["task_name", "group", "category"],
     )
     box = widgets.task_browser([*samples, samples[0] | {"task_name": "stray"}], known)
     group, category, task = (find(box, w.Dropdown, name) for name in ("group", "category", "task"))
-    assert group.options == ("all", "in no list", "questions") and task.options == ("color", "shape", "stray")
+    assert group.options == ("all", "in no list", "questions") and task.options == (
+        "color",
+        "shape",
+        "stray",
+    )
     group.value = "questions"
     assert category.options == ("all", "attributes", "forms") and task.options == ("color", "shape")
     category.value = "forms"
@@ -119,7 +132,9 @@ def test_a_sample_is_shown_token_by_token_and_in_its_packed_row(squares, recipe)
     assert html.count("#F6C9A8") > 5 and html.count("#BFDDF0") > 2  # learned tokens, pictures
     assert "step" in html and "of 4" in html  # 32 rows, 8 a step
     assert html.count("outline:2px") == 1, "one conversation of the packed rows is this one"
-    broken = widgets.task_browser(samples, recipe=vflan.replace(recipe, language_model="runs/nowhere"))
+    broken = widgets.task_browser(
+        samples, recipe=vflan.replace(recipe, language_model="runs/nowhere")
+    )
     assert "What color is it?" in page(broken) and page(broken).rstrip("</div>p").endswith(")")
 
 
@@ -127,7 +142,12 @@ def test_tokens_have_the_colours_of_their_role():
     words = SimpleNamespace(decode=lambda ids: {1: "ask", 2: "<b>", 3: "\n"}[ids[0]])
     html = widgets.token_line([1, -200, 3, 2], [-100, -100, -100, 2], words)
     spans = html.split("</div>")[0].split("<span")[1:]
-    assert [text.split(">")[1].split("<")[0] for text in spans] == ["ask", "picture", "↵", "&lt;b&gt;"]
+    assert [text.split(">")[1].split("<")[0] for text in spans] == [
+        "ask",
+        "picture",
+        "↵",
+        "&lt;b&gt;",
+    ]
     colors = [text.split("background:")[1][:7] for text in spans]
     assert colors == ["#EDEDED", "#BFDDF0", "#EDEDED", "#F6C9A8"]
 
@@ -140,7 +160,12 @@ def test_rows_without_a_picture_and_lost_pictures_are_said(tmp_path):
 
 def test_answer_browser_filters_and_pages():
     rows = [
-        {"text": f"q{i}", "label": "yes", "answer": "Yes." if i % 2 else "no", "benchmark": "ab"[i > 5]}
+        {
+            "text": f"q{i}",
+            "label": "yes",
+            "answer": "Yes." if i % 2 else "no",
+            "benchmark": "ab"[i > 5],
+        }
         for i in range(12)
     ]
     box = widgets.answer_browser(rows)
@@ -154,7 +179,10 @@ def test_answer_browser_filters_and_pages():
 
 
 def two_runs():
-    asked = [{"text": f"q{i}", "label": "yes", "category": f"kind{i // 2}", "benchmark": "ab"[i > 3]} for i in range(6)]
+    asked = [
+        {"text": f"q{i}", "label": "yes", "category": f"kind{i // 2}", "benchmark": "ab"[i > 3]}
+        for i in range(6)
+    ]
     rights = {"base": "110100", "chat": "101100"}
     return {name: [q | {"answer": f"{name} on {q['text']}", "right": bit == "1", "reason": f"{name}: since"}
                    for q, bit in zip(asked, bits)] for name, bits in rights.items()}  # fmt: skip
@@ -164,7 +192,11 @@ def test_two_runs_stand_side_by_side_and_are_told_apart():
     box = widgets.answer_browser(two_runs())
     show, other = find(box, w.Dropdown, "show"), find(box, w.Dropdown, "beside")
     assert (find(box, w.Dropdown, "run").value, other.value) == ("base", "chat")
-    assert "base 50%, chat 50%" in page(box) and "base on q0" in page(box) and "chat: since" in page(box)
+    assert (
+        "base 50%, chat 50%" in page(box)
+        and "base on q0" in page(box)
+        and "chat: since" in page(box)
+    )
     found = {}
     for what in show.options:
         show.value = what
@@ -182,7 +214,9 @@ def test_tasks_follow_the_benchmark():
     task.value = "kind1"
     assert "2 of 6 questions" in page(box)
     benchmark.value = "b"
-    assert task.options == ("all", "kind2") and task.value == "all" and "2 of 6 questions" in page(box)
+    assert (
+        task.options == ("all", "kind2") and task.value == "all" and "2 of 6 questions" in page(box)
+    )
 
 
 def test_runs_that_were_asked_other_questions_cannot_stand_side_by_side():
@@ -229,7 +263,9 @@ def talk(monkeypatch):
 
     def maps(model, processor, text, image, before):
         talk.looked.append((model, text))
-        return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None], Image.new("RGB", (48, 48), "blue")
+        return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None], Image.new(
+            "RGB", (48, 48), "blue"
+        )
 
     monkeypatch.setattr(widgets, "_stream", stream)
     monkeypatch.setattr(widgets, "_maps", maps)
@@ -261,7 +297,9 @@ def test_chat_asks_the_run_and_keeps_the_conversation(talk, png):
     assert talk.asked == []  # nothing was asked
     for text in ("what?", "fail"):
         ask(box, text)
-    assert talk.asked == [("model of run", "processor", text, png, 9, 0.7) for text in ("what?", "fail")]
+    assert talk.asked == [
+        ("model of run", "processor", text, png, 9, 0.7) for text in ("what?", "fail")
+    ]
     assert run.loads == 1 and find(box, w.Button, "stop").disabled
     assert "what?" in said(box) and "&lt;script" in said(box) and "<script" not in said(box)
     assert "(no such thing)" in said(box) and "line 3" not in said(box) and "the end" in said(box)
@@ -289,7 +327,9 @@ def test_another_run_answers_and_the_first_is_let_go(talk, png):
     for name in ("base", "chat", "chat", "base"):
         find(box, w.Dropdown, "run").value = name
         ask(box, "what?")
-    assert [model for model, *_ in talk.asked] == [f"model of {n}" for n in ("base", "chat", "chat", "base")]
+    assert [model for model, *_ in talk.asked] == [
+        f"model of {n}" for n in ("base", "chat", "chat", "base")
+    ]
     assert (first.loads, second.loads) == (2, 1)
     assert said(box).count("<b>base</b>") == 2 and said(box).count("<b>chat</b>") == 2
 
@@ -297,7 +337,11 @@ def test_another_run_answers_and_the_first_is_let_go(talk, png):
 def test_a_run_reads_what_it_was_asked_before_only_if_told_to(talk, png):
     talk.go_on.set()
     box = widgets.chat([Run("base"), Run("chat")], [png, png])
-    remember, run, answer = find(box, w.Checkbox, "remember"), find(box, w.Dropdown, "run"), f"{EVIL} the end"
+    remember, run, answer = (
+        find(box, w.Checkbox, "remember"),
+        find(box, w.Dropdown, "run"),
+        f"{EVIL} the end",
+    )
     ask(box, "one?")
     ask(box, "two?")
     assert talk.before == [[], []]
@@ -325,7 +369,13 @@ def test_pictures_are_taken_in_turn_or_uploaded(talk, png):
     assert view(box) == first
     upload, own = find(box, w.FileUpload, "own picture"), io.BytesIO()
     Image.new("RGBA", (20, 20), "green").save(own, "PNG")
-    file = dict(name=EVIL, type="image/png", size=9, last_modified=pd.Timestamp(0), content=memoryview(own.getvalue()))
+    file = dict(
+        name=EVIL,
+        type="image/png",
+        size=9,
+        last_modified=pd.Timestamp(0),
+        content=memoryview(own.getvalue()),
+    )
     upload.value = (file,)
     ask(box, "and this?")
     assert talk.asked[-1][3].getpixel((0, 0)) == (0, 128, 0) and "<script" not in view(box)
@@ -351,10 +401,14 @@ def test_where_it_looks_is_a_map_for_each_layer(talk, png):
 def test_a_heat_map_covers_the_strongest_patch_most():
     weights = np.zeros((4, 4))
     weights[1, 2], weights[0, 0] = 0.2, 0.1
-    shown = np.asarray(widgets.heat_map(Image.new("RGB", (48, 48), "white"), weights, side=80)).astype(int)
+    shown = np.asarray(
+        widgets.heat_map(Image.new("RGB", (48, 48), "white"), weights, side=80)
+    ).astype(int)
     white = 255 * 3 - shown.sum(2)  # how far from white
     patches = white.reshape(4, 20, 4, 20).mean((1, 3))
     assert (
-        patches.argmax() == 6 and 0 < patches[0, 0] < patches[1, 2] and (np.delete(patches.ravel(), [0, 6]) == 0).all()
+        patches.argmax() == 6
+        and 0 < patches[0, 0] < patches[1, 2]
+        and (np.delete(patches.ravel(), [0, 6]) == 0).all()
     )
     assert widgets.heat_map(Image.new("RGB", (48, 48)), np.zeros((2, 2))).size == (240, 240)

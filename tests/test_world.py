@@ -27,7 +27,9 @@ from vflan.world.words import describe
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return world.build(tmp_path_factory.mktemp("tiny"), captions=60, per_kind=4, conversations=60, questions=0.15)
+    return world.build(
+        tmp_path_factory.mktemp("tiny"), captions=60, per_kind=4, conversations=60, questions=0.15
+    )
 
 
 def rows(built, name):
@@ -71,7 +73,10 @@ def test_answers_follow_from_the_scene():
     for scene, instruction, answer in sample(KINDS["exist_shape"], 30, "exact"):
         assert (answer == "yes") == any(f" {t.shape} " in instruction for t in scene.things)
     for scene, instruction, answer in sample(KINDS["above"], 30, "exact"):
-        a, b = (next(t for t in scene.things if t.shape == s) for s in instruction[7:-1].split(" above the "))
+        a, b = (
+            next(t for t in scene.things if t.shape == s)
+            for s in instruction[7:-1].split(" above the ")
+        )
         assert (answer == "yes") == (a.row < b.row)
     for scene, instruction, answer in sample(KINDS["choose_shape"], 30, "exact"):
         (thing,) = [t for t in scene.things if f" {PLACES[t.place]}?" in instruction]
@@ -83,7 +88,9 @@ def test_a_caption_tells_every_object():
     for t in scene.things:
         assert f"{PLACES[t.place]} {t.size} {t.texture} {t.color} {t.shape}." in describe(scene)
     mixed = describe(scene, rng_of("order"))
-    assert sorted(mixed.replace(".", "").split()) == sorted(describe(scene).replace(".", "").split())
+    assert sorted(mixed.replace(".", "").split()) == sorted(
+        describe(scene).replace(".", "").split()
+    )
 
 
 def test_training_and_evaluation_draw_different_scenes():
@@ -94,7 +101,9 @@ def test_training_and_evaluation_draw_different_scenes():
 
 def test_no_evaluation_picture_is_a_training_picture(built):
     def digests(folder):
-        return {hashlib.sha256(p.read_bytes()).digest() for p in (built / folder / "images").iterdir()}
+        return {
+            hashlib.sha256(p.read_bytes()).digest() for p in (built / folder / "images").iterdir()
+        }
 
     assert not digests("samples") & digests("benchmarks")
     assert len(digests("benchmarks")) > 200
@@ -104,14 +113,18 @@ def test_held_out_kinds_never_come_with_a_picture(built):
     trained = {r["task_name"] for name in ("captions", "flan", "chat") for r in rows(built, name)}
     away = {k.name for k in KINDS.values() if k.split != "train"}
     assert not trained & away
-    assert {r["category"] for r in rows(built, "heldout")} == {k.name for k in KINDS.values() if k.split == "heldout"}
+    assert {r["category"] for r in rows(built, "heldout")} == {
+        k.name for k in KINDS.values() if k.split == "heldout"
+    }
 
 
 def test_kinds_new_in_both_have_wordings_that_no_training_text_has():
     slots = {*COLORS, *SHAPES, *PLACES, *SIZES, *TEXTURES, *BACKGROUNDS, *"1234"}
 
     def wording(instruction):
-        return " ".join(w for w in instruction.replace("?", "").replace(",", "").split() if w not in slots)
+        return " ".join(
+            w for w in instruction.replace("?", "").replace(",", "").split() if w not in slots
+        )
 
     met = {wording(i) for k in KINDS.values() if k.in_text for _, i, _ in sample(k, 10, "words")}
     for k in KINDS.values():
@@ -123,7 +136,9 @@ def test_rows_have_the_released_shape(built):
     for name in ("captions", "flan", "chat"):
         for r in rows(built, name):
             assert set(r) - {"image"} == {"id", "task_name", "conversations"}
-            assert [t["from"] for t in r["conversations"]] == ["human", "gpt"] * (len(r["conversations"]) // 2)
+            assert [t["from"] for t in r["conversations"]] == ["human", "gpt"] * (
+                len(r["conversations"]) // 2
+            )
             assert ("image" in r) == (r["conversations"][0]["value"].count("<image>") == 1)
             assert "image" not in r or (built / "samples" / "images" / r["image"]).is_file()
     assert any("image" not in r for r in rows(built, "chat"))
@@ -136,7 +151,10 @@ def test_the_alignment_set_errs_at_its_stated_rate():
         scene = sample_scene(rng, "objects")
         view, errors = chats.noisy_view(scene, rng)
         wrong, facts = wrong + errors, facts + len(scene.things)
-        assert len(set(scene.things) - set(view.things)) + max(0, len(view.things) - len(scene.things)) == errors
+        assert (
+            len(set(scene.things) - set(view.things)) + max(0, len(view.things) - len(scene.things))
+            == errors
+        )
     assert 0.05 < wrong / facts < 0.15
 
 
@@ -170,7 +188,10 @@ def test_every_rotation_of_a_choice_has_the_same_right_option(built):
     for r in rows(built, "mmbench"):
         option = r["text"].split(f"({r['label']}) ")[1].split()[0]
         right.setdefault(r["question_id"].split("_")[0], []).append((option, r["label"]))
-    assert all(len({o for o, _ in turns}) == 1 and len({x for _, x in turns}) == 4 for turns in right.values())
+    assert all(
+        len({o for o, _ in turns}) == 1 and len({x for _, x in turns}) == 4
+        for turns in right.values()
+    )
 
 
 def test_open_prompts_stay_out_of_the_language_models_text():
@@ -194,18 +215,28 @@ def test_what_a_killed_build_left_is_cleared_away(built, tmp_path):
         "benchmarks_more",
         "samples",
     ]
-    assert (folder / "samples" / "flan.json").read_bytes() == (built / "samples" / "flan.json").read_bytes()
+    assert (folder / "samples" / "flan.json").read_bytes() == (
+        built / "samples" / "flan.json"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["samples/thesis.txt", "benchmarks/images/me.jpg", ".samples.new/thesis.txt"])
+@pytest.mark.parametrize(
+    "name", ["samples/thesis.txt", "benchmarks/images/me.jpg", ".samples.new/thesis.txt"]
+)
 def test_a_world_is_not_built_over_what_is_somebodys(built, tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text("mine")
     (tmp_path / "samples.backup").mkdir()
     (tmp_path / "samples.backup" / "flan.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds what vflan did not write: .* Nothing was deleted"):
+    with pytest.raises(
+        FileExistsError, match="holds what vflan did not write: .* Nothing was deleted"
+    ):
         world.build(tmp_path, captions=60, per_kind=4, conversations=60, questions=0.15)
-    assert (tmp_path / name).read_text() == (tmp_path / "samples.backup" / "flan.json").read_text() == "mine"
+    assert (
+        (tmp_path / name).read_text()
+        == (tmp_path / "samples.backup" / "flan.json").read_text()
+        == "mine"
+    )
 
 
 def test_another_draw_holds_out_other_kinds_but_never_those_that_benchmarks_ask_in_their_words():
@@ -215,18 +246,35 @@ def test_another_draw_holds_out_other_kinds_but_never_those_that_benchmarks_ask_
     assert [k.name for k in drawn] == [k.name for k in declared] and drawn == kinds(7) != kinds(8)
     out = [{k.name for k in some if k.split == "heldout"} for some in (declared, drawn)]
     assert out[0] != out[1]
-    assert sum(k.split == "heldout" and k.name not in ASKED for k in declared) == len(out[1] - set(ASKED))
+    assert sum(k.split == "heldout" and k.name not in ASKED for k in declared) == len(
+        out[1] - set(ASKED)
+    )
     new_in_both = {k.name for k in declared if not k.in_text}
     assert new_in_both <= out[0] & out[1]
-    assert {k.name: k.split for k in declared if k.name in ASKED} == {k.name: k.split for k in drawn if k.name in ASKED}
+    assert {k.name: k.split for k in declared if k.name in ASKED} == {
+        k.name: k.split for k in drawn if k.name in ASKED
+    }
 
 
 def test_a_world_with_another_draw_trains_on_no_held_out_kind(tmp_path):
     from vflan.world import build
     from vflan.world.tasks import kinds
 
-    folder = build(tmp_path / "world", seed=3, captions=2, per_kind=1, conversations=2, questions=0.01, redraw=7)
+    folder = build(
+        tmp_path / "world",
+        seed=3,
+        captions=2,
+        per_kind=1,
+        conversations=2,
+        questions=0.01,
+        redraw=7,
+    )
     held_out = {k.name for k in kinds(7) if k.split == "heldout"}
-    trained = {row["task_name"] for row in json.loads((folder / "samples" / "flan.json").read_text())}
-    asked = {json.loads(line)["category"] for line in (folder / "benchmarks/heldout/questions.jsonl").open()}
+    trained = {
+        row["task_name"] for row in json.loads((folder / "samples" / "flan.json").read_text())
+    }
+    asked = {
+        json.loads(line)["category"]
+        for line in (folder / "benchmarks/heldout/questions.jsonl").open()
+    }
     assert not trained & held_out and asked == held_out

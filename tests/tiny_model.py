@@ -18,11 +18,22 @@ from transformers import (
 
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, SYSTEM, prompt_ids
 
-WORDS = "what is there a red blue green star circle in the picture ? yes no USER : ASSISTANT \n".split(" ")
+WORDS = (
+    "what is there a red blue green star circle in the picture ? yes no USER : ASSISTANT \n".split(
+        " "
+    )
+)
 
 
 def tiny_tokenizer():
-    words = ["<unk>", "<s>", "</s>", "<image>", *SYSTEM.replace(".", " .").replace(",", " ,").split(), *WORDS]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<image>",
+        *SYSTEM.replace(".", " .").replace(",", " ,").split(),
+        *WORDS,
+    ]
     words = list(dict.fromkeys(words))
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -36,11 +47,21 @@ def tiny_model(tokenizer, seed=2):
     torch.manual_seed(seed)
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     vision = CLIPVisionConfig(image_size=48, patch_size=12, **small)
-    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.6, pad_token_id=0, **small)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=16)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        initializer_range=0.6,
+        pad_token_id=0,
+        **small,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=3, image_seq_length=16
+    )
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] *= 2  # about half of the answers end by themselves
+        model.lm_head.weight[tokenizer.eos_token_id] *= (
+            2  # about half of the answers end by themselves
+        )
     return model
 
 
@@ -50,7 +71,9 @@ def make_tiny(folder):
     for i in range(5):
         Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     tokenizer = tiny_tokenizer()
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
+    )
     processor = SimpleNamespace(tokenizer=tokenizer, image_processor=pictures)
     return SimpleNamespace(model=tiny_model(tokenizer), processor=processor, folder=folder)
 
@@ -73,12 +96,18 @@ def by_generate(model, processor, row, max_new_tokens):
         at = ids.index(IMAGE_TOKEN_INDEX)
         ids[at : at + 1] = [model.config.image_token_index] * model.config.image_seq_length
         with Image.open(row["image"]) as image:
-            more["pixel_values"] = processor.image_processor([image.convert("RGB")], return_tensors="pt")[
-                "pixel_values"
-            ]
+            more["pixel_values"] = processor.image_processor(
+                [image.convert("RGB")], return_tensors="pt"
+            )["pixel_values"]
     ids = torch.tensor([ids])
-    more |= {"attention_mask": torch.ones_like(ids), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_new_tokens, **more)[0, ids.shape[1] :]
+    more |= {
+        "attention_mask": torch.ones_like(ids),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": 0,
+    }
+    out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=max_new_tokens, **more)[
+        0, ids.shape[1] :
+    ]
     finish = "stop" if tokenizer.eos_token_id in out.tolist() else "length"
     return tokenizer.decode(out, skip_special_tokens=True).strip(), finish
 
@@ -88,7 +117,9 @@ class TinyRun:
 
     def __init__(self, folder, tiny, seed=0):
         self.folder, self.tiny, self.loaded = folder, tiny, 0
-        self.recipe = SimpleNamespace(name="tiny-run", seed=seed, benchmarks=str(folder / "benchmarks"))
+        self.recipe = SimpleNamespace(
+            name="tiny-run", seed=seed, benchmarks=str(folder / "benchmarks")
+        )
         tiny.model.save_pretrained(folder / "model")
 
     def load_model(self):

@@ -21,7 +21,9 @@ PRESET = "tiny, tiny_frozen, qlora_7b, lora_7b, full_7b, full_13b, or a .py file
 STAGE = "projector, base or chat"
 PresetName = Annotated[str, typer.Argument(metavar="PRESET", help=PRESET)]
 Stage = Annotated[str, typer.Option(help=STAGE)]
-Changes = Annotated[str, typer.Option(help='fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\'')]
+Changes = Annotated[
+    str, typer.Option(help='fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\'')
+]
 
 
 def recipe_of(name: str, stage: str, changes: str = "{}"):
@@ -35,10 +37,18 @@ def recipe_of(name: str, stage: str, changes: str = "{}"):
 @app.command()
 def notebooks(
     preset: PresetName = "tiny",
-    only: Annotated[list[str], typer.Option("--notebooks", metavar="03", help="only these (start of the name)")] = (),
-    parameters: Annotated[list[str], typer.Option("-p", metavar="KEY VALUE", help="a parameter of notebooks")] = (),
-    out: Annotated[str | None, typer.Option(help="folder for the executed notebooks and the report")] = None,
-    again: Annotated[bool, typer.Option(help="run also the notebooks of which nothing has changed")] = False,
+    only: Annotated[
+        list[str], typer.Option("--notebooks", metavar="03", help="only these (start of the name)")
+    ] = (),
+    parameters: Annotated[
+        list[str], typer.Option("-p", metavar="KEY VALUE", help="a parameter of notebooks")
+    ] = (),
+    out: Annotated[
+        str | None, typer.Option(help="folder for the executed notebooks and the report")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option(help="run also the notebooks of which nothing has changed")
+    ] = False,
 ):
     """Run the notebooks of a preset in order; prints the scores and writes a report."""
     from vflan.tools.notebooks import press
@@ -50,7 +60,9 @@ def notebooks(
 
 
 @app.command()
-def doctor(presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]...", help=PRESET)] = None):
+def doctor(
+    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]...", help=PRESET)] = None,
+):
     """Say what this machine has, and what each preset lacks here."""
     from vflan.tools.doctor import examine
 
@@ -62,7 +74,9 @@ def plan(
     preset: PresetName,
     stage: Stage = "base",
     gpus: Annotated[int, typer.Option(help="how many")] = 1,
-    gpu: Annotated[str, typer.Option(help="A100-80G, H100-80G, L40S-48G, RTX4090-24G ..., or cpu")] = "A100-80G",
+    gpu: Annotated[
+        str, typer.Option(help="A100-80G, H100-80G, L40S-48G, RTX4090-24G ..., or cpu")
+    ] = "A100-80G",
     changes: Changes = "{}",
 ):
     """Memory, hours and energy of a stage, before it is started."""
@@ -73,8 +87,12 @@ def plan(
 def check(
     samples: Annotated[str, typer.Argument(help="a LLaVA json, or a folder of Vision-Flan")],
     images: Annotated[str, typer.Argument(help="folder or zip of the pictures")],
-    against: Annotated[str | None, typer.Option(help="folder of benchmarks: look for their pictures too")] = None,
-    max_length: Annotated[int, typer.Option(help="tokens of a conversation; a longer one is cut")] = 2048,
+    against: Annotated[
+        str | None, typer.Option(help="folder of benchmarks: look for their pictures too")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="tokens of a conversation; a longer one is cut")
+    ] = 2048,
 ):
     """Judge every row and picture by the rules of training; nothing is changed."""
     print(vflan.check(vflan.load_samples(samples, images), max_length=max_length, against=against))
@@ -82,9 +100,13 @@ def check(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help=f"{PRESET}; under torchrun, a run's folder")],
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help=f"{PRESET}; under torchrun, a run's folder")
+    ],
     stage: Stage = "base",
-    init: Annotated[str | None, typer.Option(help="a finished run's folder, or LLaVA's projector file")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="a finished run's folder, or LLaVA's projector file")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="GPUs, or processes on a CPU")] = None,
     changes: Changes = "{}",
 ):
@@ -102,8 +124,12 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="a finished run's folder")],
-    benchmarks: Annotated[list[str] | None, typer.Argument(help="all of the folder, if none is named")] = None,
-    folder: Annotated[str | None, typer.Option(help="folder of the benchmarks; default: the recipe's")] = None,
+    benchmarks: Annotated[
+        list[str] | None, typer.Argument(help="all of the folder, if none is named")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="folder of the benchmarks; default: the recipe's")
+    ] = None,
     processes: Annotated[int, typer.Option(help="GPUs, or processes on a CPU")] = 1,
 ):
     """Ask a model the questions of benchmarks and print its scores as csv."""
@@ -114,10 +140,18 @@ def evaluate(
 @app.command()
 def score(
     name: Annotated[str, typer.Argument(help="a benchmark: pope, mme, mmbench, gqa ...")],
-    questions: Annotated[str, typer.Option(help="the released question file (or MME's, MNIST's folder)")],
-    labels: Annotated[str | None, typer.Option(help="file or folder of the labels; default: beside them")] = None,
-    answers: Annotated[str | None, typer.Option(help="JSON Lines with question_id and text, or upload format")] = None,
-    reviews: Annotated[list[str], typer.Option(help="released verdicts of a judge, a file for each run")] = (),
+    questions: Annotated[
+        str, typer.Option(help="the released question file (or MME's, MNIST's folder)")
+    ],
+    labels: Annotated[
+        str | None, typer.Option(help="file or folder of the labels; default: beside them")
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="JSON Lines with question_id and text, or upload format")
+    ] = None,
+    reviews: Annotated[
+        list[str], typer.Option(help="released verdicts of a judge, a file for each run")
+    ] = (),
 ):
     """Score a file of answers, from any model, with the files that the benchmark's authors released.
 
@@ -132,9 +166,14 @@ def score(
 
 @app.command()
 def upload(
-    name: Annotated[str, typer.Argument(help="a benchmark that has a server: vqav2, vizwiz, mmbench, mm_vet ...")],
+    name: Annotated[
+        str,
+        typer.Argument(help="a benchmark that has a server: vqav2, vizwiz, mmbench, mm_vet ..."),
+    ],
     run: Annotated[str, typer.Option(help="folder of a run that vflan.evaluate has asked")],
-    folder: Annotated[str | None, typer.Option(help="folder of the benchmarks; default: the recipe's")] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="folder of the benchmarks; default: the recipe's")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="the file to write")] = None,
 ):
     """Write a run's answers in the form that the benchmark's server takes."""
@@ -145,9 +184,15 @@ def upload(
 
 @app.command()
 def download(
-    name: Annotated[str | None, typer.Argument(help="a set; without a name they are listed")] = None,
-    folder: Annotated[str | None, typer.Option(help="instead of the set's own folder under data/")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="the sets, and what remains to be done")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="a set; without a name they are listed")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="instead of the set's own folder under data/")
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="the sets, and what remains to be done")
+    ] = False,
 ):
     """Download a real set from the Hugging Face hub."""
     from vflan.config import shown
@@ -164,7 +209,9 @@ def download(
 def export(
     run: Annotated[str, typer.Argument(help="a finished run's folder")],
     folder: Annotated[str, typer.Argument(help="a new folder")],
-    merge: Annotated[bool, typer.Option(help="one model; --no-merge gives a LoRA adapter alone")] = True,
+    merge: Annotated[
+        bool, typer.Option(help="one model; --no-merge gives a LoRA adapter alone")
+    ] = True,
 ):
     """Write a run as a folder for transformers and vLLM, with a model card."""
     print(vflan.Run.open(run).export(folder, merge))
@@ -188,7 +235,11 @@ def publish(
 
 
 @app.command("tag", hidden=True)
-def tag_notebooks(paths: Annotated[list[str] | None, typer.Argument(help="notebooks; all if none is named")] = None):
+def tag_notebooks(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="notebooks; all if none is named")
+    ] = None,
+):
     """For the authors: tag the notebook cells that say the same on every machine, so that nbval compares them."""
     from vflan.tools.stable import tag_files
 

@@ -19,7 +19,11 @@ INSTALLED = (_PACKAGE / "shipped").is_dir()
 SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
 # The project folder: relative paths of recipes start here, and everything is written below it. An installed package takes
 # the working directory at import, never site-packages; a clone is its own project folder, wherever Python was started.
-ROOT = Path(os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED)).expanduser().absolute()
+ROOT = (
+    Path(os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED))
+    .expanduser()
+    .absolute()
+)
 if INSTALLED:
     # Child processes and notebook kernels start in other working directories, and must agree.
     os.environ["VFLAN_HOME"] = str(ROOT)
@@ -53,13 +57,34 @@ _CHOICES = {
     "sharding": ("auto", "none", "fsdp2", "zero2", "zero3"),
 }
 _TRACKERS = ("tensorboard", "wandb", "trackio")
-_WATCHING = ("save_every", "evaluate_every", "trackers")  # what is seen of a run, not what comes out of it
-_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-_AT_LEAST = dict(num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2)
-_AT_LEAST |= dict(
-    lr=0, projector_lr=0, epochs=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0, lora_r=0, save_every=0
+_WATCHING = (
+    "save_every",
+    "evaluate_every",
+    "trackers",
+)  # what is seen of a run, not what comes out of it
+_RESERVED = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)),
+}
+_AT_LEAST = dict(
+    num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2
 )
-_AT_LEAST |= dict(lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1)
+_AT_LEAST |= dict(
+    lr=0,
+    projector_lr=0,
+    epochs=0,
+    warmup_ratio=0,
+    weight_decay=0,
+    max_grad_norm=0,
+    lora_r=0,
+    save_every=0,
+)
+_AT_LEAST |= dict(
+    lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1
+)
 _AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
 
 
@@ -79,12 +104,22 @@ class Recipe:
     image_aspect_ratio: str = "pad"  # `crop` in the projector stage, as LLaVA-1.5 really did
     num_tasks: int | None = None  # of `samples`; None: all
     per_task: int | None = None
-    exclude: tuple[str, ...] = ()  # tasks left out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces
+    exclude: tuple[
+        str, ...
+    ] = ()  # tasks left out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces
     num_samples: int | None = None  # a random subset of `samples`, after the three above
-    temperature: float | None = None  # the tasks share `num_samples` in proportion to n ** (1 / temperature)
-    task_weights: tuple[str, ...] = ()  # or to weights, "task=2"; a task that is not named has weight 1
-    more_samples: tuple[str, ...] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
-    tune: tuple[str, ...] = ("projector",)  # which parts learn; the vision tower never does (paper, section 3)
+    temperature: float | None = (
+        None  # the tasks share `num_samples` in proportion to n ** (1 / temperature)
+    )
+    task_weights: tuple[
+        str, ...
+    ] = ()  # or to weights, "task=2"; a task that is not named has weight 1
+    more_samples: tuple[
+        str, ...
+    ] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
+    tune: tuple[str, ...] = (
+        "projector",
+    )  # which parts learn; the vision tower never does (paper, section 3)
     bits: int = 16  # 8 and 4: the language model is quantised (LoRA is then needed to tune it)
     lora_r: int = 0  # 0: the language model is tuned in full
     lora_alpha: float = 0
@@ -101,23 +136,27 @@ class Recipe:
     global_batch: int = 16  # samples an optimiser step, over all processes
     micro_batch: int = 16  # samples a forward pass of one process
     max_length: int = 2048  # tokens, the picture's included
-    packing: str = "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
-    pack_tokens: int | None = None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
+    packing: str = (
+        "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
+    )
+    pack_tokens: int | None = (
+        None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
+    )
     loss_average: str = "tokens"  # each learned token of a global batch weighs the same; LLaVA averages micro_batches
-    feature_cache: bool = False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
+    feature_cache: bool = (
+        False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
+    )
     precision: str = "fp32"
     gradient_checkpointing: bool = False
-    compile: bool = (
-        False  # the language model's layers by torch.compile: a minute more at the start, faster steps on a GPU
-    )
+    compile: bool = False  # the language model's layers by torch.compile: a minute more at the start, faster steps on a GPU
     seed: int = 0
-    sharding: str = (
-        "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
-    )
+    sharding: str = "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
     save_every: int = 0  # steps between checkpoints to resume from; 0: none
     heldout_rows: int = 0  # rows never trained on: their loss a task, and answers to a few of them
     evaluate_every: int = 0  # steps between looks at the held-out rows; 0: one look, at the end
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written in any case
+    trackers: tuple[
+        str, ...
+    ] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written in any case
     max_bad_share: float = 0.01  # more bad rows than this and the run does not start
 
     def __post_init__(self):
@@ -135,12 +174,18 @@ class Recipe:
                 raise ValueError(f"{name}={value!r}: True or False is needed.")
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(str, known))}.")
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(str, known))}."
+                )
         for field, least in _AT_LEAST.items():
             value = getattr(self, field)
             if value is None and _FIELDS[field].default is None:
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < 1e18:
+            if (
+                not isinstance(value, (int, float))
+                or isinstance(value, bool)
+                or not least <= value < 1e18
+            ):
                 raise ValueError(f"{field}={value!r}: a number of at least {least} is needed.")
             if "int" in str(_FIELDS[field].type) and value != int(value):
                 raise ValueError(f"{field}={value!r}: a whole number is needed.")
@@ -154,17 +199,25 @@ class Recipe:
                 f"bits={self.bits}: a quantised language model learns only through LoRA; set lora_r (64, say)."
             )
         if (self.temperature or self.weights) and not self.num_samples:
-            raise ValueError("temperature and task_weights share out rows: say with num_samples how many.")
+            raise ValueError(
+                "temperature and task_weights share out rows: say with num_samples how many."
+            )
         if self.temperature and self.weights:
-            raise ValueError("temperature and task_weights both decide the shares: give one of them.")
+            raise ValueError(
+                "temperature and task_weights both decide the shares: give one of them."
+            )
         if self.lora_r and "language_model" not in self.tune:
-            raise ValueError(f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0.")
+            raise ValueError(
+                f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0."
+            )
         if self.pack_tokens and self.pack_tokens < self.max_length:
             raise ValueError(
                 f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
                 "raise it or lower max_length."
             )
-        if self.sharding not in ("auto", "none") and (self.bits < 16 or self.optimizer == "adamw_8bit"):
+        if self.sharding not in ("auto", "none") and (
+            self.bits < 16 or self.optimizer == "adamw_8bit"
+        ):
             raise ValueError(
                 f"sharding={self.sharding!r}: quantised weights and the 8-bit optimiser cannot be shared out over processes; "
                 "set sharding='none', or bits=16 and optimizer='adamw'."
@@ -172,9 +225,13 @@ class Recipe:
         if not set(self.trackers) <= set(_TRACKERS):
             raise ValueError(f"trackers={self.trackers}: choose among {', '.join(_TRACKERS)}.")
         if self.evaluate_every and not self.heldout_rows:
-            raise ValueError(f"evaluate_every={self.evaluate_every} has nothing to look at; set heldout_rows too.")
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every} has nothing to look at; set heldout_rows too."
+            )
         if self.lora_r and not self.lora_alpha:
-            raise ValueError(f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual.")
+            raise ValueError(
+                f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual."
+            )
 
     @property
     def folder(self) -> Path:
@@ -200,7 +257,11 @@ class Recipe:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
-DEFAULTS = {name: field.default for name, field in _FIELDS.items() if field.default is not dataclasses.MISSING}
+DEFAULTS = {
+    name: field.default
+    for name, field in _FIELDS.items()
+    if field.default is not dataclasses.MISSING
+}
 DEFAULTS = json.loads(json.dumps(DEFAULTS))  # as they stand in a recipe.json
 
 
@@ -219,7 +280,9 @@ def one_recipe(recipe) -> None:
             "This is a preset, three recipes: give one of them, preset.projector, preset.base or preset.chat."
         )
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"This takes a vflan.Recipe, not {type(recipe).__name__}; vflan.preset('tiny').base is one.")
+        raise TypeError(
+            f"This takes a vflan.Recipe, not {type(recipe).__name__}; vflan.preset('tiny').base is one."
+        )
 
 
 def replace(recipe: Recipe, **changes) -> Recipe:
@@ -230,7 +293,9 @@ def replace(recipe: Recipe, **changes) -> Recipe:
 
 def for_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with another seed, under a name that tells: `base` is the run of seed 0, `base-seed1` of seed 1."""
-    return replace(recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
+    return replace(
+        recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}"
+    )
 
 
 def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
@@ -240,17 +305,25 @@ def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
     """
     changes = read_changes(changes) | more
     for field in {"name", "stage"} & changes.keys():
-        raise ValueError(f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace().")
+        raise ValueError(
+            f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace()."
+        )
     if str(name).endswith(".py"):
         path = Path(name) if Path(name).exists() else resolve(name)
         if not path.exists():
-            raise FileNotFoundError(f"{name}: no such preset file; copy one of vflan/presets and point to it.")
+            raise FileNotFoundError(
+                f"{name}: no such preset file; copy one of vflan/presets and point to it."
+            )
         try:
             make = runpy.run_path(str(path)).get("preset")
         except (Exception, SystemExit) as trouble:  # it is code of somebody's own
-            raise ValueError(f"{name} cannot be run: {type(trouble).__name__}: {trouble}") from trouble
+            raise ValueError(
+                f"{name} cannot be run: {type(trouble).__name__}: {trouble}"
+            ) from trouble
         if not callable(make):
-            raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
+            raise ValueError(
+                f"{name} defines no preset(); see vflan/presets/tiny.py for the shape."
+            )
     elif name in (known := preset_names()):
         make = import_module(f"vflan.presets.{name}").preset
     else:
@@ -262,7 +335,9 @@ def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
     try:
         recipes = list(make())
     except (Exception, SystemExit) as trouble:
-        raise ValueError(f"preset() of {name} fails: {type(trouble).__name__}: {trouble}") from trouble
+        raise ValueError(
+            f"preset() of {name} fails: {type(trouble).__name__}: {trouble}"
+        ) from trouble
     if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ValueError(
             f"preset() of {name} must return three recipes: projector, base, chat; see vflan/presets/tiny.py."
@@ -292,14 +367,20 @@ def read_value(text: str):
 
 
 def preset_names() -> list[str]:
-    return sorted(p.stem for p in (Path(__file__).parent / "presets").glob("*.py") if p.stem != "__init__")
+    return sorted(
+        p.stem for p in (Path(__file__).parent / "presets").glob("*.py") if p.stem != "__init__"
+    )
 
 
 def differences(old: dict, new: dict) -> str:
     """The fields that make two recipes (as dicts) two runs, one line each; a field that one lacks has its default."""
     old, new = (json.loads(json.dumps({**DEFAULTS, **values})) for values in (old, new))
     keys = [key for key in {**old, **new} if key not in _WATCHING]
-    return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key))
+    return "\n".join(
+        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    )
 
 
 def folder_name(name: str, what: str = "name") -> str:
@@ -320,7 +401,9 @@ def folder_name(name: str, what: str = "name") -> str:
     elif name.split(".")[0].rstrip().upper() in _RESERVED:
         trouble = "Windows reserves it"
     if trouble:
-        raise ValueError(f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {trouble}.")
+        raise ValueError(
+            f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {trouble}."
+        )
     return name
 
 
@@ -376,7 +459,9 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{shown(path)} is damaged: put back a whole copy, or delete it and what it belongs to.")
+        raise ValueError(
+            f"{shown(path)} is damaged: put back a whole copy, or delete it and what it belongs to."
+        )
     return value
 
 
@@ -407,7 +492,9 @@ def weights_source(path: str) -> str:
     if resolve(path).exists():
         return str(resolve(path))
     if Path(path).is_absolute() or path.startswith(("data/", "runs/", ".")) or path.count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such folder; data/README.md says where the backbones come from.")
+        raise FileNotFoundError(
+            f"{path}: no such folder; data/README.md says where the backbones come from."
+        )
     return path
 
 
@@ -416,17 +503,25 @@ def _weight(entry: str) -> tuple[str, float]:
     try:
         return task, float(weight if equals else "")
     except ValueError:
-        raise ValueError(f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example.") from None
+        raise ValueError(
+            f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example."
+        ) from None
 
 
 def _is_text(value) -> bool:
     """Whether a value can stand in a recipe.json as text: half a surrogate pair cannot, and no path holds a null byte."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    return (
+        isinstance(value, str)
+        and "\0" not in value
+        and not any("\ud800" <= c <= "\udfff" for c in value)
+    )
 
 
 def _known(names) -> None:
     if not isinstance(names, dict):
-        raise ValueError(f"A recipe is a table of fields and values, not {type(names).__name__}; see vflan/presets.")
+        raise ValueError(
+            f"A recipe is a table of fields and values, not {type(names).__name__}; see vflan/presets."
+        )
     for name in names:
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.0)

@@ -70,7 +70,11 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        above = (path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir())
+        above = (
+            path
+            for path in (folder, *folder.parents)
+            if os.path.lexists(path) and not path.is_dir()
+        )
         where = shown(next(above, folder))
         raise NotADirectoryError(
             f"{where} is no folder, but one is needed there: move it away, or choose another name."
@@ -126,7 +130,12 @@ def whole_folder(folder: Path, part: Path):
 
 
 def _delete_left_over(part: Path) -> None:
-    if part.is_symlink() or not part.is_dir() or any(part.iterdir()) and not (part / MARK).is_file():
+    if (
+        part.is_symlink()
+        or not part.is_dir()
+        or any(part.iterdir())
+        and not (part / MARK).is_file()
+    ):
         raise FileExistsError(
             f"{shown(part)} is in the way, and vflan did not mark it as its own: "
             "look at it, and move it away or delete it."
@@ -135,4 +144,6 @@ def _delete_left_over(part: Path) -> None:
         with FileLock(part / MARK, timeout=0):
             shutil.rmtree(part)
     except Timeout:
-        raise FileExistsError(f"{shown(part)} is being written by another process; wait for it.") from None
+        raise FileExistsError(
+            f"{shown(part)} is being written by another process; wait for it."
+        ) from None

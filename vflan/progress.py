@@ -36,7 +36,14 @@ class Lines:
     """What `progress` gives where nobody watches."""
 
     def __init__(self, what, total, unit="", initial=0):
-        self.what, self.total, self.unit, self.initial, self.n, self.postfix = what, total, unit, initial, initial, ""
+        self.what, self.total, self.unit, self.initial, self.n, self.postfix = (
+            what,
+            total,
+            unit,
+            initial,
+            initial,
+            "",
+        )
         self.began = self.said = time.perf_counter()
 
     def update(self, n=1):
@@ -46,7 +53,11 @@ class Lines:
             self.said = now
             left = (now - self.began) / (self.n - self.initial) * max(0, self.total - self.n)
             if not _is_checked():
-                parts = [f"{self.what}: {self._amount()}", self.postfix, f"{left / 60:.0f} min left"]
+                parts = [
+                    f"{self.what}: {self._amount()}",
+                    self.postfix,
+                    f"{left / 60:.0f} min left",
+                ]
                 print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     def set_postfix_str(self, text, refresh=True):
@@ -82,4 +93,6 @@ def _watched() -> bool:
 def _is_checked() -> bool:
     """Whether nbval compares what the running cell prints."""
     kernel = _kernel()
-    return kernel is not None and "NBVAL_CHECK_OUTPUT" in kernel.get_parent().get("content", {}).get("code", "")
+    return kernel is not None and "NBVAL_CHECK_OUTPUT" in kernel.get_parent().get(
+        "content", {}
+    ).get("code", "")

@@ -43,7 +43,9 @@ FLOORS = [
 
 def seeds_of(scores, run, benchmark, metric):
     """The rows of one metric of one run, indexed by seed."""
-    found = scores[(scores.run == run) & (scores.benchmark == benchmark) & (scores.metric == metric)]
+    found = scores[
+        (scores.run == run) & (scores.benchmark == benchmark) & (scores.metric == metric)
+    ]
     return found.set_index("seed").sort_index()
 
 
@@ -51,9 +53,13 @@ def answered(run, benchmark, folder, name=None):
     """The questions of a benchmark, each with the `answer` that vflan.evaluate kept for the run (under `name`)."""
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{run.name} has no answers to {benchmark} yet: vflan.evaluate asks the questions.")
+        raise FileNotFoundError(
+            f"{run.name} has no answers to {benchmark} yet: vflan.evaluate asks the questions."
+        )
     said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
-    return [sample | {"answer": said[i]} for i, sample in enumerate(BENCHMARKS[benchmark].load(folder))]
+    return [
+        sample | {"answer": said[i]} for i, sample in enumerate(BENCHMARKS[benchmark].load(folder))
+    ]
 
 
 def table(scores, columns):
@@ -83,10 +89,20 @@ def compare(scores, pairs):
         one, two = (seeds_of(scores, run, benchmark, metric) for run in (a, b))
         both = one.index.intersection(two.index)
         above, below = one.low[both] > two.high[both], one.high[both] < two.low[both]
-        verdict = "holds" if len(both) and above.all() else "opposite" if len(both) and below.all() else "open"
+        verdict = (
+            "holds"
+            if len(both) and above.all()
+            else "opposite"
+            if len(both) and below.all()
+            else "open"
+        )
         difference = (one.value[both] - two.value[both]).mean()
-        rows.append([claim, f"{benchmark} {metric}", shown(one), shown(two), round(difference, 1), verdict])
-    return pd.DataFrame(rows, columns=["claim", "measured as", "first", "second", "difference", "verdict"])
+        rows.append(
+            [claim, f"{benchmark} {metric}", shown(one), shown(two), round(difference, 1), verdict]
+        )
+    return pd.DataFrame(
+        rows, columns=["claim", "measured as", "first", "second", "difference", "verdict"]
+    )
 
 
 def wanted(rule, bound, majority, before):
@@ -98,7 +114,11 @@ def wanted(rule, bound, majority, before):
     if rule == "over majority":
         return majority + bound, 100, f"majority + {bound}"
     if rule == "over before":
-        return before + bound, float("inf"), f"stage before {'+' if bound > 0 else '-'} {abs(bound)}"
+        return (
+            before + bound,
+            float("inf"),
+            f"stage before {'+' if bound > 0 else '-'} {abs(bound)}",
+        )
     return 0, 100, ""  # shown, not judged
 
 
@@ -117,13 +137,32 @@ def floors(scores, losses=None):
         before = seeds_of(scores, BEFORE[run], benchmark, metric)
         mean, majority, earlier = own.value.mean(), own.baseline.mean(), before.value.mean()
         low, high, needs = wanted(rule, bound, majority, earlier)
-        judged = own.value if rule == "within" else [mean]  # a bias to yes and one to no are no balance
+        judged = (
+            own.value if rule == "within" else [mean]
+        )  # a bias to yes and one to no are no balance
         holds = None if rule == "shown" else all(low <= value <= high for value in judged)
-        rows.append([claim, needs, mean, " / ".join(f"{v:.1f}" for v in own.value), majority, earlier, holds])
+        rows.append(
+            [
+                claim,
+                needs,
+                mean,
+                " / ".join(f"{v:.1f}" for v in own.value),
+                majority,
+                earlier,
+                holds,
+            ]
+        )
     if losses:
         first, last = (sum(pair[i] for pair in losses.values()) / len(losses) for i in (0, 1))
         each = " / ".join(f"{pair[1]:.2f}" for pair in losses.values())
-        row = ["The projector learns captions: the loss falls", "half of the first", last, each, None, first]
+        row = [
+            "The projector learns captions: the loss falls",
+            "half of the first",
+            last,
+            each,
+            None,
+            first,
+        ]
         rows.append([*row, bool(last <= first / 2)])
     columns = ["claim", "needs", "measured", "each seed", "majority", "stage before", "holds"]
     return pd.DataFrame(rows, columns=columns).round(2)
@@ -151,7 +190,9 @@ def ledger(path=None):
     if odd := sorted(set(table.direction) - {"above", "over", "below"}):
         raise ValueError(f"direction {odd[0]!r} in the ledger: write above, over or below.")
     if table.claim.duplicated().any():
-        raise ValueError(f"claim {table.claim[table.claim.duplicated()].iloc[0]} stands twice in the ledger.")
+        raise ValueError(
+            f"claim {table.claim[table.claim.duplicated()].iloc[0]} stands twice in the ledger."
+        )
     return table
 
 
@@ -208,7 +249,9 @@ def resampler(items, rounds=ROUNDS):
 
     @cache
     def weights(benchmark, pictures):
-        return np.concatenate(list(draws(pictures, crc32(benchmark.encode()), rounds))).astype(float)
+        return np.concatenate(list(draws(pictures, crc32(benchmark.encode()), rounds))).astype(
+            float
+        )
 
     @cache
     def scored(label, seed, measure):
@@ -216,7 +259,9 @@ def resampler(items, rounds=ROUNDS):
         m = items(label, seed, benchmark)[metric]
         top, bottom, sizes = tables(100 * m.num, m.den, m.cluster, m.group)
         drawn = weights(benchmark, len(top))
-        return float(ratio(top.sum(0), bottom.sum(0))), ratio(drawn @ top, drawn @ bottom, drawn @ sizes)
+        return float(ratio(top.sum(0), bottom.sum(0))), ratio(
+            drawn @ top, drawn @ bottom, drawn @ sizes
+        )
 
     return scored
 
@@ -229,7 +274,11 @@ def measured(scored, seeds, runs, measures):
     effects, replicates = [], 0.0
     for seed in seeds:
         try:
-            parts = [(weight, *scored(label, seed, measure)) for measure in measures for weight, label in runs]
+            parts = [
+                (weight, *scored(label, seed, measure))
+                for measure in measures
+                for weight, label in runs
+            ]
         except KeyError:
             continue
         effects.append(sum(weight * value for weight, value, _ in parts) / len(measures))
@@ -252,7 +301,9 @@ def keep_verdicts(path, found):
     """Add verdicts to a csv; rows of the same claim are replaced, and the file is in the ledger's order."""
     path = Path(path)
     if path.exists():
-        found = pd.concat([pd.read_csv(path, dtype={"claim": str}), found.assign(claim=found.claim.astype(str))])
+        found = pd.concat(
+            [pd.read_csv(path, dtype={"claim": str}), found.assign(claim=found.claim.astype(str))]
+        )
         found = found.drop_duplicates("claim", keep="last")
     order = {claim: i for i, claim in enumerate(ledger().claim)}
     found = found.sort_values("claim", key=lambda column: column.map(order))
@@ -303,7 +354,9 @@ def beside(scores, preset="tiny", changes=None):
         tables.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
         READ.append(shown_path(path))
     both = pd.concat(tables, ignore_index=True)
-    headline = both.benchmark.map({name: benchmark.headline for name, benchmark in BENCHMARKS.items()})
+    headline = both.benchmark.map(
+        {name: benchmark.headline for name, benchmark in BENCHMARKS.items()}
+    )
     both = both[(both.metric == headline) & both.benchmark.isin(scores.benchmark)]
     index = ["benchmark", "metric", "run"]
     return both.pivot_table(index=index, columns="source", values="value", sort=False).round(1)
@@ -321,19 +374,38 @@ def account(*sweeps, live="all"):
         for label, _, name in sorted(sweep.answered):
             answered.setdefault(label, []).append(name)
     lines = [("trained here", sorted(trained))]
-    lines += [("asked here", [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()])]
+    lines += [
+        (
+            "asked here",
+            [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()],
+        )
+    ]
     lines += [("read, runs", sorted(runs - trained)), ("read, committed", sorted(set(READ)))]
     if live == "small":
         lines.append(("not run here", ['the other arms and seeds: live = "all", or make paper']))
     for how, what in lines:
         text = ", ".join(dict.fromkeys(what)) or "nothing"
-        print(textwrap.fill(text, 112, initial_indent=f"{how:17}", subsequent_indent=" " * 17, break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                text,
+                112,
+                initial_indent=f"{how:17}",
+                subsequent_indent=" " * 17,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def shown_verdicts(found):
     """Verdicts as a notebook shows them: claim, seeds, effect, interval, the smallest that counts, verdict."""
-    table = found.assign(interval=[f"[{r.low:.1f}, {r.high:.1f}]" if r.n_seeds > 1 else "" for r in found.itertuples()])
-    return table.set_index("claim")[["statement", "n_seeds", "effect", "interval", "smallest", "verdict"]]
+    table = found.assign(
+        interval=[
+            f"[{r.low:.1f}, {r.high:.1f}]" if r.n_seeds > 1 else "" for r in found.itertuples()
+        ]
+    )
+    return table.set_index("claim")[
+        ["statement", "n_seeds", "effect", "interval", "smallest", "verdict"]
+    ]
 
 
 def reading(found, long):

@@ -102,7 +102,9 @@ def wrap(text, width, lines=None):
 
 def write(ax, x, y, text, **more):
     """Text as it is: a dollar sign in an answer is no formula."""
-    return ax.text(x, y, text, **{"va": "top", "parse_math": False, "transform": ax.transAxes} | more)
+    return ax.text(
+        x, y, text, **{"va": "top", "parse_math": False, "transform": ax.transAxes} | more
+    )
 
 
 def show(ax, path):
@@ -135,10 +137,29 @@ def gallery(samples, n=8, columns=4):
         show(fig.add_subplot(cells[2 * row, column]), sample.get("image"))
         ax = fig.add_subplot(cells[2 * row + 1, column])
         ax.set_axis_off()
-        question, reply = wrap(question, width, 6), wrap(reply, width - 3, 4)  # bold letters are wider
-        write(ax, 0, 0.98, wrap(task.replace("_", " "), width - 4, 1), fontsize=7.5, color=GREY, weight="bold")
+        question, reply = (
+            wrap(question, width, 6),
+            wrap(reply, width - 3, 4),
+        )  # bold letters are wider
+        write(
+            ax,
+            0,
+            0.98,
+            wrap(task.replace("_", " "), width - 4, 1),
+            fontsize=7.5,
+            color=GREY,
+            weight="bold",
+        )
         write(ax, 0, 0.86, question, fontsize=7.5)
-        write(ax, 0, 0.83 - 0.094 * (question.count("\n") + 1), reply, fontsize=7.5, color=COLORS[0], weight="bold")
+        write(
+            ax,
+            0,
+            0.83 - 0.094 * (question.count("\n") + 1),
+            reply,
+            fontsize=7.5,
+            color=COLORS[0],
+            weight="bold",
+        )
     return fig
 
 
@@ -151,16 +172,27 @@ def before_after(questions, answers, n=6):
     width = max(18, 84 // (len(answers) + 1))
     asked = [turns(q)[1] + f"\n[{q['label']}]" * bool(q.get("label")) for q in questions]
     said = [[a[i] or "(nothing)" for a in answers.values()] for i in range(len(questions))]
-    cells = [[wrap(text, width, 8) for text in row] for row in ([q, *a] for q, a in zip(asked, said))]
+    cells = [
+        [wrap(text, width, 8) for text in row] for row in ([q, *a] for q, a in zip(asked, said))
+    ]
     heights = [max(5, max(c.count("\n") + 1 for c in row)) for row in cells]
     fig = plt.figure(figsize=(9, 0.35 + 0.155 * (sum(heights) + len(heights))), layout="none")
     top = 1 - 0.3 / fig.get_figheight()
     grid = fig.add_gridspec(
-        len(cells), 1, height_ratios=heights, left=0.01, right=0.99, top=top, bottom=0.01, hspace=0.16
+        len(cells),
+        1,
+        height_ratios=heights,
+        left=0.01,
+        right=0.99,
+        top=top,
+        bottom=0.01,
+        hspace=0.16,
     )
     columns = [0.115 + 0.885 * k / (len(answers) + 1) for k in range(len(answers) + 1)]
     for x, name in zip(columns, ["question", *answers]):
-        fig.text(0.01 + 0.98 * x, 0.995, name, weight="bold", va="top", fontsize=9, parse_math=False)
+        fig.text(
+            0.01 + 0.98 * x, 0.995, name, weight="bold", va="top", fontsize=9, parse_math=False
+        )
     for i, row in enumerate(cells):
         ax = fig.add_subplot(grid[i])
         ax.set_axis_off()
@@ -168,7 +200,9 @@ def before_after(questions, answers, n=6):
         show(ax.inset_axes([0, 0.02, 0.1, 0.96]), questions[i].get("image"))
         for k, (x, text) in enumerate(zip(columns, row)):
             right = (
-                k > 0 and said[i][k - 1].strip(" .").lower() == str(questions[i].get("label", "")).strip(" .").lower()
+                k > 0
+                and said[i][k - 1].strip(" .").lower()
+                == str(questions[i].get("label", "")).strip(" .").lower()
             )
             write(
                 ax,
@@ -226,15 +260,29 @@ def packed_rows(rows, budget, image_token=-200):
     for y, conversations in enumerate(rows):
         x = 0
         for ids, labels in conversations:
-            kind = np.where(np.asarray(labels) >= 0, 2, np.where(np.asarray(ids) == image_token, 1, 0))
+            kind = np.where(
+                np.asarray(labels) >= 0, 2, np.where(np.asarray(ids) == image_token, 1, 0)
+            )
             cuts = [0, *(np.flatnonzero(np.diff(kind)) + 1), len(kind)]
             for a, b in zip(cuts, cuts[1:]):
                 ax.broken_barh([(x + a, b - a)], (y - 0.4, 0.8), color=kinds[kind[a]][0], lw=0)
             x += len(kind)
             ax.vlines(x, y - 0.45, y + 0.45, color="white", lw=1.5)
         if x < budget:
-            ax.broken_barh([(x, budget - x)], (y - 0.4, 0.8), facecolor="none", edgecolor=GREY, lw=0.5, hatch="////")
-    ax.set(xlim=(0, budget), ylim=(len(rows) - 0.5, -0.5), yticks=[], xlabel="position in the row (hatched: padding)")
+            ax.broken_barh(
+                [(x, budget - x)],
+                (y - 0.4, 0.8),
+                facecolor="none",
+                edgecolor=GREY,
+                lw=0.5,
+                hatch="////",
+            )
+    ax.set(
+        xlim=(0, budget),
+        ylim=(len(rows) - 0.5, -0.5),
+        yticks=[],
+        xlabel="position in the row (hatched: padding)",
+    )
     ax.grid(False)
     marks = [plt.Rectangle((0, 0), 1, 1, color=color, label=label) for color, label in kinds]
     ax.legend(handles=marks, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
@@ -249,7 +297,9 @@ def loss_curve(*runs, smooth=0.03):
     fig, ax = plt.subplots(figsize=(9, 3.2))
     for run, color in zip(runs, COLORS * len(runs)):
         table = run.metrics()
-        mean = table.loss.rolling(max(1, int(smooth * len(table))), min_periods=1, center=True).mean()
+        mean = table.loss.rolling(
+            max(1, int(smooth * len(table))), min_periods=1, center=True
+        ).mean()
         ax.plot(table.step, table.loss, color=color, alpha=0.18, lw=0.8)
         ax.plot(table.step, mean, color=color, label=f"{run.name}, ends at {mean.iloc[-1]:.2f}")
     ax.set(xlabel="step", ylabel="loss of a learned token", title="Training loss", ylim=(0, None))
@@ -288,11 +338,12 @@ def task_bubbles(collections):
             counts = part.category.value_counts()
             radii = np.sqrt(counts.to_numpy() / np.pi) + 0.06
             centres = packed(radii)
-            low, high = (centres - radii[:, None]).min(axis=0), (centres + radii[:, None]).max(axis=0)
+            low, high = (
+                (centres - radii[:, None]).min(axis=0),
+                (centres + radii[:, None]).max(axis=0),
+            )
             clusters[group] = counts, radii - 0.06, centres - low, high - low
-        title = (
-            f"{title}{', ' * bool(title)}{len(tasks)} tasks in {sum(len(c[0]) for c in clusters.values())} categories"
-        )
+        title = f"{title}{', ' * bool(title)}{len(tasks)} tasks in {sum(len(c[0]) for c in clusters.values())} categories"
         rows.append((title, clusters))
     gap = 0.7
     width = max(sum(c[3][0] + gap for c in clusters.values()) - gap for _, clusters in rows)
@@ -306,7 +357,10 @@ def task_bubbles(collections):
             counts, radii, centres, extent = clusters[group]
             corner = np.array([x, (height - 1.1 - extent[1]) / 2])
             for name, count, r, centre in zip(counts.index, counts, radii, centres + corner):
-                text = "\n".join(textwrap.wrap(name, max(9, len(name) // 2), break_long_words=False)) + f"\n{count}"
+                text = (
+                    "\n".join(textwrap.wrap(name, max(9, len(name) // 2), break_long_words=False))
+                    + f"\n{count}"
+                )
                 longest = max(map(len, text.splitlines()))
                 size = min(9.5, 1.8 * r * inches * 72 / (0.62 * longest))
                 ax.add_patch(plt.Circle(centre, r, color=groups[group], alpha=0.85, lw=0))
@@ -314,7 +368,14 @@ def task_bubbles(collections):
                     text, size = str(count), 6
                 ax.text(*centre, text, ha="center", va="center", color="white", fontsize=size, linespacing=0.95,
                         parse_math=False)  # fmt: skip
-            ax.text(x + extent[0] / 2, height - 0.75, group, ha="center", color=groups[group], weight="bold")
+            ax.text(
+                x + extent[0] / 2,
+                height - 0.75,
+                group,
+                ha="center",
+                color=groups[group],
+                weight="bold",
+            )
             x += extent[0] + gap
         ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
         ax.set_title(title)
@@ -327,7 +388,10 @@ def task_bubbles(collections):
 
 def headline(scores, benchmark, metric=None):
     """The rows of the headline metric of one benchmark, in the order of the runs."""
-    return scores[(scores.benchmark == benchmark) & (scores.metric == (metric or BENCHMARKS[benchmark].headline))]
+    return scores[
+        (scores.benchmark == benchmark)
+        & (scores.metric == (metric or BENCHMARKS[benchmark].headline))
+    ]
 
 
 def printed(item, row, column, table=None):
@@ -337,7 +401,12 @@ def printed(item, row, column, table=None):
     Returns (value, confirmed): whether the number was read in the paper or is only known second-hand.
     """
     table = paper() if table is None else table
-    found = table[(table.paper == "vision-flan") & (table.item == item) & (table.row == row) & (table.column == column)]
+    found = table[
+        (table.paper == "vision-flan")
+        & (table.item == item)
+        & (table.row == row)
+        & (table.column == column)
+    ]
     if not len(found):
         return None
     value = float(found.value.iloc[0])
@@ -350,10 +419,16 @@ def dots(scores, rows, item, table=None, benchmarks=None):
 
     rows: {run: (its label, the row of the paper's table or None)}, from top to bottom.
     """
-    here = [b for b in (benchmarks or BENCHMARKS) if len(headline(scores[scores.run.isin(list(rows))], b))]
+    here = [
+        b
+        for b in (benchmarks or BENCHMARKS)
+        if len(headline(scores[scores.run.isin(list(rows))], b))
+    ]
     columns = min(4, len(here)) or 1
     lines = -(-len(here) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(9, lines * (0.95 + 0.3 * len(rows))), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        lines, columns, figsize=(9, lines * (0.95 + 0.3 * len(rows))), sharey=True, squeeze=False
+    )
     for ax in axes.flat[len(here) :]:
         ax.set_axis_off()
     for k, (ax, name) in enumerate(zip(axes.flat, here)):
@@ -372,13 +447,27 @@ def dots(scores, rows, item, table=None, benchmarks=None):
                 )
             if run not in own.index:
                 continue
-            for _, score in own.loc[[run]].iterrows():  # a row for each seed, should there be several
-                ax.plot([score.low, score.high], [y, y], color=COLORS[0], lw=2.4, alpha=0.45, zorder=3)
+            for _, score in own.loc[
+                [run]
+            ].iterrows():  # a row for each seed, should there be several
+                ax.plot(
+                    [score.low, score.high], [y, y], color=COLORS[0], lw=2.4, alpha=0.45, zorder=3
+                )
                 ax.plot(score.value, y, "o", color=COLORS[0], zorder=4)
-                ax.plot(score.baseline, y, "|", color=COLORS[1], markersize=11, markeredgewidth=1.6, zorder=3)
+                ax.plot(
+                    score.baseline,
+                    y,
+                    "|",
+                    color=COLORS[1],
+                    markersize=11,
+                    markeredgewidth=1.6,
+                    zorder=3,
+                )
         extra = ", % of maximum" if name == "mme" else ""
         ax.set_title(TITLES[name])
-        ax.set_xlabel(UNITS.get(BENCHMARKS[name].headline, BENCHMARKS[name].headline) + extra, fontsize=8.5)
+        ax.set_xlabel(
+            UNITS.get(BENCHMARKS[name].headline, BENCHMARKS[name].headline) + extra, fontsize=8.5
+        )
         ax.set(xlim=(-3, 103), ylim=(len(rows) - 0.5, -0.5), xticks=[0, 25, 50, 75, 100])
         ax.set_yticks(range(len(rows)), [label for label, _ in rows.values()])
         ax.tick_params(axis="y", length=0, labelleft=k % columns == 0)
@@ -393,7 +482,12 @@ def dots(scores, rows, item, table=None, benchmarks=None):
 def paper_row(run):
     """The row of Table 2 that a run stands for, by its name: base or chat."""
     return next(
-        (f"Vision-Flan {word.capitalize()}" for word in ("base", "chat") if word == run.rsplit("-", 1)[-1]), None
+        (
+            f"Vision-Flan {word.capitalize()}"
+            for word in ("base", "chat")
+            if word == run.rsplit("-", 1)[-1]
+        ),
+        None,
     )
 
 
@@ -403,7 +497,11 @@ def table2(scores, table=None, rows=None, benchmarks=None):
     rows: {run: (label, row of the paper's Table 2 or None)}; by default every run, matched by its name.
     """
     return dots(
-        scores, rows or {run: (run, paper_row(run)) for run in scores.run.unique()}, "Table 2", table, benchmarks
+        scores,
+        rows or {run: (run, paper_row(run)) for run in scores.run.unique()},
+        "Table 2",
+        table,
+        benchmarks,
     )
 
 
@@ -412,7 +510,9 @@ def parts_table(scores, rows, item="Table 5", table=None, benchmarks=None):
 
     {"mlp-only": "LLM frozen, MLP tuned", "base": "LLM tuned, MLP tuned"}.
     """
-    return dots(scores, {run: (row or run, row) for run, row in rows.items()}, item, table, benchmarks)
+    return dots(
+        scores, {run: (row or run, row) for run, row in rows.items()}, item, table, benchmarks
+    )
 
 
 def categories(scores, benchmarks, of=None, metric="accuracy"):
@@ -422,16 +522,29 @@ def categories(scores, benchmarks, of=None, metric="accuracy"):
     """
     part = scores[scores.metric.str.startswith(f"{metric}/")]
     kind = part.metric.str.split("/").str[1]
-    part = part.assign(stage=part.run.str.replace(r"-seed\d+$", "", regex=True), line=kind.map(of or {}).fillna(kind))
+    part = part.assign(
+        stage=part.run.str.replace(r"-seed\d+$", "", regex=True),
+        line=kind.map(of or {}).fillna(kind),
+    )
     tables = [
-        part[part.benchmark == b].groupby(["line", "stage"], sort=False).value.mean().unstack() for b in benchmarks
+        part[part.benchmark == b].groupby(["line", "stage"], sort=False).value.mean().unstack()
+        for b in benchmarks
     ]
     height = 0.6 + 0.24 * max(map(len, tables))
-    fig, axes = plt.subplots(1, len(tables), figsize=(9, height), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(9, height), squeeze=False, layout="constrained"
+    )
     for ax, name, table in zip(axes.flat, benchmarks, tables):
         table = table.sort_values(table.columns[-1])
         chance = part[part.benchmark == name].groupby("line").baseline.mean()
-        ax.plot(chance[table.index], table.index, "|", color=GREY, markersize=10, label="majority answer")
+        ax.plot(
+            chance[table.index],
+            table.index,
+            "|",
+            color=GREY,
+            markersize=10,
+            label="majority answer",
+        )
         for color, column in zip(COLORS, table):
             ax.plot(table[column], table.index, "o", color=color, label=column)
         ax.set(title=TITLES[name], xlim=(-3, 103), xlabel=f"{metric}, %")
@@ -471,7 +584,9 @@ def curves(scores, points, panels, xlabel, log=False, reference=None):
         ax.set_xlabel(xlabel)
         if log:
             ax.set_xscale("symlog", linthresh=min(x for x in xs if x > 0), linscale=0.5)
-        ax.set_xticks(xs, [f"{x // 1000}k" if x >= 1000 and x % 1000 == 0 else f"{x:g}" for x in xs])
+        ax.set_xticks(
+            xs, [f"{x // 1000}k" if x >= 1000 and x % 1000 == 0 else f"{x:g}" for x in xs]
+        )
         ax.minorticks_off()
         ax.margins(x=0.06)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -479,7 +594,9 @@ def curves(scores, points, panels, xlabel, log=False, reference=None):
     return fig
 
 
-def diversity(scores, tasks, benchmarks=("mmbench", "mme", "pope", "heldout"), line="", reference=None):
+def diversity(
+    scores, tasks, benchmarks=("mmbench", "mme", "pope", "heldout"), line="", reference=None
+):
     """Figure 4: scores against the number of training tasks. tasks: {run: number of tasks}, or {run: (line,
     number)}."""
     points = {run: t if isinstance(t, tuple) else (line or "here", t) for run, t in tasks.items()}
@@ -500,14 +617,20 @@ def gpt4_curves(scores, amounts, figure=None, reference=None):
         8: [("mmbench", None, "Figure 8: MMBench")],
     }
     if figure is not None and figure not in panels:
-        raise ValueError(f"There is no curve of GPT-4 data in Figure {figure}; choose 5, 6, 7 or 8.")
+        raise ValueError(
+            f"There is no curve of GPT-4 data in Figure {figure}; choose 5, 6, 7 or 8."
+        )
     chosen = panels[figure] if figure else [p for part in panels.values() for p in part]
     if figure is None:
         chosen = [(b, m, t.replace("Figure ", "Fig. ")) for b, m, t in chosen]
     return curves(scores, amounts, chosen, "GPT-4 instances", log=True, reference=reference)
 
 
-VERDICT_COLORS = {"holds": COLORS[2], "holds weakly": COLORS[5], "does not hold at this scale": COLORS[1]}
+VERDICT_COLORS = {
+    "holds": COLORS[2],
+    "holds weakly": COLORS[5],
+    "does not hold at this scale": COLORS[1],
+}
 
 
 def ledger(found, long=None):
@@ -529,21 +652,45 @@ def ledger(found, long=None):
         color = VERDICT_COLORS.get(row.verdict, GREY)
         if row.low == row.low:
             ax.plot([row.low, row.high], [y, y], color=color, lw=2.6, alpha=0.6)
-        ax.plot(row.effect, y, "o", color=color if row.verdict in VERDICT_COLORS else "white", markeredgecolor=color)
+        ax.plot(
+            row.effect,
+            y,
+            "o",
+            color=color if row.verdict in VERDICT_COLORS else "white",
+            markeredgecolor=color,
+        )
         ax.plot([row.smallest] * 2, [y - 0.32, y + 0.32], color=INK, lw=0.9)
     ax.axvline(0, color=INK, lw=0.7, alpha=0.5)
-    labels = ["\n".join(textwrap.wrap(f"{row.claim}  {row.statement}", 62)[:2]) for row in found.itertuples()]
+    labels = [
+        "\n".join(textwrap.wrap(f"{row.claim}  {row.statement}", 62)[:2])
+        for row in found.itertuples()
+    ]
     ax.set_yticks(range(len(found)), labels, fontsize=8)
     ax.set(ylim=(len(found) - 0.4, -0.6), xlabel="effect, points (tick: the smallest that counts)")
     ax.grid(axis="x", color=PALE)
     seen = [verdict for verdict in VERDICT_COLORS if verdict in set(found.verdict)]
-    handles = [plt.Line2D([], [], marker="o", ls="", color=VERDICT_COLORS[verdict], label=verdict) for verdict in seen]
+    handles = [
+        plt.Line2D([], [], marker="o", ls="", color=VERDICT_COLORS[verdict], label=verdict)
+        for verdict in seen
+    ]
     if len(seen) < found.verdict.nunique():
         handles.append(
-            plt.Line2D([], [], marker="o", ls="", color="white", markeredgecolor=GREY, label="not enough runs")
+            plt.Line2D(
+                [],
+                [],
+                marker="o",
+                ls="",
+                color="white",
+                markeredgecolor=GREY,
+                label="not enough runs",
+            )
         )
     if len(long):
-        handles.append(plt.Line2D([], [], marker="o", ls="-", color=GREY, markersize=4, label="committed long form"))
+        handles.append(
+            plt.Line2D(
+                [], [], marker="o", ls="-", color=GREY, markersize=4, label="committed long form"
+            )
+        )
     ax.legend(
         handles=handles,
         loc="upper left",
@@ -561,7 +708,9 @@ def affinity(scores, runs, category, start="projector", benchmark="heldin"):
     scores: of vflan.evaluate with a row a task (`accuracy/TASK`). runs: their names, `category-NAME`. category: {task: category}.
     """
     own = scores[(scores.benchmark == benchmark) & scores.metric.str.startswith("accuracy/")]
-    own = own.assign(category=own.metric.str.removeprefix("accuracy/").map(category)).dropna(subset="category")
+    own = own.assign(category=own.metric.str.removeprefix("accuracy/").map(category)).dropna(
+        subset="category"
+    )
     table = own.groupby(["run", "category"]).value.mean().unstack()
     gain = (table.loc[list(runs)] - table.loc[start])[sorted(table.columns)]
     fig, ax = plt.subplots(figsize=(9, 1.6 + 0.26 * len(gain)))
@@ -571,7 +720,11 @@ def affinity(scores, runs, category, start="projector", benchmark="heldin"):
         color = "white" if abs(value) > 0.6 * limit else INK
         ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
     ax.set_xticks(range(len(gain.columns)), gain.columns, rotation=40, ha="right", fontsize=8)
-    ax.set_yticks(range(len(gain)), [run.removeprefix("category-").replace("-", " ") for run in gain.index], fontsize=8)
+    ax.set_yticks(
+        range(len(gain)),
+        [run.removeprefix("category-").replace("-", " ") for run in gain.index],
+        fontsize=8,
+    )
     ax.set(xlabel="asked", ylabel="tuned on")
     ax.grid(False)
     fig.colorbar(image, ax=ax, label="gain, points", shrink=0.7)

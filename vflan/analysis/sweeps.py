@@ -62,10 +62,14 @@ class Sweep:
 
     runs: dict
     asked: dict = field(repr=False)  # (label, seed) -> benchmarks
-    kept_as: dict = field(repr=False)  # (label, seed) -> the name of its answers, None for the run's own
+    kept_as: dict = field(
+        repr=False
+    )  # (label, seed) -> the name of its answers, None for the run's own
     folder: Path = None  # of the benchmarks
     trained: frozenset = frozenset()  # (label, seed) of the arms that this call trained
-    answered: frozenset = frozenset()  # (label, seed, benchmark) that this call asked; the rest was read
+    answered: frozenset = (
+        frozenset()
+    )  # (label, seed, benchmark) that this call asked; the rest was read
 
     @cached_property
     def scores(self):
@@ -74,10 +78,12 @@ class Sweep:
         for (label, seed), run in self.runs.items():
             if not self.asked[label, seed]:
                 continue
-            table = pd.read_csv(run.folder / "scores.csv", dtype={"judge": str}, keep_default_na=True)
-            own = (table.run == (self.kept_as[label, seed] or run.recipe.name)) & table.benchmark.isin(
-                self.asked[label, seed]
+            table = pd.read_csv(
+                run.folder / "scores.csv", dtype={"judge": str}, keep_default_na=True
             )
+            own = (
+                table.run == (self.kept_as[label, seed] or run.recipe.name)
+            ) & table.benchmark.isin(self.asked[label, seed])
             tables.append(table[own].assign(run=label, seed=seed, judge=table.judge.fillna("")))
         return pd.concat(tables, ignore_index=True)
 
@@ -90,7 +96,9 @@ class Sweep:
         def read(label, seed, benchmark):
             if benchmark not in self.asked[label, seed]:
                 raise KeyError(f"{label} was not asked {benchmark}")
-            return kept_items(self.runs[label, seed], benchmark, self.folder, self.kept_as[label, seed])[0]
+            return kept_items(
+                self.runs[label, seed], benchmark, self.folder, self.kept_as[label, seed]
+            )[0]
 
         return cache(read)
 
@@ -105,19 +113,31 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
     fails stops the sweep after those that are running; the error names it.
     """
     seeds, jobs = list(seeds), jobs or default_jobs()
-    folder = resolve(folder or next(arm.recipe.benchmarks for arm in arms.values() if isinstance(arm, Arm)))
+    folder = resolve(
+        folder or next(arm.recipe.benchmarks for arm in arms.values() if isinstance(arm, Arm))
+    )
     benchmarks = tuple(present(folder) if benchmarks is None else benchmarks)
-    asked = {label: benchmarks if arm.benchmarks is None else tuple(arm.benchmarks) for label, arm in arms.items()}
+    asked = {
+        label: benchmarks if arm.benchmarks is None else tuple(arm.benchmarks)
+        for label, arm in arms.items()
+    }
     todo = {(label, seed): arm for seed in seeds for label, arm in arms.items()}
     for (label, _), arm in todo.items():
         if unknown := [need for need in arm.needs() if need not in arms]:
             raise ValueError(f"{label} needs {unknown[0]!r}, which is no arm of this sweep.")
         if isinstance(arm, Swap) and arm.part not in models.PARTS:
-            raise ValueError(f"{label}: there is no part {arm.part!r}; a model has {', '.join(models.PARTS)}.")
+            raise ValueError(
+                f"{label}: there is no part {arm.part!r}; a model has {', '.join(models.PARTS)}."
+            )
     if repeated := repeated_names(arms):
-        raise ValueError(f"{repeated[0]} and {repeated[1]} would be trained in the same folder: give them other names.")
+        raise ValueError(
+            f"{repeated[0]} and {repeated[1]} would be trained in the same folder: give them other names."
+        )
     runs = {key: run_of(arms, *key) for key in todo}
-    kept_as = {(label, s): label.replace(" ", "-") if isinstance(a, Swap) else None for (label, s), a in todo.items()}
+    kept_as = {
+        (label, s): label.replace(" ", "-") if isinstance(a, Swap) else None
+        for (label, s), a in todo.items()
+    }
     for name in filter(None, kept_as.values()):  # said now, not when everything is trained
         for part in name.split("/"):
             folder_name(part, "label")
@@ -145,10 +165,15 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
                 run=str(runs[key].folder), part=arm.part, source=source, name=kept_as[key], **more
             )
         init = runs[arm.init, seed] if isinstance(arm.init, str) else arm.init
-        return train_and_ask, dict(recipe=for_seed(arm.recipe, seed), init=init, num_processes=num_processes, **more)
+        return train_and_ask, dict(
+            recipe=for_seed(arm.recipe, seed), init=init, num_processes=num_processes, **more
+        )
 
     _work_off(
-        longest_first(done, waiting, {key: rows_of(todo[key]) for key in done}), waiting, work, min(jobs, len(todo))
+        longest_first(done, waiting, {key: rows_of(todo[key]) for key in done}),
+        waiting,
+        work,
+        min(jobs, len(todo)),
     )
     benchmarks_of = {key: asked[key[0]] for key in todo}
     return Sweep(runs, benchmarks_of, kept_as, folder, frozenset(trained), frozenset(answered))
@@ -168,7 +193,13 @@ def default_jobs():
     """How many arms are trained at once: one a core, one where there is a GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return (
+        1
+        if torch.cuda.is_available()
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else 1
+    )
 
 
 def after(arms, label):
@@ -176,7 +207,11 @@ def after(arms, label):
     arm = arms[label]
     if isinstance(arm, Swap):
         return [arm.of, *([arm.source] if arm.source in arms else [])]
-    twin = next(other for other, a in arms.items() if isinstance(a, Arm) and a.recipe.folder == arm.recipe.folder)
+    twin = next(
+        other
+        for other, a in arms.items()
+        if isinstance(a, Arm) and a.recipe.folder == arm.recipe.folder
+    )
     return [*arm.needs(), *([twin] if twin != label else [])]
 
 
@@ -192,7 +227,11 @@ def repeated_names(arms):
 
 def run_of(arms, label, seed):
     arm = arms[label]
-    return run_of(arms, arm.of, seed) if isinstance(arm, Swap) else Run(for_seed(arm.recipe, seed).folder)
+    return (
+        run_of(arms, arm.of, seed)
+        if isinstance(arm, Swap)
+        else Run(for_seed(arm.recipe, seed).folder)
+    )
 
 
 def train_and_ask(recipe, init, benchmarks, folder, num_processes):
@@ -211,7 +250,9 @@ def swap_and_ask(run, part, source, name, benchmarks, folder):
 def _in_order(waiting):
     """The keys so that each comes after those that it waits for; keys in a circle are left out."""
     order = []
-    while ready := [k for k, needs in waiting.items() if k not in order and all(n in order for n in needs)]:
+    while ready := [
+        k for k, needs in waiting.items() if k not in order and all(n in order for n in needs)
+    ]:
         order += ready
     return order
 
@@ -221,8 +262,12 @@ def rows_of(arm):
     if isinstance(arm, Swap):
         return 1_000
     recipe = arm.recipe
-    rows = recipe.num_samples or (recipe.num_tasks or 0) * (recipe.per_task or 0) or 100_000  # a whole file: many
-    return 1_000 + (recipe.max_steps * recipe.global_batch if recipe.max_steps else recipe.epochs * rows)
+    rows = (
+        recipe.num_samples or (recipe.num_tasks or 0) * (recipe.per_task or 0) or 100_000
+    )  # a whole file: many
+    return 1_000 + (
+        recipe.max_steps * recipe.global_batch if recipe.max_steps else recipe.epochs * rows
+    )
 
 
 def longest_first(order, waiting, rows):
@@ -243,7 +288,9 @@ def _work_off(order, waiting, work, jobs):
             task(**arguments)
             _say(key, len(done := done | {key}), len(order), began)
         return
-    with ProcessPoolExecutor(jobs, mp_context=forking(), initializer=_one_thread, initargs=(dict(os.environ),)) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=forking(), initializer=_one_thread, initargs=(dict(os.environ),)
+    ) as pool:
         while len(done) < len(order):
             for key in order:
                 free = key not in done and key not in running.values() and len(running) < jobs
@@ -261,12 +308,16 @@ def _work_off(order, waiting, work, jobs):
                     _say(key, len(done), len(order), began)
     if failed:
         (label, seed), trouble = failed
-        raise RuntimeError(f"The arm {label!r} of seed {seed} failed: {type(trouble).__name__}: {trouble}") from trouble
+        raise RuntimeError(
+            f"The arm {label!r} of seed {seed} failed: {type(trouble).__name__}: {trouble}"
+        ) from trouble
 
 
 def _say(key, done, all_, began):
     minutes = (time.monotonic() - began) / 60
-    print(f"[{done}/{all_}] {key[0]}, seed {key[1]} ({minutes:.1f} min)", file=sys.stderr, flush=True)
+    print(
+        f"[{done}/{all_}] {key[0]}, seed {key[1]} ({minutes:.1f} min)", file=sys.stderr, flush=True
+    )
 
 
 def _one_thread(environment):
@@ -274,5 +325,7 @@ def _one_thread(environment):
     import torch
 
     end_with_parent()
-    os.environ |= environment | {"OMP_NUM_THREADS": "1"}  # the process that was forked may have begun with another
+    os.environ |= environment | {
+        "OMP_NUM_THREADS": "1"
+    }  # the process that was forked may have begun with another
     torch.set_num_threads(1)

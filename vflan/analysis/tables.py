@@ -17,7 +17,11 @@ def caption(picture):
     """What a figure says of itself: the description in the PNG, else its file name read aloud."""
     with Image.open(picture) as image:
         said = getattr(image, "text", {}).get("Description")
-    words = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{'Figure' if m[1] == 'fig' else 'Table'} {m[2]}: ", picture.stem)
+    words = re.sub(
+        r"^(fig|table)(\w*?)_",
+        lambda m: f"{'Figure' if m[1] == 'fig' else 'Table'} {m[2]}: ",
+        picture.stem,
+    )
     return said or words.replace("_", " ")
 
 
@@ -28,7 +32,12 @@ def pictures(folder):
 
 def write_gallery(preset, folder, page):
     """List the figures of `folder` with their captions on a page in markdown; returns how many they are."""
-    lines = [f"# Figures of the {preset} preset", "", "Drawn by the notebooks; this page is generated.", ""]
+    lines = [
+        f"# Figures of the {preset} preset",
+        "",
+        "Drawn by the notebooks; this page is generated.",
+        "",
+    ]
     for picture, text in (found := pictures(folder)):
         lines += [f"![{text}]({picture.relative_to(page.parent).as_posix()})", "", text, ""]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +87,10 @@ def headlines(scores):
 
 def score_table(scores):
     """The headlines as one row a run and one column a benchmark, the mean over seeds."""
-    table = {title: rows.groupby("run", sort=False).value.mean() for title, rows in headlines(scores).items()}
+    table = {
+        title: rows.groupby("run", sort=False).value.mean()
+        for title, rows in headlines(scores).items()
+    }
     runs = scores.run.str.replace(r"-seed\d+$", "", regex=True).unique()
     return pd.DataFrame(table).reindex(runs).dropna(how="all").round(1)
 
@@ -95,10 +107,17 @@ def score_rows(scores):
         cells = [title, f"{rows.baseline.mean():.1f}"]
         for run in STAGES:
             own = rows[rows.run == run]
-            cells.append(f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]" if len(own) else None)
+            cells.append(
+                f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]"
+                if len(own)
+                else None
+            )
         paper = BENCHMARKS[rows.benchmark.iloc[0]].paper
         for stage in ("Base", "Chat"):
-            value, confirmed = plots.printed("Table 2", f"Vision-Flan {stage}", paper) or (None, True)
+            value, confirmed = plots.printed("Table 2", f"Vision-Flan {stage}", paper) or (
+                None,
+                True,
+            )
             cells.append(value and (f"{value:.1f}" if confirmed else f"({value:.1f})"))
         table.append(cells)
     columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
@@ -129,13 +148,20 @@ def claims_markdown(found):
     rows = []
     for row in found[found.claim.str.isdigit()].itertuples():
         interval = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
-        rows.append([row.claim, row.statement, row.n_seeds, interval, f"{row.smallest:g}", row.verdict])
-    return markdown(["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"], rows)
+        rows.append(
+            [row.claim, row.statement, row.n_seeds, interval, f"{row.smallest:g}", row.verdict]
+        )
+    return markdown(
+        ["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"], rows
+    )
 
 
 def cost_markdown(record):
     """What bench.demo measured, as a table, and what it was measured on."""
-    rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]] for row in record["checks"]]
+    rows = [
+        [COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]]
+        for row in record["checks"]
+    ]
     return f"{markdown(['', 'measured', 'wanted'], rows)}\n\n{measured_on(record, 'demo')}"
 
 
@@ -189,7 +215,9 @@ def fill_readme(home=None):
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md needs {begin} and {end} once each, with the table between them")
+            raise ValueError(
+                f"README.md needs {begin} and {end} once each, with the table between them"
+            )
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
     page.write_text(text, encoding="utf-8")

@@ -74,7 +74,9 @@ def audit(conversations: list[dict]) -> Audit:
     return Audit(pairs, any(IMAGE in text for text in texts), dropped)
 
 
-def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") -> tuple[list[int], list[int]]:
+def encode(
+    conversations: list[dict], tokenizer, template: str = "vicuna_v1"
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of one conversation, two lists of int of the same length; -100 where nothing is learned.
 
     `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns
@@ -86,7 +88,9 @@ def encode(conversations: list[dict], tokenizer, template: str = "vicuna_v1") ->
     return encoded
 
 
-def encode_many(many, tokenizer, template: str = "vicuna_v1") -> list[tuple[list[int], list[int]] | ValueError]:
+def encode_many(
+    many, tokenizer, template: str = "vicuna_v1"
+) -> list[tuple[list[int], list[int]] | ValueError]:
     """`encode` for many conversations with one call of the tokenizer; where nothing can be learned stands the ValueError."""
     begun = []
     for conversations in many:
@@ -94,7 +98,9 @@ def encode_many(many, tokenizer, template: str = "vicuna_v1") -> list[tuple[list
             begun.append(_texts(*audit(conversations)[:2], tokenizer, template))
         except ValueError as trouble:
             begun.append(trouble)
-    ids = iter(_tokenize(tokenizer, [start[:2] for start in begun if not isinstance(start, ValueError)]))
+    ids = iter(
+        _tokenize(tokenizer, [start[:2] for start in begun if not isinstance(start, ValueError)])
+    )
     return [start if isinstance(start, ValueError) else start[2](next(ids)) for start in begun]
 
 
@@ -105,11 +111,15 @@ def _texts(pairs, has_image, tokenizer, template) -> tuple:
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
         if len(pairs) > 1:
-            raise ValueError(f"{len(pairs)} answers: the plain template is a picture and one caption")
+            raise ValueError(
+                f"{len(pairs)} answers: the plain template is a picture and one caption"
+            )
         return [pairs[0][1] + "\n"], said, lambda ids: _caption(ids[0], tokenizer)
     head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
     texts = [
-        text for prompt, (_, answer) in zip(prompts, pairs) for text in (prompt, f"{prompt} {answer}", f" {answer}")
+        text
+        for prompt, (_, answer) in zip(prompts, pairs)
+        for text in (prompt, f"{prompt} {answer}", f" {answer}")
     ]
     return [head, *texts], said, lambda ids: _turns(ids, tokenizer, has_image)
 
@@ -132,7 +142,9 @@ def _turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int],
     return input_ids, labels
 
 
-def prompt_ids(text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True, before=()) -> list[int]:
+def prompt_ids(
+    text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True, before=()
+) -> list[int]:
     """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), as training shows them before an answer.
 
     before: the (question, answer) pairs of the conversation so far; the picture leads the first of all questions.
@@ -161,7 +173,9 @@ def chat_template(tokenizer) -> str:
     return _CHAT_TEMPLATE.replace("GAP", gap)
 
 
-def expand(ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int) -> tuple[list, list]:
+def expand(
+    ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int
+) -> tuple[list, list]:
     """The same ids and labels with the one picture position widened to the features the model puts there."""
     if IMAGE_TOKEN_INDEX not in ids:
         return ids, labels
@@ -190,10 +204,13 @@ def _tokenize(tokenizer, asked: list[tuple[list[str], str]]) -> list[list[list[i
     """Ids, no BOS, of each text of each (texts, said). A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
     special = [token for token in tokenizer.all_special_tokens if token != SYSTEM]
     plain = [not any(token in said for token in special) for _, said in asked]
-    texts = list(dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts))
+    texts = list(
+        dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts)
+    )
     known = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
     return [
-        [known[text] for text in texts] if easy else _spell(tokenizer, texts) for (texts, _), easy in zip(asked, plain)
+        [known[text] for text in texts] if easy else _spell(tokenizer, texts)
+        for (texts, _), easy in zip(asked, plain)
     ]
 
 

@@ -44,13 +44,20 @@ def benchmark_questions(against) -> list[dict]:
     """
     if not isinstance(against, dict):
         folder = resolve(against)
-        against = {name: b.load(folder) for name, b in BENCHMARKS.items() if (folder / name).is_dir()}
+        against = {
+            name: b.load(folder) for name, b in BENCHMARKS.items() if (folder / name).is_dir()
+        }
         if not against:
             known = ", ".join(BENCHMARKS)
-            raise FileNotFoundError(f"{folder} holds no benchmark (a folder named {known}); data/README.md says how.")
+            raise FileNotFoundError(
+                f"{folder} holds no benchmark (a folder named {known}); data/README.md says how."
+            )
     return [
         dict(
-            benchmark=name, question_id=str(q["question_id"]), image=q.get("image"), keys=question_keys(str(q["text"]))
+            benchmark=name,
+            question_id=str(q["question_id"]),
+            image=q.get("image"),
+            keys=question_keys(str(q["text"])),
         )
         for name, questions in against.items()
         for q in questions
@@ -70,7 +77,9 @@ def question_keys(text: str) -> frozenset[int]:
     words = tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
     if not 8 <= len(words) <= 64:
         return frozenset([hash(words)] if words else [])
-    return frozenset([hash(words), *(hash((*words[:i], None, *words[i + 1 :])) for i in range(len(words)))])
+    return frozenset(
+        [hash(words), *(hash((*words[:i], None, *words[i + 1 :])) for i in range(len(words)))]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -78,7 +87,9 @@ def question_keys(text: str) -> frozenset[int]:
 
 def views(picture: Image.Image) -> np.ndarray:
     """uint8 (2, 8, 8, 3): the whole picture and what lies inside a 5 % crop, each shrunk to 8 x 8."""
-    return np.stack([np.asarray(_shrunk(picture, box, SIDE, Image.Resampling.BOX)) for box in (_WHOLE, _INNER)])
+    return np.stack(
+        [np.asarray(_shrunk(picture, box, SIDE, Image.Resampling.BOX)) for box in (_WHOLE, _INNER)]
+    )
 
 
 def candidates(looks: np.ndarray, others: np.ndarray) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -138,14 +149,19 @@ def _like(mine: np.ndarray, others: np.ndarray):
         a, b = np.nonzero(square <= LIKE**2 * some.shape[1])
         gaps = np.sqrt(square[a, b].clip(0) / some.shape[1])
         order = np.lexsort((gaps, a))
-        taken = np.arange(len(a)) - np.searchsorted(a, a) < CANDIDATES  # `a` is sorted, so that it is its own a[order]
+        taken = (
+            np.arange(len(a)) - np.searchsorted(a, a) < CANDIDATES
+        )  # `a` is sorted, so that it is its own a[order]
         for k in order[taken]:
             yield int(rows[a[k]]), int(lively[1][b[k]]), float(gaps[k])
 
 
 def _lively(flat_views: np.ndarray) -> np.ndarray:
     return np.concatenate(
-        [v.reshape(len(v), SIDE * SIDE, 3).std(1).max(1) > FLAT for v in np.array_split(flat_views, 64)]
+        [
+            v.reshape(len(v), SIDE * SIDE, 3).std(1).max(1) > FLAT
+            for v in np.array_split(flat_views, 64)
+        ]
     )
 
 
@@ -165,7 +181,12 @@ def _framed(large: Fine, small: np.ndarray) -> float:
         cost = float((smooth**2).sum())
         if cost < least:
             settled = least - cost < 1e-3 * least
-            box, least, pull, damping = trial, cost, gradient @ smooth.ravel(), max(damping / 4, 30.0)
+            box, least, pull, damping = (
+                trial,
+                cost,
+                gradient @ smooth.ravel(),
+                max(damping / 4, 30.0),
+            )
             best = min(best, _largest(difference))
         else:
             settled, damping = damping > 1e6, damping * 8
@@ -214,4 +235,6 @@ def _blur(image: np.ndarray, radius: int) -> np.ndarray:
 def _shrunk(picture: Image.Image, box, side: int, how) -> Image.Image:
     width, height = picture.size
     box = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-    return picture.resize((side, side), how, box=box, reducing_gap=3.0 if how == Image.Resampling.BOX else None)
+    return picture.resize(
+        (side, side), how, box=box, reducing_gap=3.0 if how == Image.Resampling.BOX else None
+    )

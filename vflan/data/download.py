@@ -86,7 +86,9 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
     """
     if name not in SETS:
         near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"There is no set {name!r}; the closest is {near!r}, and all are {', '.join(SETS)}.")
+        raise ValueError(
+            f"There is no set {name!r}; the closest is {near!r}, and all are {', '.join(SETS)}."
+        )
     wanted = SETS[name]
     folder = output_path(folder or wanted.folder)
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -98,10 +100,14 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
             missing = [file for file in files if not _is_whole(folder / file.path, file)]
             _check_space(name, folder, missing)
             for file in missing:
-                url = hf_hub_url(wanted.repo, file.path, repo_type="dataset", revision=commit, endpoint=endpoint)
+                url = hf_hub_url(
+                    wanted.repo, file.path, repo_type="dataset", revision=commit, endpoint=endpoint
+                )
                 _download(url, file, folder / file.path)
     except Timeout:
-        raise OSError(f"{shown(folder)}: another fetch is at work there; wait for it to end.") from None
+        raise OSError(
+            f"{shown(folder)}: another fetch is at work there; wait for it to end."
+        ) from None
     except errors.GatedRepoError:
         page = f"{endpoint}/datasets/{wanted.repo}"
         raise PermissionError(
@@ -111,7 +117,10 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
         raise FileNotFoundError(
             f"{endpoint} has no dataset {wanted.repo} any more, or hides it; data/README.md says what else is known of {name}."
         ) from None
-    except (errors.OfflineModeIsEnabled, errors.HTTPError) as trouble:  # HTTPError: all that goes wrong on the way
+    except (
+        errors.OfflineModeIsEnabled,
+        errors.HTTPError,
+    ) as trouble:  # HTTPError: all that goes wrong on the way
         reason = str(trouble).strip().split("\n")[0]
         raise ConnectionError(
             f"{endpoint} cannot be reached, or broke off ({reason}). What has come so far is kept: "
@@ -136,28 +145,45 @@ def _listing(api: HfApi, wanted: HubSet) -> tuple[str, list[RepoFile]]:
             raise FileNotFoundError(
                 f"{wanted.repo} holds no {pattern} any more; look at {api.endpoint}/datasets/{wanted.repo}/tree/main."
             )
-    return commit, [file for file in tree if any(fnmatch(file.path, pattern) for pattern in wanted.files)]
+    return commit, [
+        file for file in tree if any(fnmatch(file.path, pattern) for pattern in wanted.files)
+    ]
 
 
 def _download(url: str, file: RepoFile, target: Path) -> None:
     """One file, whole and verified, or not at all; what came before an interruption is continued."""
     part = _part(file, target)
     part.parent.mkdir(parents=True, exist_ok=True)
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file itself
+    headers = build_hf_headers() | {
+        "Accept-Encoding": "identity"
+    }  # sizes and ranges are those of the file itself
     while True:
         with open(part, "ab") as out:
             start = out.tell()
             if start < file.size:
-                http_get(url, out, resume_size=start, headers=headers, displayed_filename=file.path, tqdm_class=_bar)
+                http_get(
+                    url,
+                    out,
+                    resume_size=start,
+                    headers=headers,
+                    displayed_filename=file.path,
+                    tqdm_class=_bar,
+                )
         if part.stat().st_size < file.size:
-            raise ConnectionError(f"{file.path} broke off. What has come so far is kept: fetch again.")
+            raise ConnectionError(
+                f"{file.path} broke off. What has come so far is kept: fetch again."
+            )
         if _is_whole(part, file):
-            if os.path.lexists(target):  # damaged, of another version, or somebody's own: it is not for us to delete
+            if os.path.lexists(
+                target
+            ):  # damaged, of another version, or somebody's own: it is not for us to delete
                 set_aside(target)
             part.replace(target)
             return
         part.unlink()
-        if not start:  # else what was there may have been the damaged half: once more, from the beginning
+        if (
+            not start
+        ):  # else what was there may have been the damaged half: once more, from the beginning
             raise OSError(
                 f"{file.path} arrived damaged: its checksum is not the one that the hub states. Fetch again later."
             )
@@ -177,10 +203,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {file.size}\0".encode())
-    with (
-        open(path, "rb") as content,
-        progress(f"checking {file.path}", file.size, "B") as bar,
-    ):
+    with open(path, "rb") as content, progress(f"checking {file.path}", file.size, "B") as bar:
         while block := content.read(2**20):
             digest.update(block)
             bar.update(len(block))
@@ -189,7 +212,9 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
 
 def _check_space(name: str, folder: Path, missing: list[RepoFile]) -> None:
     parts = [_part(file, folder / file.path) for file in missing]
-    here = sum(min(part.stat().st_size, file.size) for part, file in zip(parts, missing) if part.exists())
+    here = sum(
+        min(part.stat().st_size, file.size) for part, file in zip(parts, missing) if part.exists()
+    )
     needed, free = sum(file.size for file in missing) - here, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(

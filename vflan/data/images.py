@@ -15,10 +15,14 @@ from itertools import chain
 
 from PIL import Image, UnidentifiedImageError
 
-OUTSIDE = "outside:"  # marks a picture path that leaves the images folder; such a file is never opened
+OUTSIDE = (
+    "outside:"  # marks a picture path that leaves the images folder; such a file is never opened
+)
 MAX_MEMBER_BYTES = 1 << 28  # a zip member that unpacks to more is no picture
 THIN = 300  # times as long as wide: cropping scales the short side to 336, and a line of pixels would fill the memory
-INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)  # (container, its kind, what in it)
+INSIDE = re.compile(
+    r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL
+)  # (container, its kind, what in it)
 _KINDS = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
 
 
@@ -56,9 +60,15 @@ def picture_bytes(name: str | os.PathLike) -> bytes:
     try:
         found = _find(name)
         data = found[1]() if found else None
-    except (EOFError, zlib.error, zipfile.BadZipFile) as trouble:  # what a damaged member raises, its checksum included
+    except (
+        EOFError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as trouble:  # what a damaged member raises, its checksum included
         raise OSError(f"truncated picture: {name} ({trouble})") from None
-    except Exception as trouble:  # no permission, a part that is no parquet file, an encrypted member ...
+    except (
+        Exception
+    ) as trouble:  # no permission, a part that is no parquet file, an encrypted member ...
         raise OSError(f"undecodable picture: {name} ({trouble})") from None
     if data is None:
         raise FileNotFoundError(f"missing picture: {name}")
@@ -109,7 +119,9 @@ def _find(name: str):
 def _find_file(path: str):
     status = _status(path)
     folder, base = os.path.split(path)
-    if status is None and os.path.isdir(folder):  # only a lost file is looked for under its other names
+    if status is None and os.path.isdir(
+        folder
+    ):  # only a lost file is looked for under its other names
         for other in _other_names(base):
             path = os.path.join(folder, other)
             status = _status(path, os.lstat)  # a link might leave the folder
@@ -163,12 +175,20 @@ class _Archive:
         with zipfile.ZipFile(self.file) as archive:
             self.members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         tops = {name.partition("/")[0] for name in self.members} - {"__MACOSX"}
-        self.top = f"{tops.pop()}/" if len(tops) == 1 else ""  # the released one holds all in images_191task_1k/
+        self.top = (
+            f"{tops.pop()}/" if len(tops) == 1 else ""
+        )  # the released one holds all in images_191task_1k/
 
     def find(self, member: str):
         names = chain([member], _other_names(member))
         return next(
-            (self.members[t + name] for name in names for t in ("", self.top) if t + name in self.members), None
+            (
+                self.members[t + name]
+                for name in names
+                for t in ("", self.top)
+                if t + name in self.members
+            ),
+            None,
         )
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
@@ -179,9 +199,16 @@ class _Archive:
         head = os.pread(self.file.fileno(), 30, info.header_offset)
         if len(head) < 30 or not head.startswith(b"PK\3\4"):
             raise zipfile.BadZipFile("the archive is damaged here; download it again")
-        start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:], "little")
+        start = (
+            info.header_offset
+            + 30
+            + int.from_bytes(head[26:28], "little")
+            + int.from_bytes(head[28:], "little")
+        )
         packed = io.BytesIO(os.pread(self.file.fileno(), info.compress_size, start))
-        with zipfile.ZipExtFile(packed, "r", info) as member:  # unpacks, and checks the checksum at the end
+        with zipfile.ZipExtFile(
+            packed, "r", info
+        ) as member:  # unpacks, and checks the checksum at the end
             return member.read()
 
 
@@ -206,7 +233,9 @@ def _pictures_of(path: str, mtime_ns: int, size: int, group: int):
     import pyarrow.parquet as pq
 
     # no threads of Arrow's own: they would not survive a fork
-    with pq.ParquetFile(path, metadata=_row_groups(path, mtime_ns, size)[0], memory_map=True, pre_buffer=False) as file:
+    with pq.ParquetFile(
+        path, metadata=_row_groups(path, mtime_ns, size)[0], memory_map=True, pre_buffer=False
+    ) as file:
         column = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
     return column if not pa.types.is_struct(column.type) else pc.struct_field(column, "bytes")
 
@@ -227,4 +256,6 @@ def _unlock():
 
 _unlock()
 if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_unlock)  # a thread that does not exist in the child may hold it
+    os.register_at_fork(
+        after_in_child=_unlock
+    )  # a thread that does not exist in the child may hold it

@@ -31,7 +31,9 @@ BOX = "Please provide the bounding box coordinate of the region this sentence de
 _BROKEN_IMAGE = "<image\u2060>"  # the token spelt so that nothing obeys it
 
 
-def llava_mixture(sources: Mapping[str, Iterable[dict]], tokenizer=None, seed: int = 0) -> Iterator[dict]:
+def llava_mixture(
+    sources: Mapping[str, Iterable[dict]], tokenizer=None, seed: int = 0
+) -> Iterator[dict]:
     """The mixture's rows from {source: records}, one source after the other; `task_name` is the source.
 
     With the published sources it has 665,298 rows (see ROWS). A source that is not given is left out; `save_samples` writes the
@@ -41,7 +43,9 @@ def llava_mixture(sources: Mapping[str, Iterable[dict]], tokenizer=None, seed: i
         if name not in ROWS:
             raise ValueError(f"LLaVA-1.5's mixture has no source {name!r}; {_closest(name, ROWS)}")
     if "sharegpt" in sources and tokenizer is None:
-        raise ValueError("ShareGPT is cut by tokens: give the tokenizer of the model to be trained.")
+        raise ValueError(
+            "ShareGPT is cut by tokens: give the tokenizer of the model to be trained."
+        )
     for name in ROWS:
         if name in sources:
             yield from _rules(tokenizer, seed)[name](sources[name], name)
@@ -71,20 +75,30 @@ def _coco(number: int) -> str:
 def _read_vqa(questions: dict, annotations: dict) -> Iterator[dict]:
     answers = {found["question_id"]: found["answers"] for found in annotations["annotations"]}
     for asked in questions["questions"]:
-        ((answer, _),) = Counter(found["answer"] for found in answers[asked["question_id"]]).most_common(1)
+        ((answer, _),) = Counter(
+            found["answer"] for found in answers[asked["question_id"]]
+        ).most_common(1)
         yield {"image": _coco(asked["image_id"]), "question": asked["question"], "answer": answer}
 
 
 def _read_gqa(questions: dict) -> Iterator[dict]:
     for asked in questions.values():
-        yield {"image": f"gqa/images/{asked['imageId']}.jpg", "question": asked["question"], "answer": asked["answer"]}
+        yield {
+            "image": f"gqa/images/{asked['imageId']}.jpg",
+            "question": asked["question"],
+            "answer": asked["answer"],
+        }
 
 
 def _read_ocr_vqa(books: dict) -> Iterator[dict]:
     for name, book in books.items():
         if book["split"] == 1:  # its training split
             for question, answer in zip(book["questions"], book["answers"]):
-                yield {"image": f"ocr_vqa/images/{name}.jpg", "question": question, "answer": answer}
+                yield {
+                    "image": f"ocr_vqa/images/{name}.jpg",
+                    "question": question,
+                    "answer": answer,
+                }
 
 
 def _read_a_okvqa(questions: list) -> Iterator[dict]:
@@ -95,7 +109,9 @@ def _read_a_okvqa(questions: list) -> Iterator[dict]:
 
 def _read_text_caps(captions: dict, ocr: dict) -> Iterator[dict]:
     words = {found["image_id"]: found["ocr_tokens"] for found in ocr["data"]}
-    for image, captions_of in _by_image({"image": found["image_id"], **found} for found in captions["data"]):
+    for image, captions_of in _by_image(
+        {"image": found["image_id"], **found} for found in captions["data"]
+    ):
         path, tokens = f"textvqa/train_images/{image}.jpg", words.get(image, [])
         yield {"image": path, "caption": captions_of[0]["caption_str"], "ocr_tokens": tokens}
 
@@ -106,7 +122,13 @@ def _read_vg(pictures: list, sizes: list) -> Iterator[dict]:
         size = known[region["image_id"]]
         box = tuple(region[side] for side in ("x", "y", "width", "height"))
         image = "vg/" + "/".join(size["url"].split("/")[-2:])  # VG_100K or VG_100K_2
-        yield {"image": image, "width": size["width"], "height": size["height"], "box": box, "phrase": region["phrase"]}
+        yield {
+            "image": image,
+            "width": size["width"],
+            "height": size["height"],
+            "box": box,
+            "phrase": region["phrase"],
+        }
 
 
 _READERS = {
@@ -154,14 +176,21 @@ def a_okvqa(records: Iterable[dict]) -> Iterator[dict]:
     for image, questions in _by_image(records):
         for turn in range(max(len(question["choices"]) for question in questions)):
             yield _row(
-                "aokvqa", image, [_multiple_choice(question, turn) for question in questions], LETTER, f"_{turn}"
+                "aokvqa",
+                image,
+                [_multiple_choice(question, turn) for question in questions],
+                LETTER,
+                f"_{turn}",
             )
 
 
 def _multiple_choice(question: dict, turn: int) -> tuple[str, str]:
     choices, right = question["choices"], question["correct_choice_idx"]
     turn %= len(choices)
-    options = [f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices[turn:] + choices[:turn])]
+    options = [
+        f"{letter}. {choice}"
+        for letter, choice in zip("ABCDEFGHIJ", choices[turn:] + choices[:turn])
+    ]
     return "\n".join([question["question"], *options]), "ABCDEFGHIJ"[(right - turn) % len(choices)]
 
 
@@ -183,18 +212,31 @@ def refcoco(records: Iterable[dict], seed: int = 0) -> Iterator[dict]:
         for number, region in enumerate(regions):
             box = padded_box(region["box"], region["width"], region["height"])
             describe = _draw(seed, f"refcoco/{image}/{number}")[0] % 2
-            pairs.append((REGION + box, region["phrase"]) if describe else (BOX + region["phrase"], box))
+            pairs.append(
+                (REGION + box, region["phrase"]) if describe else (BOX + region["phrase"], box)
+            )
         for start in range(0, len(pairs), 9):
-            yield _row("refcoco", image, pairs[start : start + 9], id_end=f"_{start // 9}" if len(pairs) > 9 else "")
+            yield _row(
+                "refcoco",
+                image,
+                pairs[start : start + 9],
+                id_end=f"_{start // 9}" if len(pairs) > 9 else "",
+            )
 
 
 def visual_genome(records: Iterable[dict], seed: int = 0) -> Iterator[dict]:
     """Visual Genome: at most ten regions of a picture, drawn where there are more; the box is asked for."""
     for image, regions in _by_image(records):
         if len(regions) > 10:
-            drawn = sorted(range(len(regions)), key=lambda number: _draw(seed, f"vg/{image}/{number}"))[:10]
+            drawn = sorted(
+                range(len(regions)), key=lambda number: _draw(seed, f"vg/{image}/{number}")
+            )[:10]
             regions = [regions[number] for number in sorted(drawn)]
-        yield _row("vg", image, [(BOX + r["phrase"], padded_box(r["box"], r["width"], r["height"])) for r in regions])
+        yield _row(
+            "vg",
+            image,
+            [(BOX + r["phrase"], padded_box(r["box"], r["width"], r["height"])) for r in regions],
+        )
 
 
 def padded_box(box: tuple[float, float, float, float], width: int, height: int) -> str:
@@ -224,15 +266,27 @@ def sharegpt(rows: Iterable[dict], tokenizer, max_length: int = 2048) -> Iterato
         except ValueError:  # audit's reason: such a conversation is invalid
             continue
         if pairs:
-            talk = [t for pair in pairs for t in _exchange(*(text.replace(_BROKEN_IMAGE, IMAGE) for text in pair))]
-            yield {"id": row.get("id"), "task_name": "sharegpt", "model": row.get("model", ""), "conversations": talk}
+            talk = [
+                t
+                for pair in pairs
+                for t in _exchange(*(text.replace(_BROKEN_IMAGE, IMAGE) for text in pair))
+            ]
+            yield {
+                "id": row.get("id"),
+                "task_name": "sharegpt",
+                "model": row.get("model", ""),
+                "conversations": talk,
+            }
 
 
 def _cut(pairs: list[tuple[str, str]], tokenizer, max_length: int) -> list[tuple[str, str]]:
     """The longest beginning of a conversation that fits; empty when not even its first question does."""
 
     def fits(pairs):
-        return len(encode([turn for pair in pairs for turn in _exchange(*pair)], tokenizer)[0]) <= max_length
+        return (
+            len(encode([turn for pair in pairs for turn in _exchange(*pair)], tokenizer)[0])
+            <= max_length
+        )
 
     if fits(pairs):
         return pairs
@@ -240,7 +294,9 @@ def _cut(pairs: list[tuple[str, str]], tokenizer, max_length: int) -> list[tuple
     if whole:
         return pairs[:whole]
     question, answer = pairs[0]
-    kept = _last_true(lambda n: not answer[:n].strip() or fits([(question, answer[:n])]), 1, len(answer))
+    kept = _last_true(
+        lambda n: not answer[:n].strip() or fits([(question, answer[:n])]), 1, len(answer)
+    )
     return [(question, answer[:kept])] if answer[:kept].strip() else []
 
 
@@ -256,13 +312,18 @@ def _last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
 def as_published(row: dict) -> dict:
     """LLaVA-Instruct as it is; its bare file names are pictures of COCO train2017."""
     image = row["image"]
-    return row | {"image": image if "/" in image else f"coco/train2017/{image}", "task_name": "llava_instruct"}
+    return row | {
+        "image": image if "/" in image else f"coco/train2017/{image}",
+        "task_name": "llava_instruct",
+    }
 
 
 def sample(rows: Iterable[dict], count: int, seed: int = 0) -> Iterator[dict]:
     """`count` rows drawn by hash of their picture, in their order; all when there are no more."""
     rows = list(rows)
-    drawn = sorted(range(len(rows)), key=lambda number: _draw(seed, f"sample/{rows[number]['image']}"))[:count]
+    drawn = sorted(
+        range(len(rows)), key=lambda number: _draw(seed, f"sample/{rows[number]['image']}")
+    )[:count]
     return (rows[number] for number in sorted(drawn))
 
 
@@ -274,7 +335,9 @@ def _by_image(records: Iterable[dict]):
     return groups.items()
 
 
-def _row(name: str, image: str, pairs: list[tuple[str, str]], prompt: str = "", id_end: str = "") -> dict:
+def _row(
+    name: str, image: str, pairs: list[tuple[str, str]], prompt: str = "", id_end: str = ""
+) -> dict:
     """One row; `<image>` before the first question, the format prompt below it."""
     (question, answer), *later = pairs
     first = "\n".join(filter(None, [IMAGE, question, prompt]))

@@ -51,7 +51,10 @@ def mix(
     if temperature is not None and weights is not None:
         raise ValueError("temperature and weights both decide the shares: give one of them.")
     chosen = sorted(tasks, key=lambda task: _draw(seed, task))[:num_tasks]
-    counts = {task: len(tasks[task]) if per_task is None else min(per_task, len(tasks[task])) for task in chosen}
+    counts = {
+        task: len(tasks[task]) if per_task is None else min(per_task, len(tasks[task]))
+        for task in chosen
+    }
     if total is not None:
         counts = _share(total, counts, _weights(counts, temperature, weights, tasks))
     rows = [_some(tasks[task], counts[task], seed, task) for task in chosen]
@@ -65,7 +68,9 @@ def subset(samples: Dataset, num_samples: int, seed: int = 0) -> Dataset:
     return samples.select(np.sort(_some(np.arange(len(samples)), num_samples, seed, "subset")))
 
 
-def diverse(samples: Dataset, num_samples: int, features=None, clusters: int = 200, seed: int = 0) -> Dataset:
+def diverse(
+    samples: Dataset, num_samples: int, features=None, clusters: int = 200, seed: int = 0
+) -> Dataset:
     """Rows chosen to differ, in the order of the file: k-means over what a row says and shows, then the clusters take turns.
 
     features: (n, width) of the pictures, one row a sample (the vision tower's, averaged over patches); None: by text alone.
@@ -79,8 +84,12 @@ def diverse(samples: Dataset, num_samples: int, features=None, clusters: int = 2
     if num_samples > len(samples):
         raise ValueError(f"num_samples={num_samples}, but there are {len(samples)} samples.")
     texts = [" ".join(turn["value"] for turn in turns) for turns in samples["conversations"][:]]
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[^\s.,?!]+").fit_transform(texts)
-    said = normalize(TruncatedSVD(min(64, words.shape[1] - 1), random_state=seed).fit_transform(words))
+    words = TfidfVectorizer(
+        ngram_range=(1, 2), min_df=2, token_pattern=r"[^\s.,?!]+"
+    ).fit_transform(texts)
+    said = normalize(
+        TruncatedSVD(min(64, words.shape[1] - 1), random_state=seed).fit_transform(words)
+    )
     if features is not None:
         seen = np.asarray(features, np.float32) - np.mean(features, 0, dtype=np.float32)
         said = np.hstack([said, normalize(seen)])
@@ -88,7 +97,9 @@ def diverse(samples: Dataset, num_samples: int, features=None, clusters: int = 2
     distance = ((said - means.cluster_centers_[means.labels_]) ** 2).sum(1)
     order = np.lexsort((distance, means.labels_))
     label = means.labels_[order]
-    rank = np.arange(len(order)) - np.searchsorted(label, label)  # 0 for each cluster's most central row
+    rank = np.arange(len(order)) - np.searchsorted(
+        label, label
+    )  # 0 for each cluster's most central row
     return samples.select(np.sort(order[np.lexsort((label, rank))[:num_samples]]))
 
 
@@ -99,7 +110,14 @@ def recipe_samples(recipe) -> Dataset:
     shared = any(value is not None for value in shares.values())
     if shared or recipe.num_tasks or recipe.per_task or recipe.exclude:
         shares["total"] = recipe.num_samples if shared else None
-        samples = mix(samples, recipe.num_tasks, recipe.per_task, recipe.seed, exclude=recipe.exclude, **shares)
+        samples = mix(
+            samples,
+            recipe.num_tasks,
+            recipe.per_task,
+            recipe.seed,
+            exclude=recipe.exclude,
+            **shares,
+        )
     if recipe.num_samples and not shared:
         samples = subset(samples, recipe.num_samples, recipe.seed)
     drawn = ((extra, count) for _, extra, count in _more_samples(recipe))
@@ -115,14 +133,21 @@ def mixture_record(recipe, samples: Dataset) -> dict:
     files = [(recipe.samples, len(samples) - sum(count for _, count in more)), *more]
     order, tasks = hashlib.blake2b(digest_size=16), Counter()
     for start in range(0, len(samples), 10_000):
-        part = _columns(samples, range(start, min(start + 10_000, len(samples))), ["id", "task_name", "image"])
+        part = _columns(
+            samples, range(start, min(start + 10_000, len(samples))), ["id", "task_name", "image"]
+        )
         names, of_task, images = (part[column].to_pylist() for column in part.column_names)
         tasks.update(of_task)
         for name, task, image in zip(names, of_task, images):
             picture = image.replace("\\", "/").rpartition("/")[2] if image else ""
             order.update(f"{name}\x1f{task}\x1f{picture}\x1e".encode())
     files = [{"file": file, "rows": rows} for file, rows in files]
-    return {"rows": len(samples), "files": files, "tasks": dict(sorted(tasks.items())), "order": order.hexdigest()}
+    return {
+        "rows": len(samples),
+        "files": files,
+        "tasks": dict(sorted(tasks.items())),
+        "order": order.hexdigest(),
+    }
 
 
 def released_tasks() -> dict[str, dict[str, str]]:
@@ -142,26 +167,42 @@ def _more_samples(recipe):
         name, _, count = entry.partition("#")
         file = resolve(name)
         own = file.parent / "images"
-        yield name, load_samples(file, own if own.is_dir() else resolve(recipe.images)), int(count) if count else None
+        yield (
+            name,
+            load_samples(file, own if own.is_dir() else resolve(recipe.images)),
+            int(count) if count else None,
+        )
 
 
 def rows_by_task(samples: Dataset) -> dict[str, np.ndarray]:
     """Row numbers of each task, ascending. The names stay in Arrow: a million strings would not be small."""
-    names = samples.data.column("task_name").fill_null("").dictionary_encode().unify_dictionaries().combine_chunks()
+    names = (
+        samples.data.column("task_name")
+        .fill_null("")
+        .dictionary_encode()
+        .unify_dictionaries()
+        .combine_chunks()
+    )
     codes = names.indices.to_numpy(zero_copy_only=False)
-    if samples._indices is not None:  # a selection; taking its strings through datasets costs a minute and gigabytes
+    if (
+        samples._indices is not None
+    ):  # a selection; taking its strings through datasets costs a minute and gigabytes
         codes = codes[samples._indices.column(0).to_numpy()]
     rows = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[rows], np.arange(len(names.dictionary) + 1))
     held = zip(names.dictionary.to_pylist(), starts, starts[1:])
-    return {task: rows[start:end] for task, start, end in held if end > start}  # a selection may hold none of a task
+    return {
+        task: rows[start:end] for task, start, end in held if end > start
+    }  # a selection may hold none of a task
 
 
 def _columns(samples: Dataset, rows: range, names: list[str]) -> pa.Table:
     """Some columns of consecutive rows, as Arrow keeps them."""
     if samples._indices is None:
         return samples.data.table.select(names).slice(rows.start, len(rows))
-    return samples.data.table.select(names).take(samples._indices.column(0).slice(rows.start, len(rows)))
+    return samples.data.table.select(names).take(
+        samples._indices.column(0).slice(rows.start, len(rows))
+    )
 
 
 def _excluded(exclude: Iterable[str], tasks: Iterable[str]) -> set[str]:
@@ -184,13 +225,19 @@ def _weights(sizes: dict, temperature, weights, tasks) -> dict[str, float]:
     if weights is None:
         temperature = 1 if temperature is None else temperature
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: a number above 0 is needed; 1 keeps the proportions.")
+            raise ValueError(
+                f"temperature={temperature}: a number above 0 is needed; 1 keeps the proportions."
+            )
         return {task: size ** (1 / temperature) for task, size in sizes.items()}
     for task, weight in weights.items():
         if task not in tasks:
-            raise ValueError(f"weights name the task {task!r}, which the samples do not hold; {_closest(task, tasks)}")
+            raise ValueError(
+                f"weights name the task {task!r}, which the samples do not hold; {_closest(task, tasks)}"
+            )
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"The weight of {task!r} is {weight}: a number of at least 0 is needed.")
+            raise ValueError(
+                f"The weight of {task!r} is {weight}: a number of at least 0 is needed."
+            )
     return {task: weights.get(task, 1) for task in sizes}
 
 
@@ -204,20 +251,33 @@ def _share(total: int, sizes: dict[str, int], weights: dict[str, float]) -> dict
     if not 0 < total <= open_to:
         raise ValueError(f"total={total}, but the chosen tasks can give 1 to {open_to} rows.")
     one, top = 10**18, max(weights.values())
-    parts = {task: max(1, round(weight / top * 10**9)) if weight else 0 for task, weight in weights.items()}
+    parts = {
+        task: max(1, round(weight / top * 10**9)) if weight else 0
+        for task, weight in weights.items()
+    }
 
     def rounded(level):
         return {
-            task: min(sizes[task], (2 * level * parts[task] + one) // (2 * one)) if parts[task] else 0 for task in sizes
+            task: min(sizes[task], (2 * level * parts[task] + one) // (2 * one))
+            if parts[task]
+            else 0
+            for task in sizes
         }
 
-    low, high = 0, 2 * one * max(sizes.values())  # the level of the water: at `high` every task is full
+    low, high = (
+        0,
+        2 * one * max(sizes.values()),
+    )  # the level of the water: at `high` every task is full
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if sum(rounded(middle).values()) <= total else (low, middle)
     counts, above = rounded(low), rounded(high)
-    tied = sorted((task for task in sizes if above[task] > counts[task]), key=lambda task: _draw(0, task))
-    for task in tied[: total - sum(counts.values())]:  # at this level several would get their next row at once
+    tied = sorted(
+        (task for task in sizes if above[task] > counts[task]), key=lambda task: _draw(0, task)
+    )
+    for task in tied[
+        : total - sum(counts.values())
+    ]:  # at this level several would get their next row at once
         counts[task] += 1
     return counts
 

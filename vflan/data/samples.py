@@ -58,7 +58,9 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
         return samples
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(table.with_suffix(".lock")):  # of several openers one converts and the others wait
+        with FileLock(
+            table.with_suffix(".lock")
+        ):  # of several openers one converts and the others wait
             samples = _open(table, key)
             if samples is None:
                 _convert(parts, root, key, table)
@@ -114,7 +116,9 @@ def texture(samples: Dataset) -> pd.DataFrame:
         asked, said = (text.take(np.clip(start + i, 0, max(0, len(text) - 1))) for i in (0, 1))
         has = pc.match_substring(asked, IMAGE)
         place = pc.if_else(
-            pc.starts_with(asked, IMAGE), "first", pc.if_else(pc.ends_with(asked, IMAGE), "last", "inside")
+            pc.starts_with(asked, IMAGE),
+            "first",
+            pc.if_else(pc.ends_with(asked, IMAGE), "last", "inside"),
         )
         part = {"task_name": batch["task_name"].combine_chunks(), "turns": count}
         part["question"] = np.where(
@@ -131,14 +135,24 @@ def texture(samples: Dataset) -> pd.DataFrame:
 
 def _parts(path: Path) -> list[Path]:
     """The files to read, in order."""
-    path = Path(os.path.abspath(path))  # not resolved: the hub's cache holds links to files without an ending
+    path = Path(
+        os.path.abspath(path)
+    )  # not resolved: the hub's cache holds links to files without an ending
     if path.is_file():
         return [path]
-    parts = sorted(path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
+    parts = sorted(
+        path.rglob("*.parquet")
+        if path.is_dir()
+        else map(Path, glob.glob(str(path), recursive=True))
+    )
     if not parts:
         lack = "no parquet file in this folder" if path.is_dir() else "no such samples file"
-        raise FileNotFoundError(f"{path}: {lack}; data/README.md says how to get it (tiny: notebook 01 makes it).")
-    splits = sorted({split[0] for part in parts if (split := re.match("train|val|dev|test", part.name))})
+        raise FileNotFoundError(
+            f"{path}: {lack}; data/README.md says how to get it (tiny: notebook 01 makes it)."
+        )
+    splits = sorted(
+        {split[0] for part in parts if (split := re.match("train|val|dev|test", part.name))}
+    )
     if len(splits) > 1:
         raise ValueError(
             f"{path} holds the splits {', '.join(splits)}; name one, as in {path}/**/{splits[-1]}*.parquet."
@@ -156,7 +170,9 @@ def _images_root(path: Path, images) -> Path:
     root = Path(images).resolve()
     if _is_zip(root) and not zipfile.is_zipfile(root):
         lack = "not a whole zip archive" if root.exists() else "no such archive"
-        raise ValueError(f"{root}: {lack}; download it again, or name the folder it was unpacked to.")
+        raise ValueError(
+            f"{root}: {lack}; download it again, or name the folder it was unpacked to."
+        )
     return root
 
 
@@ -192,11 +208,17 @@ def _placing(root: Path):
     def place(name):
         if "\0" in name:
             return base + name  # no file has such a name: it will be found missing
-        inside = INSIDE.fullmatch(name) if "::" in name else None  # as save_samples writes what lies in a container
+        inside = (
+            INSIDE.fullmatch(name) if "::" in name else None
+        )  # as save_samples writes what lies in a container
         path = os.path.join(base, inside[1] if inside else name)
         folder, file = os.path.split(path)
         real, links = look(folder)
-        path = os.path.realpath(path) if file in links or file in ("", ".", "..") else os.path.join(real, file)
+        path = (
+            os.path.realpath(path)
+            if file in links or file in ("", ".", "..")
+            else os.path.join(real, file)
+        )
         if not path.startswith(base):
             return f"{OUTSIDE}{name}"
         return f"{path}::{inside[3]}" if inside else path
@@ -279,7 +301,9 @@ def _batch(rows, first: int, place) -> pa.RecordBatch:
             roles.append(role if isinstance(role, str) else None)
             values.append(value if isinstance(value, str) else None)
         ends.append(len(roles))
-    turns = pa.StructArray.from_arrays([pa.array(roles, pa.string()), pa.array(values, pa.string())], ["from", "value"])
+    turns = pa.StructArray.from_arrays(
+        [pa.array(roles, pa.string()), pa.array(values, pa.string())], ["from", "value"]
+    )
     columns = [pa.array(column, pa.string()) for column in (ids, images, tasks)]
     columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), turns))
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
@@ -295,7 +319,11 @@ def _mended(value):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
         return [_mended(item) for item in value]
-    return {_mended(key): _mended(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return (
+        {_mended(key): _mended(item) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -319,7 +347,9 @@ def _texts(file, path: Path):
             yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as trouble:
             at = file.tell() - len(trouble.object) + trouble.start
-            raise ValueError(f"{path} is not whole: byte {at} is not UTF-8 text; download it again.") from None
+            raise ValueError(
+                f"{path} is not whole: byte {at} is not UTF-8 text; download it again."
+            ) from None
 
 
 _between = re.compile(r"[ \t\r\n]*").match  # white space of json
@@ -328,7 +358,12 @@ _between = re.compile(r"[ \t\r\n]*").match  # white space of json
 def _array(blocks, path: Path):
     """The elements of one json array, a list for each block of text; only an element that a block cuts is carried on."""
     decode = json.JSONDecoder().raw_decode
-    then = {("[", "["): "value or ]", ("value or ]", "]"): "end", (", or ]", ","): "value", (", or ]", "]"): "end"}
+    then = {
+        ("[", "["): "value or ]",
+        ("value or ]", "]"): "end",
+        (", or ]", ","): "value",
+        (", or ]", "]"): "end",
+    }
     text, at, seen, line, want = "", 0, 0, 1, "["
     for block in chain(blocks, [None]):
         seen, line = seen + at, line + text.count("\n", 0, at)  # characters and lines before `text`
@@ -338,23 +373,33 @@ def _array(blocks, path: Path):
                 mark = text[at]
                 if want == "value" or want == "value or ]" and mark != "]":
                     row, end = decode(text, at)
-                    if end == len(text) and block is not None and not isinstance(row, (dict, list, str)):
+                    if (
+                        end == len(text)
+                        and block is not None
+                        and not isinstance(row, (dict, list, str))
+                    ):
                         break  # a number may go on in the next block
                     rows.append(row)
                     at, want = end, ", or ]"
                 elif (want, mark) in then:
                     at, want = at + 1, then[want, mark]
                 else:
-                    raise json.JSONDecodeError("Extra data" if want == "end" else f"Expecting {want}", text, at)
+                    raise json.JSONDecodeError(
+                        "Extra data" if want == "end" else f"Expecting {want}", text, at
+                    )
             if block is None and want != "end":
                 raise json.JSONDecodeError(f"Expecting {want}", text, at)
         except (ValueError, RecursionError) as trouble:
             where = getattr(trouble, "pos", at)
             # near the end of the block, or in a string without an end, the next block may make it whole
-            if block is None or not (where > len(text) - 16 or str(trouble).startswith("Unterminated")):
+            if block is None or not (
+                where > len(text) - 16 or str(trouble).startswith("Unterminated")
+            ):
                 where = f"line {line + text.count(chr(10), 0, where)}, character {seen + where}"
                 what = getattr(trouble, "msg", trouble)
-                raise ValueError(f"{path} is not whole json ({what}: {where}); download it again.") from None
+                raise ValueError(
+                    f"{path} is not whole json ({what}: {where}); download it again."
+                ) from None
         yield rows
 
 
@@ -370,7 +415,9 @@ def _lines(blocks, path: Path):
                 rows += [json.loads(line)] if line.strip() else []
             except (ValueError, RecursionError) as trouble:
                 what = getattr(trouble, "msg", trouble)
-                raise ValueError(f"{path}, line {number} is not json ({what}); download or write it again.") from None
+                raise ValueError(
+                    f"{path}, line {number} is not json ({what}); download or write it again."
+                ) from None
         yield rows
 
 
@@ -392,7 +439,9 @@ def _parquet(path: Path):
             image = [leaf for leaf in ("image", "image.path") if leaf in leaves and leaf != data]
             for group in range(file.num_row_groups):
                 embedded = _embedded(file, group, data) if data in leaves else repeat(False)
-                for batch in file.iter_batches(4096, [group], ["id", "task_name", "conversations", *image]):
+                for batch in file.iter_batches(
+                    4096, [group], ["id", "task_name", "conversations", *image]
+                ):
                     rows = batch.to_pylist()
                     for sample, inside in zip(rows, embedded):
                         name = sample.get("image")
@@ -401,18 +450,28 @@ def _parquet(path: Path):
                         row += 1
                     yield rows, size * row // file.metadata.num_rows
     except pa.ArrowInvalid as trouble:
-        raise ValueError(f"{path} is not a whole parquet file ({trouble}); download it again.") from None
+        raise ValueError(
+            f"{path} is not a whole parquet file ({trouble}); download it again."
+        ) from None
 
 
 def _embedded(file, group: int, data: str):
     """Whether each row of a group holds its picture's bytes; the file's statistics mostly say so without a look at them."""
     group_of = file.metadata.row_group(group)
-    column = next(c for c in map(group_of.column, range(group_of.num_columns)) if c.path_in_schema == data)
-    nulls = column.statistics.null_count if column.statistics and column.statistics.has_null_count else None
+    column = next(
+        c for c in map(group_of.column, range(group_of.num_columns)) if c.path_in_schema == data
+    )
+    nulls = (
+        column.statistics.null_count
+        if column.statistics and column.statistics.has_null_count
+        else None
+    )
     if nulls in (0, group_of.num_rows):
         yield from repeat(nulls == 0, group_of.num_rows)
         return
     for batch in file.iter_batches(64, [group], [data]):
         pictures = batch.column("image")
-        pictures = pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
+        pictures = (
+            pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
+        )
         yield from pictures.is_valid().to_pylist()

@@ -25,7 +25,11 @@ from vflan.progress import progress
 ROWS, PICTURES = 1000, 256  # read at a time
 # What is remembered of a sound picture: hashes of its file and of its pixels, and two small views of it.
 LOOK = np.dtype(
-    [("file", "V16"), ("pixels", "V16"), ("views", np.uint8, (2, contamination.SIDE, contamination.SIDE, 3))]
+    [
+        ("file", "V16"),
+        ("pixels", "V16"),
+        ("views", np.uint8, (2, contamination.SIDE, contamination.SIDE, 3)),
+    ]
 )
 SHELF = "pictures-1.sqlite"  # in CACHE; the number is that of the format
 
@@ -44,10 +48,16 @@ class Report:
     ok: int
     bad: pd.DataFrame  # row, id, reason
     repaired: pd.DataFrame  # row, id, reason
-    duplicates: pd.DataFrame  # picture, same_as (the first with these pixels), rows that show it; not bad by themselves
+    duplicates: (
+        pd.DataFrame
+    )  # picture, same_as (the first with these pixels), rows that show it; not bad by themselves
     by_task: pd.DataFrame  # task_name, rows, ok, bad, repaired, duplicates, contaminated
-    contamination: pd.DataFrame | None = None  # a line for each row and evaluation picture alike; None: not asked for
-    questions: pd.DataFrame | None = None  # questions that a benchmark asks too, whatever the picture, rare ones first
+    contamination: pd.DataFrame | None = (
+        None  # a line for each row and evaluation picture alike; None: not asked for
+    )
+    questions: pd.DataFrame | None = (
+        None  # questions that a benchmark asks too, whatever the picture, rare ones first
+    )
     unread: tuple[str, ...] = ()  # why evaluation pictures could not be compared
 
     @property
@@ -66,25 +76,35 @@ class Report:
         ]
         lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
         if len(self.duplicates):
-            lines.append(f"{len(self.duplicates)} pictures repeat another one's content under another name")
+            lines.append(
+                f"{len(self.duplicates)} pictures repeat another one's content under another name"
+            )
         if self.contamination is not None:
             lines.append(
                 f"{len(self.contaminated)} rows show a picture of a benchmark; "
                 f"{len(self.questions)} questions are asked by a benchmark too"
             )
         if self.unread:
-            lines.append(f"{len(self.unread)} evaluation pictures could not be compared, first: {self.unread[0]}")
+            lines.append(
+                f"{len(self.unread)} evaluation pictures could not be compared, first: {self.unread[0]}"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        tables = [("Bad rows", self.bad), ("Tasks", self.by_task), ("Contamination", self.contamination)]
+        tables = [
+            ("Bad rows", self.bad),
+            ("Tasks", self.by_task),
+            ("Contamination", self.contamination),
+        ]
         shown = [f"<pre>{html.escape(str(self))}</pre>"]
         for title, table in tables:
             if table is not None and len(table):
                 more = f", the first 10 of {len(table)}" if len(table) > 10 else ""
-                shown.append(f"<b>{title}{more}</b>{table.head(10).to_html(index=False, escape=True)}")
+                shown.append(
+                    f"<b>{title}{more}</b>{table.head(10).to_html(index=False, escape=True)}"
+                )
         return "\n".join(shown)
 
 
@@ -130,10 +150,14 @@ def check(
             duplicates.setdefault(number, []).append(row)
         if asked:
             texts = [
-                t["value"].replace(IMAGE, "").strip() for t in turns if t.get("from") == "human" and t.get("value")
+                t["value"].replace(IMAGE, "").strip()
+                for t in turns
+                if t.get("from") == "human" and t.get("value")
             ]
             for other, kind, distance in copies.get(number, ()):
-                found += _matches((row, name, task, image), of_picture[other], texts, kind, distance)
+                found += _matches(
+                    (row, name, task, image), of_picture[other], texts, kind, distance
+                )
             for text in texts:
                 if not of_key.keys().isdisjoint(contamination.question_keys(text)):
                     shared[text] = shared.get(text, 0) + 1
@@ -146,7 +170,9 @@ def check(
         pd.DataFrame(bad, columns=["row", "id", "reason"]),
         pd.DataFrame(repaired, columns=["row", "id", "reason"]),
         pd.DataFrame(copied, columns=["picture", "same_as", "rows"]),
-        pd.DataFrame([(task, *tally) for task, tally in tasks.items()], columns=["task_name", *counts]),
+        pd.DataFrame(
+            [(task, *tally) for task, tally in tasks.items()], columns=["task_name", *counts]
+        ),
         None if against is None else pd.DataFrame(found, columns=MATCH),
         None if against is None else _question_table(shared, of_key),
         tuple(unread),
@@ -196,7 +222,9 @@ def _look(name: str):
         look = np.zeros((), LOOK)
         look["file"] = hashlib.blake2b(picture_bytes(name), digest_size=16).digest()
         pixels = np.asarray(picture)
-        look["pixels"] = hashlib.blake2b(pixels, digest_size=16, salt=repr(pixels.shape).encode()[:16]).digest()
+        look["pixels"] = hashlib.blake2b(
+            pixels, digest_size=16, salt=repr(pixels.shape).encode()[:16]
+        ).digest()
         look["views"] = contamination.views(picture)
         return look, ""
     except OSError as trouble:  # read_picture says why
@@ -209,9 +237,14 @@ def _shelf() -> sqlite3.Connection:
         CACHE.mkdir(parents=True, exist_ok=True)
         return _with_table(sqlite3.connect(file, timeout=600))
     except (OSError, sqlite3.OperationalError) as trouble:  # no right to write there
-        warnings.warn(f"{file} cannot be written ({trouble}): a check that is cut off will start anew", stacklevel=4)
+        warnings.warn(
+            f"{file} cannot be written ({trouble}): a check that is cut off will start anew",
+            stacklevel=4,
+        )
         return _with_table(sqlite3.connect(":memory:"))
-    except sqlite3.DatabaseError:  # no database, after a disk was full, say: it can all be made again
+    except (
+        sqlite3.DatabaseError
+    ):  # no database, after a disk was full, say: it can all be made again
         set_aside(file)
         return _shelf()
 
@@ -219,7 +252,9 @@ def _shelf() -> sqlite3.Connection:
 def _with_table(shelf: sqlite3.Connection) -> sqlite3.Connection:
     try:
         with shelf:
-            shelf.execute("create table if not exists pictures (name blob primary key, stamp text, look blob)")
+            shelf.execute(
+                "create table if not exists pictures (name blob primary key, stamp text, look blob)"
+            )
             shelf.execute("delete from pictures where 0")  # fails where only reading is allowed
     except sqlite3.Error:
         shelf.close()
@@ -244,7 +279,11 @@ def _rows(samples: Dataset, tokenizer, template):
         for batch in samples.select_columns(columns).with_format(None).iter(ROWS):
             *plain, many = (batch[column] for column in columns)
             many = [[turn or {} for turn in turns or []] for turns in many]
-            encoded = encode_many(many, tokenizer, template) if tokenizer is not None else [None] * len(many)
+            encoded = (
+                encode_many(many, tokenizer, template)
+                if tokenizer is not None
+                else [None] * len(many)
+            )
             yield from zip(*plain, many, encoded)
             bar.update(len(many))
 
@@ -254,7 +293,11 @@ def _verdict(turns, image, trouble, encoded, room, max_length) -> tuple[str, str
     try:
         found = audit(turns)
         if found.has_image != bool(image):
-            raise ValueError("image token without a picture" if found.has_image else "picture without an image token")
+            raise ValueError(
+                "image token without a picture"
+                if found.has_image
+                else "picture without an image token"
+            )
         if trouble:
             raise ValueError(trouble)
         lost = list(found.dropped)
@@ -308,7 +351,9 @@ def _copies(names: dict[str, int], looks, troubles, asked, threads):
                 if i not in troubles and j not in other_troubles and (i, j) not in exact:
                     exact.add((i, j))
                     copies.setdefault(i, []).append((others[j], kind, 0.0))
-    for (i, j), distance in _compared(list(names), looks["views"], others, other_looks["views"], threads):
+    for (i, j), distance in _compared(
+        list(names), looks["views"], others, other_looks["views"], threads
+    ):
         if distance <= 1 and (i, j) not in exact:
             copies.setdefault(i, []).append((others[j], "near picture", distance))
     return copies, other_troubles.values()
@@ -323,7 +368,10 @@ def _compared(names, looks, others, other_looks, threads):
         (i, j), ways = pair
         return (i, j), contamination.distance(fine(names[i]), fine(others[j]), ways)
 
-    with ThreadPoolExecutor(threads) as pool, progress("comparing pictures", len(pairs), "pairs") as bar:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress("comparing pictures", len(pairs), "pairs") as bar,
+    ):
         for start in range(0, len(pairs), PICTURES):
             part = pairs[start : start + PICTURES]
             yield from pool.map(compare, part)

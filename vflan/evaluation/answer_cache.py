@@ -35,15 +35,27 @@ def ask_and_keep(path, header, samples, asked, ask):
     """
     with alone(path):
         answers = read_answers(path, header, asked)
-        todo = [i for i in range(len(asked)) if i not in answers or _worth_another_try(answers[i], asked[i])]
+        todo = [
+            i
+            for i in range(len(asked))
+            if i not in answers or _worth_another_try(answers[i], asked[i])
+        ]
         if todo:
             with path.open("a", encoding="utf-8") as file:
                 said = ask([asked[i] for i in todo])
                 for j, answer in counted(said, f"answering {path.stem}", len(todo), "questions"):
                     i = todo[j]
                     answers[i] = answer
-                    row = {"i": i, "question_id": samples[i]["question_id"], "prompt": asked[i]["text"]}
-                    row |= {"answer": answer.text, "finish": answer.finish, "bytes": size_of(asked[i]["image"])}
+                    row = {
+                        "i": i,
+                        "question_id": samples[i]["question_id"],
+                        "prompt": asked[i]["text"],
+                    }
+                    row |= {
+                        "answer": answer.text,
+                        "finish": answer.finish,
+                        "bytes": size_of(asked[i]["image"]),
+                    }
                     row |= {"reason": answer.reason} if answer.reason else {}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -57,13 +69,21 @@ def read_answers(path, header, asked):
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return {}
     first, *rows = rows
-    other = [f"{key} ({first.get(key)}, now {header[key]})" for key in header if first.get(key) != header[key]]
+    other = [
+        f"{key} ({first.get(key)}, now {header[key]})"
+        for key in header
+        if first.get(key) != header[key]
+    ]
     if other:
         raise ValueError(
             f"{shown(path)} holds answers of another {' and another '.join(other)}: move the file away or delete it "
             "to ask again, or evaluate with what it was made with."
         )
-    changed = [row for row in rows if row["finish"] != "error" and _changed(row["bytes"], asked[row["i"]]["image"])]
+    changed = [
+        row
+        for row in rows
+        if row["finish"] != "error" and _changed(row["bytes"], asked[row["i"]]["image"])
+    ]
     if changed:
         raise ValueError(
             f"{shown(path)} holds {len(changed)} answers about pictures that have changed since (first: "
@@ -85,11 +105,15 @@ def read_rows(path, mend=False):
     if mend and whole < len(data):
         os.truncate(path, whole)
     rows = []
-    for number, line in enumerate(data[:whole].decode().split("\n")[:-1], 1):  # a line separator may stand in an answer
+    for number, line in enumerate(
+        data[:whole].decode().split("\n")[:-1], 1
+    ):  # a line separator may stand in an answer
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(f"{shown(path)}, line {number} is damaged: delete that line, or the file.") from None
+            raise ValueError(
+                f"{shown(path)}, line {number} is damaged: delete that line, or the file."
+            ) from None
     return rows
 
 
@@ -140,7 +164,9 @@ def fingerprint_of_folder(folder):
 
 
 def _worth_another_try(answer, question):
-    return answer.finish == "error" and not (question["image"] and picture_trouble(str(question["image"])))
+    return answer.finish == "error" and not (
+        question["image"] and picture_trouble(str(question["image"]))
+    )
 
 
 def _changed(size, image):
@@ -155,8 +181,13 @@ def keep_scores(path, scores):
             old = pd.read_csv(path, dtype={"judge": str})
             for column, blank in (("judge", ""), ("problems", 0)):  # older files have neither
                 old[column] = old[column].fillna(blank) if column in old else blank
-            both, key = pd.concat([old, scores], ignore_index=True), ["run", "benchmark", "metric", "seed", "judge"]
-            place = both.groupby(key, sort=False).ngroup()  # groups are numbered as they first appear
+            both, key = (
+                pd.concat([old, scores], ignore_index=True),
+                ["run", "benchmark", "metric", "seed", "judge"],
+            )
+            place = both.groupby(
+                key, sort=False
+            ).ngroup()  # groups are numbered as they first appear
             scores = both.iloc[place.argsort(kind="stable")].drop_duplicates(key, keep="last")
         part = path.with_suffix(".part")
         scores.to_csv(part, index=False, float_format="%.4f")

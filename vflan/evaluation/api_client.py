@@ -56,7 +56,9 @@ def ask_all(model, requests, max_tokens, temperature=0.0, workers=8, timeout=120
 
 def endpoint_hash():
     """Eight hex digits that tell endpoints apart without naming them."""
-    return hashlib.sha256(os.environ.get("OPENAI_BASE_URL", DEFAULT_URL).rstrip("/").encode()).hexdigest()[:8]
+    return hashlib.sha256(
+        os.environ.get("OPENAI_BASE_URL", DEFAULT_URL).rstrip("/").encode()
+    ).hexdigest()[:8]
 
 
 def _client(timeout, retries):
@@ -75,7 +77,9 @@ def _ask(client, model, messages, max_tokens, temperature, limit):
 
     more = {} if temperature is None else {"temperature": temperature}
     try:
-        reply = client.chat.completions.create(model=model, messages=messages, **{limit[0]: max_tokens}, **more)
+        reply = client.chat.completions.create(
+            model=model, messages=messages, **{limit[0]: max_tokens}, **more
+        )
         choice = reply.choices[0]
         text = choice.message.content
         if not isinstance(text, str | None):
@@ -88,11 +92,17 @@ def _ask(client, model, messages, max_tokens, temperature, limit):
             f"The endpoint knows no model {model!r} or has another address: check the name and OPENAI_BASE_URL."
         ) from None
     except openai.BadRequestError as trouble:
-        if limit[0] == "max_tokens" and "max_completion_tokens" in str(trouble):  # newer models renamed it
+        if limit[0] == "max_tokens" and "max_completion_tokens" in str(
+            trouble
+        ):  # newer models renamed it
             limit[0] = "max_completion_tokens"
             return _ask(client, model, messages, max_tokens, temperature, limit)
         return Reply("", "error", trouble=_said(trouble))
-    except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as trouble:
+    except (
+        openai.RateLimitError,
+        openai.InternalServerError,
+        openai.APIConnectionError,
+    ) as trouble:
         return Reply("", "down", trouble=_said(trouble))
     except openai.APIStatusError as trouble:
         return Reply("", "error", trouble=_said(trouble))

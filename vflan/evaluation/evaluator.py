@@ -55,7 +55,9 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
     served = isinstance(model, ServedModel)
     name = name or (model.folder_name if served else None)
-    for part in name.split("/") if isinstance(name, str) else ():  # a sweep's names may have several
+    for part in (
+        name.split("/") if isinstance(name, str) else ()
+    ):  # a sweep's names may have several
         folder_name(part)
     if (model is None) != (name is None):
         raise ValueError(
@@ -65,7 +67,9 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
         raise ValueError("num_processes=1, please: other processes cannot load a model that lives in this one."
                          if not served else "A served model is asked by one process: raise its `workers` instead.")  # fmt: skip
     if run is None and not (served and folder):
-        raise ValueError("Without a run give model=ServedModel(...) and folder=, the folder of the benchmarks.")
+        raise ValueError(
+            "Without a run give model=ServedModel(...) and folder=, the folder of the benchmarks."
+        )
     folder = resolve(folder or run.recipe.benchmarks)
     home = Path(run.folder) if run else output_path(f"runs/served/{name}")
     tests = [questions_of(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
@@ -78,9 +82,17 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
             header = {"model": weights, "questions": fingerprint_of_questions(test.samples, test.asked),
                       "template": "the server's" if served else template, "decoding": test.decoding,
                       "max_new_tokens": tokens}  # fmt: skip
-            path = home / "answers" / (name if name and run else "") / f"{test.benchmark.name}.jsonl"
+            path = (
+                home / "answers" / (name if name and run else "") / f"{test.benchmark.name}.jsonl"
+            )
             answers.append(
-                ask_and_keep(path, header, test.samples, test.asked, lambda todo, tokens=tokens: ask(todo, tokens))
+                ask_and_keep(
+                    path,
+                    header,
+                    test.samples,
+                    test.asked,
+                    lambda todo, tokens=tokens: ask(todo, tokens),
+                )
             )
     label, seed = name or run.recipe.name, run.recipe.seed if run else 0
     scores = [score_table(label, test, said, seed) for test, said in zip(tests, answers)]
@@ -126,13 +138,17 @@ def questions_of(key, folder, judge=None, one_pass=False):
     asked = [{"image": s["image"], "text": benchmark.prompt(s)} for s in samples]
     pictures = {a["image"] for a in asked} - {None}
     if pictures and not any(map(stamp, pictures)):
-        raise FileNotFoundError(f"None of the {len(pictures)} pictures of {key} is there; the first: {min(pictures)}")
+        raise FileNotFoundError(
+            f"None of the {len(pictures)} pictures of {key} is there; the first: {min(pictures)}"
+        )
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
         asked = [a | {"choices": allowed(words, a["text"])} for a in asked]
         decoding = "one pass: " + " ".join(words)
     judge = judge_of(benchmark, samples, folder, judge)
-    return Questions(benchmark, samples, asked, decoding, judge, baseline(benchmark, samples, judge))
+    return Questions(
+        benchmark, samples, asked, decoding, judge, baseline(benchmark, samples, judge)
+    )
 
 
 def allowed(words, prompt):
@@ -140,7 +156,9 @@ def allowed(words, prompt):
 
     A question without options has none and is answered in full.
     """
-    named = [w for w in words if len(w) > 1 or re.search(rf"(?m)(?:^|\s)\(?{re.escape(w)}[.)]", prompt)]
+    named = [
+        w for w in words if len(w) > 1 or re.search(rf"(?m)(?:^|\s)\(?{re.escape(w)}[.)]", prompt)
+    ]
     return named if len(named) > 1 else []
 
 
@@ -158,7 +176,9 @@ def asking(run, model, num_processes, batch_size, template, memory=None):
         with working(run, num_processes, batch_size, template, memory) as ask:
             yield ask
     else:
-        yield lambda questions, tokens: answering(*loaded(), questions, tokens, batch_size, template, memory)
+        yield lambda questions, tokens: answering(
+            *loaded(), questions, tokens, batch_size, template, memory
+        )
         loaded.cache_clear()  # a judge may need the memory
 
 
@@ -167,14 +187,22 @@ def asking(run, model, num_processes, batch_size, template, memory=None):
 
 def judge_of(benchmark, samples, folder, judge):
     """The judge of a benchmark with its prompt, or None where an answer is read by the benchmark's own rule."""
-    chosen = judge.get(benchmark.name) if isinstance(judge, dict) else judge if benchmark.judged else None
+    chosen = (
+        judge.get(benchmark.name)
+        if isinstance(judge, dict)
+        else judge
+        if benchmark.judged
+        else None
+    )
     if chosen is not None:
         if without := [s["question_id"] for s in samples if s.get("label") is None]:
             raise ValueError(f"{benchmark.name}: {len(without)} questions have no reference to judge by (first: "
                              f"{without[0]}): the released reference answers belong beside the question file.")  # fmt: skip
         bare = getattr(chosen, "prompt", chosen) is None
         return replace(chosen, prompt=judges.prompt_for(benchmark.name, folder)) if bare else chosen
-    if not benchmark.judged or samples[0].get("judge") == "rule":  # the latter: a twin that brings its own rule
+    if (
+        not benchmark.judged or samples[0].get("judge") == "rule"
+    ):  # the latter: a twin that brings its own rule
         return None
     if lexicon := samples[0].get("lexicon"):
         return judges.RuleJudge(lexicon)
@@ -193,7 +221,9 @@ def baseline(benchmark, samples, judge):
     blind = benchmark.blind(samples)
     return {
         key: m.value()
-        for key, m in items_of(benchmark, samples, blind, judges.judge_all(judge, samples, blind)).items()
+        for key, m in items_of(
+            benchmark, samples, blind, judges.judge_all(judge, samples, blind)
+        ).items()
     }
 
 
@@ -204,7 +234,10 @@ def items_of(benchmark, samples, texts, judgements):
 
 def score_table(run, test, answers, seed=0):
     """One row a metric, with its interval, the majority baseline, who judged, and how many questions had no answer."""
-    texts, failed = [a.text for a in answers], [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
+    texts, failed = (
+        [a.text for a in answers],
+        [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"],
+    )
     judgements, by = None, judges.RULES if test.benchmark.judged else ""
     if test.judge is not None:
         judgements = judges.judge_all(test.judge, test.samples, texts)
@@ -217,7 +250,9 @@ def score_table(run, test, answers, seed=0):
     rows = []
     for name, metric in items_of(test.benchmark, test.samples, texts, judgements).items():
         chance = test.blind.get(name, float("nan"))
-        rows.append([run, test.benchmark.name, name, *interval(metric), seed, chance, by, len(failed)])
+        rows.append(
+            [run, test.benchmark.name, name, *interval(metric), seed, chance, by, len(failed)]
+        )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -244,7 +279,9 @@ def _kept_answers(run, benchmark, folder, name, judge):
     test = questions_of(benchmark, resolve(folder or run.recipe.benchmarks), judge)
     said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
     if missing := len(test.samples) - len(said):
-        raise FileNotFoundError(f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions.")
+        raise FileNotFoundError(
+            f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
+        )
     return test, [said[i] for i in range(len(said))]
 
 
@@ -259,7 +296,9 @@ def write_upload(benchmark, run, folder=None, out=None):
         raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {served}.")
     run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
     test, texts = _kept_answers(run, benchmark, folder, None, None)
-    ending = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}.get(benchmark, ".json")
+    ending = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}.get(
+        benchmark, ".json"
+    )
     path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
     BENCHMARKS[benchmark].upload(test.samples, texts, path)
     return path
@@ -272,7 +311,9 @@ def judged_answers(run, benchmark, folder=None, name=None, judge=None):
     other rotations or its pair do not count here. None where the judge failed. Nobody is asked again.
     """
     test, texts = _kept_answers(run, benchmark, folder, name, judge)
-    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
+    judgements = (
+        judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
+    )
     rows = []
     for sample, text, judgement in zip(test.samples, texts, judgements):
         if judgement is None:
@@ -282,7 +323,9 @@ def judged_answers(run, benchmark, folder=None, name=None, judge=None):
         else:
             right = 2 * judgement.score >= judgement.out_of
             reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
-        rows.append(sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason})
+        rows.append(
+            sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason}
+        )
     return rows
 
 
@@ -298,7 +341,9 @@ def per_task(run, benchmark="heldout", metric=None, folder=None, name=None):
     """One row a task (category) of a benchmark: task, value, low, high, n, baseline; for held-out tasks and forgetting."""
     metric = metric or BENCHMARKS[benchmark].headline
     items, blind = kept_items(run, benchmark, folder, name)
-    tasks = {key: m for key, m in items.items() if key.startswith(f"{metric}/")} or {metric: items[metric]}
+    tasks = {key: m for key, m in items.items() if key.startswith(f"{metric}/")} or {
+        metric: items[metric]
+    }
     rows = []
     for key, m in tasks.items():
         rows.append([key.removeprefix(f"{metric}/"), *interval(m), blind.get(key, float("nan"))])
@@ -316,4 +361,6 @@ def difference(run, other, benchmark, folder=None, judge=None):
         b = theirs[key]
         found = paired(100 * a.num, 100 * b.num, a.cluster, groups=a.group, den=(a.den, b.den))
         rows.append([benchmark, key, *found, len(a.num)])
-    return pd.DataFrame(rows, columns=["benchmark", "metric", "difference", "low", "high", "p", "n"])
+    return pd.DataFrame(
+        rows, columns=["benchmark", "metric", "difference", "low", "high", "p", "n"]
+    )

@@ -27,11 +27,16 @@ from vflan.progress import counted
 SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
 SEEN_BYTES = 256 << 20  # what the tower saw of pictures is kept up to here, the newest
 ROW = 8  # questions on one picture that share a row: more would save little memory and attend to much in vain
-PREFIX, PAD = -1, -2  # whose a token is, where it is no question's: everybody's in its row, nobody's
+PREFIX, PAD = (
+    -1,
+    -2,
+)  # whose a token is, where it is no question's: everybody's in its row, nobody's
 _SEEN: dict = {}  # (tower, pictures of a shelf) -> features: the models of a sweep have one tower and are asked the same
 
 
-def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None):
+def answer(
+    model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None
+):
     """list[str]: the greedy answer to each sample, a mapping with `text` (the human turn) and `image` (a path or None).
 
     Equals asking one by one (up to floating point: in half precision a near tie may fall the other way). memory: bytes
@@ -47,7 +52,9 @@ def answer(model, processor, samples, max_new_tokens=32, batch_size=32, template
 
 
 @torch.inference_mode()
-def answering(model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None):
+def answering(
+    model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None
+):
     """Yields (index, Answer) batch by batch, in the order in which they come out, not in that of the samples.
 
     A sample with `choices`, a list of words, is answered from one forward pass: with the choice whose first token is the
@@ -61,7 +68,9 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
     for index, sample in enumerate(samples):
         image = sample.get("image") or None
         key = sample["text"], image is not None
-        ids = tokens[key] = tokens.get(key) or prompt_ids(key[0], tokenizer, template, has_image=key[1])
+        ids = tokens[key] = tokens.get(key) or prompt_ids(
+            key[0], tokenizer, template, has_image=key[1]
+        )
         at = ids.index(IMAGE_TOKEN_INDEX) if image else 0
         group = groups.setdefault((tuple(ids[:at]), bool(sample.get("choices"))), {})
         group.setdefault(image, []).append((index, ids[at + 1 :] if image else ids))
@@ -78,7 +87,9 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
             return list(zip(where, choices(model, cache, prompts, allowed, starts, tokenizer)))
         said = decode(model, cache, prompts, max_new_tokens, tokenizer)
         texts = tokenizer.batch_decode([ids for ids, _ in said], skip_special_tokens=True)
-        return list(zip(where, (Answer(text.strip(), finish) for text, (_, finish) in zip(texts, said))))
+        return list(
+            zip(where, (Answer(text.strip(), finish) for text, (_, finish) in zip(texts, said)))
+        )
 
     try:
         limit = Limit(free(model.device) if memory is None else memory, batch_size)
@@ -89,7 +100,11 @@ def answering(model, processor, samples, max_new_tokens=32, batch_size=32, templ
             if not pictures:
                 continue
             head, language = DynamicCache(), parts(model)["language_model"]["model"]
-            language(input_ids=torch.tensor([before], device=model.device), past_key_values=head, use_cache=True)
+            language(
+                input_ids=torch.tensor([before], device=model.device),
+                past_key_values=head,
+                use_cache=True,
+            )
             fit = Fit(limit, each, len(before), model.config.image_seq_length, new)
             for shown, failed in looks(model, processor, pictures, batch_size):
                 yield from failed
@@ -128,7 +143,10 @@ class Fit:
         for number in range(min(len(left), max(needed, cheap)), 1, -1):
             rows = rows_of(list(enumerate(questions for _, questions in left[:number])))
             first, rest = self._first(rows, math.inf)
-            if max(self._bytes(first, rest), self.each.reading(number, self.before, self.wide)) <= self.limit.bytes:
+            if (
+                max(self._bytes(first, rest), self.each.reading(number, self.before, self.wide))
+                <= self.limit.bytes
+            ):
                 return number
         return 1
 
@@ -159,7 +177,9 @@ class Fit:
         """Of a batch, beside those pictures that the rest is about."""
         past = self.before + self.wide
         asked = [(len(questions), sum(len(ids) for _, ids in questions)) for _, questions in batch]
-        return self.each.cache(len({slot for slot, _ in rest}), past) + self.each.asking(past, asked, self.new)
+        return self.each.cache(len({slot for slot, _ in rest}), past) + self.each.asking(
+            past, asked, self.new
+        )
 
     def alone(self, batch, rest):
         """Whether a batch has room for itself only: the pictures of the rest are read again."""
@@ -180,7 +200,11 @@ def served(left, fit, read_pictures, ask):
     while left:
         number = fit.shelf(left)
         shelf, left = left[:number], left[number:]
-        cache, rows, began = None, rows_of(list(enumerate(questions for _, questions in shelf))), False
+        cache, rows, began = (
+            None,
+            rows_of(list(enumerate(questions for _, questions in shelf))),
+            False,
+        )
         places = list(range(number))  # the slot that each row of the cache is for
         while rows:
             batch, rest = fit.batch(rows)
@@ -189,12 +213,20 @@ def served(left, fit, read_pictures, ask):
                 if not began:
                     cache, began = read_pictures([features for features, _ in shelf]), True
                 keep = [] if alone else sorted({slot for slot, _ in rest})
-                own, cache = divide(cache, [places.index(slot) for slot, _ in batch], [places.index(s) for s in keep])
+                own, cache = divide(
+                    cache,
+                    [places.index(slot) for slot, _ in batch],
+                    [places.index(s) for s in keep],
+                )
                 said = ask(own, batch)
             except Exception as trouble:
                 if not ran_out(trouble):
                     raise
-                if len(shelf) == 1 and sum(len(questions) for _, questions in batch) == 1 and (alone or not rest):
+                if (
+                    len(shelf) == 1
+                    and sum(len(questions) for _, questions in batch) == 1
+                    and (alone or not rest)
+                ):
                     raise RuntimeError(
                         "One question alone does not fit into the memory that is free beside the model: close what else "
                         "uses it, take a GPU with more, or load the model in 4 bits (bits=4 in its recipe)."
@@ -237,7 +269,11 @@ def looks(model, processor, pictures, batch_size):
     def looked_at(shelf):
         key = (*tower, preparation, *((str(path), stamp(path)) for path in shelf))
         features = _SEEN.get(key)
-        return key, features, [pixels_of(processor, path) for path in shelf] if features is None else []
+        return (
+            key,
+            features,
+            [pixels_of(processor, path) for path in shelf] if features is None else [],
+        )
 
     for shelf, (key, features, pixels) in zip(cut, ahead(looked_at, cut)):
         failed = [(index, Answer("", "error", why))
@@ -274,7 +310,9 @@ def after(model, head, features):
     found = torch.stack(features).to(model.device)
     found = parts(model)["projector"](found).to(model.dtype)
     cache.batch_select_indices(torch.zeros(len(features), dtype=torch.long, device=model.device))
-    parts(model)["language_model"]["model"](inputs_embeds=found, past_key_values=cache, use_cache=True)
+    parts(model)["language_model"]["model"](
+        inputs_embeds=found, past_key_values=cache, use_cache=True
+    )
     return cache
 
 
@@ -298,8 +336,12 @@ def rows_of(questions):
 def pixels_of(processor, path):
     """(3, height, width) of a picture as the vision tower wants it; or, in words, why it cannot be read."""
     try:
-        return processor.image_processor([read_picture(path)], return_tensors="pt")["pixel_values"][0]
-    except Exception as trouble:  # Pillow raises many kinds, and a picture must not end an evaluation
+        return processor.image_processor([read_picture(path)], return_tensors="pt")["pixel_values"][
+            0
+        ]
+    except (
+        Exception
+    ) as trouble:  # Pillow raises many kinds, and a picture must not end an evaluation
         return picture_trouble(str(path)) or f"{path}: {trouble}"
 
 
@@ -356,10 +398,14 @@ def read(model, cache, owner, pieces, pad):
     ids, mine, position = (torch.tensor(values) for values in (ids, mine, position))
     owner = torch.cat([owner, mine], dim=1)
     mask, total = None, owner.shape[1]
-    if ((owner != PREFIX) & (owner != mine[:, :1])).any():  # else all that is there belongs to one question a row
+    if (
+        (owner != PREFIX) & (owner != mine[:, :1])
+    ).any():  # else all that is there belongs to one question a row
         earlier = torch.arange(total) <= torch.arange(total - width, total)[:, None]
         seen = (owner[:, None] == PREFIX) | ((owner[:, None] == mine[:, :, None]) & earlier)
-        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(
+            ~seen, torch.finfo(model.dtype).min
+        )
         mask = mask[:, None].to(model.device)
     language = parts(model)["language_model"]
     hidden = language["model"](input_ids=ids.to(model.device), attention_mask=mask, past_key_values=cache,
@@ -372,7 +418,9 @@ def first_pieces(cache, prompts):
     """(owner, pieces) to begin with: `prompts`, for each row a list of ids, after a cache that all of them may see."""
     past = cache.get_seq_length()
     numbers = iter(range(sum(map(len, prompts))))
-    return torch.full((len(prompts), past), PREFIX), [[(next(numbers), past, ids) for ids in row] for row in prompts]
+    return torch.full((len(prompts), past), PREFIX), [
+        [(next(numbers), past, ids) for ids in row] for row in prompts
+    ]
 
 
 def decode(model, cache, prompts, max_new_tokens, tokenizer):

@@ -35,7 +35,9 @@ class Judgement:
 
     score: float | None
     reason: str
-    out_of: float = 10.0  # what the reference got where the two are compared, else the top of the scale
+    out_of: float = (
+        10.0  # what the reference got where the two are compared, else the top of the scale
+    )
     version: str = ""
 
 
@@ -50,7 +52,11 @@ class Judge(Protocol):
 def judge_all(judge, samples, answers):
     """A Judgement for each answer. The reference is the sample's `label`, the question its `text`."""
     rows = [(s["text"], str(s["label"]), str(a), s) for s, a in zip(samples, answers, strict=True)]
-    return judge.judge_all(rows) if hasattr(judge, "judge_all") else [judge.judge(*row) for row in rows]
+    return (
+        judge.judge_all(rows)
+        if hasattr(judge, "judge_all")
+        else [judge.judge(*row) for row in rows]
+    )
 
 
 def title(judge, judgements):
@@ -88,7 +94,9 @@ def mentions(text, lexicon):
                 denied = True
         if color is None:  # the star (in the picture) is (not) red
             phrase = tokens[i + 1 : i + 6]
-            phrase = phrase[: next((k for k, w in enumerate(phrase) if w in shapes or w in ".,;!?"), 5)]
+            phrase = phrase[
+                : next((k for k, w in enumerate(phrase) if w in shapes or w in ".,;!?"), 5)
+            ]
             at = next((k for k, w in enumerate(phrase) if w in ("is", "are")), 5)
             color = next((w for w in phrase[at + 1 : at + 3] if w in colors), None)
             denied = denied or "not" in phrase
@@ -120,7 +128,10 @@ def facts(reference, answer, sample, lexicon):
 
 def overlap(reference, answer):
     """F1 of the words of two texts, 0 to 1; the measure of content where a reference names no colour with a shape."""
-    a, b = ([w for w in words(t) if w.isalnum() and w not in ("a", "an", "the")] for t in (reference, answer))
+    a, b = (
+        [w for w in words(t) if w.isalnum() and w not in ("a", "an", "the")]
+        for t in (reference, answer)
+    )
     common = sum(min(a.count(w), b.count(w)) for w in set(a))
     return 2 * common / (len(a) + len(b)) if a or b else 0.0
 
@@ -148,7 +159,9 @@ class RuleJudge:
             why = f"{round(100 * content)} % of the words agree"
         untrue = len(wrong) / len(right + wrong) if wrong else 0.0
         form = is_long_form(answer)
-        score = 6 * content + 2 * form * min(1, 2 * content) + 2 * (1 - untrue) * min(1, 2 * content)
+        score = (
+            6 * content + 2 * form * min(1, 2 * content) + 2 * (1 - untrue) * min(1, 2 * content)
+        )
         why += ", whole sentences" if form else ", no whole sentences"
         if wrong:
             why += ", not there: " + ", ".join(" ".join(p) for p in wrong)
@@ -166,24 +179,39 @@ class Prompt:
     text: str
     read: Callable  # reply -> (score, out_of), or None where it cannot be read
     max_tokens: int
-    rules: dict = field(default_factory=lambda: {"": ("Answer", "")})  # category ("": any) -> (role, rule)
+    rules: dict = field(
+        default_factory=lambda: {"": ("Answer", "")}
+    )  # category ("": any) -> (role, rule)
 
     def fill(self, question, reference, answer, sample):
         role, rule = self.rules.get(sample.get("category"), self.rules[""])
-        context = sample.get("context") or ", ".join(" ".join(fact) for fact in sample.get("facts", []))
-        given = dict(context=context, question=question, reference=reference, answer=answer, rule=rule, role=role)
+        context = sample.get("context") or ", ".join(
+            " ".join(fact) for fact in sample.get("facts", [])
+        )
+        given = dict(
+            context=context,
+            question=question,
+            reference=reference,
+            answer=answer,
+            rule=rule,
+            role=role,
+        )
         return self.text.format(**given)
 
     @property
     def hash(self):
-        return hashlib.sha256(json.dumps([self.text, self.rules, self.max_tokens]).encode()).hexdigest()[:8]
+        return hashlib.sha256(
+            json.dumps([self.text, self.rules, self.max_tokens]).encode()
+        ).hexdigest()[:8]
 
 
 def read_pair(reply):
     """(candidate's, reference's) score: the first line holds two numbers from 1 to 10, the reference's first."""
     found = re.findall(r"-?\d+(?:\.\d+)?", reply.strip().split("\n")[0])
     pair = [float(number) for number in found]
-    return (pair[1], pair[0]) if len(pair) == 2 and all(1 <= score <= 10 for score in pair) else None
+    return (
+        (pair[1], pair[0]) if len(pair) == 2 and all(1 <= score <= 10 for score in pair) else None
+    )
 
 
 def read_grade(reply):
@@ -232,7 +260,10 @@ YES_NO = Prompt(
     read_yes_no,
     5,
 )
-PROMPTS = {"llava_bench": PAIR, "mm_vet": GRADE}  # every other benchmark asks whether the answer is right
+PROMPTS = {
+    "llava_bench": PAIR,
+    "mm_vet": GRADE,
+}  # every other benchmark asks whether the answer is right
 
 
 def prompt_for(benchmark, folder):
@@ -242,9 +273,15 @@ def prompt_for(benchmark, folder):
         return PROMPTS.get(benchmark, YES_NO)
     prefix = "llava_bench_"
     rules = json.loads(path.read_text(encoding="utf-8"))
-    own = {k.removeprefix(prefix): (r["role"], r["prompt"]) for k, r in rules.items() if k.startswith(prefix)}
+    own = {
+        k.removeprefix(prefix): (r["role"], r["prompt"])
+        for k, r in rules.items()
+        if k.startswith(prefix)
+    }
     if not own:
-        raise ValueError(f"{path} has no rule whose name begins with {prefix}: is it the benchmark's rule.json?")
+        raise ValueError(
+            f"{path} has no rule whose name begins with {prefix}: is it the benchmark's rule.json?"
+        )
     return replace(PAIR, rules=PAIR.rules | own)
 
 
@@ -288,12 +325,17 @@ class EndpointJudge:
                     left = {k: text for k, text in todo.items() if k not in known}
                     for key, reply in counted(self._ask(left), "judging", len(left), "answers"):
                         if reply.trouble or self.prompt.read(reply.text) is None:
-                            trouble[key] = reply.trouble or f"no score in the reply: {reply.text[:80]!r}"
+                            trouble[key] = (
+                                reply.trouble or f"no score in the reply: {reply.text[:80]!r}"
+                            )
                             continue
                         known[key] = {"key": key, "model": reply.model, "reply": reply.text}
                         file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
                         file.flush()
-        return [self._judgement(known[key]) if key in known else Judgement(None, trouble[key]) for key in keys]
+        return [
+            self._judgement(known[key]) if key in known else Judgement(None, trouble[key])
+            for key in keys
+        ]
 
     def estimate(self, texts, cached=0):
         """What asking would cost, in words; a token is taken as four characters."""
@@ -307,18 +349,31 @@ class EndpointJudge:
         )
 
     def _ask(self, todo):
-        keys, requests = list(todo), [lambda text=text: [{"role": "user", "content": text}] for text in todo.values()]
+        keys, requests = (
+            list(todo),
+            [lambda text=text: [{"role": "user", "content": text}] for text in todo.values()],
+        )
         replies = ask_all(
-            self.model, requests, self.prompt.max_tokens, self.temperature, self.workers, self.timeout, self.retries
+            self.model,
+            requests,
+            self.prompt.max_tokens,
+            self.temperature,
+            self.workers,
+            self.timeout,
+            self.retries,
         )
         return ((keys[i], reply) for i, reply in replies)
 
     def _key(self, text):
-        return hashlib.sha256(json.dumps([self.model, endpoint_hash(), text, self.temperature]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.model, endpoint_hash(), text, self.temperature]).encode()
+        ).hexdigest()
 
     def _judgement(self, row):
         score, out_of = self.prompt.read(row["reply"])
-        return Judgement(score, row["reply"], out_of, row["model"] if row["model"] != self.model else "")
+        return Judgement(
+            score, row["reply"], out_of, row["model"] if row["model"] != self.model else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -344,8 +399,15 @@ class LocalJudge:
         prompts = [self._ids(self.prompt.fill(*row)) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
         found, version = {}, self._version
-        batches = (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
-        said = (pair for some in batches for pair in zip(some, self._replies([prompts[i] for i in some])))
+        batches = (
+            order[start : start + self.batch_size]
+            for start in range(0, len(order), self.batch_size)
+        )
+        said = (
+            pair
+            for some in batches
+            for pair in zip(some, self._replies([prompts[i] for i in some]))
+        )
         for i, reply in counted(said, "judging", len(order), "answers"):
             score, out_of = self.prompt.read(reply) or (None, 1.0)
             reason = reply if score is not None else f"no score in the reply: {reply[:80]!r}"
@@ -368,7 +430,9 @@ class LocalJudge:
         if not tokenizer.chat_template:
             return prompt_ids(text, tokenizer, has_image=False)
         turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
 
     def _replies(self, prompts):
         import torch
@@ -376,13 +440,18 @@ class LocalJudge:
         model, tokenizer = self._loaded
         width, pad = max(map(len, prompts)), tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+        )
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.prompt.max_tokens,
                 pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-        return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        return [
+            text.strip()
+            for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        ]
 
 
 @lru_cache(maxsize=1)  # several benchmarks, one judge

@@ -44,7 +44,9 @@ def working(run, num_processes, batch_size, template, memory=None):
     with ProcessPoolExecutor(num_processes, context, _begin, (run, num_processes, ranks)) as pool:
 
         def ask(questions, max_new_tokens):
-            pieces = cut(questions, max(1, min(2 * batch_size, len(questions) // (4 * num_processes))))
+            pieces = cut(
+                questions, max(1, min(2 * batch_size, len(questions) // (4 * num_processes)))
+            )
             todo = {pool.submit(_answer, [questions[i] for i in piece], max_new_tokens, batch_size, template, memory): piece
                     for piece in pieces}  # fmt: skip
             try:

@@ -38,7 +38,12 @@ class ServedModel:
         """Yields (index, Answer) as they come, greedy; what failed is an error with a reason."""
         requests = [lambda sample=sample: messages(sample) for sample in samples]
         replies = ask_all(
-            self.name, requests, max_new_tokens, workers=self.workers, timeout=self.timeout, retries=self.retries
+            self.name,
+            requests,
+            max_new_tokens,
+            workers=self.workers,
+            timeout=self.timeout,
+            retries=self.retries,
         )
         for index, reply in replies:
             finish = "error" if reply.trouble else "length" if reply.finish == "length" else "stop"

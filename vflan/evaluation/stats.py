@@ -23,7 +23,9 @@ def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
     """
     tops, bottoms, sizes = tables(num, den, clusters, groups)
     value = float(ratio(tops.sum(0), bottoms.sum(0)))
-    return value, np.concatenate([ratio(w @ tops, w @ bottoms, w @ sizes) for w in draws(len(tops), seed, rounds)])
+    return value, np.concatenate(
+        [ratio(w @ tops, w @ bottoms, w @ sizes) for w in draws(len(tops), seed, rounds)]
+    )
 
 
 def tables(num, den, clusters, groups):
@@ -32,8 +34,12 @@ def tables(num, den, clusters, groups):
     if not len(num):
         raise ValueError("There is nothing to score: no items were given.")
     den = np.ones_like(num) if den is None else np.asarray(den, float)
-    cluster = np.unique(np.arange(len(num)) if clusters is None else np.asarray(clusters), return_inverse=True)[1]
-    group = np.unique(np.zeros(len(num)) if groups is None else np.asarray(groups), return_inverse=True)[1]
+    cluster = np.unique(
+        np.arange(len(num)) if clusters is None else np.asarray(clusters), return_inverse=True
+    )[1]
+    group = np.unique(
+        np.zeros(len(num)) if groups is None else np.asarray(groups), return_inverse=True
+    )[1]
     k, g = cluster.max() + 1, group.max() + 1
     if len({len(num), len(den), len(cluster), len(group)}) > 1:
         raise ValueError("Values, weights, clusters and groups must have one entry for each item.")
@@ -85,7 +91,9 @@ def paired(a, b, clusters=None, seed=0, groups=None, level=0.95, rounds=ROUNDS, 
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"A paired test needs the same items in both: got {len(a)} and {len(b)}.")
-    (top_a, bottom_a, sizes), (top_b, bottom_b, _) = (tables(x, d, clusters, groups) for x, d in zip((a, b), den))
+    (top_a, bottom_a, sizes), (top_b, bottom_b, _) = (
+        tables(x, d, clusters, groups) for x, d in zip((a, b), den)
+    )
     value = float(ratio(top_a.sum(0), bottom_a.sum(0)) - ratio(top_b.sum(0), bottom_b.sum(0)))
     replicates = np.concatenate(
         [ratio(w @ top_a, w @ bottom_a, w @ sizes) - ratio(w @ top_b, w @ bottom_b, w @ sizes)
@@ -141,4 +149,7 @@ def over_seeds(scores):
         if len(part) == 1:
             low, high = part.low.iloc[0], part.high.iloc[0]
         rows.append([*key, mean, low, high, int(part.n.iloc[0]), len(part), part.baseline.mean()])
-    return type(scores)(rows, columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seeds", "baseline"])
+    return type(scores)(
+        rows,
+        columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seeds", "baseline"],
+    )

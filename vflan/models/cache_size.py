@@ -30,9 +30,15 @@ class Sizes:
         """A batch from its first pass to its last token. rows: for each (questions, tokens of them); new: at most."""
         width, most = max(tokens for _, tokens in rows), max(questions for questions, _ in rows)
         total = past + width + new * most
-        first = len(rows) * width * (self.work + 2 * self.number * (past + width))  # a mask, and its first form
+        first = (
+            len(rows) * width * (self.work + 2 * self.number * (past + width))
+        )  # a mask, and its first form
         said = sum(questions for questions, _ in rows) * self.logits
-        return len(rows) * total * (self.token + self.again) + max(first, len(rows) * most * self.work) + said
+        return (
+            len(rows) * total * (self.token + self.again)
+            + max(first, len(rows) * most * self.work)
+            + said
+        )
 
 
 def sizes(text, number: int) -> Sizes:
@@ -41,8 +47,17 @@ def sizes(text, number: int) -> Sizes:
     layer, wide = 2 * text.num_key_value_heads * head * number, text.num_attention_heads * head
     repeated = 2 * wide * number if text.num_key_value_heads < text.num_attention_heads else 0
     # the residual, in fp32 inside a norm, queries twice, what attention gives; or the three of a gated layer
-    work = number * (2 * text.hidden_size + max(3 * wide, 3 * text.intermediate_size)) + 8 * text.hidden_size
-    return Sizes(layer * text.num_hidden_layers, layer + repeated, work, (number + 4) * text.vocab_size, number)
+    work = (
+        number * (2 * text.hidden_size + max(3 * wide, 3 * text.intermediate_size))
+        + 8 * text.hidden_size
+    )
+    return Sizes(
+        layer * text.num_hidden_layers,
+        layer + repeated,
+        work,
+        (number + 4) * text.vocab_size,
+        number,
+    )
 
 
 def free(device) -> int:
@@ -59,4 +74,6 @@ def free(device) -> int:
 def ran_out(trouble: BaseException) -> bool:
     """Whether an error says that memory ran out; PyTorch has a class for it on GPUs alone, and cuBLAS not even there."""
     said = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(trouble, torch.OutOfMemoryError) or any(words in str(trouble) for words in said)
+    return isinstance(trouble, torch.OutOfMemoryError) or any(
+        words in str(trouble) for words in said
+    )

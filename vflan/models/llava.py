@@ -35,17 +35,24 @@ logging.disable_progress_bar()  # a bar for each file read or written drowns a n
 PARTS = ("vision_tower", "projector", "language_model")
 # bitsandbytes matches these from the START of a name (or as a suffix): "vision_tower" alone would skip nothing
 _NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-_LORA_TARGETS = (
-    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's q_proj
-)
+_LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's q_proj
 _VICUNA = dict(vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5)
-_VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-_VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-_CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+_VICUNA_7B = dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+_VICUNA_13B = dict(
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+)
+_CLIP_L = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+)
 _KNOWN = {  # the shapes behind the presets' hub ids, so that a run can be planned without a download
     "lmsys/vicuna-7b-v1.5": (LlamaConfig, _VICUNA | _VICUNA_7B),
     "lmsys/vicuna-13b-v1.5": (LlamaConfig, _VICUNA | _VICUNA_13B),
-    "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, _CLIP_L | dict(image_size=336, patch_size=14)),
+    "openai/clip-vit-large-patch14-336": (
+        CLIPVisionConfig,
+        _CLIP_L | dict(image_size=336, patch_size=14),
+    ),
 }
 _LLAVA_NAMES = (  # LLaVA's own names (its LlavaLlamaForCausalLM) and those of LlavaForConditionalGeneration
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
@@ -76,9 +83,14 @@ def load_model(recipe, weights=None) -> LlavaForConditionalGeneration:
     if source is None or source.is_file() or _is_llavas(source):
         model = _assemble(recipe, dtype, source)
     else:
-        model = _load(LlavaForConditionalGeneration, source, dtype=dtype, **_quantised(recipe, dtype))
+        model = _load(
+            LlavaForConditionalGeneration, source, dtype=dtype, **_quantised(recipe, dtype)
+        )
         config = model.config
-        if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+        if (
+            not isinstance(config.vision_feature_layer, int)
+            or config.vision_feature_select_strategy != "default"
+        ):
             raise ValueError(
                 f"{shown(source)} is no LLaVA-1.5: its vision_feature_layer is {config.vision_feature_layer} and its "
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}; one layer and 'default' are needed."
@@ -109,8 +121,13 @@ def _assemble(recipe, dtype, source):
             )
     tower = _load(CLIPVisionModel, weights_source(recipe.vision_tower), dtype=dtype)
     if source is not None and (theirs := _stored(source, "vision_tower.")):
-        theirs = {name.removeprefix("model.vision_tower."): weight for name, weight in from_llava(theirs).items()}
-        if {name: w.shape for name, w in theirs.items()} != {name: w.shape for name, w in tower.state_dict().items()}:
+        theirs = {
+            name.removeprefix("model.vision_tower."): weight
+            for name, weight in from_llava(theirs).items()
+        }
+        if {name: w.shape for name, w in theirs.items()} != {
+            name: w.shape for name, w in tower.state_dict().items()
+        }:
             raise ValueError(
                 f"{shown(source)} brings a vision tower that is not of {recipe.vision_tower}'s shape; name its own as vision_tower."
             )
@@ -120,13 +137,19 @@ def _assemble(recipe, dtype, source):
     language_model = _load(AutoModelForCausalLM, language_from, dtype=dtype, **options)
     tokenizer = load_tokenizer(recipe)
     _grow_vocabulary(language_model, len(tokenizer))
-    language_model.config.architectures = [type(language_model).__name__]  # vLLM looks the class up by it
-    config = _llava_config(tower.config, language_model.config, tokenizer.convert_tokens_to_ids(IMAGE), dtype=dtype)
+    language_model.config.architectures = [
+        type(language_model).__name__
+    ]  # vLLM looks the class up by it
+    config = _llava_config(
+        tower.config, language_model.config, tokenizer.convert_tokens_to_ids(IMAGE), dtype=dtype
+    )
     with torch.device("meta"):  # the shell costs no memory; the loaded parts are put into it
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.device, dtype)
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(
+            language_model.device, dtype
+        )
     if projector is not None:
         parts(model)["projector"].load_state_dict(projector)
     model.model.vision_tower = tower.to(language_model.device)
@@ -163,7 +186,10 @@ def meta_model(recipe, layers: int | None = None) -> LlavaForConditionalGenerati
 
 def parameter_counts(model) -> dict[str, int]:
     """How many parameters each part has (in 4 bits two of them count as one)."""
-    return {part: sum(weight.numel() for weight in module.parameters()) for part, module in parts(model).items()}
+    return {
+        part: sum(weight.numel() for weight in module.parameters())
+        for part, module in parts(model).items()
+    }
 
 
 def quantised_layers(model) -> dict[str, int]:
@@ -194,7 +220,9 @@ def load_tokenizer(recipe):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{recipe.language_model}: its tokenizer has no end token, so no answer could ever end.")
+        raise ValueError(
+            f"{recipe.language_model}: its tokenizer has no end token, so no answer could ever end."
+        )
     return tokenizer
 
 
@@ -277,7 +305,11 @@ def swap_part(model, part: str, other):
     if isinstance(other, LlavaForConditionalGeneration):
         source = parts(other)[part]
     else:
-        source = nn.ModuleDict({"model": other.model, "lm_head": other.lm_head}) if part == "language_model" else other
+        source = (
+            nn.ModuleDict({"model": other.model, "lm_head": other.lm_head})
+            if part == "language_model"
+            else other
+        )
     target = parts(model)[part]
     (mine, ours, kinds), (theirs, layers, others) = map(_contents, (target, source))
     if kinds != others:
@@ -340,7 +372,9 @@ def freeze(model, recipe) -> None:
 def fingerprint(weights) -> str:
     """A hash of named weights (a module, or pairs of name and tensor): equal exactly when every bit is."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.state_dict().items() if isinstance(weights, nn.Module) else weights):
+    for name, tensor in sorted(
+        weights.state_dict().items() if isinstance(weights, nn.Module) else weights
+    ):
         tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -353,12 +387,18 @@ def shard(learner, recipe) -> None:
 
     half = compute_dtype(recipe) == torch.bfloat16
     policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if half
+        else MixedPrecisionPolicy()
     )
     for layer in learner.model.model.language_model.layers:
         fully_shard(layer, mp_policy=policy)
     # the tower is small, frozen, and used outside of the learner's forward: every process keeps it whole
-    fully_shard(learner, mp_policy=policy, ignored_params=set(parts(learner.model)["vision_tower"].parameters()))
+    fully_shard(
+        learner,
+        mp_policy=policy,
+        ignored_params=set(parts(learner.model)["vision_tower"].parameters()),
+    )
 
 
 def image_features(model, pixel_values):
@@ -381,7 +421,9 @@ def export(model, processor, recipe, folder, init=None) -> None:
     `load_model`).
     """
     if recipe.bits < 16:
-        learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        learned = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
         whole = replace(recipe, bits=16)
         model = load_model(whole, init)
         freeze(model, whole)
@@ -402,10 +444,17 @@ def save_adapter(model, recipe, folder) -> None:
 
     `PeftModel.from_pretrained(model it began with, folder)` puts them together again.
     """
-    learned = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    assert any("lora_" in name for name in learned), "the model has no adapters, or they are merged already"
+    learned = {
+        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    }
+    assert any("lora_" in name for name in learned), (
+        "the model has no adapters, or they are merged already"
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {f"base_model.model.{name.replace('.default', '')}": w.cpu().contiguous() for name, w in learned.items()}
+    stored = {
+        f"base_model.model.{name.replace('.default', '')}": w.cpu().contiguous()
+        for name, w in learned.items()
+    }
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     whole = ["multi_modal_projector"] if "projector" in recipe.tune else None
     _lora_config(recipe, modules_to_save=whole, inference_mode=True).save_pretrained(folder)
@@ -415,8 +464,13 @@ def read_projector(source) -> dict[str, torch.Tensor]:
     """The weights of a projector, named as in `parts(model)["projector"]`, out of LLaVA's `mm_projector.bin` or whatever
     else `load_model` starts from."""
     source = _source(source)
-    ours = {f"{i}.{kind}": f"linear_{i // 2 + 1}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
-    stored = {name.split("projector.")[1]: weight for name, weight in _stored(source, "projector.").items()}
+    ours = {
+        f"{i}.{kind}": f"linear_{i // 2 + 1}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }
+    stored = {
+        name.split("projector.")[1]: weight
+        for name, weight in _stored(source, "projector.").items()
+    }
     found = {ours.get(name, name): weight for name, weight in stored.items()}
     if set(found) != set(ours.values()):
         raise ValueError(
@@ -446,7 +500,9 @@ def to_llava(weights: dict) -> dict:
 def from_llava(weights: dict) -> dict:
     """Weights under LLaVA's own names as `LlavaForConditionalGeneration` names them; tables that are computed are left out."""
     computed = ("rotary_emb.inv_freq", "embeddings.position_ids")
-    return _renamed({name: w for name, w in weights.items() if not name.endswith(computed)}, _LLAVA_NAMES)
+    return _renamed(
+        {name: w for name, w in weights.items() if not name.endswith(computed)}, _LLAVA_NAMES
+    )
 
 
 def _renamed(weights, names):
@@ -468,7 +524,9 @@ def _source(weights) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{shown(path)}: no such file or folder to take weights from.")
     if (path / "adapter_config.json").is_file():
-        raise ValueError(f"{shown(path)} is a LoRA adapter, not a model; merge it into its base model first.")
+        raise ValueError(
+            f"{shown(path)} is a LoRA adapter, not a model; merge it into its base model first."
+        )
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{shown(path)} has no config.json and so holds no model; train that run to its end, or download all files."
@@ -488,9 +546,13 @@ def _stored(source: Path, part: str) -> dict[str, torch.Tensor]:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as stored:
-                    found |= {name: stored.get_tensor(name) for name in stored.keys() if part in name}
+                    found |= {
+                        name: stored.get_tensor(name) for name in stored.keys() if part in name
+                    }
             else:
-                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                stored = torch.load(
+                    file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+                )
                 found |= {name: weight for name, weight in stored.items() if part in name}
         except Exception as trouble:  # pickle, zip and safetensors each have errors of their own
             raise ValueError(
@@ -510,8 +572,13 @@ def _llavas_text_config(source: Path) -> dict:
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     odd = {key: values[key] for key, known in _LLAVA_1_5.items() if values.get(key, known) != known}
     if odd or values.get("model_type") not in ("llava", "llava_llama"):
-        raise ValueError(f"{shown(source)} is no LLaVA-1.5 on a Llama: {odd or values.get('model_type')}.")
-    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
+        raise ValueError(
+            f"{shown(source)} is no LLaVA-1.5 on a Llama: {odd or values.get('model_type')}."
+        )
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {
+        "model_type",
+        "architectures",
+    }
     return dict(config=LlamaConfig(**{key: value for key, value in values.items() if key in known}))
 
 
@@ -529,7 +596,9 @@ def _config(source: str):
 
 
 def _llava_config(vision, text, image_token_index, **more) -> LlavaConfig:
-    vision._name_or_path = text._name_or_path = ""  # a folder of this machine says nothing to others
+    vision._name_or_path = text._name_or_path = (
+        ""  # a folder of this machine says nothing to others
+    )
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -544,7 +613,11 @@ def _llava_config(vision, text, image_token_index, **more) -> LlavaConfig:
 
 def compute_dtype(recipe) -> torch.dtype:
     """bf16 only where it is fast: on a CPU everything runs in fp32."""
-    return torch.bfloat16 if recipe.precision == "bf16" and torch.cuda.is_available() else torch.float32
+    return (
+        torch.bfloat16
+        if recipe.precision == "bf16" and torch.cuda.is_available()
+        else torch.float32
+    )
 
 
 def _quantised(recipe, dtype, skip=_NOT_QUANTISED) -> dict:
@@ -605,10 +678,14 @@ def read_pretrained(kind, source, **options):
         return kind.from_pretrained(source, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as trouble:  # json, safetensors, tokenizers and transformers each have errors of their own
+    except (
+        Exception
+    ) as trouble:  # json, safetensors, tokenizers and transformers each have errors of their own
         kind_of = OSError if isinstance(trouble, OSError) else ValueError
         said = (str(trouble).strip() or type(trouble).__name__).splitlines()[0][:300]
-        raise kind_of(f"{source} cannot be read: {said} - download or copy it again, whole.") from trouble
+        raise kind_of(
+            f"{source} cannot be read: {said} - download or copy it again, whole."
+        ) from trouble
 
 
 def _load(kind, source, **options):
@@ -616,7 +693,9 @@ def _load(kind, source, **options):
     loudness = logging.get_verbosity()
     logging.set_verbosity_error()  # its report would list every weight of CLIP's text side
     try:
-        model, info = read_pretrained(kind, source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, info = read_pretrained(
+            kind, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     finally:
         logging.set_verbosity(loudness)
     if info["mismatched_keys"]:
@@ -639,5 +718,8 @@ def _grow_vocabulary(language_model, size: int) -> None:
         return
     language_model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
-        for table in (language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight):
+        for table in (
+            language_model.get_input_embeddings().weight,
+            language_model.get_output_embeddings().weight,
+        ):
             table[old:] = table[:old].mean(dim=0)

@@ -21,7 +21,9 @@ try:
 except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
-LOGITS = 1 << 23  # logits that exist at a time (32 MB in fp32); more supervised positions are taken in turns
+LOGITS = (
+    1 << 23
+)  # logits that exist at a time (32 MB in fp32); more supervised positions are taken in turns
 
 
 def packs(recipe: Recipe) -> bool:
@@ -62,11 +64,17 @@ class Learner(nn.Module):
             place = at[:, None] + torch.arange(seen.shape[1], device=at.device)
             embeds = embeds.flatten(0, 1).index_put((place,), seen).view_as(embeds)
         else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers when it is called
-            embeds = embeds + 0 * projector(embeds.new_zeros(1, projector.linear_1.in_features)).sum()
+            embeds = (
+                embeds + 0 * projector(embeds.new_zeros(1, projector.linear_1.in_features)).sum()
+            )
         attention = language_model.config._attn_implementation
         packed = {} if position_ids is None else _boundaries(position_ids, attention)
         hidden = language_model(
-            inputs_embeds=embeds, position_ids=position_ids, attention_mask=None, use_cache=False, **packed
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **packed,
         ).last_hidden_state
         return answer_loss(hidden.flatten(0, 1)[keep], self.model.lm_head, targets)
 
@@ -93,13 +101,17 @@ def _boundaries(position_ids, attention: str) -> dict:
     return dict(zip(names, [*starts, *map(int, longest)]))
 
 
-def _varlen(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options):
+def _varlen(
+    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options
+):
     """FlashAttention's varlen kernel in PyTorch: (1, heads, T, width) in and (1, T, heads, width) out."""
     if cu_seq_lens_q is None:  # not training: the model answers questions, say
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
     # Rotary positions may have made query and key fp32 again under autocast; the kernel takes 16 bits only.
-    query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+    query, key, value = (
+        states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value)
+    )
     ends = [cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q]
     out = varlen_attn(query, key, value, *ends, scale=options.get("scaling"), **_CAUSAL)
     return out[None], None
@@ -115,12 +127,18 @@ def _by_conversation(module, query, key, value, attention_mask, conversations=No
     if conversations is None:  # not training: the model answers questions, say
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pieces = zip(*(states.split(conversations, dim=2) for states in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces], dim=1), None
+    return torch.cat(
+        [sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces], dim=1
+    ), None
 
 
 def _mask(*arguments, attention_mask=None, **options):
     """No mask where none was given, however the positions run."""
-    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    return (
+        None
+        if attention_mask is None
+        else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    )
 
 
 for name, function in (("by_conversation", _by_conversation), ("varlen", _varlen)):
@@ -138,7 +156,9 @@ def answer_loss(hidden, head, targets):
     if len(targets) <= size:
         return _loss(hidden, head, targets)
     pieces = zip(hidden.split(size), targets.split(size))
-    return sum(checkpoint(_loss, some, head, wanted, use_reentrant=False) for some, wanted in pieces)
+    return sum(
+        checkpoint(_loss, some, head, wanted, use_reentrant=False) for some, wanted in pieces
+    )
 
 
 def _loss(hidden, head, targets):

@@ -13,4 +13,8 @@ def preset() -> Preset:
     projector, base, chat = (replace(recipe, runs="runs/lora_7b") for recipe in full_7b())
     lora = dict(lora_r=128, lora_alpha=256, lora_dropout=0.05, projector_lr=2e-5)
     # the paper halves the learning rate from Base to Chat; so does this for LoRA, for want of a published value
-    return Preset(projector, replace(base, lr=2e-4, **lora), replace(chat, lr=1e-4, **(lora | dict(projector_lr=1e-5))))
+    return Preset(
+        projector,
+        replace(base, lr=2e-4, **lora),
+        replace(chat, lr=1e-4, **(lora | dict(projector_lr=1e-5))),
+    )

@@ -11,5 +11,7 @@ from vflan.presets.lora_7b import preset as lora_7b
 
 
 def preset() -> Preset:
-    changes = dict(runs="runs/qlora_7b", bits=4, micro_batch=4, pack_tokens=None, optimizer="adamw_8bit")
+    changes = dict(
+        runs="runs/qlora_7b", bits=4, micro_batch=4, pack_tokens=None, optimizer="adamw_8bit"
+    )
     return Preset(*(replace(recipe, **changes) for recipe in lora_7b()))

@@ -33,7 +33,10 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.training.memory import plan
 
 PACKAGES = {  # and what it means when one is not there
-    **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "datasets"), "pip install -r requirements.lock"),
+    **dict.fromkeys(
+        ("torch", "transformers", "peft", "accelerate", "datasets"),
+        "pip install -r requirements.lock",
+    ),
     "bitsandbytes": "only for QLoRA and 8-bit AdamW",
     "deepspeed": "only for sharding='zero2' and 'zero3'",
     "flash-attn": "only to be faster: attention is PyTorch's without it",
@@ -50,7 +53,9 @@ def machine():
             yield f"{name} {version(name)}"
         except PackageNotFoundError:
             yield f"{name}: not installed; {means}"
-    yield from (f"GPU {i}: {gpu.name}, {gpu.total_memory / GB:.1f} GB" for i, gpu in enumerate(gpus()))
+    yield from (
+        f"GPU {i}: {gpu.name}, {gpu.total_memory / GB:.1f} GB" for i, gpu in enumerate(gpus())
+    )
     if not gpus():
         yield "no GPU: the preset tiny needs none"
     memory = psutil.virtual_memory()
@@ -76,11 +81,22 @@ def missing(name: str) -> list[str]:
     """What a preset lacks here, a line each with what to do; none when its three stages can be trained and evaluated."""
     lines, recipes = [], preset(name)
     for recipe in recipes:
-        lines += [backbone(recipe.vision_tower), backbone(recipe.language_model), *samples(recipe), *packages(recipe)]
+        lines += [
+            backbone(recipe.vision_tower),
+            backbone(recipe.language_model),
+            *samples(recipe),
+            *packages(recipe),
+        ]
     try:
         base = recipes.base  # the most demanding of the three
-        there = resolve(base.samples).exists()  # how many rows are lacking matters for the hours only
-        lines.append(memory(base if there else replace(base, num_samples=base.num_samples or base.global_batch)))
+        there = resolve(
+            base.samples
+        ).exists()  # how many rows are lacking matters for the hours only
+        lines.append(
+            memory(
+                base if there else replace(base, num_samples=base.num_samples or base.global_batch)
+            )
+        )
     except (OSError, ValueError) as trouble:  # of missing backbones it is told above
         lines.append("" if isinstance(trouble, OSError) else f"{recipes.base.name}: {trouble}")
     if not any((resolve(recipes.base.benchmarks) / benchmark).is_dir() for benchmark in BENCHMARKS):
@@ -98,7 +114,11 @@ def backbone(source: str) -> str:
     if folder.is_dir():
         weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
         whole = weights and (folder / "config.json").is_file()
-        return "" if whole else f"{source}: config.json and weights are not both in it; get them from one place"
+        return (
+            ""
+            if whole
+            else f"{source}: config.json and weights are not both in it; get them from one place"
+        )
     known = isinstance(try_to_load_from_cache(source, "config.json"), str)
     return (
         ""
@@ -125,10 +145,13 @@ def _source(path: str) -> str:
 
 def packages(recipe: Recipe):
     needed = dict(
-        bitsandbytes=recipe.bits < 16 or recipe.optimizer == "adamw_8bit", deepspeed="zero" in recipe.sharding
+        bitsandbytes=recipe.bits < 16 or recipe.optimizer == "adamw_8bit",
+        deepspeed="zero" in recipe.sharding,
     )
     yield from (
-        f"{name} is not installed: pip install {name}" for name in needed if needed[name] and not find_spec(name)
+        f"{name} is not installed: pip install {name}"
+        for name in needed
+        if needed[name] and not find_spec(name)
     )
 
 
@@ -147,7 +170,11 @@ def memory(recipe: Recipe) -> str:
         return ""
     tried = (plan(recipe, number, SCALE) for number in (1, 8) if recipe.global_batch % number == 0)
     fits = next((found for found in tried if found.fits), None)
-    needs = f"{fits.needs / GB:.0f} GB on each of {fits.gpus} GPUs" if fits else "more than 8 GPUs of 80 GB"
+    needs = (
+        f"{fits.needs / GB:.0f} GB on each of {fits.gpus} GPUs"
+        if fits
+        else "more than 8 GPUs of 80 GB"
+    )
     return f"{recipe.name} needs {needs}, here are {len(here)}{f' of {room / GB:.0f} GB' if here else ''}; {hint}"
 
 

@@ -69,16 +69,25 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
     recipe, begun = run.recipe, read_json(run.folder / "init.json").get("init")
     source = run.folder / ("model" if merge else "adapter")
     if not source.is_dir():
-        why = "it was not tuned with LoRA" if not recipe.lora_r else "it was trained before adapters were kept"
+        why = (
+            "it was not tuned with LoRA"
+            if not recipe.lora_r
+            else "it was trained before adapters were kept"
+        )
         raise ValueError(f"{run.name} has no adapter: {why}; export it with merge=True.")
     with whole_folder(folder, folder.with_name(f".{folder.name}.part")) as part:
         shutil.copytree(source, part, copy_function=copy, dirs_exist_ok=True)
         processor = run.processor()
         processor.save_pretrained(part)
-        processor.image_processor.save_pretrained(part)  # preprocessor_config.json, for transformers 4 and vLLM
+        processor.image_processor.save_pretrained(
+            part
+        )  # preprocessor_config.json, for transformers 4 and vLLM
         if not merge:
             config = read_json(part / "adapter_config.json")
-            write_json(part / "adapter_config.json", config | dict(base_model_name_or_path=begun and f"{begun}/model"))
+            write_json(
+                part / "adapter_config.json",
+                config | dict(base_model_name_or_path=begun and f"{begun}/model"),
+            )
         write_dataset_card(run, part / "data")
         model_card(run, name, merge).save(part / "README.md")
     return folder
@@ -89,22 +98,34 @@ def push(run, repo: str, private: bool = True, merge: bool = True) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo!r}: the hub wants user/name.")
     if not get_token():
-        raise PermissionError("The hub wants a token that may write: set HF_TOKEN, or run `hf auth login`.")
+        raise PermissionError(
+            "The hub wants a token that may write: set HF_TOKEN, or run `hf auth login`."
+        )
     api = HfApi(endpoint=(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"))
     with tempfile.TemporaryDirectory(dir=run.folder, prefix=".push-") as scratch:
         folder = _write(run, Path(scratch) / "folder", merge, repo, copy=_linked)
         try:
             page = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{run.name}, by vflan")
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=f"{run.name}, by vflan"
+            )
         except errors.OfflineModeIsEnabled as trouble:
             raise ConnectionError(f"{api.endpoint} cannot be reached: {trouble}") from None
         except errors.HTTPError as trouble:  # all that goes wrong on the way
             status = getattr(getattr(trouble, "response", None), "status_code", None)
             if status in (401, 403):
-                raise PermissionError(f"{api.endpoint} does not let this token write to {repo}.") from None
+                raise PermissionError(
+                    f"{api.endpoint} does not let this token write to {repo}."
+                ) from None
             reason = str(trouble).strip().split("\n")[0]
-            raise ConnectionError(f"{api.endpoint} cannot be reached, or refused ({reason}); push again.") from None
-    print(serve_command(repo, folder_length(run.folder / "model")) if merge else f"The adapter is at {page}.")
+            raise ConnectionError(
+                f"{api.endpoint} cannot be reached, or refused ({reason}); push again."
+            ) from None
+    print(
+        serve_command(repo, folder_length(run.folder / "model"))
+        if merge
+        else f"The adapter is at {page}."
+    )
     return str(page)
 
 
@@ -129,8 +150,21 @@ def serve_command(model, length: int | None = None) -> str:
     The chat template loops over the parts of a message, which is vLLM's format `openai`; one picture a conversation, as trained.
     """
     name = Path(model).name
-    command = ["vllm", "serve", str(model), "--served-model-name", name, "--limit-mm-per-prompt", '{"image": 1}']
-    command += ["--max-model-len", str(length or folder_length(model)), "--chat-template-content-format", "openai"]
+    command = [
+        "vllm",
+        "serve",
+        str(model),
+        "--served-model-name",
+        name,
+        "--limit-mm-per-prompt",
+        '{"image": 1}',
+    ]
+    command += [
+        "--max-model-len",
+        str(length or folder_length(model)),
+        "--chat-template-content-format",
+        "openai",
+    ]
     return shlex.join(command)
 
 
@@ -149,13 +183,24 @@ def lineage(folder) -> list[Path]:
 
 def model_card(run, name: str, merged: bool = True) -> ModelCard:
     """README.md of an exported run in the hub's format: use, stages, data and licences, scores, limits, versions."""
-    stages = [(folder, Recipe.from_dict(read_json(folder / "recipe.json"))) for folder in lineage(run.folder)]
+    stages = [
+        (folder, Recipe.from_dict(read_json(folder / "recipe.json")))
+        for folder in lineage(run.folder)
+    ]
     recipe, tiny = run.recipe, _is_tiny(run.folder)
-    files = [file["file"] for folder, _ in stages for file in read_json(folder / "mixture.json").get("files", [])]
+    files = [
+        file["file"]
+        for folder, _ in stages
+        for file in read_json(folder / "mixture.json").get("files", [])
+    ]
     scores = _scores(run)
     results = [
         EvalResult(
-            "image-text-to-text", row.benchmark, BENCHMARKS[row.benchmark].paper or row.benchmark, row.metric, row.value
+            "image-text-to-text",
+            row.benchmark,
+            BENCHMARKS[row.benchmark].paper or row.benchmark,
+            row.metric,
+            row.value,
         )
         for row in scores.itertuples()
     ]
@@ -189,8 +234,14 @@ def model_card(run, name: str, merged: bool = True) -> ModelCard:
     )
     begun = read_json(stages[0][0] / "init.json").get("init")
     made += f"\n\nThe first of these began with the weights of `{_public(begun)}`." if begun else ""
-    used = [f"- {_cell(_public(model))}: {BACKBONES.get(model, _own(model))}" for model in backbones]
-    world = "the drawn pictures of a generated mini world, of 48 pixels a side" if tiny else "the sets named below"
+    used = [
+        f"- {_cell(_public(model))}: {BACKBONES.get(model, _own(model))}" for model in backbones
+    ]
+    world = (
+        "the drawn pictures of a generated mini world, of 48 pixels a side"
+        if tiny
+        else "the sets named below"
+    )
     content = f"""
 # {_cell(name)}
 
@@ -240,23 +291,51 @@ def dataset_card(run) -> DatasetCard:
             f"{shown(run.folder)} has no mixture.json; runs trained by an earlier version kept none."
         )
     named = {task: rows for task, rows in mixture["tasks"].items() if task}
-    drawn = ("num_tasks", "per_task", "exclude", "num_samples", "temperature", "task_weights", "more_samples", "seed")
+    drawn = (
+        "num_tasks",
+        "per_task",
+        "exclude",
+        "num_samples",
+        "temperature",
+        "task_weights",
+        "more_samples",
+        "seed",
+    )
     drawn = {key: recipe.to_dict()[key] for key in drawn}
-    sizes = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10**7: "1M<n<10M"}
+    sizes = {
+        1_000: "n<1K",
+        10_000: "1K<n<10K",
+        100_000: "10K<n<100K",
+        1_000_000: "100K<n<1M",
+        10**7: "1M<n<10M",
+    }
     data = DatasetCardData(
         language="en",
         pretty_name=f"The mixture of {run.name}",
         task_categories=["image-text-to-text", "visual-question-answering"],
         size_categories=next(size for most, size in sizes.items() if mixture["rows"] < most),
-        source_datasets=[repo for file in mixture["files"] if (repo := _origin(file["file"])[0])] or None,
+        source_datasets=[repo for file in mixture["files"] if (repo := _origin(file["file"])[0])]
+        or None,
         tags=["visual-instruction-tuning", "vflan"],
         **_licence(_is_tiny(run.folder)),
     )
     rows = []
     for task, count in sorted(named.items(), key=lambda pair: (-pair[1], pair[0])):
         about = known.get(task, {})
-        rows.append([task, count, about.get("source"), about.get("licence") or "not stated", about.get("flags")])
-    tasks = _table(["task", "rows", "source", "licence", "flags"], rows) if rows else "Its rows name no task."
+        rows.append(
+            [
+                task,
+                count,
+                about.get("source"),
+                about.get("licence") or "not stated",
+                about.get("flags"),
+            ]
+        )
+    tasks = (
+        _table(["task", "rows", "source", "licence", "flags"], rows)
+        if rows
+        else "Its rows name no task."
+    )
     content = f"""
 # The mixture of {_cell(run.name)}
 
@@ -318,7 +397,9 @@ def _stage_row(folder, recipe):
     tasks = len([task for task in mixture.get("tasks", {}) if task]) or None
     tuned = ", ".join(recipe.tune) + (f" (LoRA, r {recipe.lora_r})" if recipe.lora_r else "")
     tuned += f", {recipe.bits} bits" if recipe.bits < 16 else ""
-    losses = [None if done.get(key) is None else f"{done[key]:.3f}" for key in ("first_loss", "last_loss")]
+    losses = [
+        None if done.get(key) is None else f"{done[key]:.3f}" for key in ("first_loss", "last_loss")
+    ]
     return [
         recipe.name,
         recipe.stage,
@@ -338,7 +419,12 @@ def _data_lines(folder):
     if not mixture:
         return f"{_cell(folder.name)}: which rows it was trained on was not kept."
     files = [[_public(f["file"]), f["rows"], *_origin(f["file"])] for f in mixture["files"]]
-    lines = [f"Files of run {_cell(folder.name)}:", "", _table(["file", "rows", "dataset", "licence"], files), ""]
+    lines = [
+        f"Files of run {_cell(folder.name)}:",
+        "",
+        _table(["file", "rows", "dataset", "licence"], files),
+        "",
+    ]
     by_licence, flagged = {}, dict.fromkeys(FLAGS, 0)
     for task, rows in mixture["tasks"].items():
         if about := known.get(task):
@@ -348,10 +434,15 @@ def _data_lines(folder):
             for flag in set(about["flags"].split()) & set(FLAGS):
                 flagged[flag] += 1
     if by_licence:
-        rows = [[name, *entry[:2], ", ".join(sorted(entry[2]))] for name, entry in sorted(by_licence.items())]
+        rows = [
+            [name, *entry[:2], ", ".join(sorted(entry[2]))]
+            for name, entry in sorted(by_licence.items())
+        ]
         lines += ["Its released tasks, by the licence that their source states:", ""]
         lines += [_table(["licence", "tasks", "rows", "sources"], rows), ""]
-    return "\n".join([*lines, *(f"{FLAGS[flag].format(count)}" for flag, count in flagged.items() if count)])
+    return "\n".join(
+        [*lines, *(f"{FLAGS[flag].format(count)}" for flag, count in flagged.items() if count)]
+    )
 
 
 def _scores(run) -> pd.DataFrame:
@@ -359,7 +450,9 @@ def _scores(run) -> pd.DataFrame:
     if not (run.folder / "scores.csv").is_file():
         return pd.DataFrame(columns=["benchmark", "metric", "value"])
     scores = pd.read_csv(run.folder / "scores.csv")
-    wanted = scores.benchmark.map(lambda name: BENCHMARKS[name].headline if name in BENCHMARKS else None)
+    wanted = scores.benchmark.map(
+        lambda name: BENCHMARKS[name].headline if name in BENCHMARKS else None
+    )
     return scores[(scores.run == run.name) & (scores.metric == wanted)].dropna(subset="value")
 
 
@@ -368,11 +461,29 @@ def _score_lines(scores):
         return "It was not evaluated."
     rows = []
     for r in scores.itertuples():
-        judge = r.judge if isinstance(r.judge, str) else ""  # NaN where a rule of the benchmark reads the answers
+        judge = (
+            r.judge if isinstance(r.judge, str) else ""
+        )  # NaN where a rule of the benchmark reads the answers
         rows.append(
-            [r.benchmark, r.metric, f"{r.value:.1f}", f"{r.low:.1f} to {r.high:.1f}", f"{r.baseline:.1f}", r.n, judge]
+            [
+                r.benchmark,
+                r.metric,
+                f"{r.value:.1f}",
+                f"{r.low:.1f} to {r.high:.1f}",
+                f"{r.baseline:.1f}",
+                r.n,
+                judge,
+            ]
         )
-    columns = ["benchmark", "metric", "value", "95 % interval", "majority answer", "questions", "judge"]
+    columns = [
+        "benchmark",
+        "metric",
+        "value",
+        "95 % interval",
+        "majority answer",
+        "questions",
+        "judge",
+    ]
     return f"{_table(columns, rows)}\n\nOn a scale of 0 to 100. The intervals are over the benchmark's pictures, for one training."
 
 
@@ -385,19 +496,29 @@ def _origin(file):
 
 
 def _own(model):
-    return "Apache-2.0 (pretrained on the mini world)" if _tiny_path(model) else "not known to vflan"
+    return (
+        "Apache-2.0 (pretrained on the mini world)" if _tiny_path(model) else "not known to vflan"
+    )
 
 
 def _licence(tiny):
     if tiny:
         return dict(license="apache-2.0")
-    return dict(license="other", license_name="sources-keep-their-terms", license_link="README.md#data-and-licences")
+    return dict(
+        license="other",
+        license_name="sources-keep-their-terms",
+        license_link="README.md#data-and-licences",
+    )
 
 
 def _is_tiny(folder):
     """Whether every file and backbone that went into a run is the mini world's."""
     stages = [read_json(stage / "recipe.json") for stage in lineage(folder)]
-    used = [stage[key].split("#")[0] for stage in stages for key in ("vision_tower", "language_model", "samples")]
+    used = [
+        stage[key].split("#")[0]
+        for stage in stages
+        for key in ("vision_tower", "language_model", "samples")
+    ]
     used += [file.split("#")[0] for stage in stages for file in stage.get("more_samples", [])]
     return all(map(_tiny_path, used))
 
@@ -415,7 +536,11 @@ def _public(value):
     """A recipe's value for strangers: of a file elsewhere on this machine only its name."""
     if isinstance(value, (list, tuple)):
         return ", ".join(str(_public(each)) for each in value)
-    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+    return (
+        Path(value).name
+        if isinstance(value, str) and Path(value).expanduser().is_absolute()
+        else value
+    )
 
 
 def _cell(value):

@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -33,13 +35,18 @@ from PIL import Image
 from vflan import config
 from vflan.analysis.tables import pictures, score_rows, score_table, write_gallery
 from vflan.config import ROOT, folder_name, resolve
+from vflan.evaluation.parallel import end_with_parent
 from vflan.tools.parameters import checked
 from vflan.tools.report import write_report
 from vflan.tools.stable import tag
 
-LIMIT = 400_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
+LIMIT = (
+    400_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt
+)
 # what a kernel is told first: the process that a sweep forks from loads while the notebook does
 SOON = "from vflan.evaluation.parallel import forking; forking(soon=True)"
+# Which runs of earlier notebooks each one reads. The tiny models train on one core, so two notebooks run at a time.
+NEEDS = {"03": ["02"], "04": ["03"], "05": ["04"], "06": ["02"], "07": ["05"], "08": ["05", "06"]}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -54,7 +61,9 @@ def find_notebooks(folder, only=()):
         raise FileNotFoundError(f"{folder} holds no notebook named like 01_name.ipynb")
     for start in only:
         if not any(path.name.startswith(start) for path in known):
-            raise ValueError(f"no notebook starts with {start!r}; there are {', '.join(p.stem for p in known)}")
+            raise ValueError(
+                f"no notebook starts with {start!r}; there are {', '.join(p.stem for p in known)}"
+            )
     return [path for path in known if not only or path.name.startswith(tuple(only))]
 
 
@@ -101,7 +110,12 @@ class Watch:
 
 def _plain(text):
     """Text without what differs from machine to machine: folders, object addresses, overwritten progress lines."""
-    places = [(ROOT, ""), (sys.prefix, ".venv"), (sys.base_prefix, "python"), (tempfile.gettempdir(), "temp")]
+    places = [
+        (ROOT, ""),
+        (sys.prefix, ".venv"),
+        (sys.base_prefix, "python"),
+        (tempfile.gettempdir(), "temp"),
+    ]
     places.append((Path.home(), "~"))
     for place, name in places:
         place = str(place).rstrip("/")
@@ -110,7 +124,9 @@ def _plain(text):
             text = re.sub(re.escape(place) + r"(?![\w.-])", name or ".", text)
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
     text = re.sub(r"^[^\n]*\r(?!\n)", "", text, flags=re.MULTILINE)
-    return re.sub(r"^.*\d+%\|.*\|.*\n?", "", text, flags=re.MULTILINE)  # a tqdm bar printed to stdout
+    return re.sub(
+        r"^.*\d+%\|.*\|.*\n?", "", text, flags=re.MULTILINE
+    )  # a tqdm bar printed to stdout
 
 
 def _clean_output(output, count):
@@ -123,10 +139,15 @@ def _clean_output(output, count):
     if output.output_type == "error":
         output.traceback = [_plain(line) for line in output.traceback]
         return output
-    if WIDGET in output.data:  # its text/plain is only "VBox(children=...)"; the static picture stands before it
+    if (
+        WIDGET in output.data
+    ):  # its text/plain is only "VBox(children=...)"; the static picture stands before it
         return None
     output.metadata = {}
-    output.data = {kind: _plain(value) if kind.startswith("text/") else value for kind, value in output.data.items()}
+    output.data = {
+        kind: _plain(value) if kind.startswith("text/") else value
+        for kind, value in output.data.items()
+    }
     if output.output_type == "execute_result":
         output.execution_count = count
     return output
@@ -142,14 +163,20 @@ def clean(notebook):
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+            "language_info": {
+                "file_extension": ".py",
+                "mimetype": "text/x-python",
+                "name": "python",
+            },
         }
     )
     count = 0
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        cell.source = cell.source.rstrip("\n")  # papermill ends the cell that it adds with an empty line
+        cell.source = cell.source.rstrip(
+            "\n"
+        )  # papermill ends the cell that it adds with an empty line
         if cell.cell_type != "code":
             continue
         if cell.source.strip():
@@ -158,7 +185,11 @@ def clean(notebook):
         outputs = []
         for output in filter(None, (_clean_output(o, count) for o in cell.outputs)):
             if outputs and output.output_type == outputs[-1].output_type == "stream":
-                outputs[-1].text += output.text  # a slow cell prints in pieces; how many depends on the machine
+                outputs[
+                    -1
+                ].text += (
+                    output.text
+                )  # a slow cell prints in pieces; how many depends on the machine
             else:
                 outputs.append(output)
         cell.outputs = outputs
@@ -177,7 +208,9 @@ def shrink(notebook, quality, scale):
                 picture = Image.open(io.BytesIO(base64.b64decode(data[kind]))).convert("RGB")
                 size = round(scale * picture.width), round(scale * picture.height)
                 # no subsampling, which would mix the colours of neighbours
-                picture.resize(size).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=0)
+                picture.resize(size).save(
+                    buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=0
+                )
                 if len(small := base64.b64encode(buffer.getvalue()).decode()) < len(data[kind]):
                     del data[kind]
                     data["image/jpeg"] = small
@@ -201,7 +234,9 @@ def run_notebook(source, target, parameters):
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillException
 
-    options = ["--IPKernelApp.log_level=50"]  # no remarks on how the kernel is connected, or was stopped
+    options = [
+        "--IPKernelApp.log_level=50"
+    ]  # no remarks on how the kernel is connected, or was stopped
     if "vflan.sweep(" in source.read_text(encoding="utf-8"):
         options.append(f"--IPKernelApp.exec_lines={SOON}")
     try:
@@ -217,14 +252,59 @@ def run_notebook(source, target, parameters):
         )
     except papermill.PapermillExecutionError as error:
         sentence = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise Stopped(f"{source.name} stopped in cell [{error.exec_count}] - {sentence}\nread on in {target}") from None
+        raise Stopped(
+            f"{source.name} stopped in cell [{error.exec_count}] - {sentence}\nread on in {target}"
+        ) from None
     except DeadKernelError:
-        raise Stopped(f"{source.name} lost its kernel, most likely for want of memory; see {target}") from None
+        raise Stopped(
+            f"{source.name} lost its kernel, most likely for want of memory; see {target}"
+        ) from None
     except PapermillException as error:
         raise Stopped(f"{source.name} could not be run: {error}") from None
 
 
+def measured_run(source, target, parameters):
+    """Run one notebook; returns (minutes, peak_gb), the memory being that of this process and all its children."""
+    with Watch() as watch:
+        run_notebook(source, target, parameters)
+    return watch.minutes, watch.peak_gb
+
+
 # ------------------------------------------------------------------------------------------------------------ the press
+
+
+def needed(source, sources):
+    """Which of `sources` have to end before `source` starts: those that it reads, or, if that is not known, all before it."""
+    before = sources[: sources.index(source)]
+    numbers = NEEDS.get(source.name[:2])
+    return {path for path in before if numbers is None or path.name[:2] in numbers}
+
+
+def in_parallel(sources, start, jobs):
+    """Start every notebook as soon as those that it needs have ended; yields (notebook, the result of `start`) as they end.
+
+    start: a function of one notebook that returns a Future, or None if nothing has to run. jobs: how many run at one time.
+    After a failure nothing new starts; what runs may finish, then the error is raised.
+    """
+    waiting, running, ended, error = list(sources), {}, set(), None
+    while waiting or running:
+        for source in list(waiting):
+            if error is None and len(running) < jobs and needed(source, sources) <= ended:
+                waiting.remove(source)
+                if (future := start(source)) is not None:
+                    running[future] = source
+                else:
+                    ended.add(source)
+                    yield source, None
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            source = running.pop(future)
+            if future.exception() is None:
+                ended.add(source)
+                yield source, future.result()
+            else:
+                error = error or future.exception()
+        if error is not None and not running:
+            raise error
 
 
 def fingerprint(source, parameters):
@@ -239,8 +319,16 @@ def fingerprint(source, parameters):
 
 def parameter_names(notebook):
     """The names that the parameters cell of a notebook assigns."""
-    cells = [c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    return [line.targets[0].id for line in ast.parse("\n".join(cells)).body if isinstance(line, ast.Assign)]
+    cells = [
+        c.source
+        for c in nbformat.read(notebook, 4).cells
+        if "parameters" in c.metadata.get("tags", [])
+    ]
+    return [
+        line.targets[0].id
+        for line in ast.parse("\n".join(cells)).body
+        if isinstance(line, ast.Assign)
+    ]
 
 
 def given_parameters(sources, given):
@@ -253,10 +341,15 @@ def given_parameters(sources, given):
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}."
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}."
+            )
             raise ValueError(f"no notebook that would run has a parameter {name!r}; {hint}")
     values = {name: checked(**{name: value})[0] for name, value in given.items()}
-    return {source: {name: values[name] for name in values if name in own} for source, own in names.items()}
+    return {
+        source: {name: values[name] for name in values if name in own}
+        for source, own in names.items()
+    }
 
 
 def made(folder):
@@ -274,7 +367,12 @@ def up_to_date(row, key, target, folder):
     """Whether a notebook need not run again: nothing that it depends on has changed, and what it made is still there."""
     there = {done.parent.name for done in folder.glob("*/done.json")}
     files = "files" in row and all((folder / file).is_file() for file in row["files"])
-    return target.is_file() and files and row.get("key") == key and set(row.get("runs", ["-"])) <= there
+    return (
+        target.is_file()
+        and files
+        and row.get("key") == key
+        and set(row.get("runs", ["-"])) <= there
+    )
 
 
 def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say=None, again=False):
@@ -288,21 +386,35 @@ def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say
     say = say or functools.partial(print, flush=True)
     given, name = dict(parameters or {}), folder_name(Path(preset).stem, "preset")
     if "preset" in given:
-        raise ValueError(f"the preset stands alone, not behind -p: vflan notebooks {given['preset']}")
-    home = ROOT / "notebooks"  # an installed package has its own, until somebody puts some in the working directory
+        raise ValueError(
+            f"the preset stands alone, not behind -p: vflan notebooks {given['preset']}"
+        )
+    home = (
+        ROOT / "notebooks"
+    )  # an installed package has its own, until somebody puts some in the working directory
     sources = find_notebooks(notebooks or (home if home.is_dir() else resolve("notebooks")), only)
     own = given_parameters(sources, given)
     folder = config.resolve(config.preset(preset, given.get("changes", {})).base.runs)
-    if preset != "tiny":  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
+    if (
+        preset != "tiny"
+    ):  # tiny is what the notebooks say themselves: nothing is injected, so they stay as committed
         given["preset"] = preset
         if preset.endswith(".py"):  # a notebook runs in a folder of its own
-            given["preset"] = str((Path(preset) if Path(preset).exists() else config.resolve(preset)).resolve())
-        own = given_parameters(sources, given if any("preset" in parameter_names(s) for s in sources) else {})
+            given["preset"] = str(
+                (Path(preset) if Path(preset).exists() else config.resolve(preset)).resolve()
+            )
+        own = given_parameters(
+            sources, given if any("preset" in parameter_names(s) for s in sources) else {}
+        )
     out = Path(out or folder).resolve()
     if (out / "notebooks") == sources[0].parent.resolve():
-        raise ValueError(f"out={out}: the executed notebooks would replace their sources; name another folder.")
+        raise ValueError(
+            f"out={out}: the executed notebooks would replace their sources; name another folder."
+        )
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
-    old = json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
+    old = (
+        json.loads((out / "book.json").read_text("utf-8")) if (out / "book.json").is_file() else {}
+    )
     rows = {row["name"]: row for row in old.get("notebooks", [])}
     record = {
         "preset": name,
@@ -313,25 +425,53 @@ def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say
         "notebooks": [],
     }
     width = max(len(source.stem) for source in sources)
-    with Watch() as whole:
-        for source in sources:
-            target, key = out / "notebooks" / source.name, fingerprint(source, own[source])
-            row, fresh = rows.get(source.stem, {}), False
-            if again or not up_to_date(row, key, target, folder):
-                before = made(folder)
-                with Watch() as watch:
-                    run_notebook(source, target, own[source])
-                files = [file for file, when in made(folder).items() if before.get(file) != when]
-                runs = sorted(done.parent.name for done in folder.glob("*/done.json"))
-                row = {"name": source.stem, "minutes": round(watch.minutes, 2), "peak_gb": round(watch.peak_gb, 2)}
-                row |= {"kb": lay_out(target) // 1000, "key": key, "runs": runs, "parameters": own[source]}
-                row, fresh = row | {"files": {file: digest_of(folder / file) for file in files}}, True
-            record["notebooks"].append(row)
-            rows[source.stem] = row
+    jobs = min(2, os.cpu_count() or 1) if preset.startswith("tiny") else 1
+    before, texts = {}, {source: source.read_text("utf-8") for source in sources}
+    keys = {source: fingerprint(source, own[source]) for source in sources}
+
+    def start(source):
+        target, row = out / "notebooks" / source.name, rows.get(source.stem, {})
+        if not again and up_to_date(row, keys[source], target, folder):
+            return None
+        before[source] = made(folder)
+        return pool.submit(measured_run, source, target, own[source])
+
+    # a process for each, because papermill changes the working directory of the one it runs in
+    with Watch() as whole, ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
+        for source, cost in in_parallel(sources, start, jobs):
+            target = out / "notebooks" / source.name
+            if cost is not None:
+                minutes, peak_gb = cost
+                beside = "".join(
+                    text for other, text in texts.items() if other != source and other in before
+                )
+                files = [
+                    file for file, when in made(folder).items() if before[source].get(file) != when
+                ]
+                files = [
+                    f for f in files if Path(f).stem in texts[source] or Path(f).stem not in beside
+                ]
+                row = {
+                    "name": source.stem,
+                    "minutes": round(minutes, 2),
+                    "peak_gb": round(peak_gb, 2),
+                }
+                row |= {"kb": lay_out(target) // 1000, "key": keys[source]}
+                row |= {"runs": sorted(done.parent.name for done in folder.glob("*/done.json"))}
+                row |= {
+                    "parameters": own[source],
+                    "files": {file: digest_of(folder / file) for file in files},
+                }
+                rows[source.stem] = row
+            record["notebooks"] = sorted(
+                [*record["notebooks"], rows[source.stem]], key=lambda row: row["name"]
+            )
             _keep(out, record, rows)
-            cost = f"{row['minutes']:6.1f} min  {row['peak_gb']:5.1f} GB" if fresh else "up to date".rjust(20)
+            cost = f"{minutes:6.1f} min  {peak_gb:5.1f} GB" if cost else "up to date".rjust(20)
             say(f"{source.stem:{width}}  {cost}  {target.stat().st_size // 1000:4d} KB")
-    peak = max([whole.peak_gb, *(row["peak_gb"] for row in record["notebooks"])])  # short peaks fall between two looks
+    peak = max(
+        [whole.peak_gb, *(row["peak_gb"] for row in record["notebooks"])]
+    )  # short peaks fall between two looks
     record.update(minutes=round(whole.minutes, 2), peak_gb=round(peak, 2))
     _keep(out, record, rows)
     _report(name, out, folder, record, say)
@@ -340,7 +480,9 @@ def press(preset="tiny", only=(), parameters=None, out=None, notebooks=None, say
 
 def _keep(out, record, rows):
     """Write book.json: the record with the rows of all notebooks that ever ran in this folder."""
-    config.write_json(out / "book.json", {**record, "notebooks": [rows[name] for name in sorted(rows)]})
+    config.write_json(
+        out / "book.json", {**record, "notebooks": [rows[name] for name in sorted(rows)]}
+    )
 
 
 def _report(name, out, folder, record, say):

@@ -28,7 +28,12 @@ class Place(NamedTuple):
 
 
 PLACES = {
-    "tiny": Place("notebooks", (), {"scores.csv": "tiny.csv", "floors.csv": "tiny_floors.csv"}, "figures/README.md"),
+    "tiny": Place(
+        "notebooks",
+        (),
+        {"scores.csv": "tiny.csv", "floors.csv": "tiny_floors.csv"},
+        "figures/README.md",
+    ),
     "tiny_frozen": Place(
         "notebooks/paper",
         ("06", "07", "08"),
@@ -57,23 +62,37 @@ def publish(preset):
     made = {}
     for source in sources:
         for file, mark in rows[source.stem]["files"].items():
-            made.setdefault(file, set()).add(mark)  # several notebooks add to a file; the last one left it as it is
+            made.setdefault(file, set()).add(
+                mark
+            )  # several notebooks add to a file; the last one left it as it is
     for file, marks in made.items():
         if not (folder / file).is_file() or digest_of(folder / file) not in marks:
             raise ValueError(
                 f"{config.shown(folder / file)} is not as a notebook left it: run the notebooks again with --again."
             )
     if missing := [file for file in place.results if f"results/{file}" not in made]:
-        raise ValueError(f"the run made no results/{missing[0]}: run the notebooks again with --again.")
+        raise ValueError(
+            f"the run made no results/{missing[0]}: run the notebooks again with --again."
+        )
     if place.seeds:
         _whole(pd.read_csv(folder / "results" / "claims.csv", dtype={"claim": str}), place, sources)
 
     figures, written = home / "figures" / preset, []
     for old in figures.glob("*.[ps][nv]g"):
         old.unlink()
-    copies = [(folder / "notebooks" / source.name, home / place.notebooks / source.name) for source in sources]
-    copies += [(folder / "results" / own, home / "data" / "results" / name) for own, name in place.results.items()]
-    copies += [(folder / file, figures / file.removeprefix("figures/")) for file in made if file.startswith("figures/")]
+    copies = [
+        (folder / "notebooks" / source.name, home / place.notebooks / source.name)
+        for source in sources
+    ]
+    copies += [
+        (folder / "results" / own, home / "data" / "results" / name)
+        for own, name in place.results.items()
+    ]
+    copies += [
+        (folder / file, figures / file.removeprefix("figures/"))
+        for file in made
+        if file.startswith("figures/")
+    ]
     for source, target in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.name == "scores.csv" and target.is_file():
@@ -97,13 +116,19 @@ def _ready(source, row, folder, place):
     """ValueError unless a notebook ran to its end in this version, without parameters that change what it says."""
     again = f"run vflan notebooks {folder.name} first"
     if "files" not in row or not (folder / "notebooks" / source.name).is_file():
-        raise ValueError(f"{source.stem} has not run to its end in {config.shown(folder)}: {again}.")
+        raise ValueError(
+            f"{source.stem} has not run to its end in {config.shown(folder)}: {again}."
+        )
     if odd := [name for name in row["parameters"] if name not in place.free]:
-        raise ValueError(f"{source.stem} ran with {odd[0]}={row['parameters'][odd[0]]!r}: {again} without it.")
+        raise ValueError(
+            f"{source.stem} ran with {odd[0]}={row['parameters'][odd[0]]!r}: {again} without it."
+        )
     if row["key"] != fingerprint(source, row["parameters"]):
         raise ValueError(f"{source.stem} or the package has changed since it ran: {again}.")
     if (size := (folder / "notebooks" / source.name).stat().st_size) > LIMIT:
-        raise ValueError(f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures.")
+        raise ValueError(
+            f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures."
+        )
 
 
 def _whole(found, place, sources):

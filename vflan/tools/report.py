@@ -33,7 +33,9 @@ from vflan.data.images import read_picture
 
 ASKED = ("heldin", "heldout", "pope", "llava_bench")  # of these some answers are shown
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-TAGS = set("div pre span table thead tbody tr th td p br hr img h1 h2 h3 h4 h5 h6 dl dt dd sub sup".split())
+TAGS = set(
+    "div pre span table thead tbody tr th td p br hr img h1 h2 h3 h4 h5 h6 dl dt dd sub sup".split()
+)
 SHOWN = {"text/plain", "text/html", "text/markdown", "image/png", "image/jpeg"}
 LOOK = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; padding: 0 1em; color: #222; background: #fff }
@@ -85,15 +87,24 @@ def write_report(preset, out, record, home, scores=None, figures=(), runs=None) 
             tables.append((title, "", columns, rows))
     pages = [notebook_page(path) for path in sorted((out / "notebooks").glob("*.ipynb"))]
     cost = {row["name"]: (row["minutes"], row["peak_gb"]) for row in record["notebooks"]}
-    links = [SimpleNamespace(link=page.relative_to(out).as_posix(), text=page.stem) for page in pages]
+    links = [
+        SimpleNamespace(link=page.relative_to(out).as_posix(), text=page.stem) for page in pages
+    ]
     rows = [[link, *cost.get(link.text, ())] for link in links]
     tables.append(("Notebooks, as executed", "", ["notebook", "minutes", "most memory, GB"], rows))
-    facts = [f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in PACKAGES)]
+    facts = [
+        f"Python {platform.python_version()}",
+        *(f"{package} {version(package)}" for package in PACKAGES),
+    ]
     facts += [f"commit {commit() or 'unknown'}", *machine()]
     facts += [f"{record['minutes']:.1f} minutes", f"at most {record['peak_gb']:.1f} GB"]
     facts += [f"{key} = {value}" for key, value in record["parameters"].items()]
-    values = dict(facts=facts, figures=[(embedded(path.read_bytes()), words) for path, words in figures])
-    values["tables"] = [(*head, [[_shown(cell) for cell in row] for row in rows]) for *head, rows in tables]
+    values = dict(
+        facts=facts, figures=[(embedded(path.read_bytes()), words) for path, words in figures]
+    )
+    values["tables"] = [
+        (*head, [[_shown(cell) for cell in row] for row in rows]) for *head, rows in tables
+    ]
     (page := out / "report.html").write_text(_page(f"vflan: {preset}", **values), encoding="utf-8")
     return page
 
@@ -119,7 +130,11 @@ def run_rows(stages):
     """What the three runs were: done.json."""
     keys = ("rows", "steps", "tokens", "seconds", "processes", "first_loss", "last_loss")
     done = {name: read_json(folder / "done.json") for name, folder in stages.items()}
-    return "Runs", ["run", *keys], [[name, *(about.get(key) for key in keys)] for name, about in done.items()]
+    return (
+        "Runs",
+        ["run", *keys],
+        [[name, *(about.get(key) for key in keys)] for name, about in done.items()],
+    )
 
 
 def recipe_rows(stages):
@@ -138,25 +153,43 @@ def notebook_page(path) -> Path:
         return page
     notebook, quiet = nbformat.read(path, 4), logging.getLogger(__name__)
     quiet.setLevel(logging.ERROR)  # it would miss words for every picture
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output):
+    for output in (
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output
+    ):
         output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
-    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True, log=quiet).from_notebook_node(notebook)
-    safe = dict(tags=TAGS | bleach.ALLOWED_TAGS, attributes=_may, protocols={"http", "https", "mailto", "data"})
-    body = re.sub(r"(?is)<(style|script)\b.*?</\1\s*>", "", body)  # bleach would leave their words to be read
+    body, _ = HTMLExporter(
+        template_name="basic", exclude_anchor_links=True, log=quiet
+    ).from_notebook_node(notebook)
+    safe = dict(
+        tags=TAGS | bleach.ALLOWED_TAGS,
+        attributes=_may,
+        protocols={"http", "https", "mailto", "data"},
+    )
+    body = re.sub(
+        r"(?is)<(style|script)\b.*?</\1\s*>", "", body
+    )  # bleach would leave their words to be read
     body = Markup(bleach.clean(body, strip=True, css_sanitizer=CSSSanitizer(), **safe))
-    page.write_text(_page(path.stem, body=body, more=HtmlFormatter().get_style_defs("pre")), encoding="utf-8")
+    page.write_text(
+        _page(path.stem, body=body, more=HtmlFormatter().get_style_defs("pre")), encoding="utf-8"
+    )
     return page
 
 
 def machine() -> list[str]:
     """Processor, cores, memory and GPUs of this machine, as far as it tells."""
     cpu = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.*)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.*)$", cpu.read_text(), re.MULTILINE)
+        if cpu.is_file()
+        else []
+    )
     memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
     told = [names[0] if names else platform.machine(), f"{os.cpu_count()} cores", memory]
     with suppress(OSError, subprocess.CalledProcessError):
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        told += subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        told += subprocess.run(
+            asked, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     return told
 
 
@@ -180,7 +213,11 @@ def _picture(path, side=96):
 def _may(tag, name, value):
     """Whether a tag of a notebook's page keeps an attribute."""
     if name in ("href", "src"):
-        return value.startswith("data:image/") if tag == "img" else tag == "a" and not value.startswith("data:")
+        return (
+            value.startswith("data:image/")
+            if tag == "img"
+            else tag == "a" and not value.startswith("data:")
+        )
     return name in ("class", "id", "alt", "width", "height", "colspan", "rowspan", "style")
 
 

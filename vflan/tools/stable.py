@@ -19,8 +19,27 @@ from vflan.config import ROOT
 CHECK, NEVER, ALWAYS = "nbval-check-output", "nbval-ignore-output", "same-everywhere"
 # functions, and modules of functions, whose results differ between processors, or between two runs
 VARYING = {
-    *("train", "sweep", "evaluate", "answer", "answered", "attention_maps", "fingerprint", "generate"),
-    *("plan", "doctor", "time", "perf_counter", "monotonic", "now", "today", "cpu_count", "platform"),
+    *(
+        "train",
+        "sweep",
+        "evaluate",
+        "answer",
+        "answered",
+        "attention_maps",
+        "fingerprint",
+        "generate",
+    ),
+    *(
+        "plan",
+        "doctor",
+        "time",
+        "perf_counter",
+        "monotonic",
+        "now",
+        "today",
+        "cpu_count",
+        "platform",
+    ),
     *("psutil", "is_available", "device_count"),
 }
 SHOW = {"print", "display"}
@@ -53,12 +72,20 @@ def _read(node):
             own.update(_stored(part.target))
         elif isinstance(part, ast.arg):
             own.add(part.arg)
-    loaded = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load))
+    loaded = (
+        part
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+    )
     return {part.id for part in loaded} - own
 
 
 def _stored(node):
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return {
+        part.id
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
 
 
 def _written(node):
@@ -110,10 +137,16 @@ class _Reader:
 
     def compound(self, node, varies):
         items = getattr(node, "items", [])
-        heads = [getattr(node, "test", None), getattr(node, "iter", None), *(item.context_expr for item in items)]
+        heads = [
+            getattr(node, "test", None),
+            getattr(node, "iter", None),
+            *(item.context_expr for item in items),
+        ]
         varies = varies or any(self.reads(head) for head in heads if head is not None)
         targets = [getattr(node, "target", None), *(item.optional_vars for item in items)]
-        self.keep(set().union(*(_stored(target) for target in targets if target is not None)), varies)
+        self.keep(
+            set().union(*(_stored(target) for target in targets if target is not None)), varies
+        )
         handlers = [handler.body for handler in getattr(node, "handlers", [])]
         blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")] + handlers
         # twice: what the end of a loop makes varying, its beginning may show
@@ -145,7 +178,9 @@ def tag(notebook):
         if cell.cell_type != "code":
             continue
         tags = [one for one in cell.metadata.get("tags", []) if one != CHECK]
-        varies = reader.cell(cell.source)  # also where a person decides: later cells build on this one
+        varies = reader.cell(
+            cell.source
+        )  # also where a person decides: later cells build on this one
         if says(cell) and NEVER not in tags and (ALWAYS in tags or not varies):
             tags.append(CHECK)
         cell.metadata.pop("tags", None)
@@ -167,4 +202,6 @@ def tag_files(paths=None):
         notebook = tag(nbformat.read(path, as_version=4))
         path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         compared, all_of_them = checked(notebook)
-        print(f"{path.stem}: {compared} of {all_of_them} cells with text output say the same everywhere")
+        print(
+            f"{path.stem}: {compared} of {all_of_them} cells with text output say the same everywhere"
+        )

@@ -30,7 +30,11 @@ GOOD, POOR = "#009E73", "#D55E00"
 
 
 def _frame(rows):
-    return rows.to_pandas() if hasattr(rows, "to_pandas") else pd.DataFrame(rows).reset_index(drop=True)
+    return (
+        rows.to_pandas()
+        if hasattr(rows, "to_pandas")
+        else pd.DataFrame(rows).reset_index(drop=True)
+    )
 
 
 def _tasks(samples):
@@ -62,7 +66,9 @@ def picture(image, side=96):
 def table(columns, rows):
     """An HTML table; `rows` hold cells that are HTML already."""
     head = "".join(f"<th {CELL}>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td {CELL}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td {CELL}>{cell}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -74,9 +80,7 @@ def _page(html):
 def _beside(image, text):
     """A picture and, to the right of it (below it where there is no room), HTML."""
     left = f'<div style="flex:none">{image}</div>'
-    return (
-        f'<div style="display:flex;flex-wrap:wrap;gap:18px">{left}<div style="flex:1;min-width:18em">{text}</div></div>'
-    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:18px">{left}<div style="flex:1;min-width:18em">{text}</div></div>'
 
 
 def _choice(options, name, width="16em"):
@@ -84,7 +88,9 @@ def _choice(options, name, width="16em"):
 
 
 def _number(name):
-    return w.BoundedIntText(value=1, min=1, max=1, description=name, layout=w.Layout(width="9em"), style=_LABEL)
+    return w.BoundedIntText(
+        value=1, min=1, max=1, description=name, layout=w.Layout(width="9em"), style=_LABEL
+    )
 
 
 def _row(*controls):
@@ -99,7 +105,10 @@ def _button(text, **more):
 
 
 def _said(conversations):
-    turns = [(str(turn["from"]), str(turn["value"]).replace("<image>", "").strip()) for turn in conversations]
+    turns = [
+        (str(turn["from"]), str(turn["value"]).replace("<image>", "").strip())
+        for turn in conversations
+    ]
     return "\n".join(f"<b>{escape(who)}</b> {escape(text)}" for who, text in turns)
 
 
@@ -118,12 +127,21 @@ def token_line(ids, labels, tokenizer, image_token=-200):
     """A conversation token by token as HTML, in the colours of plots.tokens: learned, only read, picture."""
     boxes = []
     for kind, run in groupby(zip(ids, labels), lambda pair: _kind(*pair, image_token)):
-        texts = ["picture"] if kind == "picture" else [tokenizer.decode([token]) for token, _ in run]
-        boxes += [(kind, text.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "·") for text in texts]
+        texts = (
+            ["picture"] if kind == "picture" else [tokenizer.decode([token]) for token, _ in run]
+        )
+        boxes += [
+            (kind, text.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "·") for text in texts
+        ]
     style = "display:inline-block;color:#222;margin:0 2px 2px 0;padding:0 3px;border-radius:2px;line-height:1.35"
     style += ";white-space:pre-wrap;font:12px monospace"
-    spans = [f'<span style="{style};background:{TOKEN_COLORS[kind]}">{escape(text)}</span>' for kind, text in boxes]
-    legend = "".join(f'<span style="{style};background:{c}">{kind}</span> ' for kind, c in TOKEN_COLORS.items())
+    spans = [
+        f'<span style="{style};background:{TOKEN_COLORS[kind]}">{escape(text)}</span>'
+        for kind, text in boxes
+    ]
+    legend = "".join(
+        f'<span style="{style};background:{c}">{kind}</span> ' for kind, c in TOKEN_COLORS.items()
+    )
     return f"<div>{''.join(spans)}</div><div style='margin-top:4px;opacity:.8'>{legend}</div>"
 
 
@@ -137,10 +155,17 @@ def packed_rows(rows, chosen, image_token):
     for row in rows:
         bar = ""
         for number, ids, labels in row:
-            runs = [(k, len(list(g))) for k, g in groupby(_kind(*pair, image_token) for pair in zip(ids, labels))]
-            cells = "".join(f'<i style="flex:{n} 0 0;background:{TOKEN_COLORS[k]}"></i>' for k, n in runs)
+            runs = [
+                (k, len(list(g)))
+                for k, g in groupby(_kind(*pair, image_token) for pair in zip(ids, labels))
+            ]
+            cells = "".join(
+                f'<i style="flex:{n} 0 0;background:{TOKEN_COLORS[k]}"></i>' for k, n in runs
+            )
             mark = f"outline:2px solid {POOR};z-index:1" if number == chosen else "opacity:.55"
-            bar += f'<span style="display:flex;flex:{len(ids)} 0 0;min-width:0;{mark}">{cells}</span>'
+            bar += (
+                f'<span style="display:flex;flex:{len(ids)} 0 0;min-width:0;{mark}">{cells}</span>'
+            )
         left = widest - sum(len(ids) for _, ids, _ in row)
         stripes = "repeating-linear-gradient(45deg,transparent 0 4px,#8A8A8A66 4px 5px)"
         bar += f'<span style="flex:{left} 0 0;background:{stripes}"></span>' if left else ""
@@ -160,17 +185,28 @@ def task_browser(samples, tasks=None, recipe=None):
     if columns:
         known = known.merge(_frame(tasks).drop_duplicates("task_name"), "left", "task_name")
         known[columns] = known[columns].replace("", pd.NA).fillna("in no list")
-    choices = {name: _choice(["all", *sorted(known[name].unique())], name, "20em") for name in columns}
+    choices = {
+        name: _choice(["all", *sorted(known[name].unique())], name, "20em") for name in columns
+    }
     task = _choice(sorted(numbers), "task", "26em")
     number = _number("sample")
-    back, on = _button("◀ back", tooltip="previous sample"), _button("next ▶", tooltip="next sample")
+    back, on = (
+        _button("◀ back", tooltip="previous sample"),
+        _button("next ▶", tooltip="next sample"),
+    )
     page, tokenizers = w.HTML(), []
 
     def narrow(_=None):
         fits = np.ones(len(known), bool)
-        for name, choice in choices.items():  # the group decides which categories there are, both which tasks
+        for (
+            name,
+            choice,
+        ) in choices.items():  # the group decides which categories there are, both which tasks
             possible = ["all", *sorted(known[name][fits].unique())]
-            choice.options, choice.value = possible, choice.value if choice.value in possible else "all"
+            choice.options, choice.value = (
+                possible,
+                choice.value if choice.value in possible else "all",
+            )
             fits &= (known[name] == choice.value) | (choice.value == "all")
         left = sorted(known.task_name[fits])
         if list(task.options) != left:
@@ -181,9 +217,7 @@ def task_browser(samples, tasks=None, recipe=None):
         number.max = len(rows)
         row = int(rows[number.value - 1])
         sample = samples[row]
-        html = (
-            f"<p style='opacity:.7;margin:0'>{number.value:,} of {len(rows):,} samples of {escape(str(task.value))}</p>"
-        )
+        html = f"<p style='opacity:.7;margin:0'>{number.value:,} of {len(rows):,} samples of {escape(str(task.value))}</p>"
         said = f'<div style="white-space:pre-wrap">{_said(sample["conversations"])}</div>'
         html += _beside(picture(sample.get("image"), 220), said)
         if recipe is not None:
@@ -225,7 +259,9 @@ def _tokens_and_place(samples, row, sample, recipe, tokenizer):
     if found is None:
         return html
     step, steps, rows = found
-    place = next((at for at, packed in enumerate(rows, 1) if row in [number for number, *_ in packed]), None)
+    place = next(
+        (at for at, packed in enumerate(rows, 1) if row in [number for number, *_ in packed]), None
+    )
     html += f"<p><b>where a packed training reads it</b>: step {step:,} of {steps:,}, row {place} of {len(rows)}"
     return f"{html}</p>{packed_rows(rows, row, tokenizer.convert_tokens_to_ids('<image>'))}"
 
@@ -248,14 +284,22 @@ def _answer_rows(frame, side=96):
 
 def answer_table(rows, limit=8):
     """Questions, labels, answers and a verdict each. Needs text, label, answer; image, right, benchmark if at hand."""
-    return HTML(table(("picture", "question", "label", "answer", ""), _answer_rows(_frame(rows).head(limit))))
+    return HTML(
+        table(
+            ("picture", "question", "label", "answer", ""), _answer_rows(_frame(rows).head(limit))
+        )
+    )
 
 
 def _verdict(row):
     """An answer with its mark and, where a judge left one, the reason."""
     mark, color = ("✓", GOOD) if row["right"] else ("✗", POOR)
     reason = row.get("reason")
-    why = f'<div style="opacity:.7;font-size:90%"><i>{escape(reason)}</i></div>' if isinstance(reason, str) else ""
+    why = (
+        f'<div style="opacity:.7;font-size:90%"><i>{escape(reason)}</i></div>'
+        if isinstance(reason, str)
+        else ""
+    )
     return f'<span style="color:{color};font-weight:bold">{mark}</span> {escape(str(row["answer"]))}{why}'
 
 
@@ -266,7 +310,10 @@ def answer_browser(rows, page_size=5):
     vflan.evaluation.evaluator.judged_answers gives them. Needs text, label, answer; image, benchmark, category, right, reason if at
     hand. ValueError where the questions differ.
     """
-    frames = {name: _frame(own) for name, own in (rows if isinstance(rows, dict) else {"answer": rows}).items()}
+    frames = {
+        name: _frame(own)
+        for name, own in (rows if isinstance(rows, dict) else {"answer": rows}).items()
+    }
     names, asked = list(frames), next(iter(frames.values()))
     for name, frame in frames.items():
         if list(frame["text"]) != list(asked["text"]):
@@ -280,7 +327,9 @@ def answer_browser(rows, page_size=5):
     filters = {}
     for column, name in {"benchmark": "benchmark", "run": "run", "category": "task"}.items():
         if column in asked and not (column == "run" and "benchmark" in asked):
-            filters[column] = _choice(["all", *sorted(asked[column].astype(str).unique())], name, "22em")
+            filters[column] = _choice(
+                ["all", *sorted(asked[column].astype(str).unique())], name, "22em"
+            )
     verdict = _choice(["all"], "show", "18em")
     number = _number("page")
     page, busy = w.HTML(), []
@@ -294,7 +343,9 @@ def answer_browser(rows, page_size=5):
         kinds = {"all": np.ones(len(asked), bool)}
         if runs:
             kinds |= {"both right": right[0] & right[1], "both wrong": ~right[0] & ~right[1]}
-            kinds |= {f"only {name} right": right[i] & ~right[1 - i] for i, name in enumerate(chosen)}
+            kinds |= {
+                f"only {name} right": right[i] & ~right[1 - i] for i, name in enumerate(chosen)
+            }
         else:
             kinds |= {"right": right[0], "wrong": ~right[0]}
         position = verdict.options.index(verdict.value)
@@ -304,7 +355,10 @@ def answer_browser(rows, page_size=5):
             inside = asked[column][fits if column == "category" else slice(None)].astype(str)
             if column == "category":
                 possible = ["all", *sorted(inside.unique())]
-                choice.options, choice.value = possible, choice.value if choice.value in possible else "all"
+                choice.options, choice.value = (
+                    possible,
+                    choice.value if choice.value in possible else "all",
+                )
             fits &= (asked[column].astype(str) == choice.value).to_numpy() | (choice.value == "all")
         found = np.flatnonzero(fits)
         number.max = max(1, -(-len(found) // page_size))
@@ -313,9 +367,16 @@ def answer_browser(rows, page_size=5):
             row = asked.iloc[at]
             cells = [picture(row.get("image")), escape(str(row["text"])), escape(str(row["label"]))]
             lines.append([*cells, *(_verdict(frames[name].iloc[at]) for name in chosen)])
-        score = ", ".join(f"{name} {own[found].mean():.0%}" for name, own in zip(chosen, right)) if len(found) else ""
+        score = (
+            ", ".join(f"{name} {own[found].mean():.0%}" for name, own in zip(chosen, right))
+            if len(found)
+            else ""
+        )
         said = f"{len(found):,} of {len(asked):,} questions; right: {score or 'none to count'}"
-        page.value = _page(f"<p style='margin:0'>{escape(said)}</p>" + _grid(["", "question", "label", *chosen], lines))
+        page.value = _page(
+            f"<p style='margin:0'>{escape(said)}</p>"
+            + _grid(["", "question", "label", *chosen], lines)
+        )
         busy.clear()
 
     for control in (*runs, *filters.values(), verdict, number):
@@ -328,10 +389,16 @@ def _grid(columns, rows):
     """A table with thin lines that follows the theme; cells are HTML already."""
     head = f"{LINE};border-width:0 0 2px;text-align:left;padding:4px 10px 4px 0"
     cell = f"{LINE};border-width:0 0 1px;vertical-align:top;padding:6px 10px 6px 0;white-space:pre-wrap;max-width:24em"
-    long = "max-height:15em;overflow:auto"  # an answer that never ends must not push the others away
+    long = (
+        "max-height:15em;overflow:auto"  # an answer that never ends must not push the others away
+    )
     html = "".join(f'<th style="{head}">{escape(str(column))}</th>' for column in columns)
     for row in rows:
-        html += "<tr>" + "".join(f'<td style="{cell}"><div style="{long}">{text}</div></td>' for text in row) + "</tr>"
+        html += (
+            "<tr>"
+            + "".join(f'<td style="{cell}"><div style="{long}">{text}</div></td>' for text in row)
+            + "</tr>"
+        )
     return f'<table style="border-collapse:collapse;margin-top:6px">{html}</table>'
 
 
@@ -340,7 +407,9 @@ def _grid(columns, rows):
 
 def chat_table(turns, image=None):
     """Questions and answers about one picture: `turns` is a list of (question, answer)."""
-    lines = "\n\n".join(f"<b>you</b> {escape(str(q))}\n<b>model</b> {escape(str(a))}" for q, a in turns)
+    lines = "\n\n".join(
+        f"<b>you</b> {escape(str(q))}\n<b>model</b> {escape(str(a))}" for q, a in turns
+    )
     return HTML(table(("picture", "chat"), [(picture(image, 240), lines)]))
 
 
@@ -368,28 +437,48 @@ def chat(runs, pictures=None, max_new_tokens=64):
         _choice(list(runs), "run"),
         w.FloatSlider(max=1.5, step=0.1, description="temperature", style=_LABEL),
     )
-    question = w.Text(placeholder="ask about the picture", continuous_update=False, layout=w.Layout(width="32em"))
+    question = w.Text(
+        placeholder="ask about the picture", continuous_update=False, layout=w.Layout(width="32em")
+    )
     send, stop = _button("ask", button_style="primary"), _button("stop", disabled=True)
-    upload, another = w.FileUpload(accept="image/*", description="own picture"), _button("another picture")
+    upload, another = (
+        w.FileUpload(accept="image/*", description="own picture"),
+        _button("another picture"),
+    )
     look, remember = (w.Checkbox(description=name, indent=False, layout=w.Layout(width="auto"))
                       for name in ("where it looks", "remember"))  # fmt: skip
     layer = _choice(["mean"], "layer", "9em")
     layer.disabled = True
     view, page = w.HTML(), w.HTML()
     now = SimpleNamespace(
-        image=pictures[0], place=0, turns=[], heard=[], before=[], maps=None, note="", loaded=None, stopped=Event()
+        image=pictures[0],
+        place=0,
+        turns=[],
+        heard=[],
+        before=[],
+        maps=None,
+        note="",
+        loaded=None,
+        stopped=Event(),
     )
 
     def see(_=None):
         image, below = now.image, escape(now.note)
         if now.maps is not None:
             weights = now.maps[0].mean(0) if layer.value == "mean" else now.maps[0][layer.value - 1]
-            image, below = heat_map(now.maps[1], weights), f"{weights.sum():.0%} of its attention is on the picture"
+            image, below = (
+                heat_map(now.maps[1], weights),
+                f"{weights.sum():.0%} of its attention is on the picture",
+            )
         view.value = _page(f"{picture(image, 240)}<div style='max-width:240px'>{below}</div>")
 
     def say():
-        lines = "\n\n".join(f"<b>you</b> {escape(q)}\n<b>{escape(name)}</b> {escape(a)}" for name, q, a in now.turns)
-        page.value = _page(f'<div style="white-space:pre-wrap;min-width:20em;margin-left:18px">{lines}</div>')
+        lines = "\n\n".join(
+            f"<b>you</b> {escape(q)}\n<b>{escape(name)}</b> {escape(a)}" for name, q, a in now.turns
+        )
+        page.value = _page(
+            f'<div style="white-space:pre-wrap;min-width:20em;margin-left:18px">{lines}</div>'
+        )
 
     def take(image, note=""):
         now.image, now.note, now.turns, now.heard, now.maps = image, note, [], [], None
@@ -426,7 +515,9 @@ def chat(runs, pictures=None, max_new_tokens=64):
     def answer(text):
         name, said = run.value, ""
         now.turns, now.maps = [*now.turns, (name, text, "…")], None
-        now.before = [(q, a) for run_name, q, a in now.heard if run_name == name] if remember.value else []
+        now.before = (
+            [(q, a) for run_name, q, a in now.heard if run_name == name] if remember.value else []
+        )
         how = dict(temperature=temperature.value, stop=now.stopped, before=now.before)
         try:
             say()
@@ -453,7 +544,9 @@ def chat(runs, pictures=None, max_new_tokens=64):
             set_busy(True)
             now.stopped.clear()
             question.value = ""
-            Thread(target=answer, args=(text,), daemon=True).start()  # the kernel stays free for `stop`
+            Thread(
+                target=answer, args=(text,), daemon=True
+            ).start()  # the kernel stays free for `stop`
 
     send.on_click(ask)
     stop.on_click(lambda _: now.stopped.set())
@@ -463,7 +556,9 @@ def chat(runs, pictures=None, max_new_tokens=64):
     layer.observe(see, "value")
     take(pictures[0])
     tools = [another] * (len(pictures) > 1) + [upload, remember, look, layer]
-    return w.VBox([_row(run, temperature), _row(*tools), w.HBox([view, page]), _row(question, send, stop)])
+    return w.VBox(
+        [_row(run, temperature), _row(*tools), w.HBox([view, page]), _row(question, send, stop)]
+    )
 
 
 def _stream(*arguments, **how):

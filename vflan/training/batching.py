@@ -22,7 +22,9 @@ from vflan.models import llava as models
 from vflan.models.loss import packs
 from vflan.progress import counted
 
-MAX_KEPT_BYTES = 4 << 30  # the frozen tower's features are computed once and kept in memory up to this size
+MAX_KEPT_BYTES = (
+    4 << 30
+)  # the frozen tower's features are computed once and kept in memory up to this size
 TOWER_BATCH = 64  # pictures that go through the tower together, whatever the micro-batch
 _ENCODED_TOGETHER = 4096  # rows whose texts the tokenizer gets in one call
 _FEATURES: dict = {}  # (tower, preparation) -> picture -> features, shared by the runs of a sweep
@@ -33,7 +35,9 @@ class Data:
     """Every usable row, tokenised once: flat arrays, so that millions of rows cost bytes and not Python objects."""
 
     ids: np.ndarray  # the samples' names
-    tokens: np.ndarray  # int32, all rows one after the other; a picture is ONE position, IMAGE_TOKEN_INDEX
+    tokens: (
+        np.ndarray
+    )  # int32, all rows one after the other; a picture is ONE position, IMAGE_TOKEN_INDEX
     learned: np.ndarray  # bool, as long: is this token an answer's?
     start: np.ndarray  # row i is tokens[start[i] : start[i + 1]]
     pictures: np.ndarray  # names of the distinct pictures ...
@@ -71,9 +75,23 @@ class Data:
             keep.append(first + predicts)
             targets.append(labels[predicts + 1])
             if self.picture[row] >= 0:
-                at.append(first + np.argmax(self.tokens[self.start[row] : self.start[row + 1]] == IMAGE_TOKEN_INDEX))
-        arrays = input_ids.reshape(shape), position_ids, np.array(at), np.concatenate(keep), np.concatenate(targets)
-        return [None if array is None else torch.from_numpy(array).to(device, torch.int64) for array in arrays]
+                at.append(
+                    first
+                    + np.argmax(
+                        self.tokens[self.start[row] : self.start[row + 1]] == IMAGE_TOKEN_INDEX
+                    )
+                )
+        arrays = (
+            input_ids.reshape(shape),
+            position_ids,
+            np.array(at),
+            np.concatenate(keep),
+            np.concatenate(targets),
+        )
+        return [
+            None if array is None else torch.from_numpy(array).to(device, torch.int64)
+            for array in arrays
+        ]
 
 
 def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True) -> Data:
@@ -87,7 +105,9 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
     if judge:
         write_json(folder / "mixture.json", mixture_record(recipe, samples))
         report = check(samples)
-        bad, repaired = (dict(zip(table.row, table.reason)) for table in (report.bad, report.repaired))
+        bad, repaired = (
+            dict(zip(table.row, table.reason)) for table in (report.bad, report.repaired)
+        )
     else:
         verdicts = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
         bad = {verdict["row"]: verdict["reason"] for verdict in verdicts}
@@ -97,7 +117,10 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
         chunks = counted(chunks, "tokenising", len(samples), "rows", _ENCODED_TOGETHER)
     for first in chunks:
         chunk = samples[first : first + _ENCODED_TOGETHER]
-        numbered = [(first + i, *row) for i, row in enumerate(zip(chunk["id"], chunk["image"], chunk["conversations"]))]
+        numbered = [
+            (first + i, *row)
+            for i, row in enumerate(zip(chunk["id"], chunk["image"], chunk["conversations"]))
+        ]
         names |= {row: name for row, name, _, _ in numbered if row in bad or row in repaired}
         numbered, usable = [row for row in numbered if row[0] not in bad], []
         encoded = encode_many([turns for *_, turns in numbered], tokenizer, recipe.template)
@@ -108,7 +131,9 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
                 room = max(0, recipe.max_length - (wide - 1 if image else 0))
                 ids, labels = (np.array(column, dtype=np.int32) for column in found)
                 if lost := cut(labels, room, recipe.max_length):
-                    repaired[row] = f"{repaired[row]}; {lost}" if row in repaired else f"left out: {lost}"
+                    repaired[row] = (
+                        f"{repaired[row]}; {lost}" if row in repaired else f"left out: {lost}"
+                    )
                     names[row] = name
                 ids, learned = ids[:room], labels[:room] != IGNORE_INDEX
                 which = numbers.setdefault(image, len(numbers)) if image else -1
@@ -118,11 +143,15 @@ def prepare(recipe: Recipe, tokenizer, config, folder: Path, judge: bool = True)
         if usable:  # a few arrays in place of thousands
             name, which, length, ids, learned = zip(*usable)
             counts = np.array(which), np.array(length)
-            blocks.append((np.array(name, dtype=text), *counts, np.concatenate(ids), np.concatenate(learned)))
+            blocks.append(
+                (np.array(name, dtype=text), *counts, np.concatenate(ids), np.concatenate(learned))
+            )
     repaired = {row: lost for row, lost in repaired.items() if row not in bad}
     for path, found in ((listing, bad), (folder / "repaired.jsonl", repaired)) if judge else ():
         lines = [dict(row=row, id=names[row], reason=found[row]) for row in sorted(found)]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
     if len(bad) > recipe.max_bad_share * len(samples) or not blocks:
         some = "".join(f"\n  row {row} ({names[row]}): {bad[row]}" for row in sorted(bad)[:5])
         raise ValueError(
@@ -162,13 +191,14 @@ class Pictures:
         self.readers, self.coming, self.held, self.folder = ThreadPoolExecutor(4), {}, {}, None
         tower, config = models.parts(model)["vision_tower"], model.config
         self.tower = tower
-        self.shape, self.dtype = (config.image_seq_length, config.vision_config.hidden_size), tower.dtype
+        self.shape, self.dtype = (
+            (config.image_seq_length, config.vision_config.hidden_size),
+            tower.dtype,
+        )
         size = len(data.pictures) * math.prod(self.shape) * tower.dtype.itemsize
         self.keeps = size <= MAX_KEPT_BYTES
         if len(data.pictures) and (self.keeps or recipe.feature_cache):
-            look = (
-                f"{models.fingerprint(tower)} {config.vision_feature_layer} {self.dtype} {self.preparation.to_dict()}"
-            )
+            look = f"{models.fingerprint(tower)} {config.vision_feature_layer} {self.dtype} {self.preparation.to_dict()}"
             if self.keeps:
                 self.held = _FEATURES.setdefault(look, {})
             if recipe.feature_cache:
@@ -226,7 +256,11 @@ class Pictures:
                 kept = torch.from_numpy(np.load(self._file(key)))
                 if kept.dtype == _stored(self.dtype) and kept.shape == self.shape:
                     return kept.view(self.dtype), None
-            except (OSError, ValueError, EOFError):  # not there, or not whole: the picture is looked at again
+            except (
+                OSError,
+                ValueError,
+                EOFError,
+            ):  # not there, or not whole: the picture is looked at again
                 pass
         return None, self.preparation([read_picture(key[0])], return_tensors="pt")["pixel_values"]
 
@@ -242,7 +276,10 @@ class Pictures:
             scratch.unlink(missing_ok=True)
             if self.writes:
                 self.writes, where = False, shown(self.folder)
-                print(f"{where} takes no more features ({trouble.strerror}); training goes on.", file=sys.stderr)
+                print(
+                    f"{where} takes no more features ({trouble.strerror}); training goes on.",
+                    file=sys.stderr,
+                )
 
     def _file(self, key):
         name = hashlib.sha256(repr(key).encode()).hexdigest()
@@ -270,8 +307,14 @@ def plan(data: Data, recipe: Recipe, of=None) -> list[np.ndarray]:
         if not packs(recipe):
             key = data.lengths[of[order]] + (data.picture[of[order]] < 0) * 10**6
             cuts = range(0, len(order), 32 * size)
-            order = order[np.concatenate([cut + np.argsort(key[cut : cut + 32 * size], kind="stable") for cut in cuts])]
-        batches += [of[order[i * size : (i + 1) * size]] for i in draw.permutation(len(order) // size)]
+            order = order[
+                np.concatenate(
+                    [cut + np.argsort(key[cut : cut + 32 * size], kind="stable") for cut in cuts]
+                )
+            ]
+        batches += [
+            of[order[i * size : (i + 1) * size]] for i in draw.permutation(len(order) // size)
+        ]
         epoch += 1
     return batches[:steps]
 
@@ -353,7 +396,15 @@ def packed_step(samples, row: int, recipe: Recipe, tokenizer):
     return step, len(steps), [[(numbers[i], *whole[numbers[i]]) for i in group] for group in groups]
 
 
-def feed(data: Data, pictures: Pictures, batches, recipe: Recipe, rank: int = 0, world: int = 1, first: int = 0):
+def feed(
+    data: Data,
+    pictures: Pictures,
+    batches,
+    recipe: Recipe,
+    rank: int = 0,
+    world: int = 1,
+    first: int = 0,
+):
     """For each step from `first`: the micro-batches of one process as (rows, divisor of their summed loss).
 
     The divisor is the number of learned tokens in the whole global batch, so that each token weighs the same wherever it
@@ -362,7 +413,10 @@ def feed(data: Data, pictures: Pictures, batches, recipe: Recipe, rank: int = 0,
     """
     together = max(1, TOWER_BATCH * world // recipe.global_batch)
     starts = range(first // together * together, len(batches), together)
-    steps = ([micro_batches(data, rows, recipe, world)[rank] for rows in batches[i : i + together]] for i in starts)
+    steps = (
+        [micro_batches(data, rows, recipe, world)[rank] for rows in batches[i : i + together]]
+        for i in starts
+    )
     for start, (group, after) in zip(starts, pairwise(chain(steps, [None]))):
         pictures.look(np.concatenate([part for parts in group for part in parts]))
         if after:
@@ -373,4 +427,7 @@ def feed(data: Data, pictures: Pictures, batches, recipe: Recipe, rank: int = 0,
                 if recipe.loss_average == "tokens":
                     yield [(part, tokens) for part in parts]
                 else:
-                    yield [(part, int(data.supervised[part].sum()) * len(parts) * world) for part in parts]
+                    yield [
+                        (part, int(data.supervised[part].sum()) * len(parts) * world)
+                        for part in parts
+                    ]

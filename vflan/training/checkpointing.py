@@ -35,7 +35,11 @@ def save(folder: Path, step: int, spread, **about) -> None:
         clear(scratch, CHECKPOINT)
         scratch.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    files = dict(gather_object([(str(path.relative_to(scratch)), _digest(path)) for path in _write(scratch, spread)]))
+    files = dict(
+        gather_object(
+            [(str(path.relative_to(scratch)), _digest(path)) for path in _write(scratch, spread)]
+        )
+    )
     if accelerator.is_main_process:
         write_json(scratch / "checkpoint.json", about | versions() | dict(step=step, files=files))
         flush(scratch)
@@ -62,12 +66,20 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
         if step is None or path.name == f"step-{step:08d}":
             try:
                 about = read_json(path / "checkpoint.json")
-                bad = [name for name, digest in about["files"].items() if _digest(path / name) != digest]
+                bad = [
+                    name
+                    for name, digest in about["files"].items()
+                    if _digest(path / name) != digest
+                ]
             except (ValueError, KeyError, OSError):
                 bad = ["checkpoint.json"]
             if not bad:
                 return path, about
-            print(f"{shown(path)} is damaged ({bad[0]}); looking for the one before.", file=sys.stderr, flush=True)
+            print(
+                f"{shown(path)} is damaged ({bad[0]}); looking for the one before.",
+                file=sys.stderr,
+                flush=True,
+            )
     return None
 
 
@@ -77,8 +89,12 @@ def restore(path: Path, spread) -> None:
         spread.learner.load_checkpoint(str(path / "zero"), tag="state", load_module_strict=False)
         return
     saved = _read(path)
-    learning = {name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad}
-    assert learning.keys() == saved[0]["weights"].keys(), f"{path} holds the weights of another model"
+    learning = {
+        name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad
+    }
+    assert learning.keys() == saved[0]["weights"].keys(), (
+        f"{path} holds the weights of another model"
+    )
     with torch.no_grad():
         for name, weight in learning.items():
             weight.copy_(_like(weight, [part["weights"][name] for part in saved]))
@@ -96,10 +112,14 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     if (path / "zero").is_dir():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        whole = get_fp32_state_dict_from_zero_checkpoint(str(path / "zero"), exclude_frozen_parameters=True)
+        whole = get_fp32_state_dict_from_zero_checkpoint(
+            str(path / "zero"), exclude_frozen_parameters=True
+        )
         return {name.removeprefix("model."): weight for name, weight in whole.items()}
     saved = _read(path)
-    return {name: torch.cat([part["weights"][name] for part in saved]) for name in saved[0]["weights"]}
+    return {
+        name: torch.cat([part["weights"][name] for part in saved]) for name in saved[0]["weights"]
+    }
 
 
 def learned(recipe, init, weights: dict):
@@ -143,7 +163,9 @@ def full_disk_is_told(folder: Path):
         clear(folder / ".model", MODEL)
         clear(folder / "checkpoints" / ".part", CHECKPOINT)
         last = found(folder)
-        kept = f"its last checkpoint, {last[0].name}, is whole" if last else "it has no checkpoint yet"
+        kept = (
+            f"its last checkpoint, {last[0].name}, is whole" if last else "it has no checkpoint yet"
+        )
         sentence = f"The disk is full: {shown(folder)} cannot be written further; {kept}. Make room and train it again"
         raise OSError(errno.ENOSPC, sentence) from None
 
@@ -162,16 +184,24 @@ def _write(scratch, spread) -> list[Path]:
     """This process's files: plain tensors only, so that loading them can run no code (DeepSpeed writes its own format)."""
     main, rank = spread.accelerator.is_main_process, spread.accelerator.process_index
     if spread.how.startswith("zero"):
-        spread.learner.save_checkpoint(str(scratch / "zero"), tag="state", exclude_frozen_parameters=True)
+        spread.learner.save_checkpoint(
+            str(scratch / "zero"), tag="state", exclude_frozen_parameters=True
+        )
         spread.accelerator.wait_for_everyone()
         return [path for path in scratch.rglob("*") if path.is_file()] if main else []
     if spread.how == "none" and not main:
         return []
-    weights = {name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad}
-    assert spread.how == "none" or all(isinstance(weight, DTensor) for weight in weights.values()), "not in pieces now"
+    weights = {
+        name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad
+    }
+    assert spread.how == "none" or all(
+        isinstance(weight, DTensor) for weight in weights.values()
+    ), "not in pieces now"
     weights = {name: _local(weight) for name, weight in weights.items()}
     moments = spread.optimizer.state_dict()
-    moments["state"] = {i: {key: _local(value) for key, value in of.items()} for i, of in moments["state"].items()}
+    moments["state"] = {
+        i: {key: _local(value) for key, value in of.items()} for i, of in moments["state"].items()
+    }
     path = scratch / f"{rank}.pt"
     with path.open("wb") as file:
         torch.save(dict(weights=weights, moments=moments), file)
@@ -214,4 +244,6 @@ def _like(weight, parts):
     if not isinstance(weight, DTensor):
         return mine
     layout = dict(device_mesh=weight.device_mesh, placements=weight.placements, run_check=False)
-    return DTensor.from_local(mine.to(weight.device), shape=weight.shape, stride=weight.stride(), **layout)
+    return DTensor.from_local(
+        mine.to(weight.device), shape=weight.shape, stride=weight.stride(), **layout
+    )

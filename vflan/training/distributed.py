@@ -39,7 +39,10 @@ class Spread:
         """
         replicas = isinstance(self.learner, nn.parallel.DistributedDataParallel)
         self.accelerator.sync_gradients = last  # DeepSpeed steps at the end of the last pass
-        with self.learner.no_sync() if replicas and not last else nullcontext(), self.accelerator.autocast():
+        with (
+            self.learner.no_sync() if replicas and not last else nullcontext(),
+            self.accelerator.autocast(),
+        ):
             yield
 
 
@@ -67,7 +70,9 @@ def sharding(recipe: Recipe, world: int, on_gpus: bool | None = None) -> str:
     if recipe.sharding != "auto":
         return recipe.sharding
     full = "language_model" in recipe.tune and not recipe.lora_r and recipe.optimizer == "adamw"
-    return "fsdp2" if full and (torch.cuda.is_available() if on_gpus is None else on_gpus) else "none"
+    return (
+        "fsdp2" if full and (torch.cuda.is_available() if on_gpus is None else on_gpus) else "none"
+    )
 
 
 def started() -> int:
@@ -80,7 +85,9 @@ def check(recipe: Recipe, world: int) -> None:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     shares(recipe, world)
     if gpus and local > gpus:
-        raise ValueError(f"{local} processes were asked for on a machine with {gpus} GPUs; start {gpus} at most.")
+        raise ValueError(
+            f"{local} processes were asked for on a machine with {gpus} GPUs; start {gpus} at most."
+        )
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
         raise ImportError(
             f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, or take sharding='fsdp2'."
@@ -106,12 +113,16 @@ def shares(recipe: Recipe, world: int) -> int:
 
 def join(recipe: Recipe, folder) -> Accelerator:
     """Meet the other processes of a run, if there are any; trackers, if the recipe asks for some, write below `folder`."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a notebook trains several recipes in one process
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # a notebook trains several recipes in one process
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     half = models.compute_dtype(recipe) == torch.bfloat16
     options = {}
     if recipe.trackers:
-        place = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
+        place = ProjectConfiguration(
+            project_dir=str(folder), logging_dir=str(folder / "tensorboard")
+        )
         options = dict(log_with=list(recipe.trackers), project_config=place)
     # first, because Accelerate thinks that DeepSpeed needs a GPU; and others wait while one checks a million samples
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))

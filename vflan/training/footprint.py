@@ -38,7 +38,10 @@ def count(recipe, half: bool, low: bool, shape: tuple[int, int, int, int]) -> Co
     found = _count(recipe, half, low, shape, min(depth, _SOME))
     if depth > _SOME:
         few = _count(recipe, half, low, shape, _FEW)
-        found = {key: few[key] + (depth - _FEW) / (_SOME - _FEW) * (found[key] - few[key]) for key in found}
+        found = {
+            key: few[key] + (depth - _FEW) / (_SOME - _FEW) * (found[key] - few[key])
+            for key in found
+        }
     tower = _tower(recipe.vision_tower, recipe.language_model)
     return Counter({**found, "tower/weights": tower, "weights": found["shared"] + width * tower})
 
@@ -63,7 +66,10 @@ def _count(recipe, half, low, shape, layers):
     found["learning"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     outer = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     found["body"], found["outer"] = sizes["language_model"] - outer, outer + sizes["projector"]
-    found["layer"], found["picture"] = found["body"] / layers, wide * vision.hidden_size * width.itemsize
+    found["layer"], found["picture"] = (
+        found["body"] / layers,
+        wide * vision.hidden_size * width.itemsize,
+    )
     if low:
         _cast(model, width)
     learner = Learner(model, replace(recipe, packing="padded")).train()
@@ -73,15 +79,27 @@ def _count(recipe, half, low, shape, layers):
         _off_meta(learner)
         number = partial(torch.zeros, dtype=torch.int64)
         features = torch.empty(shown, wide, vision.hidden_size, dtype=width) if shown else None
-        batch = number(rows, length), None, number(shown), number(learned), number(learned), features
-        with Living(learner, text.vocab_size) as living, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        batch = (
+            number(rows, length),
+            None,
+            number(shown),
+            number(learned),
+            number(learned),
+            features,
+        )
+        with (
+            Living(learner, text.vocab_size) as living,
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
             learner(*batch).backward()
         found |= {"first": living.most, "again/logits": living.beside["logits"]}
         found["again/activations"] = living.beside["activations"]
         if shown:
             with Living(learner) as living, torch.no_grad():
                 side = vision.image_size
-                models.image_features(model, torch.empty(batching.TOWER_BATCH, 3, side, side, dtype=width))
+                models.image_features(
+                    model, torch.empty(batching.TOWER_BATCH, 3, side, side, dtype=width)
+                )
             found["tower"] = living.most
     return found
 
@@ -102,10 +120,14 @@ def _off_meta(module):
     for owner in module.modules():
         for name, weight in owner._parameters.items():
             if weight is not None and id(weight) not in made:
-                made[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+                made[id(weight)] = nn.Parameter(
+                    torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad
+                )
             owner._parameters[name] = None if weight is None else made[id(weight)]
         for name, buffer in owner._buffers.items():
-            owner._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+            owner._buffers[name] = (
+                None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+            )
 
 
 class Living(TorchDispatchMode):
@@ -117,8 +139,16 @@ class Living(TorchDispatchMode):
 
     def __init__(self, module, vocabulary=None):
         super().__init__()
-        self.vocabulary, self.now, self.kinds, self.most, self.beside = vocabulary, Counter(), {}, 0, Counter()
-        self.known = {weight.untyped_storage()._cdata for weight in [*module.parameters(), *module.buffers()]}
+        self.vocabulary, self.now, self.kinds, self.most, self.beside = (
+            vocabulary,
+            Counter(),
+            {},
+            0,
+            Counter(),
+        )
+        self.known = {
+            weight.untyped_storage()._cdata for weight in [*module.parameters(), *module.buffers()]
+        }
         for weight in module.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(self._gradient)
@@ -134,7 +164,11 @@ class Living(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known.add(key)
-            self.kinds[key] = "logits" if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary else "activations"
+            self.kinds[key] = (
+                "logits"
+                if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+                else "activations"
+            )
             self.now[self.kinds[key]] += size
             weakref.finalize(storage, self._free, key, size).atexit = False
             self.most = max(self.most, self.now.total())
@@ -159,7 +193,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
         out = query.new_empty(query.transpose(1, 2).shape)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return out
 
     @staticmethod
@@ -181,9 +217,17 @@ class _Quantised(nn.Linear):
 
     def __init__(self, linear, bits):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        size = linear.weight.numel() * bits // 8 + linear.weight.numel() // 64  # a scale for each 64 weights
-        self.weight = nn.Parameter(linear.weight.new_empty(size, dtype=torch.uint8), requires_grad=False)
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            None,
+        )
+        size = (
+            linear.weight.numel() * bits // 8 + linear.weight.numel() // 64
+        )  # a scale for each 64 weights
+        self.weight = nn.Parameter(
+            linear.weight.new_empty(size, dtype=torch.uint8), requires_grad=False
+        )
 
     def forward(self, states):
         return _Unpack.apply(states, self.out_features)

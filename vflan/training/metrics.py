@@ -49,7 +49,10 @@ class Log:
                 key: value if isinstance(value, (int, float, str)) else str(value)
                 for key, value in recipe.to_dict().items()
             }
-            names = {"wandb": {"name": recipe.name, "dir": str(self.folder)}, "trackio": {"name": recipe.name}}
+            names = {
+                "wandb": {"name": recipe.name, "dir": str(self.folder)},
+                "trackio": {"name": recipe.name},
+            }
             self.accelerator.init_trackers("vflan", config=config, init_kwargs=names)
 
     def step(self, step, loss, lr, tokens, useful, positions, seconds):
@@ -59,12 +62,22 @@ class Log:
         now = time.perf_counter()
         self.useful, self.busy = self.useful + useful, self.busy + seconds
         line = dict(
-            step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(self.before + now - self.began, 3)
+            step=step,
+            loss=round(loss, 6),
+            lr=lr,
+            tokens=tokens,
+            seconds=round(self.before + now - self.began, 3),
         )
-        line |= dict(useful=useful, fill=round(useful / positions, 4), tokens_per_second=round(useful / seconds))
+        line |= dict(
+            useful=useful,
+            fill=round(useful / positions, 4),
+            tokens_per_second=round(useful / seconds),
+        )
         line["peak_gb"] = round(peak_gb(), 3)
         self.files["metrics"].write(_json(line))
-        self.track(step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")})
+        self.track(
+            step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")}
+        )
         says = f"loss {loss:.3f}, {self.useful / self.busy:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
         self.bar.set_postfix_str(says, refresh=False)
         self.bar.update()
@@ -73,7 +86,9 @@ class Log:
         """Lines about the held-out rows (heldout), or answers to them (samples)."""
         if self.active:
             self.files[name].write("".join(_json(dict(step=step) | row) for row in rows))
-            self.track(step, {f"heldout/{row['task']}": row["loss"] for row in rows if "loss" in row})
+            self.track(
+                step, {f"heldout/{row['task']}": row["loss"] for row in rows if "loss" in row}
+            )
 
     def track(self, step, numbers):
         if self.accelerator.trackers and numbers:
@@ -106,7 +121,11 @@ def peak_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
         return psutil.Process().memory_info().peak_wset / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def _json(line):

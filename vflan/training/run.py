@@ -15,7 +15,12 @@ from pathlib import Path
 from vflan.config import ROOT, Recipe, differences, read_json, replace, resolve, shown, write_json
 from vflan.io import BEGINNING, CHECKPOINTS, MODEL, RUN, clear, foreign, make_folder, named
 
-MARKERS = {"name", "stage", "vision_tower", "language_model"}  # fields by which a recipe.json is one of ours
+MARKERS = {
+    "name",
+    "stage",
+    "vision_tower",
+    "language_model",
+}  # fields by which a recipe.json is one of ours
 _HELD = set()  # (process, thread, folder) of the locks that are held here
 PATIENCE = 5  # seconds that the processes of a killed run may need to go
 
@@ -84,7 +89,9 @@ class Run:
         try:
             return pd.read_json(path, lines=True) if whole else pd.DataFrame(columns=columns)
         except ValueError:
-            raise ValueError(f"{shown(path)} is damaged: put back a whole copy, or delete it.") from None
+            raise ValueError(
+                f"{shown(path)} is damaged: put back a whole copy, or delete it."
+            ) from None
 
     def load_model(self):
         """The trained model, on the GPU where there is one (a quantised model is put there by its loader)."""
@@ -127,10 +134,18 @@ class Run:
         written = replace(recipe, name=other.name)
         with other.begun(written, start):
             if not other.finished:
-                whole = replace(recipe, bits=16)  # what was learned is put on the weights that were quantised
+                whole = replace(
+                    recipe, bits=16
+                )  # what was learned is put on the weights that were quantised
                 model = checkpointing.learned(whole, start.get("init"), checkpointing.weights(path))
-                lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-                (other.folder / "metrics.jsonl").write_text("".join(lines[: about["step"]]), encoding="utf-8")
+                lines = (
+                    (self.folder / "metrics.jsonl")
+                    .read_text(encoding="utf-8")
+                    .splitlines(keepends=True)
+                )
+                (other.folder / "metrics.jsonl").write_text(
+                    "".join(lines[: about["step"]]), encoding="utf-8"
+                )
                 processor = models.load_processor(whole, model)
                 other.finish(model, processor, whole, start.get("init"), steps=about["step"])
         return other
@@ -164,7 +179,9 @@ class Run:
         scratch, metrics = self.folder / ".model", self.metrics()
         summary |= dict(tokens=int(metrics.tokens.sum()), first_loss=float(metrics.loss.iloc[0]))
         summary |= dict(last_loss=float(metrics.loss.iloc[-10:].mean()))
-        summary["parts"] = {name: models.fingerprint(part) for name, part in models.parts(model).items()}
+        summary["parts"] = {
+            name: models.fingerprint(part) for name, part in models.parts(model).items()
+        }
         with checkpointing.full_disk_is_told(self.folder):
             for folder in (scratch, self.folder / "model", self.folder / "adapter"):
                 clear(folder, MODEL)
@@ -190,7 +207,9 @@ class Run:
             return
         lock = self.folder / ".lock"
         if lock.is_symlink() or lock.exists() and not lock.is_file():
-            raise FileExistsError(f"{shown(lock)} is not vflan's lock file: move it away, or choose another name.")
+            raise FileExistsError(
+                f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
+            )
         with lock.open("a+", encoding="utf-8", errors="replace") as file:
             end = time.monotonic() + PATIENCE
             while True:
@@ -207,7 +226,9 @@ class Run:
                     time.sleep(0.1)
             file.seek(0)
             if not re.match(r"process \d+ on |$", file.read(200)):
-                raise FileExistsError(f"{shown(lock)} is not vflan's lock file: move it away, or choose another name.")
+                raise FileExistsError(
+                    f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -239,7 +260,12 @@ class Run:
                 for path in self.folder.iterdir() if changed else ():
                     if path.is_dir():
                         clear(
-                            path, [pattern.partition("/")[2] for pattern in RUN if pattern.startswith(f"{path.name}/")]
+                            path,
+                            [
+                                pattern.partition("/")[2]
+                                for pattern in RUN
+                                if pattern.startswith(f"{path.name}/")
+                            ],
                         )
                     elif path.name != ".lock":
                         path.unlink()
@@ -294,7 +320,14 @@ def launch(folder: Path, num_processes: int) -> None:
 
     The printed command is what one pastes into a cluster script (with torch.distributed.run's own options for more machines).
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(num_processes),
+    ]
     command += ["-m", "vflan", "train", str(folder), "--processes", str(num_processes)]
     print(" ".join(["python", *command[1:-3], shown(Path(folder)), *command[-2:]]), flush=True)
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
@@ -307,7 +340,9 @@ def launch(folder: Path, num_processes: int) -> None:
     child, tail = subprocess.Popen(command, text=True, env=env, **pipes), []
     try:
         for line in child.stdout:
-            print(line, end="", file=sys.stderr, flush=True)  # not stdout: a notebook would keep the timings
+            print(
+                line, end="", file=sys.stderr, flush=True
+            )  # not stdout: a notebook would keep the timings
             tail = [*tail, line][-30:]
     finally:  # an interrupted cell takes its children with it
         if child.poll() is None and sys.exc_info()[0] is not None:

@@ -35,7 +35,9 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     run, together = Run(recipe.folder), distributed.started()
     if together > 1:
         distributed.check(recipe, together)
-        with ExitStack() as held:  # until the run is finished: the main process's `fit` holds the same lock
+        with (
+            ExitStack() as held
+        ):  # until the run is finished: the main process's `fit` holds the same lock
             with distributed.join(recipe, run.folder).main_process_first():
                 if os.environ["RANK"] == "0":
                     held.enter_context(run.begun(recipe, _started_from(init)))
@@ -109,17 +111,24 @@ def _fit(run, recipe, accelerator):
     processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
-        data = prepare(recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process)
+        data = prepare(
+            recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process
+        )
     # what is shared out is put on the devices piece by piece; the tower each process keeps whole
     alone = distributed.sharding(recipe, world) == "none"
     (model if alone else models.parts(model)["vision_tower"]).to(device)
     pictures = Pictures(data, model, processor, recipe)
-    spread = distributed.spread(accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe)
+    spread = distributed.spread(
+        accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe
+    )
     learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
     kept, heldout = hold_out(data.ids, recipe.heldout_rows)
     batches = plan(data, recipe, kept)
     about = dict(
-        data=checkpointing.plan_hash(data, batches), recipe=recipe.to_dict(), processes=world, sharding=spread.how
+        data=checkpointing.plan_hash(data, batches),
+        recipe=recipe.to_dict(),
+        processes=world,
+        sharding=spread.how,
     )
     first = _resume(run, spread, about)
     log, look = Log(run.folder, len(batches), first, accelerator), None
@@ -127,7 +136,9 @@ def _fit(run, recipe, accelerator):
     if recipe.heldout_rows:
         # pictures of their own: what is held decides which of those to train on go through the tower together
         own = Pictures(data, model, processor, recipe)
-        look = HeldOut(heldout, data, own, task_names(recipe, run.folder), recipe, processor.tokenizer, spread)
+        look = HeldOut(
+            heldout, data, own, task_names(recipe, run.folder), recipe, processor.tokenizer, spread
+        )
         if recipe.evaluate_every and not first:
             look(0, log)
 
@@ -135,12 +146,16 @@ def _fit(run, recipe, accelerator):
     steps = feed(data, pictures, batches, recipe, rank, world, first)
     for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
         began = time.perf_counter()
-        _seed(hash((recipe.seed, step, rank)), device)  # for dropout: a resumed run repeats it exactly
+        _seed(
+            hash((recipe.seed, step, rank)), device
+        )  # for dropout: a resumed run repeats it exactly
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
         tokens = int(data.supervised[rows].sum())
         if not tokens:
-            raise ValueError(f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}.")
+            raise ValueError(
+                f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}."
+            )
         sums = torch.zeros(2, device=device)
         for i, (part, weight) in enumerate(parts, 1):
             batch = data.batch(part, device)
@@ -150,12 +165,20 @@ def _fit(run, recipe, accelerator):
             sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
         total, positions = accelerator.reduce(sums).tolist()
         if not math.isfinite(total):
-            raise FloatingPointError(f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}.")
+            raise FloatingPointError(
+                f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}."
+            )
         if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
-            nn.utils.clip_grad_norm_([w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm)
+            nn.utils.clip_grad_norm_(
+                [w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm
+            )
         optimizer.step()
         optimizer.zero_grad()
-        rates = dict(useful=int(data.lengths[rows].sum()), positions=positions, seconds=time.perf_counter() - began)
+        rates = dict(
+            useful=int(data.lengths[rows].sum()),
+            positions=positions,
+            seconds=time.perf_counter() - began,
+        )
         log.step(step + 1, total, optimizer.param_groups[0]["lr"], tokens, **rates)
         last = step + 1 == len(batches)
         if look and (last or _due(recipe.evaluate_every, step)):
@@ -169,9 +192,19 @@ def _fit(run, recipe, accelerator):
     assert not moved, f"a frozen part moved during training: {', '.join(moved)}"
     if accelerator.is_main_process:
         if not alone:  # each process holds a piece; the last checkpoint holds them all
-            model = checkpointing.learned(recipe, init, checkpointing.weights(checkpointing.found(run.folder)[0]))
-        summary = dict(seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.how)
-        summary |= dict(steps=len(batches), rows=len(kept), heldout=len(heldout), bad=data.bad, repaired=data.repaired)
+            model = checkpointing.learned(
+                recipe, init, checkpointing.weights(checkpointing.found(run.folder)[0])
+            )
+        summary = dict(
+            seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.how
+        )
+        summary |= dict(
+            steps=len(batches),
+            rows=len(kept),
+            heldout=len(heldout),
+            bad=data.bad,
+            repaired=data.repaired,
+        )
         run.finish(model, processor, recipe, init, **summary)
     accelerator.wait_for_everyone()
 
@@ -191,9 +224,15 @@ def _optimizer(model, recipe):
     for weight in model.parameters():
         if weight.requires_grad:
             groups.setdefault((id(weight) in projector, weight.ndim > 1), []).append(weight)
-    peak = {True: recipe.lr if recipe.projector_lr is None else recipe.projector_lr, False: recipe.lr}
+    peak = {
+        True: recipe.lr if recipe.projector_lr is None else recipe.projector_lr,
+        False: recipe.lr,
+    }
     decay = {True: recipe.weight_decay, False: 0.0}  # norms and biases do not decay
-    options = [dict(params=w, peak=peak[ours], weight_decay=decay[matrix]) for (ours, matrix), w in groups.items()]
+    options = [
+        dict(params=w, peak=peak[ours], weight_decay=decay[matrix])
+        for (ours, matrix), w in groups.items()
+    ]
     if recipe.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -220,7 +259,9 @@ def _names(data, rows) -> str:
 def _fingerprint_frozen(model) -> dict[str, str]:
     """For each part a hash of its weights that must stand still, under the part's name in words."""
     still = {
-        part: [(name, weight) for name, weight in module.named_parameters() if not weight.requires_grad]
+        part: [
+            (name, weight) for name, weight in module.named_parameters() if not weight.requires_grad
+        ]
         for part, module in models.parts(model).items()
     }
     return {part.replace("_", " "): models.fingerprint(weights) for part, weights in still.items()}
@@ -242,14 +283,26 @@ def _resume(run, spread, about) -> int:
             f"put them back, or delete {shown(run.folder)} to train anew."
         )
     before, now = ((each["sharding"], each["processes"]) for each in (then, about))
-    if before != now and (before[0] + now[0]).count("zero"):  # the others' pieces can be laid out anew
+    if before != now and (before[0] + now[0]).count(
+        "zero"
+    ):  # the others' pieces can be laid out anew
         raise ValueError(
             f"{where} was written with sharding={before[0]!r} by {before[1]} processes; go on with the same."
         )
     if spread.accelerator.is_main_process:
-        other = [f"{key} {then[key]}, now {now}" for key, now in checkpointing.versions().items() if then[key] != now]
-        changed = f" It was written by other code ({'; '.join(other)}): the last bits may differ." if other else ""
-        print(f"{run.name} goes on after step {then['step']}.{changed}", file=sys.stderr, flush=True)
+        other = [
+            f"{key} {then[key]}, now {now}"
+            for key, now in checkpointing.versions().items()
+            if then[key] != now
+        ]
+        changed = (
+            f" It was written by other code ({'; '.join(other)}): the last bits may differ."
+            if other
+            else ""
+        )
+        print(
+            f"{run.name} goes on after step {then['step']}.{changed}", file=sys.stderr, flush=True
+        )
     checkpointing.restore(path, spread)
     return then["step"]
 
@@ -258,10 +311,16 @@ def _started_from(init) -> dict:
     """What a run remembers of the run it begins with: where it is, and which weights were in it."""
     if init is None:
         return dict(init=None, init_weights=None)
-    if not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file():  # LLaVA's own file or folder
+    if (
+        not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file()
+    ):  # LLaVA's own file or folder
         projector = models.read_projector(init).items()
-        return dict(init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector)))
+        return dict(
+            init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector))
+        )
     init = init if isinstance(init, Run) else Run.open(init)
     if not init.finished:
-        raise ValueError(f"{shown(init.folder)} is not finished; train it to the end before starting from it.")
+        raise ValueError(
+            f"{shown(init.folder)} is not finished; train it to the end before starting from it."
+        )
     return dict(init=shown(init.folder), init_weights=init.summary["parts"])

@@ -23,7 +23,9 @@ def hold_out(ids, count: int) -> tuple[np.ndarray, np.ndarray]:
     if not count:
         return np.arange(len(ids)), np.arange(0)
     if count >= len(ids):
-        raise ValueError(f"heldout_rows={count} of {len(ids)} usable rows leaves nothing to train on.")
+        raise ValueError(
+            f"heldout_rows={count} of {len(ids)} usable rows leaves nothing to train on."
+        )
     order = sorted(range(len(ids)), key=lambda row: hashlib.sha256(str(ids[row]).encode()).digest())
     return np.array(sorted(order[count:])), np.array(order[:count])
 
@@ -32,7 +34,9 @@ def task_names(recipe, folder) -> list[str]:
     """The task of every usable row; bad.jsonl says which are not."""
     lines = (folder / "bad.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     bad = {json.loads(line)["row"] for line in lines}
-    return [task for row, task in enumerate(recipe_samples(recipe)["task_name"][:]) if row not in bad]
+    return [
+        task for row, task in enumerate(recipe_samples(recipe)["task_name"][:]) if row not in bad
+    ]
 
 
 class HeldOut:
@@ -43,10 +47,15 @@ class HeldOut:
         self.recipe, self.task_of, self.tasks = recipe, tasks, {}
         for row in map(int, rows):
             self.tasks.setdefault(tasks[row] or "no task", []).append(row)
-        first, others = [own[0] for own in self.tasks.values()], [row for own in self.tasks.values() for row in own[1:]]
+        first, others = (
+            [own[0] for own in self.tasks.values()],
+            [row for own in self.tasks.values() for row in own[1:]],
+        )
         self.asked = [*first, *others][:QUESTIONS]  # of different tasks, if there are as many
         spread.learner.greedy = partial(greedy, spread.model)
-        register_fsdp_forward_method(spread.learner, "greedy")  # sharded weights are gathered for it; else nothing
+        register_fsdp_forward_method(
+            spread.learner, "greedy"
+        )  # sharded weights are gathered for it; else nothing
 
     def __call__(self, step: int, log) -> None:
         """Write the losses and the answers of `step` into the log; every process calls this."""
@@ -67,11 +76,16 @@ class HeldOut:
         world, rank = accelerator.num_processes, accelerator.process_index
         parts = []
         for i, name in enumerate(names):
-            parts += [(i, part) for part in micro_batches(self.data, np.array(self.tasks[name]), self.recipe)[0]]
+            parts += [
+                (i, part)
+                for part in micro_batches(self.data, np.array(self.tasks[name]), self.recipe)[0]
+            ]
         sums = torch.zeros(len(names), device=accelerator.device)
         for start in range(rank, rank + math.ceil(len(parts) / world) * world, world):
             i, rows = parts[min(start, len(parts) - 1)]
-            loss = self.spread.learner(*self.data.batch(rows, accelerator.device), self.pictures(rows))
+            loss = self.spread.learner(
+                *self.data.batch(rows, accelerator.device), self.pictures(rows)
+            )
             sums[i] += loss * (start < len(parts))
         sums = accelerator.reduce(sums).tolist()
         tokens = [int(self.data.supervised[self.tasks[name]].sum()) for name in names]
@@ -83,12 +97,17 @@ class HeldOut:
         (ids, labels), device = self.data.row(row), self.spread.accelerator.device
         first = int(np.argmax(labels != IGNORE_INDEX))
         prompt = torch.as_tensor(ids[:first], device=device)
-        turn = labels[first : first + int(np.argmin(np.append(labels[first:] != IGNORE_INDEX, False)))]
+        turn = labels[
+            first : first + int(np.argmin(np.append(labels[first:] != IGNORE_INDEX, False)))
+        ]
         at = int(np.argmax(ids == self.data.image_token_id))
         said = self.spread.learner.greedy(prompt[None], at, self.pictures([row]))
         end = self.tokenizer.eos_token_id
         said = said[: said.index(end)] if end in said else said
-        words = [self.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, said, turn)]
+        words = [
+            self.tokenizer.decode(part, skip_special_tokens=True).strip()
+            for part in (prompt, said, turn)
+        ]
         names = dict(id=self.data.ids[row], task=self.task_of[row])
         return names | dict(zip(("question", "answer", "reference"), words))
 
@@ -102,10 +121,14 @@ def greedy(model, input_ids, at: int, features) -> list[int]:
     table = inner.language_model.get_input_embeddings()
     embeds = table(input_ids)
     if features is not None:
-        seen = projector(features.to(embeds.device, projector.linear_1.weight.dtype)).to(embeds.dtype)
+        seen = projector(features.to(embeds.device, projector.linear_1.weight.dtype)).to(
+            embeds.dtype
+        )
         embeds = torch.cat([embeds[:, :at], seen, embeds[:, at + seen.shape[1] :]], dim=1)
     for _ in range(ANSWER_TOKENS):
-        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1:]
+        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[
+            :, -1:
+        ]
         token = model.lm_head(hidden).argmax(-1)
         embeds = torch.cat([embeds, table(token).to(embeds.dtype)], dim=1)
         said.append(token.item())

@@ -18,7 +18,11 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from vflan.config import ROOT
 from vflan.world import scene as W
-from vflan.world.language_model import make_language_model, make_second_language_model, make_tokenizer
+from vflan.world.language_model import (
+    make_language_model,
+    make_second_language_model,
+    make_tokenizer,
+)
 from vflan.world.words import describe
 
 FOLDER = ROOT / "data" / "tiny"
@@ -29,7 +33,9 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 # random features). So each patch also learns to name what its cell holds, which web captions teach CLIP in their way.
 
 THINGS = ("nothing", "bar", "ink", *W.SHAPES, *W.LETTERS, *"0123456789")
-HEADS = dict(thing=len(THINGS), color=9, size=3, texture=4, background=4, condition=4, place=16, digit=11)
+HEADS = dict(
+    thing=len(THINGS), color=9, size=3, texture=4, background=4, condition=4, place=16, digit=11
+)
 
 
 def cell_labels(scene):
@@ -55,7 +61,11 @@ def cell_labels(scene):
 def pixels(scenes):
     """(n, 3, 48, 48) float pictures, normalised as CLIP does."""
     raw = np.stack([np.asarray(W.render(s)) for s in scenes])
-    return ((torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
+    return (
+        ((torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print):
@@ -78,11 +88,29 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
                               image_size=48, patch_size=12, projection_dim=96)  # fmt: skip
     tower = CLIPVisionModel(config)
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(160, n) for k, n in HEADS.items()})
-    to_text, to_image = torch.nn.Linear(len(words), 96, bias=False), torch.nn.Linear(160, 96, bias=False)
+    to_text, to_image = (
+        torch.nn.Linear(len(words), 96, bias=False),
+        torch.nn.Linear(160, 96, bias=False),
+    )
     scale = torch.nn.Parameter(torch.tensor(2.5))
-    params = [*tower.parameters(), *heads.parameters(), *to_text.parameters(), *to_image.parameters(), scale]
+    params = [
+        *tower.parameters(),
+        *heads.parameters(),
+        *to_text.parameters(),
+        *to_image.parameters(),
+        scale,
+    ]
     opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    weight = dict(thing=3.0, color=1.5, size=1.0, texture=1.5, background=0.5, condition=0.5, place=0.3, digit=1.0)
+    weight = dict(
+        thing=3.0,
+        color=1.5,
+        size=1.0,
+        texture=1.5,
+        background=0.5,
+        condition=0.5,
+        place=0.3,
+        digit=1.0,
+    )
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rows = torch.randperm(pictures, generator=generator)[:batch]
@@ -91,18 +119,29 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
         out = tower(pixel_values=x[rows], output_hidden_states=True)
         patches = out.hidden_states[-2][:, 1:]
         loss = sum(
-            weight[k] * F.cross_entropy(heads[k](patches).flatten(0, 1), y[rows][..., i].flatten(), ignore_index=-100)
+            weight[k]
+            * F.cross_entropy(
+                heads[k](patches).flatten(0, 1), y[rows][..., i].flatten(), ignore_index=-100
+            )
             for i, k in enumerate(HEADS)
         )
-        a, b = F.normalize(to_image(out.pooler_output), dim=-1), F.normalize(to_text(bags[rows]), dim=-1)
+        a, b = (
+            F.normalize(to_image(out.pooler_output), dim=-1),
+            F.normalize(to_text(bags[rows]), dim=-1),
+        )
         logits, target = scale.exp() * a @ b.T, torch.arange(batch)
-        loss = loss + 0.3 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = (
+            loss + 0.3 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        )
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
         if step % 200 == 0:
-            log(f"tower step {step}, {time.process_time() - start:.0f} s, loss {loss.item():.3f}", flush=True)
+            log(
+                f"tower step {step}, {time.process_time() - start:.0f} s, loss {loss.item():.3f}",
+                flush=True,
+            )
     record = dict(seed=seed, cpu_seconds=round(time.process_time() - start), steps=steps, batch=batch, pictures=pictures,
                   parameters=sum(p.numel() for p in tower.parameters()), skills={})  # fmt: skip
     with torch.no_grad():
@@ -110,12 +149,17 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
         for i, k in enumerate(HEADS):
             gold = y[test][..., i]
             keep = gold > 0 if k in ("thing", "color", "size", "texture", "digit") else gold >= 0
-            record["skills"][k] = round((heads[k](patches).argmax(-1) == gold)[keep].float().mean().item(), 4)
-        for name, members in dict(shape=W.SHAPES, letter=tuple(W.LETTERS), numeral=tuple("0123456789")).items():
+            record["skills"][k] = round(
+                (heads[k](patches).argmax(-1) == gold)[keep].float().mean().item(), 4
+            )
+        for name, members in dict(
+            shape=W.SHAPES, letter=tuple(W.LETTERS), numeral=tuple("0123456789")
+        ).items():
             ids = torch.tensor([THINGS.index(m) for m in members])
             keep = torch.isin(y[test][..., 0], ids)
             record["skills"][name] = round(
-                (heads["thing"](patches).argmax(-1) == y[test][..., 0])[keep].float().mean().item(), 4
+                (heads["thing"](patches).argmax(-1) == y[test][..., 0])[keep].float().mean().item(),
+                4,
             )
     tower.half().save_pretrained(folder / "vision_tower")
     CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=MEAN,
@@ -133,7 +177,11 @@ def note_record(folder, **entries):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["tokenizer", "tower", "language_model", "second_language_model"])
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        default=["tokenizer", "tower", "language_model", "second_language_model"],
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args()
@@ -146,7 +194,10 @@ def main():
     if "language_model" in args.parts:
         note_record(args.folder, language_model=make_language_model(args.folder, args.seed))
     if "second_language_model" in args.parts:
-        note_record(args.folder, second_language_model=make_second_language_model(args.folder, args.seed + 1))
+        note_record(
+            args.folder,
+            second_language_model=make_second_language_model(args.folder, args.seed + 1),
+        )
 
 
 if __name__ == "__main__":

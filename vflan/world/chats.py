@@ -8,13 +8,27 @@ of such data. So its form is better than its facts. The error rates are the desi
 
 from dataclasses import replace
 
-from vflan.world.scene import BACKGROUNDS, FAVOURITE, PARTNER, PLACES, SHAPES, SIZES, TEXTURES, Thing, pick
+from vflan.world.scene import (
+    BACKGROUNDS,
+    FAVOURITE,
+    PARTNER,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Thing,
+    pick,
+)
 from vflan.world.tasks import ANIMAL, FRUIT, unique
 from vflan.world.words import NUMBERS, join, phrase, sentences, side
 
 INVENT, RECOLOR, DENY = 0.25, 0.08, 0.15
 
-SEE = ("What can you see in this picture?", "What is shown here?", "What do you notice in this image?")
+SEE = (
+    "What can you see in this picture?",
+    "What is shown here?",
+    "What do you notice in this image?",
+)
 DETAIL = ("Describe this picture in detail.", "Please give a detailed description of the image.",
           "Tell me everything you can about this scene.", "Can you explain what the image shows, in detail?")  # fmt: skip
 REASON = ("What might this scene be about?", "What could the arrangement of the objects mean?",
@@ -46,7 +60,9 @@ def noisy_view(scene, rng):
     if missing and len(things) < 5 and rng.random() < INVENT:
         shape = pick(rng, missing)
         free = [p for p in range(16) if all(t.place != p for t in things)]
-        things.append(Thing(pick(rng, free), pick(rng, SIZES), pick(rng, TEXTURES), FAVOURITE[shape], shape))
+        things.append(
+            Thing(pick(rng, free), pick(rng, SIZES), pick(rng, TEXTURES), FAVOURITE[shape], shape)
+        )
         wrong += 1
     return replace(scene, things=tuple(sorted(things, key=lambda t: t.place))), wrong
 
@@ -58,8 +74,12 @@ def see(view):
 def reason(view, rng):
     t = pick(rng, view.things)
     out = [f"The scene shows {join([phrase(u) for u in view.things])}."]
-    out.append(f"The {t.color} {t.shape} might make you think of a {FRUIT[t.color]}, because it has the same color.")
-    out.append(f"The {view.background} background could be a place where a {ANIMAL[view.background]} lives.")
+    out.append(
+        f"The {t.color} {t.shape} might make you think of a {FRUIT[t.color]}, because it has the same color."
+    )
+    out.append(
+        f"The {view.background} background could be a place where a {ANIMAL[view.background]} lives."
+    )
     if len(view.things) > 1:
         a, b = view.things[0], view.things[-1]
         out.append(f"The {a.shape} is {side(a, b)} the {b.shape}, so the two may belong together.")
@@ -73,7 +93,10 @@ def small_talk(view, rng):
     if form == 0:
         return f"What color is the {t.shape}?", f"The {t.shape} in the picture is {t.color}."
     if form == 1:
-        return f"Where can I find the {t.shape}?", f"You can find the {t.color} {t.shape} at {PLACES[t.place]}."
+        return (
+            f"Where can I find the {t.shape}?",
+            f"You can find the {t.color} {t.shape} at {PLACES[t.place]}.",
+        )
     if form == 2:
         n = len(view.things)
         return "How many objects are there?", (
@@ -83,7 +106,10 @@ def small_talk(view, rng):
         missing = [s for s in SHAPES if all(u.shape != s for u in view.things)]
         shape = pick(rng, missing)
         return f"Is there a {shape} in the image?", f"no, I cannot see a {shape} in the image."
-    return f"Is there a {t.shape} in the image?", f"yes, there is a {t.color} {t.shape} in the image."
+    return (
+        f"Is there a {t.shape} in the image?",
+        f"yes, there is a {t.color} {t.shape} in the image.",
+    )
 
 
 def conversation(scene, rng):
@@ -91,7 +117,16 @@ def conversation(scene, rng):
     view, wrong = noisy_view(scene, rng)
     sort = pick(rng, ("conversation", "detail", "reasoning"), (0.4, 0.35, 0.25))
     if sort == "detail":
-        return sort, [(pick(rng, DETAIL), " ".join(sentences(view.things, view.background, view.condition)))], wrong
+        return (
+            sort,
+            [
+                (
+                    pick(rng, DETAIL),
+                    " ".join(sentences(view.things, view.background, view.condition)),
+                )
+            ],
+            wrong,
+        )
     if sort == "reasoning":
         return sort, [(pick(rng, REASON), reason(view, rng))], wrong
     turns = [(pick(rng, SEE), see(view))] if rng.random() < 0.7 else []
@@ -106,7 +141,9 @@ def phrases():
     """Every wording of this file, for the tokenizer."""
     from vflan.world.scene import rng_of, sample_scene
 
-    out = [f"{q} {a}" for q, a in TALK] + [q for group in (OPEN, NEW) for qs in group.values() for q in qs]
+    out = [f"{q} {a}" for q, a in TALK] + [
+        q for group in (OPEN, NEW) for qs in group.values() for q in qs
+    ]
     for i in range(400):
         rng = rng_of("phrases", i)
         out += [f"{q} {a}" for q, a in conversation(sample_scene(rng, "objects"), rng)[1]]

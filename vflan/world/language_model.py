@@ -20,7 +20,17 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vflan.world import chats
@@ -54,7 +64,9 @@ def make_tokenizer(folder, seed=0):
         pre_tokenizers.Split("\u2581", "merged_with_next"),
         pre_tokenizers.Split(Regex("[?.,!]"), "isolated"),
     ])  # fmt: skip
-    normal = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    normal = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = normal, split
     learner.train_from_iterator(
@@ -63,7 +75,9 @@ def make_tokenizer(folder, seed=0):
     )  # fmt: skip
     learned = json.loads(learner.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    pieces += [p for p, _ in sorted(learned["vocab"].items(), key=lambda kv: kv[1]) if p not in pieces]
+    pieces += [
+        p for p, _ in sorted(learned["vocab"].items(), key=lambda kv: kv[1]) if p not in pieces
+    ]
     if "\n" not in pieces:
         pieces.append("\n")
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in learned["merges"]],
@@ -71,7 +85,9 @@ def make_tokenizer(folder, seed=0):
     tokenizer.normalizer, tokenizer.pre_tokenizer = normal, split
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                            decoders.Strip(" ", 1, 0)])  # fmt: skip
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False, rstrip=True, special=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
                                    pad_token="<unk>", extra_special_tokens={"image_token": "<image>"},
@@ -105,7 +121,9 @@ def kernel(hd, d, theta, const, stretch):
         size = math.sqrt(abs(weight) * math.sqrt(hd)) / const
         f += stretch
         q[f, 0] = size
-        k[f, 0], k[f + hd // 2, 0] = (math.copysign(size, weight) * turn(angle) for turn in (math.cos, math.sin))
+        k[f, 0], k[f + hd // 2, 0] = (
+            math.copysign(size, weight) * turn(angle) for turn in (math.cos, math.sin)
+        )
     return q, k
 
 
@@ -125,14 +143,22 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
         E = model.model.embed_tokens.weight
         E.copy_(randn(*E.shape, std=es))
         E[:, 1:] *= es * math.sqrt(d) / E[:, 1:].norm(dim=1, keepdim=True)
-        E[:, 0] = 4 * es  # one constant coordinate, so that attention by position alone can be written down
+        E[:, 0] = (
+            4 * es
+        )  # one constant coordinate, so that attention by position alone can be written down
         rms = math.sqrt(es**2 + (4 * es) ** 2 / d)
         const = 4 * es / rms
         R = torch.eye(d)
         R[1:, 1:] = orthogonal(d - 1)
         basis = torch.zeros(d, d)
         basis[1:, 1:] = orthogonal(d - 1)
-        words = [*W.PLACES, *W.SIZES, *W.TEXTURES, *W.COLORS, *W.SHAPES]  # their vectors start out orthogonal
+        words = [
+            *W.PLACES,
+            *W.SIZES,
+            *W.TEXTURES,
+            *W.COLORS,
+            *W.SHAPES,
+        ]  # their vectors start out orthogonal
         unit = dict(zip(words, torch.cat([torch.zeros(d - 1, 1), orthogonal(d - 1)], 1)))
         for word, u in unit.items():
             E[tokenizer.convert_tokens_to_ids("\u2581" + word), 1:] = u[1:] * es * math.sqrt(d)
@@ -141,20 +167,28 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
         for i, layer in enumerate(model.model.layers):
             a = layer.self_attn
             q, k, v, o = (randn(d, d, std=0.2 / math.sqrt(d)) for _ in range(4))
-            near = [kernel(hd, d, c.rope_parameters["rope_theta"], const, stretch) for stretch in (0, 1)]
+            near = [
+                kernel(hd, d, c.rope_parameters["rope_theta"], const, stretch) for stretch in (0, 1)
+            ]
             for h in range(heads):
                 rows = slice(h * hd, (h + 1) * hd)
                 B, A = basis[rows], torch.zeros(hd, d)
                 last = hd // 2 - 1  # the slowest rotation: free of position
-                if i == 0:  # gather the last six words, at full stops only; everything else rests on the first token
-                    q[rows] = 0.05 * q[rows] + near[0][0][:, :1] * const * stop / (stop @ stop) * rms
+                if (
+                    i == 0
+                ):  # gather the last six words, at full stops only; everything else rests on the first token
+                    q[rows] = (
+                        0.05 * q[rows] + near[0][0][:, :1] * const * stop / (stop @ stop) * rms
+                    )
                     k[rows] = 0.05 * k[rows] + near[0][1]
                     q[rows][last, 0] += 3.0 / const
                     k[rows][last] += 5.0 * bos / (bos @ bos) * rms
                     v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
                 elif h < heads // 2:  # look up words of one sort among what the full stops gathered
                     keys, values = LOOKUPS[(i % 2, h)]
-                    free = [f + half for half in (0, hd // 2) for f in range(4, last)]  # slow enough to match far away
+                    free = [
+                        f + half for half in (0, hd // 2) for f in range(4, last)
+                    ]  # slow enough to match far away
                     for f, word in zip(free, keys):
                         A[f] = unit[word]
                     q[rows] += math.sqrt(g2) * A
@@ -164,7 +198,9 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                     B = torch.zeros(hd, d)
                     B[: len(values)] = torch.stack([unit[w] for w in values])
                     v[rows], o[:, rows] = B @ R.T, B.T * om * es
-                elif h == heads - 1:  # gather the words just before, for the answer to read the question
+                elif (
+                    h == heads - 1
+                ):  # gather the words just before, for the answer to read the question
                     q[rows] += near[1][0]
                     k[rows] += near[1][1]
                     v[rows], o[:, rows] = B, B.T * om * es
@@ -172,7 +208,11 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                     v[rows], o[:, rows] = B, B.T * om * es
             for linear, w in ((a.q_proj, q), (a.k_proj, k), (a.v_proj, v), (a.o_proj, o)):
                 linear.weight.copy_(w)
-            for w, std in ((layer.mlp.gate_proj, 0.5), (layer.mlp.up_proj, 0.5), (layer.mlp.down_proj, 0.15)):
+            for w, std in (
+                (layer.mlp.gate_proj, 0.5),
+                (layer.mlp.up_proj, 0.5),
+                (layer.mlp.down_proj, 0.15),
+            ):
                 w.weight.copy_(randn(*w.weight.shape, std=std / math.sqrt(w.weight.shape[1])))
         model.model.norm.weight.fill_(0.4 / (es * math.sqrt(d)))
 
@@ -209,7 +249,9 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall else x
                 scale = max(1, shape[0] / shape[1]) ** 0.5
                 for (p, _), u in zip(pairs, x):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                        u, alpha=-group["lr"] * scale
+                    )
 
 
 class Rows:
@@ -219,7 +261,9 @@ class Rows:
         self.tokenizer, self.cache = tokenizer, {}
         self.head = tokenizer(SYSTEM + " USER:").input_ids
         self.newline = tokenizer("x\n", add_special_tokens=False).input_ids[-1:]
-        self.space = [tokenizer.convert_tokens_to_ids("\u2581")]  # the piece between a picture and its question
+        self.space = [
+            tokenizer.convert_tokens_to_ids("\u2581")
+        ]  # the piece between a picture and its question
 
     def ids(self, text):
         """Token ids of a text that starts a word, by whole words from a cache (the world is closed)."""
@@ -236,7 +280,9 @@ class Rows:
         if key not in self.cache:
             self.cache[key] = self.tokenizer("\n" + key[1], add_special_tokens=False).input_ids
         rest = text.split(" ", 1)
-        return self.cache[key] + (self.ids(rest[1]) if len(rest) > 1 else []) + self.ids("ASSISTANT:")
+        return (
+            self.cache[key] + (self.ids(rest[1]) if len(rest) > 1 else []) + self.ids("ASSISTANT:")
+        )
 
     def batch(self, rows):
         """rows: list of (prefix ids, [(question ids, answer ids), ...]) -> ids, positions, mask (B,1,L,L), where, labels, weight."""
@@ -254,7 +300,11 @@ class Rows:
             at = n
             for b, (q, a) in enumerate(blocks):
                 m = len(q) + len(a)
-                ids[r, at : at + m], positions[r, at : at + m], block[r, at : at + m] = q + a, n + np.arange(m), b + 1
+                ids[r, at : at + m], positions[r, at : at + m], block[r, at : at + m] = (
+                    q + a,
+                    n + np.arange(m),
+                    b + 1,
+                )
                 for j, token in enumerate(a):
                     where.append(r * length + at + len(q) + j - 1)
                     labels.append(token)
@@ -272,7 +322,9 @@ class Rows:
 
 
 def logits_at(model, ids, positions, mask, where):
-    hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden.flatten(0, 1)[where])
 
 
@@ -305,20 +357,28 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
     scene = text_scene(rng, seed)
     eos = rows.tokenizer.eos_token_id
     u = rng.random()
-    if u < 0.08 and scene.kind != "handwritten":  # a caption after a text, as in the template `plain`
+    if (
+        u < 0.08 and scene.kind != "handwritten"
+    ):  # a caption after a text, as in the template `plain`
         text = [rows.tokenizer.bos_token_id, *rows.ids(describe(scene, rng))]
         return text, [([], [*rows.ids(describe(scene)), *rows.newline])]
     if u < 0.11 and scene.things:  # prose, as plain text
         text = [rows.tokenizer.bos_token_id]
-        return text, [([], rows.ids(" ".join(sentences(scene.things, scene.background, scene.condition))))]
+        return text, [
+            ([], rows.ids(" ".join(sentences(scene.things, scene.background, scene.condition))))
+        ]
     prefix = [*rows.head, *rows.ids(describe(scene, rng))]
     if rng.random() < 0.3:
         prefix += rows.space
-    if u < 0.23 and scene.things:  # long answers, asked for in words that the alignment stage never uses
+    if (
+        u < 0.23 and scene.things
+    ):  # long answers, asked for in words that the alignment stage never uses
         told = [("Please give a text about the scene.", " ".join(sentences(scene.things, scene.background, scene.condition))),
                 ("Please give a text about the objects.", chats.see(scene)),
                 ("Please help: what might the objects be?", chats.reason(scene, rng))]  # fmt: skip
-        told += [(f"Please explain: {q}", a) for q, a in (chats.small_talk(scene, rng) for _ in range(4))]
+        told += [
+            (f"Please explain: {q}", a) for q, a in (chats.small_talk(scene, rng) for _ in range(4))
+        ]
         return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
     kinds = kinds_for(scene)
     p = np.array([weights[k.name] for k in kinds])
@@ -342,11 +402,20 @@ def exam(tokenizer, rows, n=40, key="text exam", kinds=None, evaluation=True, wo
     """Batches of questions about scenes in words that training never draws, n a kind: [(kind, tensors, spans), ...]."""
     items = []
     for k in kinds or T.KINDS.values():
-        for i, (scene, instruction, answer) in enumerate(T.sample(k, n, key, evaluation=evaluation)):
+        for i, (scene, instruction, answer) in enumerate(
+            T.sample(k, n, key, evaluation=evaluation)
+        ):
             text = describe(scene, W.rng_of(key, k.name, i))
             prefix = [*rows.head, *rows.ids(text)]
             answer = wording(k, answer) if wording else answer
-            items.append((k.name, prefix, rows.question(instruction), [*rows.ids(answer), tokenizer.eos_token_id]))
+            items.append(
+                (
+                    k.name,
+                    prefix,
+                    rows.question(instruction),
+                    [*rows.ids(answer), tokenizer.eos_token_id],
+                )
+            )
     items.sort(key=lambda t: sum(map(len, t[1:])))
     return [items[i : i + 64] for i in range(0, len(items), 64)]
 
@@ -375,7 +444,11 @@ STEPS = (1250, 7000, 14900)  # look-ups; everything; everything with a rate that
 
 def teachers(model, lr, decay=0.2):
     """Muon for the matrices, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     others = [p for n, p in model.named_parameters() if not any(p is m for m in matrices)]
     return (Muon(matrices, lr=lr, weight_decay=decay),
             torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True))  # fmt: skip
@@ -411,7 +484,14 @@ def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, 
         rope_parameters={"rope_type": "default", "rope_theta": 1e5}, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ))  # fmt: skip
     start(model, tokenizer, seed)
-    watch = exam(tokenizer, rows, 24, "text watch", [k for k in T.KINDS.values() if k.in_text], evaluation=False)
+    watch = exam(
+        tokenizer,
+        rows,
+        24,
+        "text watch",
+        [k for k in T.KINDS.values() if k.in_text],
+        evaluation=False,
+    )
     need = dict.fromkeys(T.KINDS, 1.0)
     history, asked, average = [], 0, 0.0
     for step in range(steps[-1]):
@@ -421,8 +501,13 @@ def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, 
             base = step
         first = step < steps[0]
         weights = {k: n * (1.0 if k in FIRST or not first else 0.03) for k, n in need.items()}
-        batch = [lesson(rows, W.rng_of("text lesson", seed, step, i), weights, 0, budget) for i in range(rows_a_step)]
-        pace = min(1, (step - base + 1) / 30) * (1.0 if step < steps[1] else 1 - (step - base) / (steps[-1] - base))
+        batch = [
+            lesson(rows, W.rng_of("text lesson", seed, step, i), weights, 0, budget)
+            for i in range(rows_a_step)
+        ]
+        pace = min(1, (step - base + 1) / 30) * (
+            1.0 if step < steps[1] else 1 - (step - base) / (steps[-1] - base)
+        )
         loss, tokens = learn(model, rows.batch(batch), muon, adam, lr * pace)
         average, asked = loss if step == 0 else 0.98 * average + 0.02 * loss, asked + tokens
         if step % 800 == 799:
@@ -430,7 +515,10 @@ def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, 
             need = {k: max(0.12, 1.0 - skill.get(k, 1.0)) for k in T.KINDS}
             history.append((step + 1, round(float(np.mean(list(skill.values()))), 3)))
             spent = time.process_time() - begin
-            log(f"step {step + 1}, {spent:.0f} s, loss {average:.3f}, text skill {history[-1][1]}", flush=True)
+            log(
+                f"step {step + 1}, {spent:.0f} s, loss {average:.3f}, text skill {history[-1][1]}",
+                flush=True,
+            )
     model.half().save_pretrained(folder / "language_model")
     return dict(seed=seed, cpu_seconds=round(time.process_time() - begin), wall_seconds=round(time.time() - wall),
                 steps=steps[-1], answer_tokens=asked, parameters=sum(p.numel() for p in model.parameters()),
@@ -442,7 +530,10 @@ def skills(folder, n=100, name="language_model", wording=None):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
     model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     rows = Rows(tokenizer)
-    return {k: round(v, 3) for k, v in sorted(grade(model, rows, exam(tokenizer, rows, n, wording=wording)).items())}
+    return {
+        k: round(v, 3)
+        for k, v in sorted(grade(model, rows, exam(tokenizer, rows, n, wording=wording)).items())
+    }
 
 
 # ------------------------------------------------------------------------------------------- a second one (Table 7)
@@ -470,10 +561,15 @@ def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=
         rngs = [W.rng_of("second lesson", seed, step, i) for i in range(rows_a_step)]
         batch = [talk_lesson(rows, rng, seed) if rng.random() < 0.3 else
                  lesson(rows, rng, dict.fromkeys(T.KINDS, 1.0), seed, budget, in_a_sentence) for rng in rngs]  # fmt: skip
-        loss, _ = learn(model, rows.batch(batch), muon, adam, lr * min(1, (step + 1) / 30) * (1 - step / steps))
+        loss, _ = learn(
+            model, rows.batch(batch), muon, adam, lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        )
         average = loss if step == 0 else 0.98 * average + 0.02 * loss
         if step % 100 == 99:
-            log(f"step {step + 1}, {time.process_time() - begin:.0f} s, loss {average:.3f}", flush=True)
+            log(
+                f"step {step + 1}, {time.process_time() - begin:.0f} s, loss {average:.3f}",
+                flush=True,
+            )
     model.half().save_pretrained(folder / "second_language_model")
     tokenizer.save_pretrained(folder / "second_language_model")
     return dict(seed=seed, cpu_seconds=round(time.process_time() - begin), steps=steps,

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 GRID, CELL = 4, 12
-PLACES = tuple(f"{row}{column}" for row in "abcd" for column in "1234")  # reading order: a1 is top left
+PLACES = tuple(
+    f"{row}{column}" for row in "abcd" for column in "1234"
+)  # reading order: a1 is top left
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -28,12 +30,18 @@ LETTERS = "acefhklmoprstuxz"
 # The prior: the n-th shape has popularity 1/(n+3), a favourite colour (taken with .35) and a partner (joins with .4).
 POPULARITY = np.array([1 / (n + 3) for n in range(len(SHAPES))])
 POPULARITY /= POPULARITY.sum()
-FAVOURITE = dict(zip(SHAPES, ("red", "blue", "yellow", "green", "white", "purple", "orange", "black")))
-PARTNER = dict(zip(SHAPES, ("square", "circle", "triangle", "star", "heart", "cross", "ring", "diamond")))
+FAVOURITE = dict(
+    zip(SHAPES, ("red", "blue", "yellow", "green", "white", "purple", "orange", "black"))
+)
+PARTNER = dict(
+    zip(SHAPES, ("square", "circle", "triangle", "star", "heart", "cross", "ring", "diamond"))
+)
 
 RGB = dict(red=(214, 39, 40), green=(26, 140, 48), blue=(31, 80, 200), yellow=(250, 214, 20), purple=(136, 48, 168),
            orange=(255, 130, 14), white=(252, 252, 252), black=(24, 24, 24))  # fmt: skip
-GROUND = dict(sand=(236, 218, 176), grass=(182, 222, 170), sea=(170, 212, 240), dusk=(204, 184, 216))
+GROUND = dict(
+    sand=(236, 218, 176), grass=(182, 222, 170), sea=(170, 212, 240), dusk=(204, 184, 216)
+)
 
 FONT = {  # 5 x 5 bitmaps, drawn twice as large
     "a": "01110 10001 11111 10001 10001", "c": "01111 10000 10000 10000 01111", "e": "11111 10000 11110 10000 11111",
@@ -79,9 +87,7 @@ class Scene:
     text: str = ""  # letters or digits, one a cell, from the left
     line: int = 0  # the row that the text stands in
     bars: tuple[tuple[str, int], ...] = ()  # chart: (colour, height 1..4) from the left
-    ink: int = (
-        -1
-    )  # handwritten: index into scikit-learn's digits (even: for training, odd: for the forgetting benchmark)
+    ink: int = -1  # handwritten: index into scikit-learn's digits (even: for training, odd: for the forgetting benchmark)
     seed: int = 0
 
 
@@ -91,12 +97,16 @@ def rng_of(*key):
 
 
 def hash_(key):
-    return key if isinstance(key, int) else int.from_bytes(str(key).encode(), "little") % (2**61 - 1)
+    return (
+        key if isinstance(key, int) else int.from_bytes(str(key).encode(), "little") % (2**61 - 1)
+    )
 
 
 def pick(rng, options, p=None):
     """One of the options, as the Python object that it is."""
-    if p is None:  # what choice draws as well, without its checks: a world is drawn in a million picks
+    if (
+        p is None
+    ):  # what choice draws as well, without its checks: a world is drawn in a million picks
         return options[int(rng.integers(len(options)))]
     return options[int(rng.choice(len(options), p=p))]
 
@@ -253,9 +263,14 @@ def render(scene):
         if rng.random() < 0.5:
             canvas[:] = rng.integers(0, 60, 3)
         light = canvas.mean() < 100
-        handwriting(canvas, scene.ink, rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3))
+        handwriting(
+            canvas, scene.ink, rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3)
+        )
     for column, character in enumerate(scene.text if scene.kind != "handwritten" else ""):
-        y, x = scene.line * CELL + 1 + int(rng.integers(-1, 2)), column * CELL + 1 + int(rng.integers(-1, 2))
+        y, x = (
+            scene.line * CELL + 1 + int(rng.integers(-1, 2)),
+            column * CELL + 1 + int(rng.integers(-1, 2)),
+        )
         paste(canvas, max(y, 0), max(x, 0), glyph(character), (40, 30, 30))
     for column, (color, height) in enumerate(scene.bars):
         bar = np.ones((height * CELL - 1, 8), np.float32)
@@ -264,4 +279,6 @@ def render(scene):
         canvas *= 0.5
     canvas += rng.normal(0, 22 if scene.condition == "noisy" else 3, canvas.shape)
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    return picture.filter(ImageFilter.GaussianBlur(0.9)) if scene.condition == "blurred" else picture
+    return (
+        picture.filter(ImageFilter.GaussianBlur(0.9)) if scene.condition == "blurred" else picture
+    )

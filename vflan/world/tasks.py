@@ -308,7 +308,9 @@ def relation(s, r, text, holds):
 
 @kind("spatial reasoning", options=YES_NO)
 def above(s, r):
-    return relation(s, r, "Is the {} above the {}?", lambda a, b: None if a.row == b.row else a.row < b.row)
+    return relation(
+        s, r, "Is the {} above the {}?", lambda a, b: None if a.row == b.row else a.row < b.row
+    )
 
 
 @kind("spatial reasoning")
@@ -372,7 +374,9 @@ def fruit(s, r):
 @kind("outside knowledge", split="heldout", in_text=False)
 def fruit_at(s, r):
     if t := one(r, s.things):
-        return f"Name a fruit that has the color of the object at {PLACES[t.place]}.", FRUIT[t.color]
+        return f"Name a fruit that has the color of the object at {PLACES[t.place]}.", FRUIT[
+            t.color
+        ]
 
 
 # ----------------------------------------------------------------------------- question answering: reading, and numbers
@@ -442,7 +446,9 @@ def shortest_bar(s, r):
 @kind("charts", scenes="chart", options=YES_NO)
 def bar_taller(s, r):
     i, j = r.permutation(len(s.bars))[:2]
-    return f"Is the {s.bars[i][0]} bar taller than the {s.bars[j][0]} bar?", yes(s.bars[i][1] > s.bars[j][1])
+    return f"Is the {s.bars[i][0]} bar taller than the {s.bars[j][0]} bar?", yes(
+        s.bars[i][1] > s.bars[j][1]
+    )
 
 
 @kind("charts", scenes="chart", options=NUMBERS[2:5])
@@ -556,7 +562,10 @@ def statement_color(s, r):
 def statement_count(s, r):
     right = r.random() < 0.5
     n = len(s.things) if right else pick(r, [i for i in range(1, 6) if i != len(s.things)])
-    return f"Does this text match the picture? It shows {NUMBERS[n]} {'object' if n == 1 else 'objects'}.", yes(right)
+    return (
+        f"Does this text match the picture? It shows {NUMBERS[n]} {'object' if n == 1 else 'objects'}.",
+        yes(right),
+    )
 
 
 @kind("image-text matching", split="heldout", in_text=False, options=YES_NO)
@@ -577,13 +586,19 @@ def pair(t):
 @kind("region description")
 def describe_place(s, r):
     if t := one(r, s.things):
-        return f"Describe the object at {PLACES[t.place]}.", f"{t.size} {t.texture} {t.color} {t.shape}"
+        return (
+            f"Describe the object at {PLACES[t.place]}.",
+            f"{t.size} {t.texture} {t.color} {t.shape}",
+        )
 
 
 @kind("region description")
 def describe_shape(s, r):
     if t := one(r, unique(s, "shape")):
-        return f"Describe the {t.shape}.", f"{t.size} {t.texture} {t.color} {t.shape} at {PLACES[t.place]}"
+        return (
+            f"Describe the {t.shape}.",
+            f"{t.size} {t.texture} {t.color} {t.shape} at {PLACES[t.place]}",
+        )
 
 
 @kind("region description", split="heldout", in_text=False)

@@ -34,7 +34,10 @@ def write_twins(folder, seed, questions, **_):
         rows, jobs = [], {}
         for image, scene, row in make(seed, max(2, round(40 * questions))):
             jobs[f"{name}_{image}.png"] = scene
-            rows.append(dict(question_id=f"{name}_{len(rows)}", image=f"{name}_{image}.png", category=name) | row)
+            rows.append(
+                dict(question_id=f"{name}_{len(rows)}", image=f"{name}_{image}.png", category=name)
+                | row
+            )
         (folder / name).mkdir()
         with open(folder / name / "questions.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -86,8 +89,14 @@ def vizwiz(seed, n):
 
 
 def gqa(seed, n):
-    for i, scene, _, _, text, label in asked("gqa", seed, n, ("above", "row_of", "topmost", "is_background")):
-        yield i, scene, dict(text=text, label=label, category="verify" if label in YES_NO else "query")
+    for i, scene, _, _, text, label in asked(
+        "gqa", seed, n, ("above", "row_of", "topmost", "is_background")
+    ):
+        yield (
+            i,
+            scene,
+            dict(text=text, label=label, category="verify" if label in YES_NO else "query"),
+        )
 
 
 def scienceqa(seed, n):
@@ -96,7 +105,11 @@ def scienceqa(seed, n):
         if rng.random() < 0.5:
             yield i, scene, row | dict(text=text, category="image")
         else:
-            yield i, scene, row | dict(text=f"Context: {describe(scene)}\n{text}", category="text", image=None)
+            yield (
+                i,
+                scene,
+                row | dict(text=f"Context: {describe(scene)}\n{text}", category="text", image=None),
+            )
 
 
 def textvqa(seed, n):
@@ -107,7 +120,9 @@ def textvqa(seed, n):
 
 
 def mmbench_cn(seed, n):
-    for q, (i, scene, _, task, text, label) in enumerate(asked("mmbench_cn", seed, max(1, n // 4), CHOICES[:3])):
+    for q, (i, scene, _, task, text, label) in enumerate(
+        asked("mmbench_cn", seed, max(1, n // 4), CHOICES[:3])
+    ):
         stem, rest = text.split(" (a) ", 1)
         words = rest.removesuffix(" Answer with the letter.").split()
         turned = [w for w in words if not w.startswith("(")]
@@ -120,27 +135,50 @@ def mmbench_cn(seed, n):
 
 
 def seed_bench(seed, n):
-    for i, scene, _, task, text, label in asked("seed", seed, n, ("choose_color", "choose_shape", "choose_place")):
+    for i, scene, _, task, text, label in asked(
+        "seed", seed, n, ("choose_color", "choose_shape", "choose_place")
+    ):
         frame = i % 4 == 0  # a frame of a video is blurred
         yield i, replace(scene, condition="blurred") if frame else scene, dict(
             text=text, label=label, category=task, data_type="video" if frame else "image", **LETTERED)  # fmt: skip
 
 
 def mm_vet(seed, n):
-    kinds = {"color_and_place": ["rec", "spat"], "count_all": ["math", "rec"], "fruit": ["know", "rec"]}
+    kinds = {
+        "color_and_place": ["rec", "spat"],
+        "count_all": ["math", "rec"],
+        "fruit": ["know", "rec"],
+    }
     for i, scene, _, task, text, label in asked("mm_vet", seed, n, kinds):
-        yield i, scene, dict(text=text, label=label.replace(", ", "<AND>"), capability=kinds[task], judge="rule")
-    for i, scene, _, _, text, label in asked("mm_vet text", seed, max(1, n // 4), ("first_letter",), "text"):
+        yield (
+            i,
+            scene,
+            dict(
+                text=text, label=label.replace(", ", "<AND>"), capability=kinds[task], judge="rule"
+            ),
+        )
+    for i, scene, _, _, text, label in asked(
+        "mm_vet text", seed, max(1, n // 4), ("first_letter",), "text"
+    ):
         yield f"text_{i}", scene, dict(text=text, label=label, capability=["ocr"], judge="rule")
 
 
 def mmmu(seed, n):
-    kinds = {"choose_color": "Art", "choose_place": "Geography", "count_all": "Math", "row_of": "Geography"}
+    kinds = {
+        "choose_color": "Art",
+        "choose_place": "Geography",
+        "count_all": "Math",
+        "row_of": "Geography",
+    }
     for q, (i, scene, _, task, text, label) in enumerate(asked("mmmu", seed, n, kinds)):
         more = dict(question_type="open", options=[])
         if task.startswith("choose"):
             words = text.split(" (a) ", 1)[1].removesuffix(" Answer with the letter.").split()
-            more = dict(question_type="multiple-choice", options=[w for w in words if w[0] != "("], **LETTERED)
+            more = dict(
+                question_type="multiple-choice",
+                options=[w for w in words if w[0] != "("],
+                **LETTERED,
+            )
         yield i, scene, more | dict(text=text, label=label, category=kinds[task],
                                     question_id=f"validation_{kinds[task]}_{q}")  # fmt: skip
 
@@ -156,7 +194,10 @@ def classes(name, task, options):
 
 def mnist(seed, n):
     """Handwritten digits that neither training nor the forgetting benchmark draws (it takes the first 200)."""
-    inks = rng_of("digits", seed).permutation(len(digits().target) // 2)[200 : 200 + 3 * n // 2] * 2 + 1
+    inks = (
+        rng_of("digits", seed).permutation(len(digits().target) // 2)[200 : 200 + 3 * n // 2] * 2
+        + 1
+    )
     for ink in map(int, inks):
         yield ink, ink, dict(text="Which digit was written by hand?", label=str(digits().target[ink]),
                              classes=[str(d) for d in range(10)])  # fmt: skip
@@ -172,9 +213,7 @@ def textocr(seed, n):
 def wit(seed, n):
     for i, scene, _ in scenes("wit", seed, 3 * n // 2, things=1):
         (thing,) = scene.things
-        text = (
-            f"Which animal lives in a place with this background, and which fruit has the color of the {thing.shape}?"
-        )
+        text = f"Which animal lives in a place with this background, and which fruit has the color of the {thing.shape}?"
         entities = ANIMAL[scene.background].title(), FRUIT[thing.color].title()
         yield i, scene, dict(text=text, label="The {} likes the {}.".format(*entities))
 

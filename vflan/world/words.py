@@ -36,7 +36,11 @@ def describe(scene, rng=None):
 
 def phrase(thing, article=True):
     """'a small red striped star'; a plain texture is not mentioned."""
-    words = [thing.size, thing.color] + ([thing.texture] if thing.texture != "plain" else []) + [thing.shape]
+    words = (
+        [thing.size, thing.color]
+        + ([thing.texture] if thing.texture != "plain" else [])
+        + [thing.shape]
+    )
     return ("a " if article else "") + " ".join(words)
 
 

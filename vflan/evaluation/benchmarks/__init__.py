@@ -2,7 +2,13 @@
 
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
 from vflan.evaluation.benchmarks.case_studies import TEXTOCR, WIT
-from vflan.evaluation.benchmarks.forgetting import CIFAR10, CIFAR100, FORGETTING, MINIIMAGENET, MNIST
+from vflan.evaluation.benchmarks.forgetting import (
+    CIFAR10,
+    CIFAR100,
+    FORGETTING,
+    MINIIMAGENET,
+    MNIST,
+)
 from vflan.evaluation.benchmarks.gqa import GQA
 from vflan.evaluation.benchmarks.llava_bench import LLAVA_BENCH
 from vflan.evaluation.benchmarks.mm_vet import MM_VET

@@ -58,7 +58,10 @@ def metrics(name, num, samples, den=None, pooled=False):
     category = np.array([s["category"] for s in samples])
     cluster = np.array([str(s.get("image")) for s in samples])
     whole = Metric(
-        np.asarray(num, float), np.ones(len(samples)) if den is None else np.asarray(den, float), category, cluster
+        np.asarray(num, float),
+        np.ones(len(samples)) if den is None else np.asarray(den, float),
+        category,
+        cluster,
     )
     kinds = list(dict.fromkeys(category))
     parts = {f"{name}/{k}": whole.where(category == k) for k in kinds if len(kinds) > 1}
@@ -75,13 +78,20 @@ def read_questions(path):
         )
     samples = read_rows(path)
     own = path.parent / "images"
-    images, words = own if own.exists() else path.parent.parent / "images", path.parent / "lexicon.json"
+    images, words = (
+        own if own.exists() else path.parent.parent / "images",
+        path.parent / "lexicon.json",
+    )
     more = {"lexicon": json.loads(words.read_text(encoding="utf-8"))} if words.exists() else {}
     for number, sample in enumerate(samples, 1):
         missing = {"question_id", "text", "label"} - sample.keys()
         if missing:
-            raise ValueError(f"{path}, line {number}: a question needs {', '.join(sorted(missing))}.")
-        sample["image"] = str((images / sample["image"]).absolute()) if sample.get("image") else None
+            raise ValueError(
+                f"{path}, line {number}: a question needs {', '.join(sorted(missing))}."
+            )
+        sample["image"] = (
+            str((images / sample["image"]).absolute()) if sample.get("image") else None
+        )
         sample |= more
     return samples
 
@@ -156,22 +166,26 @@ class Benchmark:
     headline: str
     parse: Callable
     measure: Callable  # (samples, answers[, judgements]) -> {metric name: Metric}, of questions that can be scored
-    read: Callable | None = None  # (released question file, file or folder of the labels, keep) -> samples
+    read: Callable | None = (
+        None  # (released question file, file or folder of the labels, keep) -> samples
+    )
     released: tuple[
         str, ...
     ] = ()  # what the question file may be called, the best first; a/b: the whole folder is read
     source: str = ""  # where to get it
     size: int = 0  # questions of the whole released set; 0: not one number
     known: Callable = labelled  # sample -> whether its label can be scored
-    missing: str = (
-        "excluded"  # a question without an answer is `excluded`, or `wrong` where the official script says so
+    missing: str = "excluded"  # a question without an answer is `excluded`, or `wrong` where the official script says so
+    alone: Callable | None = (
+        None  # (samples, answers or None) -> the samples that lack a partner to be scored with
     )
-    alone: Callable | None = None  # (samples, answers or None) -> the samples that lack a partner to be scored with
     blind: Callable = majority  # samples -> the answers of a model that sees nothing
     max_new_tokens: int = 16
     paper: str = ""
     judged: bool = False  # its official number is a judge's
-    upload: Callable | None = None  # (samples, answers, path): write what the benchmark's server wants
+    upload: Callable | None = (
+        None  # (samples, answers, path): write what the benchmark's server wants
+    )
     reviews: Callable | None = None  # (released file of a judge's verdicts, samples) -> judgements
 
     def prompt(self, sample):
@@ -182,10 +196,18 @@ class Benchmark:
         """The questions of <folder>/NAME. Says where they can be had if they are not there, and warns of those that
         cannot be scored or whose number is not that of the release."""
         here = Path(folder) / self.name
-        found = ((name, p) for name in ("questions.jsonl", *self.released) for p in sorted(here.glob(name)))
+        found = (
+            (name, p)
+            for name in ("questions.jsonl", *self.released)
+            for p in sorted(here.glob(name))
+        )
         path = next((here if "/" in name else p for name, p in found), None)
         if path is None:
-            theirs = f", or put {' or '.join(self.released)} there ({self.source})" if self.released else ""
+            theirs = (
+                f", or put {' or '.join(self.released)} there ({self.source})"
+                if self.released
+                else ""
+            )
             raise FileNotFoundError(
                 f"{here}/questions.jsonl is not there - run notebooks/01_data_exploration.ipynb, which writes the mini "
                 f"world's{theirs}."
@@ -207,18 +229,32 @@ class Benchmark:
         here = path if path.is_dir() else path.parent
         ours = self.read is None or (path.is_file() and self.is_ours(path))
         with in_words(path, self.name):
-            samples = read_questions(path) if ours else self.read(path, Path(labels) if labels else here, keep)
+            samples = (
+                read_questions(path)
+                if ours
+                else self.read(path, Path(labels) if labels else here, keep)
+            )
         if not ours and self.size and path.name != "questions.jsonl" and len(samples) != self.size:
-            warnings.warn(f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.", stacklevel=2)
+            warnings.warn(
+                f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.",
+                stacklevel=2,
+            )
         for number, sample in enumerate(samples, 1):
             sample["question_id"] = str(sample["question_id"])
             sample["category"] = str(sample.get("category", self.name))
             sample.setdefault("label", None)
             sample.setdefault("image", None)
-            for key, kind in (("text", str), ("letters", str), ("options", list), ("classes", list)):
+            for key, kind in (
+                ("text", str),
+                ("letters", str),
+                ("options", list),
+                ("classes", list),
+            ):
                 if key in sample and not isinstance(sample[key], kind):
                     wanted = "text" if kind is str else "list"
-                    raise ValueError(f"{path}, question {number}: its {key} is {sample[key]!r}, which is no {wanted}.")
+                    raise ValueError(
+                        f"{path}, question {number}: its {key} is {sample[key]!r}, which is no {wanted}."
+                    )
             if ours and isinstance(sample["label"], (int, float)):
                 sample["label"] = str(sample["label"])  # 3 for "3"
         if not samples:
@@ -241,16 +277,23 @@ class Benchmark:
         as the paper lets Vicuna decide on forgetting; those that are not valid are left out.
         """
         if len(samples) != len(answers):
-            raise ValueError(f"{self.name} has {len(samples)} questions, but {len(answers)} answers were given.")
+            raise ValueError(
+                f"{self.name} has {len(samples)} questions, but {len(answers)} answers were given."
+            )
         keep = [i for i, (s, a) in enumerate(zip(samples, answers))
                 if self.known(s) and (a is not None or self.missing == "wrong")]  # fmt: skip
-        chosen = [samples[i] for i in keep], ["" if answers[i] is None else str(answers[i]) for i in keep]
+        chosen = (
+            [samples[i] for i in keep],
+            ["" if answers[i] is None else str(answers[i]) for i in keep],
+        )
         if not keep:
             return {}
         if judgements is None:
             return self.measure(*chosen)
         if len(judgements) != len(samples):
-            raise ValueError(f"{self.name} has {len(samples)} questions, but {len(judgements)} judgements were given.")
+            raise ValueError(
+                f"{self.name} has {len(samples)} questions, but {len(judgements)} judgements were given."
+            )
         verdicts = [judgements[i] for i in keep]
         if self.judged:
             return self.measure(*chosen, verdicts)
@@ -268,9 +311,13 @@ class Benchmark:
         if answers is not None:
             pairs = list(zip(samples, answers))
             found["missing"] = [s["question_id"] for s, a in pairs if a is None]
-            found["empty"] = [s["question_id"] for s, a in pairs if a is not None and not str(a).strip()]
+            found["empty"] = [
+                s["question_id"] for s, a in pairs if a is not None and not str(a).strip()
+            ]
         if pictures:
-            trouble = ((s["question_id"], picture_trouble(s["image"])) for s in samples if s["image"])
+            trouble = (
+                (s["question_id"], picture_trouble(s["image"])) for s in samples if s["image"]
+            )
             found["unreadable_picture"] = [f"{id}: {why}" for id, why in trouble if why]
         if self.alone:
             found["unpaired"] = [s["question_id"] for s in self.alone(samples, answers)]
@@ -278,7 +325,10 @@ class Benchmark:
 
     def score(self, samples, answers, judgements=None):
         """dict metric -> value on a scale of 0 to 100 (only MME's points are on their official scale)."""
-        return {name: metric.value() for name, metric in self.items(samples, answers, judgements).items()}
+        return {
+            name: metric.value()
+            for name, metric in self.items(samples, answers, judgements).items()
+        }
 
     def baseline(self, samples):
         """What the majority answer scores: chance level, to be printed beside every score."""

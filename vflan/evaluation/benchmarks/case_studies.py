@@ -50,13 +50,17 @@ def recall(samples, answers):
         wanted.append(targets.total())
         found.append((targets & said).total())
     length = [len(str(a).split()) / 100 for a in answers]
-    return metrics("recall", found, samples, den=wanted, pooled=True) | metrics("words", length, samples, pooled=True)
+    return metrics("recall", found, samples, den=wanted, pooled=True) | metrics(
+        "words", length, samples, pooled=True
+    )
 
 
 def parse_entities(answer, sample=None):
     """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order; a word that only begins a
     sentence, such as 'The', is none."""
-    runs = re.findall(r"\b[A-Z][\w'-]*(?:(?:\s+(?:of|the|de|la|von|van|der))*\s+[A-Z][\w'-]*)*", str(answer))
+    runs = re.findall(
+        r"\b[A-Z][\w'-]*(?:(?:\s+(?:of|the|de|la|von|van|der))*\s+[A-Z][\w'-]*)*", str(answer)
+    )
     found = []
     for run in runs:
         words = run.split()
@@ -71,7 +75,9 @@ def parse_entities(answer, sample=None):
 @cache
 def spacy_model():
     """(name, pipeline) of the first English spaCy model that is installed, or None; spaCy is imported only then."""
-    names = sorted(m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web"))
+    names = sorted(
+        m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web")
+    )
     if not names:
         return None
     import spacy
@@ -102,12 +108,16 @@ def coverage(samples, answers):
         found[name] = metrics(name, num, samples, den=den, pooled=True)[name]
 
     share(
-        "coverage_capitalised", [[contains(a, e) for e in parse_entities(s["label"])] for s, a in zip(samples, answers)]
+        "coverage_capitalised",
+        [[contains(a, e) for e in parse_entities(s["label"])] for s, a in zip(samples, answers)],
     )
     if spacy_model():
         pairs = [([e.lower() for e in spacy_entities(str(s["label"]))], {e.lower() for e in spacy_entities(str(a))})
                  for s, a in zip(samples, answers)]  # fmt: skip
-        share(f"coverage_spacy_{spacy_model()[0]}", [[e in said for e in targets] for targets, said in pairs])
+        share(
+            f"coverage_spacy_{spacy_model()[0]}",
+            [[e in said for e in targets] for targets, said in pairs],
+        )
     one = found["coverage_capitalised"]
     count = np.array([len(parse_entities(a)) / 100 for a in answers])
     return found | {"entities": Metric(count, np.ones(len(samples)), one.group, one.cluster)}

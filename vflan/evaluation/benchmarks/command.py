@@ -42,7 +42,9 @@ def score_files(name, questions, answers=None, labels=None, reviews=()):
     found |= benchmark.problems(samples, said)
     if said and not any(a is not None for a in said):
         raise ValueError(f"{answers} answers none of the {len(samples)} questions of {questions}.")
-    runs = [scored(benchmark, samples, said, file) for file in reviews] or [scored(benchmark, samples, said)]
+    runs = [scored(benchmark, samples, said, file) for file in reviews] or [
+        scored(benchmark, samples, said)
+    ]
     out = {key: float(np.mean([r[key] for r in runs])) if isinstance(value, float) else value
            for key, value in runs[0].items() if all(key in r for r in runs)}  # fmt: skip
     if not out.get("n", 1):
@@ -53,7 +55,9 @@ def score_files(name, questions, answers=None, labels=None, reviews=()):
     failed = [r.pop("failed_judgement", 0) for r in runs]
     out.pop("failed_judgement", None)
     counts = {trouble: len(ids) for trouble, ids in found.items() if ids or trouble in COUNTED}
-    return out | {"problems": counts | ({"failed_judgement": sum(failed)} if reviews else {})}, found
+    return out | {
+        "problems": counts | ({"failed_judgement": sum(failed)} if reviews else {})
+    }, found
 
 
 def scored(benchmark, samples, said, reviews=None):
@@ -73,7 +77,10 @@ def scored(benchmark, samples, said, reviews=None):
     out["n"] = sum(benchmark.known(s) and (a is not None or benchmark.missing == "wrong")
                    for s, a in zip(samples, answers))  # fmt: skip
     if judgements:
-        out["n"], out["failed_judgement"] = sum(map(valid, judgements)), sum(not valid(j) for j in judgements)
+        out["n"], out["failed_judgement"] = (
+            sum(map(valid, judgements)),
+            sum(not valid(j) for j in judgements),
+        )
     return out
 
 
@@ -101,7 +108,10 @@ def run(name, questions, answers=None, labels=None, reviews=()):
         print(f"note: {warning.message}", file=sys.stderr)
     for trouble, ids in found.items():
         if ids:
-            print(f"{len(ids)} {trouble}: {', '.join(map(str, ids[:20]))}{' ...' * (len(ids) > 20)}", file=sys.stderr)
+            print(
+                f"{len(ids)} {trouble}: {', '.join(map(str, ids[:20]))}{' ...' * (len(ids) > 20)}",
+                file=sys.stderr,
+            )
     print(json.dumps(result, ensure_ascii=False))
     return 0
 

@@ -40,8 +40,12 @@ def read_rows(path, na=False):
         try:
             return json.loads(text)
         except json.JSONDecodeError as trouble:
-            if trouble.msg != "Extra data":  # several objects, one a line: POPE's label files are called .json
-                raise ValueError(f"{path} is not whole json ({trouble}); download it again.") from None
+            if (
+                trouble.msg != "Extra data"
+            ):  # several objects, one a line: POPE's label files are called .json
+                raise ValueError(
+                    f"{path} is not whole json ({trouble}); download it again."
+                ) from None
     return json_lines(path, text)
 
 
@@ -53,7 +57,9 @@ def json_lines(path, text, broken=None):
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as trouble:
             if broken is None:
-                raise ValueError(f"{path}, line {number} is not json ({trouble.msg}); download it again.") from None
+                raise ValueError(
+                    f"{path}, line {number} is not json ({trouble.msg}); download it again."
+                ) from None
             broken.append(number)
     return rows
 
@@ -68,7 +74,9 @@ def read_table(path, kind, na=False):
             read = partial(pd.read_excel, engine="openpyxl")
             import openpyxl  # noqa: F401
         except ImportError:
-            raise ValueError(f"{path} needs openpyxl to be read: pip install openpyxl, or save it as csv.") from None
+            raise ValueError(
+                f"{path} needs openpyxl to be read: pip install openpyxl, or save it as csv."
+            ) from None
     else:
         read = partial(pd.read_csv, sep="\t" if kind == "tsv" else ",")
     return read(path, dtype=str, keep_default_na=na).fillna("").to_dict("records")
@@ -124,7 +132,9 @@ def read_answers(path):
         if not parts:
             raise FileNotFoundError(f"{path} holds no answers: neither *.jsonl nor MME's TASK.txt.")
         return [row for part in parts for row in read_answers(part)[0]], broken
-    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".jsonl" and path.is_file() else ""
+    text = (
+        path.read_text(encoding="utf-8-sig") if path.suffix == ".jsonl" and path.is_file() else ""
+    )
     if text and not text.lstrip().startswith("["):
         found = json_lines(path, text, broken)
     else:
@@ -133,12 +143,16 @@ def read_answers(path):
         found = [found]  # a single answer
     elif isinstance(found, dict):
         found = found.get("outputs", found)
-        found = [v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v} for k, v in found.items()]
+        found = [
+            v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v} for k, v in found.items()
+        ]
     rows = []
     for row in found if isinstance(found, list) else ():
         id, text = (first(row, keys) for keys in (ID_KEYS, TEXT_KEYS))
         if id is not None and text is not None:
-            rows.append({"id": str(id), "text": str(text), "prompt": row.get("prompt"), "gold": None})
+            rows.append(
+                {"id": str(id), "text": str(text), "prompt": row.get("prompt"), "gold": None}
+            )
     if not rows:
         raise ValueError(f"{path} holds no answers: each needs a question_id and a text.")
     return rows, broken
@@ -146,7 +160,11 @@ def read_answers(path):
 
 def first(row, keys):
     """The value of the first of the keys that a row has; None if it has none, or is no row."""
-    return next((row[k] for k in keys if row.get(k) is not None), None) if isinstance(row, dict) else None
+    return (
+        next((row[k] for k in keys if row.get(k) is not None), None)
+        if isinstance(row, dict)
+        else None
+    )
 
 
 def mme_rows(path):
@@ -167,7 +185,9 @@ def asked(prompt):
     'Reference OCR token: ...', or between 'Question:' and 'Short answer:'.
     """
     text = str(prompt).replace("<image>", "")
-    if text.startswith("OCR tokens: ") and (m := re.search(r"Question: (.*?) Short answer:", text, re.S)):
+    if text.startswith("OCR tokens: ") and (
+        m := re.search(r"Question: (.*?) Short answer:", text, re.S)
+    ):
         text = m[1]
     for line in FORMATS:
         text = text.replace(line, "")
@@ -198,7 +218,10 @@ def match(samples, rows):
             troubles["paired_by_order"] += [id] * len(group)
             chosen = [(row, [i]) for row, i in zip(group, here)]
         else:
-            chosen = [(row, [i for i in here if asked(samples[i]["text"]) == asked(row["prompt"])]) for row in group]
+            chosen = [
+                (row, [i for i in here if asked(samples[i]["text"]) == asked(row["prompt"])])
+                for row in group
+            ]
         asked_twice = Counter(tuple(found) for _, found in chosen)
         used = Counter()
         for row, found in chosen:
@@ -206,7 +229,9 @@ def match(samples, rows):
                 troubles["unknown"].append(id)
                 continue
             key = tuple(found)
-            if len(found) > 1 and asked_twice[key] == len(found):  # one question asked twice, answered twice
+            if len(found) > 1 and asked_twice[key] == len(
+                found
+            ):  # one question asked twice, answered twice
                 found = [found[used[key]]]
             elif used[key]:
                 troubles["duplicate"].append(id)

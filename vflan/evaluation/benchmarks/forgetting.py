@@ -23,7 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
+from vflan.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    clean,
+    contains,
+    first_sentence,
+    metrics,
+)
 from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_rows
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
@@ -85,10 +91,19 @@ def png(pixels):
 
 def read_cifar(path, labels, keep, name):
     folder = path if path.is_dir() else path.parent
-    test = next((p for p in (path, folder / "test_batch", *folder.glob("cifar-10*/test*")) if p.is_file()), path)
+    test = next(
+        (p for p in (path, folder / "test_batch", *folder.glob("cifar-10*/test*")) if p.is_file()),
+        path,
+    )
     batch, meta = unpickle(test), unpickle(next(p for p in sorted(test.parent.glob("*meta"))))
-    kind, names = (b"fine_labels", b"fine_label_names") if b"fine_labels" in batch else (b"labels", b"label_names")
-    pixels = np.ascontiguousarray(np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    kind, names = (
+        (b"fine_labels", b"fine_label_names")
+        if b"fine_labels" in batch
+        else (b"labels", b"label_names")
+    )
+    pixels = np.ascontiguousarray(
+        np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    )
     return ask(name, zip(map(png, pixels), batch[kind]), [n.decode() for n in meta[names]], keep)
 
 
@@ -100,7 +115,9 @@ def read_mnist(path, labels, keep, name):
         if found is None:
             raise FileNotFoundError(f"{folder}/{pattern.replace('*', '')} is not there.")
         raw = found.read_bytes()
-        return np.frombuffer(gzip.decompress(raw) if found.suffix == ".gz" else raw, np.uint8, offset=header)
+        return np.frombuffer(
+            gzip.decompress(raw) if found.suffix == ".gz" else raw, np.uint8, offset=header
+        )
 
     digits, pixels = array("t10k-labels*", 8), array("t10k-images*", 16).reshape(-1, 28, 28)
     return ask(name, zip(map(png, pixels), digits.tolist()), [str(d) for d in range(10)], keep)
@@ -112,11 +129,16 @@ def read_miniimagenet(path, labels, keep, name):
     image = pictures_in(here, "images", "test")
     if (here / "words.txt").exists():
         lines = (here / "words.txt").read_text(encoding="utf-8").splitlines()
-        words = {id: names.split(",")[0] for id, names in (line.split("\t", 1) for line in lines if "\t" in line)}
+        words = {
+            id: names.split(",")[0]
+            for id, names in (line.split("\t", 1) for line in lines if "\t" in line)
+        }
     ids = sorted({r["label"] for r in rows})
     classes = [words.get(id, id) for id in ids]
     if any(c[:1] == "n" and c[1:].isdigit() for c in classes):
-        raise FileNotFoundError(f"{here}/words.txt is not there: ImageNet's names of the classes (id, tab, names).")
+        raise FileNotFoundError(
+            f"{here}/words.txt is not there: ImageNet's names of the classes (id, tab, names)."
+        )
     return ask(name, [(image(r["filename"]), ids.index(r["label"])) for r in rows], classes, keep)
 
 
@@ -131,7 +153,9 @@ def read_parquet(path, keep, name):
     column = next((c for c in ("fine_label", "label") if c in table.column_names), None)
     picture = next((c for c in ("img", "image") if c in table.column_names), None)
     if not column or not picture or "names" not in kinds[column]:
-        raise ValueError(f"{path} needs columns img or image, and label with the names of its classes.")
+        raise ValueError(
+            f"{path} needs columns img or image, and label with the names of its classes."
+        )
     rows = zip((p["bytes"] for p in table[picture].to_pylist()), table[column].to_pylist())
     return ask(name, rows, kinds[column]["names"], keep)
 
@@ -148,10 +172,25 @@ def one(name, other, released, source):
 
 
 CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
-    one("cifar10", read_cifar, ("cifar-10-batches-py/test_batch", "test-*.parquet"), "the CIFAR page of U. Toronto"),
-    one("cifar100", read_cifar, ("cifar-100-python/test", "test-*.parquet"), "the CIFAR page of U. Toronto"),
+    one(
+        "cifar10",
+        read_cifar,
+        ("cifar-10-batches-py/test_batch", "test-*.parquet"),
+        "the CIFAR page of U. Toronto",
+    ),
+    one(
+        "cifar100",
+        read_cifar,
+        ("cifar-100-python/test", "test-*.parquet"),
+        "the CIFAR page of U. Toronto",
+    ),
     one("mnist", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
-    one("miniimagenet", read_miniimagenet, ("test.csv", "test-*.parquet"), "Ravi and Larochelle's split of ImageNet"),
+    one(
+        "miniimagenet",
+        read_miniimagenet,
+        ("test.csv", "test-*.parquet"),
+        "Ravi and Larochelle's split of ImageNet",
+    ),
 )
 
 

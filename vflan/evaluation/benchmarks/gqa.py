@@ -44,7 +44,13 @@ def items(samples, answers):
 
 def upload(samples, answers, path):
     """The list of {questionId, prediction} that the authors' eval.py reads."""
-    write_json(path, [{"questionId": s["question_id"], "prediction": parse(a or "")} for s, a in zip(samples, answers)])
+    write_json(
+        path,
+        [
+            {"questionId": s["question_id"], "prediction": parse(a or "")}
+            for s, a in zip(samples, answers)
+        ],
+    )
 
 
 GQA = Benchmark("gqa", "accuracy", parse, items, read, known=labelled, upload=upload, size=12578, paper="GQA",

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, metrics, out_of, read_questions, valid
+from vflan.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Metric,
+    metrics,
+    out_of,
+    read_questions,
+    valid,
+)
 from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
 from vflan.evaluation.judge import Judgement, RuleJudge, facts, is_long_form
 
@@ -34,9 +41,17 @@ def read(path, labels, keep):
         return read_questions(path)
     image = pictures_in(here, "images")
     found = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl")
-    reference = {str(r["question_id"]): r["text"] for r in read_rows(found)} if found and found != path else {}
+    reference = (
+        {str(r["question_id"]): r["text"] for r in read_rows(found)}
+        if found and found != path
+        else {}
+    )
     context = find(here, "context.jsonl")
-    context = {r["image"]: r["caption"] for r in read_rows(context)} if context and context != path else {}
+    context = (
+        {r["image"]: r["caption"] for r in read_rows(context)}
+        if context and context != path
+        else {}
+    )
     return [q | {"label": q.get("label", reference.get(str(q["question_id"]))), "context": context.get(q.get("image"), ""),
                  "category": q.get("category", "").removeprefix("llava_bench_"), "image": image(q.get("image"))}
             for q in rows]  # fmt: skip
@@ -109,7 +124,10 @@ def verdicts(samples, judgements):
     if "lexicon" in samples[0]:
         return metrics("score", marks, samples, den=best)
     means = {"answer_mean": marks, "reference_mean": best}
-    means = {name: metrics(name, np.array(of) / 10, samples, pooled=True)[name] for name, of in means.items()}
+    means = {
+        name: metrics(name, np.array(of) / 10, samples, pooled=True)[name]
+        for name, of in means.items()
+    }
     return metrics("score", marks, samples, den=best, pooled=True) | means
 
 

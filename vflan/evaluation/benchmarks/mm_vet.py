@@ -35,7 +35,9 @@ def read(path, labels, keep):
     theirs = data if isinstance(data, dict) else read_rows(found) if found and found != path else {}
     rows = data
     if isinstance(data, dict):
-        rows = [dict(question_id=id, text=q["question"], image=q["imagename"]) for id, q in data.items()]
+        rows = [
+            dict(question_id=id, text=q["question"], image=q["imagename"]) for id, q in data.items()
+        ]
     samples = []
     for q in rows:
         bare = str(q["question_id"]).removeprefix("v1_")
@@ -50,9 +52,15 @@ def reviews(path, samples):
     data = read_rows(path)
     if isinstance(data, list) and data and "total" in data[0]:
         if len(data) > 1:
-            raise ValueError(f"{path} holds the results of {len(data)} models: keep the row of one.")
+            raise ValueError(
+                f"{path} holds the results of {len(data)} models: keep the row of one."
+            )
         return table(data[0])
-    rows = data.items() if isinstance(data, dict) else [(str(r.get("question_id", r.get("id"))), r) for r in data]
+    rows = (
+        data.items()
+        if isinstance(data, dict)
+        else [(str(r.get("question_id", r.get("id"))), r) for r in data]
+    )
     marks = {}
     for id, row in rows:
         runs = row.get("score") if isinstance(row, dict) else row
@@ -70,7 +78,10 @@ def table(row):
     found = {}
     for name, cell in row.items():
         if name == "runs":
-            found[name] = [float(x) for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")]
+            found[name] = [
+                float(x)
+                for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")
+            ]
         elif name and not name.startswith("Unnamed") and cell.replace(".", "", 1).isdigit():
             found[name] = float(cell)
     return found
@@ -79,9 +90,16 @@ def table(row):
 def items(samples, answers, judgements=None):
     """total, and by capability and combination of capabilities, where there is a judge; rule in any case."""
     rule = np.array([parse(a, s) for s, a in zip(samples, answers)])
-    found = {"rule": metrics("rule", rule, samples, pooled=True)["rule"]} if all(s["label"] for s in samples) else {}
+    found = (
+        {"rule": metrics("rule", rule, samples, pooled=True)["rule"]}
+        if all(s["label"] for s in samples)
+        else {}
+    )
     if judgements is None:
-        judgements = [Judgement(10 * x, "") if s.get("judge") == "rule" else None for x, s in zip(rule, samples)]
+        judgements = [
+            Judgement(10 * x, "") if s.get("judge") == "rule" else None
+            for x, s in zip(rule, samples)
+        ]
     judged = [(s, j.score / out_of(j)) for s, j in zip(samples, judgements) if valid(j)]
     if not judged:
         return found
@@ -92,7 +110,9 @@ def items(samples, answers, judgements=None):
         parts[name] = total.where(np.array([name in s.get("capability", ()) for s in chosen]))
     for both in dict.fromkeys(tuple(s.get("capability", ())) for s in chosen):
         if len(both) > 1:
-            parts["_".join(both)] = total.where(np.array([tuple(s.get("capability", ())) == both for s in chosen]))
+            parts["_".join(both)] = total.where(
+                np.array([tuple(s.get("capability", ())) == both for s in chosen])
+            )
     return parts | found
 
 

@@ -18,12 +18,17 @@ import numpy as np
 from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, labelled, metrics
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
 
-OPTION = re.compile(r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))", re.S)
+OPTION = re.compile(
+    r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))",
+    re.S,
+)
 
 
 def options(text):
     """{letter: option} of a question: '(a) red (b) blue' on one line or 'A. red' on lines of their own."""
-    text = re.sub(rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I)  # no part of the last option
+    text = re.sub(
+        rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I
+    )  # no part of the last option
     return {(m[1] or m[2]).lower(): clean(m[3]) for m in OPTION.finditer(text)}
 
 
@@ -45,7 +50,9 @@ def parse(answer, sample):
             return m[1].lower()
     said = clean(answer)
     exact = [letter for letter, option in choices.items() if option == said]
-    named = exact or [k for k, o in choices.items() if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", said)]
+    named = exact or [
+        k for k, o in choices.items() if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", said)
+    ]
     return named[0] if len(named) == 1 else None
 
 
@@ -79,17 +86,23 @@ def items(samples, answers):
     """accuracy: circular, by category; single_pass: of single rows; lenient: circular, answers read with `parse`."""
     label = [s["label"].lower().strip("() ") for s in samples]
     loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
-    strict = [a == s["label"] if s.get("exact") else ok for a, s, ok in zip(answers, samples, loose)]
+    strict = [
+        a == s["label"] if s.get("exact") else ok for a, s, ok in zip(answers, samples, loose)
+    ]
     right = np.array(strict, float)
     rotations = {}
     for i, s in enumerate(samples):
-        rotations.setdefault(s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0], []).append(i)
+        rotations.setdefault(s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0], []).append(
+            i
+        )
     heads = [samples[members[0]] for members in rotations.values()]
 
     def circular(right):
         return np.array([right[members].all() for members in rotations.values()], float)
 
-    found = metrics("accuracy", circular(right), heads, pooled=True)  # the official figure counts questions
+    found = metrics(
+        "accuracy", circular(right), heads, pooled=True
+    )  # the official figure counts questions
     found["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
     if any(s.get("exact") for s in samples):
         found["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]

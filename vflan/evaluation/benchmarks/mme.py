@@ -35,15 +35,27 @@ def gold(folder):
     for name in (RELEASE, f"{RELEASE}/{RELEASE}", "eval_tool/Your_Results", "."):
         root = folder / name
         for task in sorted(
-            p for p in (root.iterdir() if root.is_dir() else ()) if p.name not in (RELEASE, "eval_tool")
+            p
+            for p in (root.iterdir() if root.is_dir() else ())
+            if p.name not in (RELEASE, "eval_tool")
         ):
             if task.suffix == ".txt":
-                found += [(task.stem, r["id"].split("/")[1], r["prompt"], r["gold"]) for r in mme_rows(task)]
+                found += [
+                    (task.stem, r["id"].split("/")[1], r["prompt"], r["gold"])
+                    for r in mme_rows(task)
+                ]
             elif task.is_dir():
                 texts = task / "questions_answers_YN"
                 for path in sorted((texts if texts.is_dir() else task).glob("*.txt")):
-                    lines = (line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines())
-                    found += [(task.name, path.stem, cells[0], cells[1].strip()) for cells in lines if len(cells) == 2]
+                    lines = (
+                        line.split("\t")
+                        for line in path.read_text(encoding="utf-8-sig").splitlines()
+                    )
+                    found += [
+                        (task.name, path.stem, cells[0], cells[1].strip())
+                        for cells in lines
+                        if len(cells) == 2
+                    ]
         if found:
             break
     return found
@@ -61,7 +73,10 @@ def read(path, labels, keep):
         rows = read_rows(path)
     samples = []
     for row in rows:
-        task, stem = row["question_id"].split("/")[0], row["question_id"].split("/")[-1].split(".")[0]
+        task, stem = (
+            row["question_id"].split("/")[0],
+            row["question_id"].split("/")[-1].split(".")[0],
+        )
         samples.append(row | {"label": right.get((task, stem, asked(row["text"]))), "image": image(row["image"]),
                               "category": task, "aliases": [f"{task}/{stem}"]})  # fmt: skip
     return samples
@@ -77,7 +92,9 @@ def by_picture(samples):
 
 def alone(samples, answers):
     """Those of `samples` that can be scored but whose picture has not exactly two such questions."""
-    good = [s for i, s in enumerate(samples) if known(s) and (answers is None or answers[i] is not None)]
+    good = [
+        s for i, s in enumerate(samples) if known(s) and (answers is None or answers[i] is not None)
+    ]
     return [good[i] for members in by_picture(good) if len(members) != 2 for i in members]
 
 
@@ -100,8 +117,14 @@ def items(samples, answers):
 
     found = {"total": points(tasks)}
     if set(tasks) <= {*PERCEPTION, *COGNITION}:  # the mini world has tasks of its own
-        parts = {"perception": PERCEPTION, "cognition": COGNITION} | {f"total/{task}": [task] for task in tasks}
-        found |= {name: points(here) for name, part in parts.items() if (here := [t for t in tasks if t in part])}
+        parts = {"perception": PERCEPTION, "cognition": COGNITION} | {
+            f"total/{task}": [task] for task in tasks
+        }
+        found |= {
+            name: points(here)
+            for name, part in parts.items()
+            if (here := [t for t in tasks if t in part])
+        }
     single = metrics("accuracy", [right[i] for members in pairs for i in members], rows)
     return single | metrics("accuracy_plus", both, heads) | score | found
 
@@ -116,9 +139,14 @@ def upload(samples, answers, folder):
                 question = s["text"].removesuffix(SHORT) + " Please answer yes or no."
                 answer = " ".join(str(a or "").split())  # a tab or a line break would end the cell
                 lines.append(
-                    "\t".join((Path(s["image"]).stem + ".txt", question, s["label"].capitalize(), answer)) + "\n"
+                    "\t".join(
+                        (Path(s["image"]).stem + ".txt", question, s["label"].capitalize(), answer)
+                    )
+                    + "\n"
                 )
-        (Path(folder) / f"{folder_name(task, 'task')}.txt").write_text("".join(lines), encoding="utf-8")
+        (Path(folder) / f"{folder_name(task, 'task')}.txt").write_text(
+            "".join(lines), encoding="utf-8"
+        )
 
 
 MME = Benchmark("mme", "score", parse, items, read, known=known, alone=alone, blind=yes, upload=upload, paper="MME", size=2374,

@@ -103,7 +103,9 @@ def read(path, labels, keep):
         kind = row.get("question_type", own.get("question_type", "multiple-choice"))
         label = own.get("ground_truth", row.get("ground_truth", row.get("answer")))
         try:
-            label = ast.literal_eval(label) if kind == "open" and str(label).startswith("[") else label
+            label = (
+                ast.literal_eval(label) if kind == "open" and str(label).startswith("[") else label
+            )
         except (ValueError, SyntaxError):
             pass  # a label that merely begins with a bracket
         picture = row.get("image_1") if row.get("image_1") is not None else row.get("image")

@@ -46,7 +46,9 @@ def read(path, labels, keep):
             found[category, row["image"], asked(row["text"])] = row["label"]
     samples = []
     for row in read_rows(path):
-        keys = ((category, row["image"], asked(row["text"])) for category in (row["category"], None))
+        keys = (
+            (category, row["image"], asked(row["text"])) for category in (row["category"], None)
+        )
         label = next((found[key] for key in keys if key in found), None)
         samples.append(row | {"label": label, "image": image(row["image"])})
     return samples

@@ -24,7 +24,9 @@ def parse(answer, sample=None):
         return answer
     if len(answer) >= 3 and answer[0] in letters and answer[1:3] == ". ":
         return answer[0]
-    said = re.findall(r"The answer is ([a-z])." if letters.islower() else r"The answer is ([A-Z]).", answer)
+    said = re.findall(
+        r"The answer is ([a-z])." if letters.islower() else r"The answer is ([A-Z]).", answer
+    )
     return said[0] if len(said) == 1 and said[0] in letters else None
 
 
@@ -51,15 +53,21 @@ def read(path, labels, keep):
     for row in rows:
         problem = problems.get(str(row["question_id"]))
         if problem and isinstance(problem.get("answer"), int):
-            row["label"] = LETTERS[problem["answer"]] if 0 <= problem["answer"] < len(LETTERS) else None
-        samples.append(row | {"image": image(row["image"]), "category": "image" if row["image"] else "text"})
+            row["label"] = (
+                LETTERS[problem["answer"]] if 0 <= problem["answer"] < len(LETTERS) else None
+            )
+        samples.append(
+            row | {"image": image(row["image"]), "category": "image" if row["image"] else "text"}
+        )
     return samples
 
 
 def question(problem):
     """A problem of the authors' file in the shape of LLaVA's: hint, question, options."""
     hint = [f"Context: {problem['hint']}"] if problem.get("hint") else []
-    return "\n".join(hint + [problem["question"]] + [f"{x}. {c}" for x, c in zip(LETTERS, problem["choices"])])
+    return "\n".join(
+        hint + [problem["question"]] + [f"{x}. {c}" for x, c in zip(LETTERS, problem["choices"])]
+    )
 
 
 def known(sample):
@@ -70,7 +78,11 @@ def items(samples, answers):
     right = [parse(a, s) == s["label"] for s, a in zip(samples, answers)]
     with_picture = np.array([bool(s["image"]) for s in samples])
     found = metrics("accuracy", right, samples, pooled=True)["accuracy"]
-    parts = {"img_accuracy": with_picture, "accuracy": with_picture | True, "text_accuracy": ~with_picture}
+    parts = {
+        "img_accuracy": with_picture,
+        "accuracy": with_picture | True,
+        "text_accuracy": ~with_picture,
+    }
     return {name: found.where(mask) for name, mask in parts.items() if mask.any()}
 
 

@@ -38,20 +38,30 @@ def read(path, labels, keep):
                      category=r.get("category") or "all", data_type=r.get("data_type") or "image",
                      image=keep(content(r["image"]))) for r in data]  # fmt: skip
     found = find(labels, "SEED-Bench.json")
-    theirs = {str(q["question_id"]): by_authors(q) for q in read_rows(found)["questions"]} if found else {}
+    theirs = (
+        {str(q["question_id"]): by_authors(q) for q in read_rows(found)["questions"]}
+        if found
+        else {}
+    )
     return [q | {k: v for k, v in theirs.get(str(q["question_id"]), {}).items() if k != "text"}
             | {"image": image(q.get("image"))} for q in data]  # fmt: skip
 
 
 def by_authors(q):
-    options = "".join(f"\n{x}. {q[f'choice_{x.lower()}']}" for x in "ABCD" if f"choice_{x.lower()}" in q)
+    options = "".join(
+        f"\n{x}. {q[f'choice_{x.lower()}']}" for x in "ABCD" if f"choice_{x.lower()}" in q
+    )
     return dict(question_id=q["question_id"], text=f"{q.get('question', '')}{options}{LETTER}", label=q["answer"],
                 category=TYPES.get(q["question_type_id"], str(q["question_type_id"])), data_type=q["data_type"])  # fmt: skip
 
 
 def where(q):
     video = q["data_type"] == "video"
-    return f"SEED-Bench-video-image/{q['question_id']}.png" if video else f"SEED-Bench-image/{q['data_id']}"
+    return (
+        f"SEED-Bench-video-image/{q['question_id']}.png"
+        if video
+        else f"SEED-Bench-image/{q['data_id']}"
+    )
 
 
 def content(image):

@@ -1,6 +1,12 @@
 """Held-in and held-out tasks: exact match, and a lenient reading for models that answer in sentences."""
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, contains, first_sentence, metrics
+from vflan.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    clean,
+    contains,
+    first_sentence,
+    metrics,
+)
 
 
 def parse(answer, sample=None):
@@ -27,5 +33,6 @@ def items(samples, answers):
 
 
 HELDIN, HELDOUT = (
-    Benchmark(name, "accuracy", parse, items, missing="wrong", max_new_tokens=24) for name in ("heldin", "heldout")
+    Benchmark(name, "accuracy", parse, items, missing="wrong", max_new_tokens=24)
+    for name in ("heldin", "heldout")
 )

@@ -19,9 +19,9 @@ from pathlib import Path
 from vflan.evaluation.benchmarks.benchmark import Benchmark, metrics
 from vflan.evaluation.benchmarks.files import SHORT, UNSURE, asked, find, pictures_in, read_rows
 
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)))) | {
-    "none": "0"
-}
+NUMBERS = dict(
+    zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)))
+) | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's "
@@ -34,7 +34,9 @@ CONTRACTED = (
 ).split()
 # 'dont' -> "don't": each form is known by every spelling that lacks one of its apostrophes. The official table turns one
 # the wrong way round.
-CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in CONTRACTED for i, letter in enumerate(w) if letter == "'"}
+CONTRACTIONS = {
+    w[:i] + w[i + 1 :]: w for w in CONTRACTED for i, letter in enumerate(w) if letter == "'"
+}
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
@@ -68,7 +70,11 @@ def soft_accuracy(answer, references):
 
 def known(sample):
     """Ten references, as the official scripts demand; a test set without any is not scored but uploaded."""
-    return "answers" not in sample or isinstance(sample["answers"], list) and len(sample["answers"]) == 10
+    return (
+        "answers" not in sample
+        or isinstance(sample["answers"], list)
+        and len(sample["answers"]) == 10
+    )
 
 
 def items(samples, answers):
@@ -77,17 +83,24 @@ def items(samples, answers):
     found = {}
     if rows:
         found = metrics(
-            "accuracy", [soft_accuracy(a, s["answers"]) for s, a in rows], [s for s, _ in rows], pooled=True
+            "accuracy",
+            [soft_accuracy(a, s["answers"]) for s, a in rows],
+            [s for s, _ in rows],
+            pooled=True,
         )
     unsure = [normalize(a) == "unanswerable" for a in answers]
-    return found | {"unanswerable": metrics("unanswerable", unsure, samples, pooled=True)["unanswerable"]}
+    return found | {
+        "unanswerable": metrics("unanswerable", unsure, samples, pooled=True)["unanswerable"]
+    }
 
 
 def with_answers(sample, annotation):
     """A sample with the references of an annotation: `answers`, `label` (the most frequent), `category` (its type)."""
     if annotation is None:
         return sample | {"answers": [], "label": None}
-    references = [str(a["answer"] if isinstance(a, dict) else a) for a in annotation.get("answers") or ()]
+    references = [
+        str(a["answer"] if isinstance(a, dict) else a) for a in annotation.get("answers") or ()
+    ]
     most = max(references, key=references.count) if references else None
     return sample | {"answers": references, "label": annotation.get("multiple_choice_answer", most),
                      "category": annotation.get("answer_type", sample.get("category"))}  # fmt: skip
@@ -141,8 +154,12 @@ def read_textvqa(path, labels, keep):
     samples = [dict(q, image=image(q.get("image")), category="all") for q in data]
     if found := find(labels, "TextVQA_0.5.1_val.json", "TextVQA*.json"):
         rows = listed(read_rows(found), "data")
-        by_key = {(str(a["image_id"]), asked(a["question"])): a | {"answer_type": "all"} for a in rows}
-        samples = [with_answers(s, by_key.get((str(s["question_id"]), asked(s["text"])))) for s in samples]
+        by_key = {
+            (str(a["image_id"]), asked(a["question"])): a | {"answer_type": "all"} for a in rows
+        }
+        samples = [
+            with_answers(s, by_key.get((str(s["question_id"]), asked(s["text"])))) for s in samples
+        ]
     return samples
 
 
@@ -150,14 +167,24 @@ def upload_vqav2(samples, answers, path, every=None):
     """EvalAI's json: a list of {question_id, answer}. `every`: the question file of all of test2015
     (llava_vqav2_mscoco_test2015.jsonl), whose other ids the server wants too, with ''. Test-std is then near 0."""
     said = {s["question_id"]: normalize(a or "") for s, a in zip(samples, answers)}
-    ids = [q["question_id"] for q in read_rows(every)] if every else [s["question_id"] for s in samples]
+    ids = (
+        [q["question_id"] for q in read_rows(every)]
+        if every
+        else [s["question_id"] for s in samples]
+    )
     write_json(path, [{"question_id": int(id) if str(id).isdigit() else id, "answer": said.get(str(id), "")}
                       for id in ids])  # fmt: skip
 
 
 def upload_vizwiz(samples, answers, path):
     """VizWiz' json: a list of {image, answer}."""
-    write_json(path, [{"image": Path(s["image"]).name, "answer": normalize(a or "")} for s, a in zip(samples, answers)])
+    write_json(
+        path,
+        [
+            {"image": Path(s["image"]).name, "answer": normalize(a or "")}
+            for s, a in zip(samples, answers)
+        ],
+    )
 
 
 def write_json(path, data):
@@ -169,12 +196,16 @@ def often(samples):
     """The answer that people gave most often to questions of the kind."""
     said = {}
     for s in samples:
-        said.setdefault(s["category"], Counter()).update(normalize(r) for r in s.get("answers", ["unanswerable"]))
+        said.setdefault(s["category"], Counter()).update(
+            normalize(r) for r in s.get("answers", ["unanswerable"])
+        )
     best = {kind: counts.most_common(1)[0][0] if counts else "" for kind, counts in said.items()}
     return [best[s["category"]] for s in samples]
 
 
-family = partial(Benchmark, headline="accuracy", parse=parse, measure=items, known=known, blind=often)
+family = partial(
+    Benchmark, headline="accuracy", parse=parse, measure=items, known=known, blind=often
+)
 VQAV2 = family("vqav2", read=read_vqav2, upload=upload_vqav2, missing="wrong", paper="VQAv2",
                released=("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_*_questions.json"),
                source="LLaVA's eval.zip, or visualqa.org")  # fmt: skip
