@@ -33,7 +33,7 @@ from bench.bad_input import damaged
 from bench.record import write
 from bench.resume import make_recipe
 from tests.chat_server import ChatServer, said
-from tests.test_fetch import REPO, Hub
+from tests.data.test_download import REPO, Hub
 from vflan import config, world
 from vflan.config import replace, write_json
 from vflan.evaluation.judge import EndpointJudge

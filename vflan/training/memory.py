@@ -1,7 +1,7 @@
 """What a run will need, before it is started: memory by part, steps, tokens, hours and energy, and what to change.
 
 What a pass holds is counted (footprint.py), what the optimiser and several processes add is arithmetic. The sums agree with
-what tiny models were measured to hold on a CPU (tests/test_plan.py); figures for GPUs were not measured. Hours and energy
+what tiny models were measured to hold on a CPU (tests/training/test_memory.py); figures for GPUs were not measured. Hours and energy
 rest on `share` and on the boards' published rates and powers, and are no better than these.
 """
 

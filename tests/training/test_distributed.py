@@ -15,7 +15,7 @@ import vflan
 from vflan.training import distributed
 from vflan.training.run import Run
 
-HOME = Path(__file__).resolve().parent.parent
+HOME = Path(__file__).resolve().parents[2]
 # What a person's own script looks like; beside it, what the tests want to know of the inside.
 SCRIPT = """
 import json, os, sys

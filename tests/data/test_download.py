@@ -199,7 +199,7 @@ def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(
         "--folder",
         str(tmp_path),
     ]
-    home = Path(__file__).resolve().parent.parent
+    home = Path(__file__).resolve().parents[2]
     child = subprocess.Popen(command, cwd=home, env=os.environ | {"HF_HUB_DISABLE_XET": "1"})
     try:
         assert hub.stalled.wait(120)

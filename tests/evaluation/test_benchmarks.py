@@ -13,7 +13,7 @@ from vflan.evaluation.benchmarks.mmbench import options
 from vflan.evaluation.benchmarks.tasks import lenient
 from vflan.evaluation.judge import RuleJudge, is_long_form, mentions
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 LEXICON = {
     "colors": ["red", "blue", "green", "white"],
     "shapes": ["star", "circle", "cross", "ring"],
