@@ -274,10 +274,10 @@ def test_the_records_hash_knows_the_order_but_not_the_machine(six, tmp_path):
 
 def test_a_diverse_choice_takes_something_of_every_cluster(tmp_path):
     """Ninety of three kinds and ten of another: a random tenth holds about one of the rare ones, a diverse one its share."""
-    turns = lambda q, a: [
-        dict([("from", "human"), ("value", q)]),
-        dict([("from", "gpt"), ("value", a)]),
-    ]  # noqa: E731
+
+    def turns(q, a):
+        return [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+
     rows = [
         dict(
             id=str(i),

@@ -623,9 +623,10 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     other = TinyRun(folder, tiny)
     other.recipe.benchmarks = run.recipe.benchmarks
     labels = {s["text"]: s["label"] for s in BENCHMARKS["pope"].load(run.recipe.benchmarks)}
-    right = lambda m, p, samples, *more: (
-        (i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples)
-    )  # noqa: E731
+
+    def right(model, processor, samples, *more):
+        return ((i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples))
+
     monkeypatch.setattr(HOUSE, "answering", right)
     best = evaluate(other).set_index("metric").value
     table = difference(other, run, "pope").set_index("metric")

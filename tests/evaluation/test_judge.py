@@ -134,7 +134,7 @@ def test_the_benchmarks_own_rules_are_read_where_they_are_there(tmp_path):
 # --------------------------------------------------------------------------------------------------------- endpoints
 
 
-def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_title(serve, judge):  # noqa: F811
+def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_title(serve, judge):
     server = serve(lambda body, n: said("Yes"))
     found = ask(judge, ["A red star is there."])
     assert found == [Judgement(1.0, "Yes", 1.0, "served-v1")]
@@ -150,7 +150,7 @@ def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_t
     assert title(judge, found) == f"grader yes_no-{YES_NO.hash} served-v1"
 
 
-def test_the_key_stands_in_no_output_no_file_and_no_repr(serve, judge, tmp_path, capfd):  # noqa: F811
+def test_the_key_stands_in_no_output_no_file_and_no_repr(serve, judge, tmp_path, capfd):
     refusal = (400, {"error": {"message": f"your key {KEY} for http is odd"}})
     server = serve(lambda body, n: refusal if "Prediction: two" in str(body) else said("No"))
     refusal[1]["error"]["message"] += f" at {server.url}"
@@ -178,19 +178,19 @@ def test_without_a_key_the_environment_is_named(judge, monkeypatch):
     ],
     ids=["429 seconds", "429 milliseconds", "500", "503"],
 )
-def test_what_passes_is_tried_again(serve, judge, failure):  # noqa: F811
+def test_what_passes_is_tried_again(serve, judge, failure):
     server = serve(lambda body, n: failure if n < 3 else said("Yes"))
     assert [j.score for j in ask(judge, ["x"])] == [1.0] and len(server.asked) == 3
 
 
-def test_the_server_says_how_long_to_wait(serve, judge):  # noqa: F811
+def test_the_server_says_how_long_to_wait(serve, judge):
     serve(lambda body, n: (429, {}, {"Retry-After": "0.3"}) if n == 1 else said("Yes"))
     start = time.monotonic()
     ask(judge, ["x"])
     assert time.monotonic() - start > 0.25
 
 
-def test_a_time_out_is_tried_again(serve, judge):  # noqa: F811
+def test_a_time_out_is_tried_again(serve, judge):
     def late(body, n):
         if n == 1:
             time.sleep(0.5)
@@ -201,7 +201,7 @@ def test_a_time_out_is_tried_again(serve, judge):  # noqa: F811
     assert [j.score for j in ask(hasty, ["x"])] == [1.0] and len(server.asked) == 2
 
 
-def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judge, capsys):  # noqa: F811
+def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judge, capsys):
     server = serve(
         lambda body, n: (
             (500, {"error": {"message": "oh no"}}) if "bad" in str(body) else said("Yes")
@@ -219,7 +219,7 @@ def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judg
      said(None), said(""), said("maybe")],
     ids=str,
 )  # fmt: skip
-def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):  # noqa: F811
+def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):
     server = serve(lambda b, n: body)
     (found,) = ask(judge, ["x"])
     assert found.score is None and found.reason and len(server.asked) == 2, "it is asked once more"
@@ -229,21 +229,21 @@ def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):  # noqa: F
     )
 
 
-def test_a_reply_that_cannot_be_read_may_be_right_the_second_time(serve, judge):  # noqa: F811
+def test_a_reply_that_cannot_be_read_may_be_right_the_second_time(serve, judge):
     serve(lambda body, n: said("hm") if n == 1 else said("No"))
     assert [j.score for j in ask(judge, ["x"])] == [0.0]
 
 
 @pytest.mark.parametrize("status, match", [(401, "refused the key: check OPENAI_API_KEY"), (403, "refused the key"),
                                            (404, "knows no model 'grader'")])  # fmt: skip
-def test_a_wrong_key_or_name_stops_at_once(serve, judge, status, match):  # noqa: F811
+def test_a_wrong_key_or_name_stops_at_once(serve, judge, status, match):
     server = serve(lambda body, n: (status, {"error": {"message": f"bad {KEY}"}}))
     with pytest.raises(ValueError, match=match) as error:
         ask(judge, [str(i) for i in range(50)])
     assert len(server.asked) < 20 and "secret" not in str(error.value)
 
 
-def test_an_endpoint_that_is_down_is_given_up(serve, judge):  # noqa: F811
+def test_an_endpoint_that_is_down_is_given_up(serve, judge):
     server = serve(lambda body, n: (500, {}))
     with pytest.raises(
         ConnectionError, match="failed 8 times in a row .*is it running.*call again to go on"
@@ -252,7 +252,7 @@ def test_an_endpoint_that_is_down_is_given_up(serve, judge):  # noqa: F811
     assert len(server.asked) < 60
 
 
-def test_a_newer_models_name_for_the_limit_is_used(serve, judge):  # noqa: F811
+def test_a_newer_models_name_for_the_limit_is_used(serve, judge):
     refusal = (
         400,
         {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}},
@@ -263,7 +263,7 @@ def test_a_newer_models_name_for_the_limit_is_used(serve, judge):  # noqa: F811
     ] == 5
 
 
-def test_nothing_is_paid_for_twice(serve, judge, capsys):  # noqa: F811
+def test_nothing_is_paid_for_twice(serve, judge, capsys):
     server = serve(lambda body, n: said("Yes" if n < 3 else "No"))
     first = ask(judge, ["a", "b", "a"])
     assert len(server.asked) == 2 and first[0] == first[2]
@@ -275,7 +275,7 @@ def test_nothing_is_paid_for_twice(serve, judge, capsys):  # noqa: F811
     assert len(server.asked) == 4
 
 
-def test_the_cost_is_estimated_before_the_first_call(serve, judge, capsys):  # noqa: F811
+def test_the_cost_is_estimated_before_the_first_call(serve, judge, capsys):
     printed = []
     serve(lambda body, n: printed.append(capsys.readouterr().out) or said("Yes"))
     priced = EndpointJudge("grader", YES_NO, price=(2.0, 8.0), cache=judge.cache, workers=1)
@@ -288,7 +288,7 @@ def test_the_cost_is_estimated_before_the_first_call(serve, judge, capsys):  # n
 
 def test_a_run_judged_through_an_endpoint_names_the_judge_and_leaves_failures_out(
     serve, tmp_path, capsys
-):  # noqa: F811
+):
     write_pope(tmp_path / "benchmarks", tmp_path)
     tiny = make_tiny(tmp_path)
     run = TinyRun(tmp_path, tiny)
@@ -313,7 +313,7 @@ def test_a_run_judged_through_an_endpoint_names_the_judge_and_leaves_failures_ou
     assert "grader" not in json.dumps(lines(tmp_path / "answers" / "pope.jsonl")[0])
 
 
-def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):  # noqa: F811
+def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):
     write_pope(tmp_path / "benchmarks", tmp_path)
     run = TinyRun(tmp_path, make_tiny(tmp_path))
 

@@ -37,7 +37,7 @@ def answer_yes_to_stars(body, number):
     return said("Yes" if "star" in str(body["messages"][0]["content"][-1]) else "No")
 
 
-def test_a_served_model_is_scored_like_any_other_and_its_answers_are_kept(home, serve):  # noqa: F811
+def test_a_served_model_is_scored_like_any_other_and_its_answers_are_kept(home, serve):
     server = serve(answer_yes_to_stars)
     scores = ask()
     assert set(scores.run) == {"org-llava-13b"} and scores.set_index("metric").value["f1"] == 100
@@ -53,7 +53,7 @@ def test_a_served_model_is_scored_like_any_other_and_its_answers_are_kept(home, 
     assert len(pd.read_csv(home / "runs/served/org-llava-13b/scores.csv")) == len(scores)
 
 
-def test_neither_key_nor_address_is_written_down(home, serve, capfd):  # noqa: F811
+def test_neither_key_nor_address_is_written_down(home, serve, capfd):
     server = serve(lambda body, n: (400, {"error": {"message": f"{KEY} {server.url}"}}))
     ask()
     out = capfd.readouterr()
@@ -65,7 +65,7 @@ def test_neither_key_nor_address_is_written_down(home, serve, capfd):  # noqa: F
     )
 
 
-def test_the_picture_goes_along_as_it_lies_on_disk_and_before_the_text(home, serve):  # noqa: F811
+def test_the_picture_goes_along_as_it_lies_on_disk_and_before_the_text(home, serve):
     server = serve(answer_yes_to_stars)
     ask()
     body = next(
@@ -86,7 +86,7 @@ def test_a_question_without_a_picture_is_text_alone():
     ]
 
 
-def test_answers_that_were_cut_say_so(home, serve):  # noqa: F811
+def test_answers_that_were_cut_say_so(home, serve):
     serve(lambda body, n: said("Yes and", finish="length"))
     ask()
     assert {
@@ -94,12 +94,12 @@ def test_answers_that_were_cut_say_so(home, serve):  # noqa: F811
     } == {"length"}
 
 
-def test_an_empty_answer_is_an_answer(home, serve):  # noqa: F811
+def test_an_empty_answer_is_an_answer(home, serve):
     serve(lambda body, n: said(None))
     assert set(ask().problems) == {0}
 
 
-def test_questions_are_asked_at_the_same_time(home, serve):  # noqa: F811
+def test_questions_are_asked_at_the_same_time(home, serve):
     together, lock, most = [0], threading.Lock(), [0]
 
     def slow(body, n):
@@ -116,7 +116,7 @@ def test_questions_are_asked_at_the_same_time(home, serve):  # noqa: F811
     assert 1 < most[0] <= MODEL.workers
 
 
-def test_what_failed_is_counted_and_asked_again_next_time(home, serve):  # noqa: F811
+def test_what_failed_is_counted_and_asked_again_next_time(home, serve):
     server = serve(
         lambda body, n: (500, {}) if "blue" in str(body) else answer_yes_to_stars(body, n)
     )
@@ -128,7 +128,7 @@ def test_what_failed_is_counted_and_asked_again_next_time(home, serve):  # noqa:
     assert len(server.asked) == before + 3
 
 
-def test_a_broken_picture_is_not_sent(home, serve):  # noqa: F811
+def test_a_broken_picture_is_not_sent(home, serve):
     (home / "pictures" / "2.png").write_bytes(b"no picture")
     server = serve(answer_yes_to_stars)
     assert set(ask().problems) == {2} and len(server.asked) == 10
@@ -140,7 +140,7 @@ def test_a_broken_picture_is_not_sent(home, serve):  # noqa: F811
 
 def test_an_endpoint_that_goes_down_stops_the_evaluation_and_answers_are_kept(
     home, serve, monkeypatch
-):  # noqa: F811
+):
     server = serve(lambda body, n: answer_yes_to_stars(body, n) if n <= 4 else (500, {}))
     with pytest.raises(ConnectionError, match="failed 8 times in a row"):
         ask(ServedModel("org/llava-13b", workers=1, retries=0))
@@ -148,7 +148,7 @@ def test_an_endpoint_that_goes_down_stops_the_evaluation_and_answers_are_kept(
     assert ask().set_index("metric").value["f1"] == 100 and set(ask().problems) == {0}
 
 
-def test_answers_of_another_server_are_refused(home, serve, monkeypatch):  # noqa: F811
+def test_answers_of_another_server_are_refused(home, serve, monkeypatch):
     serve(answer_yes_to_stars)
     ask()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/other")
@@ -156,7 +156,7 @@ def test_answers_of_another_server_are_refused(home, serve, monkeypatch):  # noq
         ask()
 
 
-def test_a_run_may_be_asked_through_a_server_under_its_own_folder(home, serve):  # noqa: F811
+def test_a_run_may_be_asked_through_a_server_under_its_own_folder(home, serve):
     run = TinyRun(home, make_tiny(home))
     serve(answer_yes_to_stars)
     scores = evaluate(run, "pope", model=MODEL)
