@@ -112,7 +112,7 @@ def train(
 ):
     """Train one stage; a finished run is not trained again, a killed one goes on."""
     if (Path(preset) / "recipe.json").is_file():
-        from vflan.training.run import end_with_parent
+        from vflan.training.distributed import end_with_parent
         from vflan.training.trainer import fit
 
         end_with_parent()
@@ -220,15 +220,15 @@ def export(
 @app.command(hidden=True)
 def publish(
     preset: Annotated[str, typer.Argument(help="tiny or tiny_frozen")] = "tiny",
-    readme: Annotated[bool, typer.Option(help="only fill the tables of README.md")] = False,
+    readme: Annotated[bool, typer.Option(help="only fill the tables of README.md and docs/")] = False,
 ):
     """For the authors: copy a finished run's notebooks, figures and results to what git tracks."""
-    from vflan.analysis.tables import fill_readme
+    from vflan.analysis.tables import fill_pages
     from vflan.config import shown
     from vflan.tools.publish import publish as copied
 
     if readme:
-        print("README.md:", ", ".join(fill_readme()) or "no results yet, nothing filled")
+        print("filled:", ", ".join(fill_pages()) or "nothing, there are no results yet")
         return
     for path in copied(preset):
         print(shown(path))

@@ -1,7 +1,8 @@
-"""What results look like on a page: the tables of README.md and of the report, and the list of figures."""
+"""What results look like on a page: the tables of the project's pages and of the report, and the list of figures."""
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ from PIL import Image
 from vflan.config import ROOT
 from vflan.evaluation.benchmarks import BENCHMARKS
 
+# Pages with generated tables, between markers such as <!-- scores:begin --> and <!-- scores:end -->.
+PAGES = ("README.md", "docs/results.md", "docs/measurements.md")
 STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
 
 
@@ -49,7 +52,7 @@ def _by_number(path):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-# -------------------------------------------------------------------------------------------- the tables of README.md
+# -------------------------------------------------------------------------------------------- the tables of the pages
 
 COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
@@ -156,17 +159,27 @@ def claims_markdown(found):
     )
 
 
+def verdicts_markdown(found):
+    """The whole claims as one paragraph, grouped by verdict, with the effect of each in points."""
+    whole = found[found.claim.str.isdigit()]
+    parts = []
+    for verdict, rows in whole.groupby("verdict", sort=False):
+        claims = [f"({row.claim}) {row.statement}: {row.effect:+.1f}" for row in rows.itertuples()]
+        parts.append(f"**{len(rows)} of {len(whole)}: {verdict}.** {'; '.join(claims)}.")
+    return textwrap.fill(" ".join(parts), width=116, break_long_words=False, break_on_hyphens=False)
+
+
 def cost_markdown(record):
     """What bench.demo measured, as a table, and what it was measured on."""
     rows = [
         [COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]]
         for row in record["checks"]
     ]
-    return f"{markdown(['', 'measured', 'wanted'], rows)}\n\n{measured_on(record, 'demo')}"
+    return f"{markdown(['', 'measured', 'limit'], rows)}\n\n{measured_on(record, 'demo')}"
 
 
 def bench_markdown(records):
-    """The figures of every other bench, {name: record}, one table: what was measured, what was wanted, whether it holds."""
+    """The figures of every other bench, {name: record}, as one table: value, limit, and whether the limit is met."""
     rows, notes = [], []
     for name, record in records.items():
         for row in record["checks"]:
@@ -174,11 +187,11 @@ def bench_markdown(records):
             verdict = {True: "yes", False: "**no**", None: ""}[row["holds"]]
             rows.append([f"{name}: {row['name']}", value, row["unit"], row["target"], verdict])
         notes.append(measured_on(record, name))
-    return "\n\n".join([markdown(["figure", "measured", "unit", "wanted", "holds"], rows), *notes])
+    return "\n\n".join([markdown(["figure", "measured", "unit", "limit", "met"], rows), *notes])
 
 
 def measured_on(record, name):
-    """With what, at which commit and on which machine a bench was run."""
+    """The command, commit, machine and package versions of a measurement."""
     machine, versions = record["machine"], record["versions"]
     at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
     note = f"Measured by `python -m bench.{name}` at {at} on {machine['cpu']}, {machine['cores']} cores, "
@@ -186,17 +199,18 @@ def measured_on(record, name):
     return note + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
 
 
-def readme_tables(home=None):
-    """{marker: markdown} for the results that are there: `scores`, `claims`, `cost` and `bench`."""
+def page_tables(home: Path | str | None = None) -> dict[str, str]:
+    """{marker: markdown} for the result files below `home` (the project folder, if None)."""
     home, tables = Path(home or ROOT), {}
-    scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
-    if scores.exists():
-        tables["scores"] = scores_markdown(pd.read_csv(scores))
-        if floors.exists():
-            tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
-    verdicts = home / "data" / "results" / "claims_tiny.csv"
-    if verdicts.exists():
-        tables["claims"] = claims_markdown(pd.read_csv(verdicts, dtype={"claim": str}))
+    results = home / "data" / "results"
+    if (results / "tiny.csv").exists():
+        tables["scores"] = scores_markdown(pd.read_csv(results / "tiny.csv"))
+    if (results / "tiny_floors.csv").exists():
+        tables["floors"] = floors_markdown(pd.read_csv(results / "tiny_floors.csv"))
+    if (results / "claims_tiny.csv").exists():
+        verdicts = pd.read_csv(results / "claims_tiny.csv", dtype={"claim": str})
+        tables["claims"] = claims_markdown(verdicts)
+        tables["verdicts"] = verdicts_markdown(verdicts)
     files = sorted((home / "bench" / "results").glob("*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if "demo" in records:
@@ -206,19 +220,26 @@ def readme_tables(home=None):
     return tables
 
 
-def fill_readme(home=None):
-    """Put the tables between their markers in README.md; returns the markers filled. Without results nothing changes."""
-    page, tables = Path(home or ROOT) / "README.md", readme_tables(home)
-    if not page.exists():
-        return []
-    text = page.read_text(encoding="utf-8")
+def fill_pages(home: Path | str | None = None) -> list[str]:
+    """Put each table between its markers on one of `PAGES`; returns the markers filled.
+
+    A table whose result file is missing leaves its page as it is. Raises ValueError when the markers of a table are
+    on no page or on two.
+    """
+    home = Path(home or ROOT)
+    texts = {
+        page: (home / page).read_text(encoding="utf-8") for page in PAGES if (home / page).exists()
+    }
+    tables = page_tables(home) if texts else {}
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
+        pages = [page for page, text in texts.items() if begin in text or end in text]
+        if len(pages) != 1 or texts[pages[0]].count(begin) != 1 or texts[pages[0]].count(end) != 1:
             raise ValueError(
-                f"README.md needs {begin} and {end} once each, with the table between them"
+                f"{begin} and {end} must stand once on one of {', '.join(PAGES)}, around the table"
             )
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    page.write_text(text, encoding="utf-8")
+        before, rest = texts[pages[0]].split(begin)
+        texts[pages[0]] = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    for page, text in texts.items():
+        (home / page).write_text(text, encoding="utf-8")
     return list(tables)

@@ -1,8 +1,8 @@
-"""For the authors: copies what a finished run made to the tracked places, and fills the tables of README.md.
+"""For the authors: copies what a finished run made to the tracked places, and fills the tables of README.md and docs/.
 
 vflan publish tiny            # after `make demo`: notebooks, figures, scores
 vflan publish tiny_frozen     # after `make paper`: the claims
-vflan publish --readme        # copy nothing: fill the tables of README.md from the tracked results
+vflan publish --readme        # copy nothing: fill the tables of the pages from the tracked results
 """
 
 import shutil
@@ -46,7 +46,7 @@ PLACES = {
 
 
 def publish(preset):
-    """Copy the results, figures and notebooks of a preset's run to data/results, figures/ and notebooks/; fill README.md.
+    """Copy the results, figures and notebooks of a preset's run to data/results, figures/ and notebooks/; fill the pages.
 
     Returns the paths written. ValueError, before anything is copied, for a run that is not whole, not up to date, was
     made with other parameters, or was changed since.
@@ -101,7 +101,7 @@ def publish(preset):
             shutil.copyfile(source, target)
         written.append(target)
     tables.write_gallery(preset, figures, home / place.page)
-    tables.fill_readme(home)
+    tables.fill_pages(home)
     return written
 
 
