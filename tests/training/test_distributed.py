@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 vflan.train
 TRAIN, seen = sys.modules["vflan.training.trainer"], {}
 
-def spread(*arguments, real=TRAIN.distributed.spread):
+def distribute(*arguments, real=TRAIN.distributed.distribute):
     new = real(*arguments)
     weights = [weight for weight in new.model.parameters() if weight.requires_grad]
     local = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights)
@@ -39,7 +39,7 @@ def learning_rate(step, *rest, real=TRAIN.learning_rate):
         raise KeyboardInterrupt
     return real(step, *rest)
 
-TRAIN.distributed.spread, TRAIN.learning_rate = spread, learning_rate
+TRAIN.distributed.distribute, TRAIN.learning_rate = distribute, learning_rate
 for name, changes, stop in json.loads(sys.argv[2]):
     recipe = vflan.replace(Recipe.from_dict(json.loads(sys.argv[1])), name=name, **changes)
     try:
@@ -192,13 +192,11 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_what_can(recipe):
 
 def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    distributed.check(recipe, 2)
-    with pytest.raises(
-        ValueError, match="4 processes were asked for on a machine with 2 GPUs; start 2"
-    ):
-        distributed.check(recipe, 4)
+    distributed.check_processes(recipe, 2)
+    with pytest.raises(ValueError, match="4 processes were requested; start 2"):
+        distributed.check_processes(recipe, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two machines of two
-    distributed.check(recipe, 4)
+    distributed.check_processes(recipe, 4)
 
 
 def test_deepspeed_that_is_not_installed_is_told_before_training(recipe, monkeypatch):

@@ -20,8 +20,9 @@ import pandas as pd
 
 from vflan.config import Recipe, folder_name, for_seed, replace, resolve
 from vflan.evaluation.evaluator import evaluate, kept_items, present
-from vflan.evaluation.parallel import end_with_parent, forking
+from vflan.evaluation.parallel import forking
 from vflan.models import llava as models
+from vflan.training.distributed import end_with_parent
 from vflan.training.run import Run
 from vflan.training.trainer import train
 

@@ -7,8 +7,9 @@ import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from threading import Thread
+from multiprocessing import get_all_start_methods, get_context
+
+from vflan.training.distributed import end_with_parent
 
 START = "spawn"  # a forked process cannot use a GPU that its parent has used
 _HERE = {}  # in a worker: its model and processor
@@ -92,16 +93,6 @@ def _begin(run, num_processes, ranks):
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     _HERE.update(model=run.load_model(), processor=run.processor(), share=share)
-
-
-def end_with_parent():
-    """From now on this process ends when the one that started it does, however that one ends."""
-
-    def wait():
-        parent_process().join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
 
 
 def _answer(questions, max_new_tokens, batch_size, template, memory):

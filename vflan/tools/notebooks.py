@@ -35,10 +35,10 @@ from PIL import Image
 from vflan import config
 from vflan.analysis.tables import pictures, score_rows, score_table, write_gallery
 from vflan.config import ROOT, folder_name, resolve
-from vflan.evaluation.parallel import end_with_parent
 from vflan.tools.parameters import checked
 from vflan.tools.report import write_report
 from vflan.tools.stable import tag
+from vflan.training.distributed import end_with_parent
 
 LIMIT = (
     400_000  # bytes a committed notebook may have: beyond it, GitHub shows it slowly and diffs hurt

@@ -85,7 +85,7 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
 
 def restore(path: Path, spread) -> None:
     """Put a checkpoint's weights and moments back, over however many processes there now are (ZeRO: as many as before)."""
-    if spread.how.startswith("zero"):
+    if spread.sharding.startswith("zero"):
         spread.learner.load_checkpoint(str(path / "zero"), tag="state", load_module_strict=False)
         return
     saved = _read(path)
@@ -183,18 +183,18 @@ def flush(path: Path) -> None:
 def _write(scratch, spread) -> list[Path]:
     """This process's files: plain tensors only, so that loading them can run no code (DeepSpeed writes its own format)."""
     main, rank = spread.accelerator.is_main_process, spread.accelerator.process_index
-    if spread.how.startswith("zero"):
+    if spread.sharding.startswith("zero"):
         spread.learner.save_checkpoint(
             str(scratch / "zero"), tag="state", exclude_frozen_parameters=True
         )
         spread.accelerator.wait_for_everyone()
         return [path for path in scratch.rglob("*") if path.is_file()] if main else []
-    if spread.how == "none" and not main:
+    if spread.sharding == "none" and not main:
         return []
     weights = {
         name: weight for name, weight in spread.model.named_parameters() if weight.requires_grad
     }
-    assert spread.how == "none" or all(
+    assert spread.sharding == "none" or all(
         isinstance(weight, DTensor) for weight in weights.values()
     ), "not in pieces now"
     weights = {name: _local(weight) for name, weight in weights.items()}

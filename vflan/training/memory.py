@@ -141,7 +141,7 @@ def plan(recipe: Recipe, gpus: int = 1, gpu: str = "A100-80G", share: float = SH
         raise ValueError(
             f"gpus={gpus!r}, share={share!r}: a whole number from 1, and a share above 0 and at most 1."
         )
-    distributed.shares(recipe, gpus)
+    distributed.rows_per_process(recipe, gpus)
     packed = recipe.packing == "packed" or recipe.packing == "auto" and gpu != "cpu"
     recipe = replace(recipe, packing="packed" if packed else "padded")
     data, notes = _rows(recipe)

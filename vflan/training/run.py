@@ -1,18 +1,15 @@
 """A run is a folder that remembers: recipe, metrics, the model as Hugging Face files, and a marker written last."""
 
-import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vflan.config import ROOT, Recipe, differences, read_json, replace, resolve, shown, write_json
+from vflan.config import Recipe, differences, read_json, replace, resolve, shown, write_json
 from vflan.io import BEGINNING, CHECKPOINTS, MODEL, RUN, clear, foreign, make_folder, named
 
 MARKERS = {
@@ -313,54 +310,3 @@ class Run:
             raise FileNotFoundError(
                 f"{self.name} is not finished; train it to the end first, or take its last checkpoint: run.at()."
             )
-
-
-def launch(folder: Path, num_processes: int) -> None:
-    """Train the run in `folder` with several processes on this machine; their lines appear here as they are written.
-
-    The printed command is what one pastes into a cluster script (with torch.distributed.run's own options for more machines).
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_processes),
-    ]
-    command += ["-m", "vflan", "train", str(folder), "--processes", str(num_processes)]
-    print(" ".join(["python", *command[1:-3], shown(Path(folder)), *command[-2:]]), flush=True)
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VFLAN_HOME": str(ROOT)}
-    env |= {"VFLAN_ENDS_WITH_STDIN": "1"}  # which ends with us, however we end
-    # the lock goes from this process to one of theirs: by then another may have written its recipe here
-    env |= {"VFLAN_BEGUN": json.dumps(Run(folder).written(), sort_keys=True)}
-    env.setdefault("OMP_NUM_THREADS", "1")
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    child, tail = subprocess.Popen(command, text=True, env=env, **pipes), []
-    try:
-        for line in child.stdout:
-            print(
-                line, end="", file=sys.stderr, flush=True
-            )  # not stdout: a notebook would keep the timings
-            tail = [*tail, line][-30:]
-    finally:  # an interrupted cell takes its children with it
-        if child.poll() is None and sys.exc_info()[0] is not None:
-            child.terminate()
-        child.stdin.close()
-        status = child.wait()
-    if status:
-        raise RuntimeError(
-            f"Training with {num_processes} processes failed (exit {status}); its last lines:\n{''.join(tail)}"
-        )
-
-
-def end_with_parent() -> None:
-    """In a process that `launch` started: end at once when the launching one is gone, so that nobody trains on unseen."""
-    if os.environ.get("VFLAN_ENDS_WITH_STDIN"):
-
-        def wait():
-            os.read(0, 1)
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()

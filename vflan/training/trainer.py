@@ -18,8 +18,9 @@ from vflan.models import llava as models
 from vflan.models.loss import Learner
 from vflan.training import checkpointing, distributed
 from vflan.training.batching import Pictures, feed, plan, prepare
+from vflan.training.distributed import launch
 from vflan.training.metrics import Log
-from vflan.training.run import Run, launch
+from vflan.training.run import Run
 from vflan.training.validation import HeldOut, hold_out, task_names
 
 
@@ -32,18 +33,18 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     trains with the processes it has.
     """
     one_recipe(recipe)
-    run, together = Run(recipe.folder), distributed.started()
+    run, together = Run(recipe.folder), distributed.world_size()
     if together > 1:
-        distributed.check(recipe, together)
+        distributed.check_processes(recipe, together)
         with (
             ExitStack() as held
         ):  # until the run is finished: the main process's `fit` holds the same lock
-            with distributed.join(recipe, run.folder).main_process_first():
+            with distributed.make_accelerator(recipe, run.folder).main_process_first():
                 if os.environ["RANK"] == "0":
                     held.enter_context(run.begun(recipe, _started_from(init)))
             fit(run.folder)
         return run
-    distributed.check(recipe, num_processes)
+    distributed.check_processes(recipe, num_processes)
     with run.begun(recipe, _started_from(init)):
         if not run.finished and num_processes == 1:
             # the caller's random numbers are the caller's
@@ -80,8 +81,8 @@ def fit(folder, num_processes: int | None = None) -> None:
     """Train the run that `folder` describes; every process of a distributed run calls this."""
     run = Run.open(folder)
     recipe, begun = run.recipe, json.loads(os.environ.get("VFLAN_BEGUN") or "{}") or run.written()
-    distributed.check(recipe, distributed.started())
-    accelerator = distributed.join(recipe, run.folder)
+    distributed.check_processes(recipe, distributed.world_size())
+    accelerator = distributed.make_accelerator(recipe, run.folder)
     if num_processes not in (None, accelerator.num_processes):
         raise RuntimeError(
             f"{num_processes} processes were asked for, but {accelerator.num_processes} found each other."
@@ -118,7 +119,7 @@ def _fit(run, recipe, accelerator):
     alone = distributed.sharding(recipe, world) == "none"
     (model if alone else models.parts(model)["vision_tower"]).to(device)
     pictures = Pictures(data, model, processor, recipe)
-    spread = distributed.spread(
+    spread = distributed.distribute(
         accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe
     )
     learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
@@ -128,7 +129,7 @@ def _fit(run, recipe, accelerator):
         data=checkpointing.plan_hash(data, batches),
         recipe=recipe.to_dict(),
         processes=world,
-        sharding=spread.how,
+        sharding=spread.sharding,
     )
     first = _resume(run, spread, about)
     log, look = Log(run.folder, len(batches), first, accelerator), None
@@ -159,7 +160,7 @@ def _fit(run, recipe, accelerator):
         sums = torch.zeros(2, device=device)
         for i, (part, weight) in enumerate(parts, 1):
             batch = data.batch(part, device)
-            with spread.passes(last=i == len(parts)):
+            with spread.forward_pass(last=i == len(parts)):
                 loss = learner(*batch, pictures(part)) / weight
                 accelerator.backward(loss * world)  # gradients are averaged over processes
             sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
@@ -168,7 +169,9 @@ def _fit(run, recipe, accelerator):
             raise FloatingPointError(
                 f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}."
             )
-        if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
+        if recipe.max_grad_norm and not spread.sharding.startswith(
+            "zero"
+        ):  # DeepSpeed clips itself
             nn.utils.clip_grad_norm_(
                 [w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm
             )
@@ -196,7 +199,7 @@ def _fit(run, recipe, accelerator):
                 recipe, init, checkpointing.weights(checkpointing.found(run.folder)[0])
             )
         summary = dict(
-            seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.how
+            seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.sharding
         )
         summary |= dict(
             steps=len(batches),
