@@ -207,17 +207,31 @@ def _tokenize(tokenizer, asked: list[tuple[list[str], str]]) -> list[list[list[i
     texts = list(
         dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts)
     )
-    known = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
+    given = [keep_first_space(tokenizer, text) for text in texts]
+    known = dict(zip(texts, tokenizer(given, add_special_tokens=False).input_ids)) if texts else {}
     return [
         [known[text] for text in texts] if easy else _spell(tokenizer, texts)
         for (texts, _), easy in zip(asked, plain)
     ]
 
 
+def keep_first_space(tokenizer, text: str) -> str:
+    """`text` as a fast tokenizer has to get it, so that a space at its start stays a piece of its own.
+
+    SentencePiece puts a space before every text. The fast tokenizers do so only before a text that does not
+    begin with one: `" ASSISTANT:"`, which follows a picture without a question, would lose a piece.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    scheme = getattr(getattr(backend, "pre_tokenizer", None), "prepend_scheme", "never")
+    # "▁" is how SentencePiece writes a space
+    return " " + text if scheme != "never" and text.startswith((" ", "▁")) else text
+
+
 def _spell(tokenizer, texts: list[str]) -> list[list[int]]:
     eos = tokenizer.eos_token
     lead = [text.startswith(f"{eos}USER: ") for text in texts]
     texts = [text[len(eos) :] if led else text for text, led in zip(texts, lead)]
+    texts = [keep_first_space(tokenizer, text) for text in texts]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
     return [[tokenizer.eos_token_id] * led + row for row, led in zip(ids, lead)]
 

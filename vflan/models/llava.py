@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from vflan.config import replace, resolve, shown, weights_source
 from vflan.data.conversation import IMAGE, chat_template
+from vflan.models.tokenizer import merge_by_score
 
 logging.disable_progress_bar()  # a bar for each file read or written drowns a notebook
 
@@ -210,7 +211,9 @@ def picture_tokens(recipe) -> int:
 
 def load_tokenizer(recipe):
     """The language model's tokenizer, with `<image>` and a padding token in it (the unknown token pads, as in LLaVA)."""
-    tokenizer = read_pretrained(AutoTokenizer, weights_source(recipe.language_model))
+    tokenizer = merge_by_score(
+        read_pretrained(AutoTokenizer, weights_source(recipe.language_model))
+    )
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if hasattr(
