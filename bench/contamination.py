@@ -156,7 +156,7 @@ def rate(folder: Path):
         start = (
             time.process_time()
         )  # of this process alone: others that share the machine do not count
-        validation.look_at(names, threads=1)
+        validation.fingerprints(names, threads=1)
         best = max(best, len(names) / (time.process_time() - start))
     megapixels = np.mean([np.prod(Image.open(name).size) for name in names]) / 1e6
     return best, dict(

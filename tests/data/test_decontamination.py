@@ -7,7 +7,8 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 
 from vflan.data import decontamination, validation
-from vflan.data.decontamination import Fine, candidates, distance, question_keys, views
+from vflan.data.decontamination import Fine, candidates, distance, question_keys
+from vflan.data.images import views
 from vflan.data.validation import check
 
 
@@ -139,7 +140,7 @@ def test_candidates_are_the_most_alike_views_and_no_others(monkeypatch):
     monkeypatch.setattr(decontamination, "LIKE", 110.0)  # so that there are more than CANDIDATES
     gaps = np.sqrt(((mine[:, None, 0].astype(float) - others[None, :, 0]) ** 2).mean((2, 3, 4)))
     slow = {(i, int(j)) for i in range(300) for j in np.argsort(gaps[i])[:8] if gaps[i, j] <= 110}
-    fast = list(decontamination._like(mine[:, 0], others[:, 0]))
+    fast = list(decontamination._similar(mine[:, 0], others[:, 0]))
     assert {(i, j) for i, j, _ in fast} == slow and len(fast) == len(slow) > 1000
     assert max(abs(gap - gaps[i, j]) for i, j, gap in fast) < 0.01
 

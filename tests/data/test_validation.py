@@ -231,11 +231,11 @@ def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeyp
 
 def test_a_broken_cache_is_made_again(tmp_path, cache):
     samples = load_samples(make(tmp_path, row()))
-    (cache / validation.SHELF).write_text(
+    (cache / validation.CACHE_FILE).write_text(
         "this is no database, and long enough to be taken for one" * 100
     )
     assert check(samples).ok == 1
-    with sqlite3.connect(cache / validation.SHELF) as shelf:
+    with sqlite3.connect(cache / validation.CACHE_FILE) as shelf:
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
 
 
