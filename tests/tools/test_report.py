@@ -148,7 +148,7 @@ def test_all_that_came_out_stands_on_one_page(home):
     page = Page(path)
     assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
     assert (
-        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
+        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds: 0." in page.text
     )
     assert (
         "1.25 0.5 2 holds" in page.text

@@ -84,7 +84,7 @@ def headlines(scores):
         rows = scores[(scores.benchmark == name) & (scores.metric == benchmark.headline)]
         if len(rows):
             unit = plots.UNITS.get(benchmark.headline, benchmark.headline)
-            found[f"{plots.TITLES.get(name, name)} {unit}"] = rows
+            found[f"{plots.TITLES[name]} {unit}"] = rows
     return found
 
 
@@ -126,10 +126,11 @@ def score_rows(scores):
     columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
     runs = scores.run.str.replace(r"-seed\d+$", "", regex=True)
     seeds = sorted(scores[runs.isin(STAGES)].seed.unique())
-    note = f"In square brackets 95 % intervals over pictures. Seeds trained: {', '.join(map(str, seeds))}"
+    note = f"Intervals: 95 %, over pictures. Seeds: {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
-        note += "; their mean, and the lowest and highest end of their intervals"
-    return f"{note}.", columns, table
+        note += " (mean; outer ends of the intervals)"
+    note += ". Round brackets: a second source."
+    return note, columns, table
 
 
 def scores_markdown(scores):
@@ -160,13 +161,20 @@ def claims_markdown(found):
 
 
 def verdicts_markdown(found):
-    """The whole claims as one paragraph, grouped by verdict, with the effect of each in points."""
-    whole = found[found.claim.str.isdigit()]
-    parts = []
-    for verdict, rows in whole.groupby("verdict", sort=False):
+    """The whole claims, one item for each verdict, with the effect of each claim in points."""
+    items = []
+    for verdict, rows in found[found.claim.str.isdigit()].groupby("verdict", sort=False):
         claims = [f"({row.claim}) {row.statement}: {row.effect:+.1f}" for row in rows.itertuples()]
-        parts.append(f"**{len(rows)} of {len(whole)}: {verdict}.** {'; '.join(claims)}.")
-    return textwrap.fill(" ".join(parts), width=116, break_long_words=False, break_on_hyphens=False)
+        items.append(_wrap(f"- **{verdict.capitalize()}: {len(rows)}.** {'; '.join(claims)}."))
+    return "\n".join(items)
+
+
+def _wrap(text):
+    """The text in lines of at most 120 characters; those of a list item are indented."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def cost_markdown(record):
@@ -196,7 +204,8 @@ def measured_on(record, name):
     at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
     note = f"Measured by `python -m bench.{name}` at {at} on {machine['cpu']}, {machine['cores']} cores, "
     note += f"{machine['memory_gb']} GB, load {machine['load_at_start']} at the start; "
-    return note + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
+    note += ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
+    return _wrap(note)
 
 
 def page_tables(home: Path | str | None = None) -> dict[str, str]:
