@@ -1,3 +1,4 @@
+import doctest
 import json
 
 import pytest
@@ -45,6 +46,14 @@ def tiny_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny" / "language_model")
+
+
+def test_the_example_of_encode_is_true(tiny_tokenizer):
+    names = {"encode": encode, "tokenizer": tiny_tokenizer}
+    (example,) = doctest.DocTestFinder().find(encode, globs=names)
+    assert len(example.examples) == 4
+    result = doctest.DocTestRunner().run(example)
+    assert result.failed == 0 and result.attempted == 4
 
 
 @pytest.mark.parametrize("legacy", [True, False])
