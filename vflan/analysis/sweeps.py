@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from vflan.config import Recipe, folder_name, for_seed, replace, resolve
+from vflan.config import Recipe, folder_name, for_seed, replace, resolve, shown
+from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.evaluator import evaluate, kept_items, present
 from vflan.evaluation.parallel import forking
 from vflan.models import llava as models
@@ -117,9 +118,9 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
     folder = resolve(
         folder or next(arm.recipe.benchmarks for arm in arms.values() if isinstance(arm, Arm))
     )
-    benchmarks = tuple(present(folder) if benchmarks is None else benchmarks)
+    benchmarks = tuple(present(folder) if benchmarks is None else BENCHMARKS.names(benchmarks))
     asked = {
-        label: benchmarks if arm.benchmarks is None else tuple(arm.benchmarks)
+        label: benchmarks if arm.benchmarks is None else tuple(BENCHMARKS.names(arm.benchmarks))
         for label, arm in arms.items()
     }
     todo = {(label, seed): arm for seed in seeds for label, arm in arms.items()}
@@ -148,6 +149,16 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
             f"These arms start from each other: {', '.join(sorted({k[0] for k in waiting if k not in done}))}."
         )
 
+    # A benchmark that cannot be asked should fail here, and not when everything is trained.
+    names = {name for of_arm in asked.values() for name in of_arm}
+    for name in sorted(names):
+        if not BENCHMARKS[name].is_in(folder):
+            raise FileNotFoundError(
+                f"{shown(folder / name)} is not there: the questions of {name} belong in that folder."
+            )
+    jobs = min(jobs, len(todo))
+    packed = BENCHMARKS.pack(names) if jobs > 1 else b""
+
     # looked up before anything runs, so that a notebook can say what it ran and what it read
     trained = {key for key, arm in todo.items() if isinstance(arm, Arm) and not runs[key].finished}
     answered = {
@@ -174,7 +185,8 @@ def sweep(arms, seeds=(0,), benchmarks=None, folder=None, jobs=None, num_process
         longest_first(done, waiting, {key: rows_of(todo[key]) for key in done}),
         waiting,
         work,
-        min(jobs, len(todo)),
+        jobs,
+        packed,
     )
     benchmarks_of = {key: asked[key[0]] for key in todo}
     return Sweep(runs, benchmarks_of, kept_as, folder, frozenset(trained), frozenset(answered))
@@ -280,8 +292,11 @@ def longest_first(order, waiting, rows):
     return sorted(order, key=lambda key: -behind[key])
 
 
-def _work_off(order, waiting, work, jobs):
-    """Do the work of all keys, `jobs` at once, none before those that it waits for."""
+def _work_off(order, waiting, work, jobs, packed=b""):
+    """Do the work of all keys, `jobs` at once, none before those that it waits for.
+
+    packed: benchmarks that the worker processes do not know, from `BENCHMARKS.pack`.
+    """
     began, done, running, failed = time.monotonic(), set(), {}, None
     if jobs == 1:
         for key in order:
@@ -292,12 +307,15 @@ def _work_off(order, waiting, work, jobs):
     with ProcessPoolExecutor(
         jobs, mp_context=forking(), initializer=_one_thread, initargs=(dict(os.environ),)
     ) as pool:
+        if packed:
+            # Raises before anything is trained if a worker cannot load them.
+            pool.submit(_with_benchmarks, packed).result()
         while len(done) < len(order):
             for key in order:
                 free = key not in done and key not in running.values() and len(running) < jobs
                 if free and not failed and all(need in done for need in waiting[key]):
                     task, arguments = work(key)
-                    running[pool.submit(task, **arguments)] = key
+                    running[pool.submit(_with_benchmarks, packed, task, arguments)] = key
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -312,6 +330,13 @@ def _work_off(order, waiting, work, jobs):
         raise RuntimeError(
             f"The arm {label!r} of seed {seed} failed: {type(trouble).__name__}: {trouble}"
         ) from trouble
+
+
+def _with_benchmarks(packed, task=None, arguments=None):
+    """In a worker: register the benchmarks that were sent with the task, then do it."""
+    BENCHMARKS.unpack(packed)
+    if task:
+        task(**arguments)
 
 
 def _say(key, done, all_, began):

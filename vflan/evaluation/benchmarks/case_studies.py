@@ -123,8 +123,28 @@ def coverage(samples, answers):
     return found | {"entities": Metric(count, np.ones(len(samples)), one.group, one.cluster)}
 
 
-TEXTOCR = Benchmark("textocr", "recall", parse_words, recall, read_textocr, ("TextOCR_0.1_val.json", "TextOCR*.json"),
-                    "textvqa.org/textocr", known=lambda sample: sample["label"] is not None, missing="wrong",
-                    max_new_tokens=128)  # fmt: skip
-WIT = Benchmark("wit", "coverage_capitalised", parse_entities, coverage, read_wit, ("*.tsv", "*.tsv.gz"),
-                "google-research-datasets/wit", missing="wrong", max_new_tokens=128)  # fmt: skip
+TEXTOCR = Benchmark(
+    name="textocr",
+    title="TextOCR",
+    headline="recall",
+    parse=parse_words,
+    measure=recall,
+    read=read_textocr,
+    released=("TextOCR_0.1_val.json", "TextOCR*.json"),
+    source="textvqa.org/textocr",
+    known=lambda sample: sample["label"] is not None,
+    missing="wrong",
+    max_new_tokens=128,
+)
+WIT = Benchmark(
+    name="wit",
+    title="WIT",
+    headline="coverage_capitalised",
+    parse=parse_entities,
+    measure=coverage,
+    read=read_wit,
+    released=("*.tsv", "*.tsv.gz"),
+    source="google-research-datasets/wit",
+    missing="wrong",
+    max_new_tokens=128,
+)

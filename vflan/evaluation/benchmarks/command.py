@@ -93,9 +93,8 @@ def is_review(path):
 
 def run(name, questions, answers=None, labels=None, reviews=()):
     """What `vflan score` does: print the result as one json object, remarks on stderr; returns the exit status."""
-    if name not in BENCHMARKS:
-        return stop(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
     try:
+        (name,) = BENCHMARKS.names(name)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result, found = score_files(name, questions, answers, labels, reviews)

@@ -53,6 +53,17 @@ def upload(samples, answers, path):
     )
 
 
-GQA = Benchmark("gqa", "accuracy", parse, items, read, known=labelled, upload=upload, size=12578, paper="GQA",
-                released=("llava_gqa_testdev_balanced.jsonl", "testdev_balanced_questions.json"),
-                source="LLaVA's eval.zip, and the questions of the GQA project")  # fmt: skip
+GQA = Benchmark(
+    name="gqa",
+    title="GQA",
+    paper="GQA",
+    headline="accuracy",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava_gqa_testdev_balanced.jsonl", "testdev_balanced_questions.json"),
+    source="LLaVA's eval.zip, and the questions of the GQA project",
+    size=12578,
+    known=labelled,
+    upload=upload,
+)

@@ -140,6 +140,20 @@ def most_common_reference(samples):
     return [best[s["category"]] for s in samples]
 
 
-LLAVA_BENCH = Benchmark("llava_bench", "score", parse, items, read, known=lambda sample: True, judged=True, size=60,
-                        blind=most_common_reference, max_new_tokens=128, paper="LLaVA-Bench", reviews=reviews,
-                        released=("questions.jsonl",), source="LLaVA's llava-bench-in-the-wild")  # fmt: skip
+LLAVA_BENCH = Benchmark(
+    name="llava_bench",
+    title="LLaVA-Bench",
+    paper="LLaVA-Bench",
+    headline="score",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("questions.jsonl",),
+    source="LLaVA's llava-bench-in-the-wild",
+    size=60,
+    known=lambda sample: True,
+    blind=most_common_reference,
+    judged=True,
+    reviews=reviews,
+    max_new_tokens=128,
+)

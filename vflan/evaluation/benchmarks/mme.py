@@ -90,7 +90,7 @@ def by_picture(samples):
     return list(groups.values())
 
 
-def alone(samples, answers):
+def find_unpaired(samples, answers):
     """Those of `samples` that can be scored but whose picture has not exactly two such questions."""
     good = [
         s for i, s in enumerate(samples) if known(s) and (answers is None or answers[i] is not None)
@@ -149,5 +149,19 @@ def upload(samples, answers, folder):
         )
 
 
-MME = Benchmark("mme", "score", parse, items, read, known=known, alone=alone, blind=yes, upload=upload, paper="MME", size=2374,
-                released=("llava_mme.jsonl",), source="LLaVA's eval.zip, labels and pictures from MME's authors")  # fmt: skip
+MME = Benchmark(
+    name="mme",
+    title="MME",
+    paper="MME",
+    headline="score",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava_mme.jsonl",),
+    source="LLaVA's eval.zip, labels and pictures from MME's authors",
+    size=2374,
+    known=known,
+    find_unpaired=find_unpaired,
+    blind=yes,
+    upload=upload,
+)

@@ -156,6 +156,18 @@ def upload(samples, answers, path):
                       for s, a in zip(samples, answers)})  # fmt: skip
 
 
-MMMU = Benchmark("mmmu", "accuracy", parse, items, read, known=known, blind=often, upload=upload, size=900, paper="MMMU",
-                 released=("*/validation-*.parquet", "*val*.jsonl", "*val*.json"),
-                 source="the hub dataset MMMU/MMMU")  # fmt: skip
+MMMU = Benchmark(
+    name="mmmu",
+    title="MMMU",
+    paper="MMMU",
+    headline="accuracy",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("*/validation-*.parquet", "*val*.jsonl", "*val*.json"),
+    source="the hub dataset MMMU/MMMU",
+    size=900,
+    known=known,
+    blind=often,
+    upload=upload,
+)

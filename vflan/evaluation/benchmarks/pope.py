@@ -79,5 +79,17 @@ def yes(samples):
     return ["yes"] * len(samples)
 
 
-POPE = Benchmark("pope", "f1", parse, items, read, known=known, blind=yes, paper="POPE", size=8910,
-                 released=("llava_pope_test.jsonl",), source="LLaVA's eval.zip, labels from RUCAIBox/POPE")  # fmt: skip
+POPE = Benchmark(
+    name="pope",
+    title="POPE",
+    paper="POPE",
+    headline="f1",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava_pope_test.jsonl",),
+    source="LLaVA's eval.zip, labels from RUCAIBox/POPE",
+    size=8910,
+    known=known,
+    blind=yes,
+)

@@ -86,6 +86,17 @@ def items(samples, answers):
     return {name: found.where(mask) for name, mask in parts.items() if mask.any()}
 
 
-SCIENCEQA = Benchmark("scienceqa", "img_accuracy", parse, items, read, known=known, missing="wrong", size=4241,
-                      released=("llava_test_CQM-A.json", "problems.json"), paper="SQA-I",
-                      source="LLaVA's eval.zip, and data/scienceqa of the ScienceQA repository")  # fmt: skip
+SCIENCEQA = Benchmark(
+    name="scienceqa",
+    title="ScienceQA",
+    paper="SQA-I",
+    headline="img_accuracy",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava_test_CQM-A.json", "problems.json"),
+    source="LLaVA's eval.zip, and data/scienceqa of the ScienceQA repository",
+    size=4241,
+    known=known,
+    missing="wrong",
+)

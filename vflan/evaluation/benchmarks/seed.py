@@ -88,6 +88,18 @@ def upload(samples, answers, path):
             file.write(json.dumps({"question_id": s["question_id"], "prediction": a or ""}) + "\n")
 
 
-SEED = Benchmark("seed", "accuracy", parse, items, read, known=known, missing="wrong", upload=upload, size=19242,
-                 released=("llava-seed-bench.jsonl", "SEED-Bench.json", "*.tsv", "*.parquet"), paper="SEED",
-                 source="LLaVA's eval.zip, and SEED-Bench.json of its authors")  # fmt: skip
+SEED = Benchmark(
+    name="seed",
+    title="SEED-Bench",
+    paper="SEED",
+    headline="accuracy",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava-seed-bench.jsonl", "SEED-Bench.json", "*.tsv", "*.parquet"),
+    source="LLaVA's eval.zip, and SEED-Bench.json of its authors",
+    size=19242,
+    known=known,
+    missing="wrong",
+    upload=upload,
+)

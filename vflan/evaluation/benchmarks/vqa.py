@@ -206,11 +206,11 @@ def often(samples):
 family = partial(
     Benchmark, headline="accuracy", parse=parse, measure=items, known=known, blind=often
 )
-VQAV2 = family("vqav2", read=read_vqav2, upload=upload_vqav2, missing="wrong", paper="VQAv2",
+VQAV2 = family("vqav2", title="VQAv2", read=read_vqav2, upload=upload_vqav2, missing="wrong", paper="VQAv2",
                released=("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_*_questions.json"),
                source="LLaVA's eval.zip, or visualqa.org")  # fmt: skip
-VIZWIZ = family("vizwiz", read=read_vizwiz, upload=upload_vizwiz, paper="VizWiz",
+VIZWIZ = family("vizwiz", title="VizWiz", read=read_vizwiz, upload=upload_vizwiz, paper="VizWiz",
                 released=("llava_test.jsonl", "val.json"), source="LLaVA's eval.zip, or vizwiz.org")  # fmt: skip
-TEXTVQA = family("textvqa", read=read_textvqa, paper="TextVQA", size=5000,
+TEXTVQA = family("textvqa", title="TextVQA", read=read_textvqa, paper="TextVQA", size=5000,
                  released=("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
                  source="LLaVA's eval.zip with the labels of textvqa.org: TextVQA_0.5.1_val.json")  # fmt: skip
