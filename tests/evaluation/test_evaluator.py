@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 from vflan.evaluation import generation as answers
 from vflan.evaluation import parallel
-from vflan.evaluation.answer_cache import Answer, alone, keep_scores, read_rows
+from vflan.evaluation.answer_cache import Answer, keep_scores, locked, read_rows
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.evaluator import (
     COLUMNS,
@@ -386,7 +386,7 @@ def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"i": 0}\n{"i": 1')
     assert read_rows(path) == [{"i": 0}] and path.read_text().endswith('{"i": 1')
-    with alone(path):
+    with locked(path):
         assert read_rows(path, mend=True) == [{"i": 0}] and path.read_text() == '{"i": 0}\n'
 
 

@@ -58,6 +58,21 @@ def ask(judge, answers, sample=SAMPLE):
         ("8 9\nThe second is better.", (9.0, 8.0)),
         ("8, 9", (9.0, 8.0)),
         ("\n 7.5 10 \nbecause 3 stars", (10.0, 7.5)),
+        ("8\n9", (9.0, 8.0)),
+        ("**8 9**", (9.0, 8.0)),
+        ("[8] [9]", (9.0, 8.0)),
+        ("8 9 because the second is better", (9.0, 8.0)),
+        ("Answer 1: 8\nAnswer 2: 9", (9.0, 8.0)),
+        ("Answer 1: 8 / Answer 2: 9", (9.0, 8.0)),
+        ("**Answer 2**: 9, **Answer 1**: 8", (9.0, 8.0)),
+        ("Assistant 1: 8/10\nAssistant 2: 9.5/10", (9.5, 8.0)),
+        ("Answer 1 is 7, Answer 2 is 8", (8.0, 7.0)),
+        ("8/10, 9/10", (9.0, 8.0)),
+        ("8/10", None),
+        ("Answer 1: 8", None),
+        ("Answer 1: 8\nAnswer 2: 9\nAnswer 1: 7", None),
+        ("1. The first is good. 2. The second is not.", None),
+        ("2024-01-02", None),
         ("8 9 10", None),
         ("8", None),
         ("0 9", None),
@@ -67,17 +82,19 @@ def ask(judge, answers, sample=SAMPLE):
         ("", None),
     ],
 )
-def test_a_pair_is_two_numbers_from_1_to_10_on_the_first_line_the_reference_first(reply, read):
+def test_a_pair_is_two_bare_numbers_on_the_first_line_or_one_for_each_label(reply, read):
     assert read_pair(reply) == read
 
 
 @pytest.mark.parametrize(
     "reply, read",
-    [("0.7", 0.7), ("1", 1), ("0.0\n", 0), ("1.0.", 1), ("0.5 since", 0.5), ("1.5", None), ("10", None), ("7/10", None),
-     ("1st", None), ("about 0.5", None), ("-0.5", None), ("", None)],
+    [("0.7", 0.7), ("1", 1), ("0.0\n", 0), ("1.0.", 1), ("0.5 since", 0.5), ("0,7", 0.7), ("**0.8**", 0.8), ("50%", 0.5),
+     ("0.5/1", 0.5), ("0.8/1.0", 0.8), ("7/10", 0.7), ("1 out of 10", 0.1), ("1 of 2", 0.5), ("Score: 0.7", 0.7),
+     ("1. The answer misses it.", None), ("1) wrong", None), ("0.5-0.7", None), ("0.5 or 0.6", None), ("1/2/3", None),
+     ("1/0", None), ("1.5", None), ("10", None), ("1st", None), ("about 0.5", None), ("-0.5", None), ("", None)],
 )  # fmt: skip
-def test_a_grade_is_a_number_from_0_to_1_at_the_beginning(reply, read):
-    assert read_grade(reply) == (None if read is None else (read, 1.0))
+def test_a_grade_from_0_to_1_or_in_its_own_scale_begins_the_reply(reply, read):
+    assert read_grade(reply) == (None if read is None else (pytest.approx(read), 1.0))
 
 
 @pytest.mark.parametrize(

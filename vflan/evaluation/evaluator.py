@@ -14,8 +14,8 @@ from vflan.data.images import stamp
 from vflan.evaluation import judge as judges
 from vflan.evaluation.answer_cache import (
     ask_and_keep,
-    fingerprint_of_folder,
-    fingerprint_of_questions,
+    hash_weights,
+    hash_questions,
     keep_scores,
     read_rows,
 )
@@ -74,12 +74,12 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
     home = Path(run.folder) if run else output_path(f"runs/served/{name}")
     tests = [questions_of(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
     weights = model.fingerprint if served else fingerprint_of_model(model) if model else None
-    weights = weights or fingerprint_of_folder(home / "model")
+    weights = weights or hash_weights(home / "model")
     answers = []
     with asking(run, model, num_processes, batch_size, template, memory) as ask:
         for test in tests:
             tokens = test.benchmark.max_new_tokens
-            header = {"model": weights, "questions": fingerprint_of_questions(test.samples, test.asked),
+            header = {"model": weights, "questions": hash_questions(test.samples, test.asked),
                       "template": "the server's" if served else template, "decoding": test.decoding,
                       "max_new_tokens": tokens}  # fmt: skip
             path = (
@@ -102,11 +102,8 @@ def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=
 
 
 def names_of(benchmarks, folder):
-    """The benchmarks asked for, or all that are there."""
-    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or present(folder))
-    for unknown in set(names) - set(BENCHMARKS):
-        raise ValueError(f"There is no benchmark {unknown!r}; known are {', '.join(BENCHMARKS)}.")
-    return names
+    """The names of the benchmarks asked for (names, or .py files that define some), or of all that are there."""
+    return BENCHMARKS.names(benchmarks or present(folder))
 
 
 def present(folder):

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from vflan.config import CACHE, weights_source
 from vflan.data.conversation import prompt_ids
-from vflan.evaluation.answer_cache import alone, fingerprint_of_folder, read_rows
+from vflan.evaluation.answer_cache import hash_weights, locked, read_rows
 from vflan.evaluation.api_client import ask_all, endpoint_hash
 from vflan.progress import counted
 
@@ -205,19 +205,58 @@ class Prompt:
         ).hexdigest()[:8]
 
 
+_NUMBER = r"-?\d+(?:\.\d+)?"
+# "8", "8/10" or "8 out of 10"; a number that goes on (a date, a range, 1st) is none
+_SCORE = rf"({_NUMBER})(?:\s*(?:/|out of)\s*10(?:\.0+)?)?(?![\w/%-]|[.,]\d)"
+_PAIR = re.compile(rf"[\W_]*?{_SCORE}[\s,;|&*()\[\]]+{_SCORE}(?P<rest>.*)", re.I)
+_LABELLED = re.compile(rf"\b[a-z]+[ \t]*#?([12])\b[\s*_]*(?::|=|is\b|gets\b)[\s*_]*{_SCORE}", re.I)
+_GRADE = re.compile(
+    r"(?:[*_(\[\s]*)(?:\W*(?:the )?(?:score|grade)\W*(?:is\b)?\W*)?(\d+(?:[.,]\d+)?)(.*)",
+    re.I | re.S,
+)
+_SCALE = re.compile(r"\s*(?:/|out of|of)\s*(\d+(?:\.\d+)?)(?![\w/]|[.,]\d)", re.I)
+
+
 def read_pair(reply):
-    """(candidate's, reference's) score: the first line holds two numbers from 1 to 10, the reference's first."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", reply.strip().split("\n")[0])
-    pair = [float(number) for number in found]
-    return (
-        (pair[1], pair[0]) if len(pair) == 2 and all(1 <= score <= 10 for score in pair) else None
-    )
+    """(candidate's, reference's) score from 1 to 10, or None.
+
+    Read are two bare numbers that begin the first line, the reference's first, or one score for each label
+    ("Answer 1: 8", "Answer 2: 9"). "8/10" is one score in its scale.
+    """
+    by_label = {}
+    for label, score in _LABELLED.findall(reply):
+        by_label.setdefault(label, set()).add(float(score))
+    first_line, *more = reply.strip().split("\n")
+    # two numbers on two lines are two bare numbers as well
+    one_number = re.fullmatch(rf"[\W_]*?{_SCORE}\W*", first_line, re.I)
+    first_line = _PAIR.fullmatch(" ".join([first_line, *more[:1]] if one_number else [first_line]))
+    if by_label:
+        one, two = (by_label.get(label, set()) for label in "12")
+        scores = [*one, *two] if len(one) == len(two) == 1 else []
+    elif first_line and not re.search(r"\d", first_line["rest"]):
+        scores = [float(first_line[1]), float(first_line[2])]
+    else:
+        scores = []
+    return (scores[1], scores[0]) if scores and all(1 <= s <= 10 for s in scores) else None
 
 
 def read_grade(reply):
-    """(grade, 1): the reply begins with a number from 0 to 1."""
-    found = re.match(r"(\d+(?:\.\d+)?)(?![\w/])", reply.strip())
-    return (float(found[1]), 1.0) if found and 0 <= float(found[1]) <= 1 else None
+    """(grade, 1) of a reply that begins with one grade from 0 to 1, or in the scale that it names ("7/10"); else None."""
+    begins = _GRADE.match(reply.strip())
+    if not begins:
+        return None
+    grade, rest = float(begins[1].replace(",", ".")), begins[2]
+    whole = not re.search(r"[.,]", begins[1])
+    if scale := _SCALE.match(rest):
+        grade, rest = grade / max(float(scale[1]), 1e-9), rest[scale.end() :]
+    elif percent := re.match(r"\s?%", rest):
+        grade, rest = grade / 100, rest[percent.end() :]
+    elif whole and re.match(r"[.):]\s*\w", rest):
+        return None  # "1. The answer misses it." begins a list
+    # a number that goes on is no grade: 1st, a range, a date, a second number
+    if re.match(r"\w|[-/–]\s*\w|[.,]\d|\s*(?:to|or|and)\s+\d", rest):
+        return None
+    return (grade, 1.0) if 0 <= grade <= 1 else None
 
 
 def read_yes_no(reply):
@@ -314,7 +353,7 @@ class EndpointJudge:
         texts = [self.prompt.fill(*row) for row in rows]
         keys = [self._key(text) for text in texts]
         path = Path(self.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.title)}.jsonl"
-        with alone(path):
+        with locked(path):
             known, trouble = {row["key"]: row for row in read_rows(path, mend=True)}, {}
             wanted = dict(zip(keys, texts))
             todo = {key: text for key, text in wanted.items() if key not in known}
@@ -422,7 +461,7 @@ class LocalJudge:
     def _version(self):
         source = weights_source(self.model)
         if Path(source).is_dir():
-            return fingerprint_of_folder(source)[:8]
+            return hash_weights(source)[:8]
         return str(getattr(self._loaded[0].config, "_commit_hash", None) or "")[:8]
 
     def _ids(self, text):

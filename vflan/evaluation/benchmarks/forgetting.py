@@ -31,6 +31,7 @@ from vflan.evaluation.benchmarks.benchmark import (
     metrics,
 )
 from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_rows
+from vflan.evaluation.benchmarks.reading import affirms
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
 
@@ -49,7 +50,7 @@ def items(samples, answers):
 
 
 def right(said, own, labels):
-    named = {label for label in labels if label in said and contains(said, label)}
+    named = {label for label in labels if label in said and affirms(said, label)}
     return own in named and all(other == own or contains(own, other) for other in named)
 
 
@@ -166,27 +167,40 @@ def read(path, labels, keep, name, other):
     return read_parquet(parquet, keep, name) if parquet else other(path, labels, keep, name)
 
 
-def one(name, other, released, source):
-    return Benchmark(name, "accuracy", parse, items, partial(read, name=name, other=other), released, source,
-                     missing="wrong")  # fmt: skip
+def one_set(name, title, other, released, source):
+    """The benchmark of one of the four sets; `other` reads the set's own files."""
+    return Benchmark(
+        name,
+        title=title,
+        headline="accuracy",
+        parse=parse,
+        measure=items,
+        read=partial(read, name=name, other=other),
+        released=released,
+        source=source,
+        missing="wrong",
+    )
 
 
 CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
-    one(
+    one_set(
         "cifar10",
+        "CIFAR-10",
         read_cifar,
         ("cifar-10-batches-py/test_batch", "test-*.parquet"),
         "the CIFAR page of U. Toronto",
     ),
-    one(
+    one_set(
         "cifar100",
+        "CIFAR-100",
         read_cifar,
         ("cifar-100-python/test", "test-*.parquet"),
         "the CIFAR page of U. Toronto",
     ),
-    one("mnist", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
-    one(
+    one_set("mnist", "MNIST", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
+    one_set(
         "miniimagenet",
+        "miniImageNet",
         read_miniimagenet,
         ("test.csv", "test-*.parquet"),
         "Ravi and Larochelle's split of ImageNet",

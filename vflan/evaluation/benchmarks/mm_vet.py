@@ -11,8 +11,9 @@ Questions without an answer or a mark are left out.
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, contains, metrics, out_of, valid
+from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, metrics, out_of, valid
 from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
+from vflan.evaluation.benchmarks.reading import affirms
 from vflan.evaluation.benchmarks.vqa import write_json
 from vflan.evaluation.judge import Judgement
 
@@ -22,7 +23,9 @@ def parse(answer, sample):
     alternatives, joined by <OR>, one is enough."""
 
     def part(text):
-        return any(contains(answer, either) for either in text.split("<OR>") if either.strip())
+        return any(
+            affirms(clean(answer), clean(either)) for either in text.split("<OR>") if either.strip()
+        )
 
     parts = [p for p in str(sample.get("label") or "").split("<AND>") if p.strip()]
     return sum(map(part, parts)) / len(parts) if parts else 0.0
@@ -121,6 +124,20 @@ def upload(samples, answers, path):
     write_json(path, {s["question_id"]: a or "" for s, a in zip(samples, answers)})
 
 
-MM_VET = Benchmark("mm_vet", "total", parse, items, read, known=lambda sample: True, judged=True, reviews=reviews, size=218,
-                   upload=upload, max_new_tokens=128, paper="MM-Vet", source="LLaVA's eval.zip, and mm-vet.zip",
-                   released=("llava-mm-vet.jsonl", "mm-vet.json"))  # fmt: skip
+MM_VET = Benchmark(
+    name="mm_vet",
+    title="MM-Vet",
+    paper="MM-Vet",
+    headline="total",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava-mm-vet.jsonl", "mm-vet.json"),
+    source="LLaVA's eval.zip, and mm-vet.zip",
+    size=218,
+    known=lambda sample: True,
+    judged=True,
+    reviews=reviews,
+    upload=upload,
+    max_new_tokens=128,
+)

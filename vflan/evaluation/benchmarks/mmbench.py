@@ -17,6 +17,7 @@ import numpy as np
 
 from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, labelled, metrics
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
+from vflan.evaluation.benchmarks.reading import choose
 
 OPTION = re.compile(
     r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))",
@@ -37,23 +38,7 @@ def parse(answer, sample):
 
     A bare 'a' inside a sentence is an article and no choice: 'a red star' picks the option 'a red star'.
     """
-    answer = re.sub(r"\s+", " ", str(answer)).strip()
-    choices = options(sample["text"])
-    letters = "".join(choices) or "abcd"
-    for pattern in (
-        rf"\(?([{letters}])\)?[.:,)]?$",  # nothing but the letter
-        rf"\(([{letters}])\)",  # (b) blue
-        rf"([{letters}])[.:)](?:\s|$)",  # b. blue
-        rf"(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? \(?([{letters}])\)?[.:]?(?:\s|$)",
-    ):
-        if m := re.match(pattern, answer, re.I):
-            return m[1].lower()
-    said = clean(answer)
-    exact = [letter for letter, option in choices.items() if option == said]
-    named = exact or [
-        k for k, o in choices.items() if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", said)
-    ]
-    return named[0] if len(named) == 1 else None
+    return choose(answer, options(sample["text"]))
 
 
 def read(path, labels, keep, last=LETTER):
@@ -126,6 +111,12 @@ def upload(samples, answers, path):
 
 family = partial(Benchmark, headline="accuracy", parse=parse, measure=items, known=labelled, missing="wrong", size=4377,
                  upload=upload, source="the MMBench project (open-compass)")  # fmt: skip
-MMBENCH = family("mmbench", read=read, paper="MMB", released=("mmbench_dev_20230712.tsv", "*.tsv"))
-MMBENCH_CN = family("mmbench_cn", read=partial(read, last=LETTER_CN), paper="MMB-CN",
+MMBENCH = family(
+    "mmbench",
+    title="MMBench",
+    read=read,
+    paper="MMB",
+    released=("mmbench_dev_20230712.tsv", "*.tsv"),
+)
+MMBENCH_CN = family("mmbench_cn", title="MMBench-CN", read=partial(read, last=LETTER_CN), paper="MMB-CN",
                     released=("mmbench_dev_cn_20231003.tsv", "*.tsv"))  # fmt: skip

@@ -3,10 +3,10 @@
 from vflan.evaluation.benchmarks.benchmark import (
     Benchmark,
     clean,
-    contains,
     first_sentence,
     metrics,
 )
+from vflan.evaluation.benchmarks.reading import affirms
 
 
 def parse(answer, sample=None):
@@ -23,7 +23,7 @@ def lenient(answer, label):
     if label in ("yes", "no"):
         words = sentence.replace(",", " ").split()
         return bool(words) and words[0].strip(".:;!") == label
-    return contains(sentence, label)
+    return affirms(sentence, label)
 
 
 def items(samples, answers):
@@ -33,6 +33,6 @@ def items(samples, answers):
 
 
 HELDIN, HELDOUT = (
-    Benchmark(name, "accuracy", parse, items, missing="wrong", max_new_tokens=24)
-    for name in ("heldin", "heldout")
+    Benchmark(name, "accuracy", parse, items, title=title, missing="wrong", max_new_tokens=24)
+    for name, title in (("heldin", "held-in tasks"), ("heldout", "held-out tasks"))
 )
