@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vflan.data.conversation import IMAGE, audit, encode
-from vflan.data.mixture import _closest, _draw
+from vflan.data.mixture import closest, hash_draw
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -41,7 +41,7 @@ def llava_mixture(
     """
     for name in sources:
         if name not in ROWS:
-            raise ValueError(f"LLaVA-1.5's mixture has no source {name!r}; {_closest(name, ROWS)}")
+            raise ValueError(f"LLaVA-1.5's mixture has no source {name!r}; {closest(name, ROWS)}")
     if "sharegpt" in sources and tokenizer is None:
         raise ValueError(
             "ShareGPT is cut by tokens: give the tokenizer of the model to be trained."
@@ -211,7 +211,7 @@ def refcoco(records: Iterable[dict], seed: int = 0) -> Iterator[dict]:
         pairs = []
         for number, region in enumerate(regions):
             box = padded_box(region["box"], region["width"], region["height"])
-            describe = _draw(seed, f"refcoco/{image}/{number}")[0] % 2
+            describe = hash_draw(seed, f"refcoco/{image}/{number}")[0] % 2
             pairs.append(
                 (REGION + box, region["phrase"]) if describe else (BOX + region["phrase"], box)
             )
@@ -229,7 +229,7 @@ def visual_genome(records: Iterable[dict], seed: int = 0) -> Iterator[dict]:
     for image, regions in _by_image(records):
         if len(regions) > 10:
             drawn = sorted(
-                range(len(regions)), key=lambda number: _draw(seed, f"vg/{image}/{number}")
+                range(len(regions)), key=lambda number: hash_draw(seed, f"vg/{image}/{number}")
             )[:10]
             regions = [regions[number] for number in sorted(drawn)]
         yield _row(
@@ -322,7 +322,7 @@ def sample(rows: Iterable[dict], count: int, seed: int = 0) -> Iterator[dict]:
     """`count` rows drawn by hash of their picture, in their order; all when there are no more."""
     rows = list(rows)
     drawn = sorted(
-        range(len(rows)), key=lambda number: _draw(seed, f"sample/{rows[number]['image']}")
+        range(len(rows)), key=lambda number: hash_draw(seed, f"sample/{rows[number]['image']}")
     )[:count]
     return (rows[number] for number in sorted(drawn))
 
