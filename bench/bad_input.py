@@ -542,7 +542,7 @@ def checkpoints(draw, folder, n):
     with redirect_stderr(io.StringIO()):
         run = vflan.train(recipe_in(folder))
     proof = folder / "code ran"
-    from vflan.models.llava import save_projector
+    from vflan.models.weights import save_projector
 
     projector = save_projector(run.load_model(), folder / "mm_projector.bin")
     kept = folder / "copy"

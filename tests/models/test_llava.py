@@ -185,7 +185,7 @@ def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monke
         load_model(recipe, tmp_path / "four")
     # the pitfall: bitsandbytes compares from the start of a name, so this skips nothing
     skip = ["vision_tower", "multi_modal_projector"]
-    monkeypatch.setattr(models, "_quantised", partial(models._quantised, skip=skip))
+    monkeypatch.setattr(models, "quantisation_options", partial(models.quantisation_options, skip=skip))
     with pytest.raises(
         ValueError,
         match="'vision_tower': 18, 'projector': 2, 'language_model': 1[45].*bits=4 means",

@@ -12,18 +12,8 @@ from torch import nn
 
 import vflan
 from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, encode, expand
-from vflan.models.llava import (
-    export,
-    fingerprint,
-    freeze,
-    from_llava,
-    load_model,
-    load_processor,
-    parts,
-    read_projector,
-    save_projector,
-    to_llava,
-)
+from vflan.models.llava import export, fingerprint, freeze, load_model, load_processor, parts
+from vflan.models.weights import from_llava, read_projector, save_projector, to_llava
 from vflan.training.run import Run
 
 SEEN, TEXT = ("<image>\nWhat color is it?", "a red square"), ("What is a square?", "a grey one")
@@ -272,7 +262,7 @@ def test_a_projector_of_another_width_is_refused_with_both_widths_before_anythin
         tmp_path / "wide.bin",
     )
     monkeypatch.setattr(
-        "vflan.models.llava._load", lambda *a, **k: pytest.fail("weights were loaded")
+        "vflan.models.llava.load_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
     )
     with pytest.raises(
         ValueError,

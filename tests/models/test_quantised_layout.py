@@ -52,7 +52,7 @@ def asked(recipe):
 
 
 def test_the_played_processor_does_what_the_real_one_does(layer, monkeypatch):
-    """While this holds, `_keep_layout` is needed."""
+    """While this holds, `keep_layout` is needed."""
     x = torch.randn(3, 64)
     plain = layer()
     weight, product = plain.weight.clone(), plain(x)
