@@ -213,7 +213,7 @@ def test_presets_are_shipped_with_the_package():
     assert sorted(p.name for p in (HOME / "vflan/presets").glob("*.py")) != []
     assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
-    ] == {"vflan": ["presets/*.py", "*.pyi", "py.typed", "tools/templates/*"]}
+    ] == {"vflan": ["presets/*.py", "**/*.pyi", "py.typed", "data/*.json", "tools/templates/*"]}
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ print(json.dumps({
     "claims": len(claims.ledger()),
     "verdicts": len(claims.committed("06")),
     "printed": len(plots.paper()),
-    "tasks": len(plots.released_tasks()),
+    "tasks": len(plots.task_list()),
     "notebooks": len(find_notebooks(resolve("notebooks"))),
     "figure": resolve("figures/tiny_frozen/selection.png").is_file(),
     "tower": recipes.projector.vision_tower,

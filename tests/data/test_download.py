@@ -284,7 +284,7 @@ def test_a_hub_that_is_down_a_set_that_is_gone_and_a_file_that_is_gone_are_told_
         fetch("vision_flan_191", tmp_path)
     hub.repo = REPO
     del hub.files["image_191-task_1k.zip"]
-    with pytest.raises(FileNotFoundError, match="holds no image_191-task_1k.zip any more"):
+    with pytest.raises(FileNotFoundError, match="no longer holds image_191-task_1k.zip"):
         fetch("vision_flan_191", tmp_path)
 
 
@@ -297,7 +297,9 @@ def test_a_set_behind_a_licence_says_where_to_accept_it(hub, tmp_path):
 def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 20 * 10**6})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="needs 0.0 GB more .*make room, or give another folder"):
+    with pytest.raises(
+        OSError, match="needs 0.0 GB more .*free some space, or give another folder"
+    ):
         fetch("vision_flan_191", tmp_path)
     assert hub.log == []
     (entry,) = (
@@ -315,7 +317,7 @@ def test_a_disk_that_fills_up_on_the_way_is_one_sentence(hub, tmp_path, monkeypa
 
     monkeypatch.setattr(module, "http_get", full)
     with pytest.raises(
-        OSError, match="is full. What has come so far is kept: make room and fetch again"
+        OSError, match="is full. What has been downloaded is kept: free some space and fetch again"
     ):
         fetch("vision_flan_191", tmp_path)
 
@@ -323,7 +325,7 @@ def test_a_disk_that_fills_up_on_the_way_is_one_sentence(hub, tmp_path, monkeypa
 def test_two_fetches_into_one_folder_do_not_mix(hub, tmp_path):
     with (
         module.FileLock(tmp_path / ".fetch.lock"),
-        pytest.raises(OSError, match="another fetch is at work"),
+        pytest.raises(OSError, match="another fetch is running"),
     ):
         fetch("vision_flan_191", tmp_path)
 
