@@ -38,7 +38,7 @@ from vflan import config, world
 from vflan.config import replace, write_json
 from vflan.evaluation.judge import EndpointJudge
 from vflan.tools import notebooks as book
-from vflan.training.checkpointing import found
+from vflan.training.checkpointing import list_checkpoints
 from vflan.training.run import Run
 from vflan.world.twins import write_twins
 
@@ -179,9 +179,9 @@ class Workshop:
             for number, cell in enumerate(notebook.cells):
                 cell.id = f"{name}-{number}"
             nbformat.write(notebook, notebooks / f"{name}.ipynb")
-        book.ROOT = config.ROOT = home
+        config.ROOT = home
         os.chdir(home)
-        book.press("tiny", notebooks=notebooks)
+        book.run_notebooks("tiny", notebooks=notebooks)
         pressed = [
             nbformat.read(path, 4)
             for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))
@@ -393,14 +393,14 @@ def clock_moved(shop, work, home, draw, expected, length):
 def damaged_checkpoint(shop, work, home, draw, expected, length):
     """Killed after a checkpoint; then a file of the newest one is cut off, changed or lost."""
     child, folder = start(shop, work, home), home / "runs" / "mine"
-    while not found(folder):
+    while not list_checkpoints(folder):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.3))
     os.killpg(child, signal.SIGKILL)
     end(child)
-    newest = found(folder)
+    newest = list_checkpoints(folder)
     if newest:
         file = draw.choice([path for path in newest[0].rglob("*") if path.is_file()])
         file.write_bytes(damaged(file.read_bytes(), draw)) if draw.random() < 0.8 else file.unlink()

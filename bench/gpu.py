@@ -256,7 +256,7 @@ class Bench:
         import vflan
         from bench.train import work
         from vflan.models import llava as models
-        from vflan.training.batching import plan
+        from vflan.training.batching import batch_order
         from vflan.training.run import Run
 
         vflan.train  # noqa: B018 - reads the module of that name
@@ -270,7 +270,7 @@ class Bench:
         recipe = recipe.__class__(**{**recipe.__dict__, "name": f"gpu-{time.time_ns()}"})
         with patched(swaps):
             run = vflan.train(recipe)
-        metrics, batches = run.metrics(), plan(data, recipe)
+        metrics, batches = run.metrics(), batch_order(data, recipe)
         rows = [row for step in batches[warm:] for row in step]
         seconds = metrics.seconds.iloc[-1] - metrics.seconds.iloc[warm - 1]
         rate = data.lengths[rows].sum() / seconds
@@ -341,8 +341,8 @@ class Bench:
         import torch
 
         from vflan.config import replace
+        from vflan.models.image_features import Pictures
         from vflan.models.loss import Learner
-        from vflan.training.batching import Pictures
 
         recipe = replace(self.recipe, precision="fp32" if dtype == torch.float32 else "bf16")
         model = self.model(
@@ -411,8 +411,9 @@ class Bench:
         import vflan.training.trainer  # noqa: F401
         from vflan.config import replace
         from vflan.models import llava as models
+        from vflan.models.image_features import Pictures
         from vflan.models.loss import Learner
-        from vflan.training.batching import Pictures, pack
+        from vflan.training.batching import pack
 
         changes = dict(gradient_checkpointing=recompute, compile=compiled and not self.dry)
         changes |= dict(LORA) if kind != "full" else dict(optimizer=self.optimizer())

@@ -27,7 +27,7 @@ import vflan
 from bench.record import write
 from tests.conftest import make_backbones, make_squares
 from vflan.config import Recipe
-from vflan.training.checkpointing import found
+from vflan.training.checkpointing import list_checkpoints
 from vflan.training.run import Run
 
 WAYS = {"full": {}, "lora": dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)}
@@ -120,8 +120,8 @@ def kill_while_writing(recipe, draw, length):
         draw.randrange(1, 12),
     )
     while not (
-        len(found(recipe.folder))
-        and int(found(recipe.folder)[0].name[5:]) >= 5 * whole
+        len(list_checkpoints(recipe.folder))
+        and int(list_checkpoints(recipe.folder)[0].name[5:]) >= 5 * whole
         and part.exists()
     ):
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -135,7 +135,7 @@ def kill_while_writing(recipe, draw, length):
 def kill_of_two(recipe, draw, whom):
     """Kill one of the two workers, or the process that started them, some time after the first checkpoint."""
     child, after = start(recipe, processes=2), draw.randrange(5, 60, 5)
-    while not (found(recipe.folder) and int(found(recipe.folder)[0].name[5:]) >= after):
+    while not (list_checkpoints(recipe.folder) and int(list_checkpoints(recipe.folder)[0].name[5:]) >= after):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.01)
@@ -172,7 +172,7 @@ def full_disk(recipe, folder):
         failed = end(start(recipe))
         said = log.read_text() if log.exists() else ""
         sentence = [line for line in said.splitlines() if "disk is full" in line]
-        kept = found(recipe.folder)
+        kept = list_checkpoints(recipe.folder)
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         run, _ = train(recipe)
         print(sentence[-1] if sentence else said[-500:], flush=True)

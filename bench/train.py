@@ -234,7 +234,7 @@ def ours(recipe):
 
     import vflan
     from vflan.models import llava as models
-    from vflan.training.batching import plan
+    from vflan.training.batching import batch_order
 
     module, kept = import_module("vflan.training.trainer"), []
     module.prepare = lambda *arguments, prepare=module.prepare, **more: (
@@ -245,7 +245,7 @@ def ours(recipe):
             folder
         ).mkdir()  # 13 GB that nobody reads
     run = vflan.train(recipe)
-    batches = [rows.tolist() for rows in plan(kept[0], recipe)]
+    batches = [rows.tolist() for rows in batch_order(kept[0], recipe)]
     return kept[0], run.metrics().seconds.tolist(), batches, run
 
 
@@ -484,7 +484,7 @@ def fills(rows=8192, batch=128, budget=8192):
     how full padded micro-batches of 16 are, in our order and in LLaVA's."""
     from types import SimpleNamespace
 
-    from vflan.training.batching import pack, plan
+    from vflan.training.batching import batch_order, pack
 
     mix = lengths(rows)
     # the template's own words: 36 before the first question, 3 around each later one, an end token for each answer
@@ -498,7 +498,7 @@ def fills(rows=8192, batch=128, budget=8192):
     )
     padded = replace(packed, packing="padded")
     widest = slots = useful = 0
-    for step in plan(data, packed):
+    for step in batch_order(data, packed):
         groups = pack(size[step], budget)
         useful += size[step].sum()
         slots += len(groups) * budget
@@ -510,7 +510,7 @@ def fills(rows=8192, batch=128, budget=8192):
         budget=budget,
         mean_length=round(float(size.mean()), 1),
         against_the_budget=round(float(useful / slots), 4),
-        padded_in_our_order=round(padded_fill(data, plan(data, padded), padded), 4),
+        padded_in_our_order=round(padded_fill(data, batch_order(data, padded), padded), 4),
         padded_in_llavas_order=round(padded_fill(data, theirs, padded), 4),
         padding_in_packed_rows=0,
     )
@@ -520,8 +520,8 @@ def fills(rows=8192, batch=128, budget=8192):
 def packed_error(recipe, rows=6):
     """The largest difference between a packed row and its conversations one by one: of the mean loss and of its gradients."""
     from vflan.models import llava as models
+    from vflan.models.image_features import Pictures
     from vflan.models.loss import Learner
-    from vflan.training.batching import Pictures
 
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
@@ -549,8 +549,8 @@ def losses(recipe, model, processor, data, rows):
     import torch
 
     from vflan.data.images import read_picture
+    from vflan.models.image_features import Pictures
     from vflan.models.loss import Learner
-    from vflan.training.batching import Pictures
 
     with torch.no_grad():
         mine = total = 0.0
@@ -571,11 +571,11 @@ def losses(recipe, model, processor, data, rows):
 def equal_losses(recipe, steps=6):
     """The two losses on the same rows before training, and after the same steps; what is left of the difference is rounding."""
     import vflan
-    from vflan.training.batching import plan
+    from vflan.training.batching import batch_order
 
     recipe = replace(recipe, name="equal", schedule="constant", warmup_ratio=0.0, max_steps=steps)
     model, processor, data = loaded(recipe)
-    rows, order = list(range(16)), [int(row) for step in plan(data, recipe) for row in step]
+    rows, order = list(range(16)), [int(row) for step in batch_order(data, recipe) for row in step]
     first = losses(recipe, model, processor, data, rows)
     mine = vflan.train(recipe).load_model()
     *_, theirs = baseline(recipe, order)

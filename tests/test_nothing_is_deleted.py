@@ -1,5 +1,6 @@
 """Nothing is ever deleted that vflan did not write: what lies on the disk before a refusal lies there after it."""
 
+import json
 import os
 import sys
 import threading
@@ -95,7 +96,7 @@ def test_a_folder_of_somebodys_files_is_never_begun_in(recipe, tmp_path):
     before = snapshot(tmp_path)
     with pytest.raises(
         FileExistsError,
-        match=r"is no run of vflan: it holds figures/1.png, thesis.txt. Nothing was",
+        match=r"is not a run of vflan: it holds figures/1.png, thesis.txt. Nothing was",
     ):
         vflan.train(recipe)
     assert snapshot(tmp_path) == before
@@ -295,16 +296,16 @@ def test_processes_that_are_launched_refuse_a_folder_that_was_taken_before_they_
     recipe, monkeypatch
 ):
     def launch(folder, processes):
-        begun = Run(folder).written()
+        begun = Run(folder).start_record()
         vflan.train(
             vflan.replace(recipe, lr=0.5, max_steps=1)
         )  # another process, in the moment without a lock
-        monkeypatch.setenv("VFLAN_BEGUN", runs.json.dumps(begun))
+        monkeypatch.setenv("VFLAN_BEGUN", json.dumps(begun))
         real_fit(folder)
 
     real_fit = TRAIN.fit
-    monkeypatch.setattr(TRAIN, "launch", launch)
-    monkeypatch.setattr(TRAIN.distributed, "check", lambda *_: None)
+    monkeypatch.setattr(TRAIN.distributed, "launch", launch)
+    monkeypatch.setattr(TRAIN.distributed, "check_processes", lambda *_: None)
     with pytest.raises((RuntimeError, ValueError), match="another recipe"):
         vflan.train(recipe, num_processes=2)
     assert Run(recipe.folder).recipe.lr == 0.5

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 import vflan
 from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
 from vflan.data.images import read_picture
+from vflan.models import image_features
 from vflan.models import loss as learner
+from vflan.models.image_features import Pictures
 from vflan.models.llava import freeze, load_model, load_processor
 from vflan.models.loss import Learner, answer_loss
 from vflan.training import batching
 from vflan.training.batching import (
     Data,
-    Pictures,
+    batch_order,
     feed,
     micro_batches,
     pack,
     packed_step,
-    plan,
     prepare,
 )
 
@@ -281,10 +282,10 @@ def test_a_stretched_loss_trains_a_model_to_the_same_losses(mixed, monkeypatch):
 
 def looks(monkeypatch):
     """Records how many pictures each run of the tower saw."""
-    seen, real = [], batching.models.image_features
-    monkeypatch.setattr(batching, "_FEATURES", {})
+    seen, real = [], image_features.models.image_features
+    monkeypatch.setattr(image_features, "_FEATURES", {})
     monkeypatch.setattr(
-        batching.models,
+        image_features.models,
         "image_features",
         lambda m, pixels: seen.append(len(pixels)) or real(m, pixels),
     )
@@ -313,29 +314,29 @@ def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(
 
 def test_a_large_set_is_read_as_it_comes_with_the_same_result(mixed, monkeypatch):
     kept = vflan.train(vflan.replace(mixed, name="kept", max_steps=6)).metrics()
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batching, "TOWER_BATCH", 5)
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "TOWER_BATCH", 5)
     read = vflan.train(vflan.replace(mixed, name="read", max_steps=6)).metrics()
     assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
 
 
 def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batching, "TOWER_BATCH", 8)
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "TOWER_BATCH", 8)
     model, data, pictures = prepared(mixed, tmp_path)
-    batches_, steps = plan(data, mixed), None
+    batches_, steps = batch_order(data, mixed), None
     steps = feed(data, pictures, batches_, mixed)
     next(steps)
     shows = {int(which) for which in data.picture[batches_[1]] if which >= 0}
-    assert {key[0] for key in pictures.coming} == {str(data.pictures[which]) for which in shows} - {
-        key[0] for key in pictures.held
-    }
-    assert len(list(steps)) == 3 and not pictures.coming
+    assert {key[0] for key in pictures.pending} == {
+        str(data.pictures[which]) for which in shows
+    } - {key[0] for key in pictures.features}
+    assert len(list(steps)) == 3 and not pictures.pending
 
 
 def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
-    order = plan(data, vflan.replace(mixed, epochs=3))
+    order = batch_order(data, vflan.replace(mixed, epochs=3))
     whole, rest = (
         list(feed(data, pictures, order, mixed)),
         list(feed(data, pictures, order, mixed, first=5)),
@@ -348,8 +349,8 @@ def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp
 @pytest.fixture
 def cached(mixed, tmp_path, monkeypatch):
     """A recipe whose features stay on disk, in a folder of this test, and only there."""
-    monkeypatch.setattr(batching, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
     return vflan.replace(mixed, feature_cache=True, max_steps=4)
 
 
@@ -407,14 +408,9 @@ def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(batching.np, "save", save)
+    monkeypatch.setattr(image_features.np, "save", save)
     assert vflan.train(cached).finished
-    assert (
-        capfd.readouterr().err.count(
-            "takes no more features (No space left on device); training goes on."
-        )
-        == 1
-    )
+    assert capfd.readouterr().err.count("(No space left on device); training goes on.") == 1
     assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
 
 
@@ -441,7 +437,7 @@ def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(
 ):
     recipe = vflan.replace(mixed, packing="padded", micro_batch=2, loss_average=average)
     model, data, pictures = prepared(recipe, tmp_path)
-    net, order = Learner(model, recipe), plan(data, recipe)
+    net, order = Learner(model, recipe), batch_order(data, recipe)
     for world in (1, 2):
         losses = []
         for rank in range(world):
@@ -552,14 +548,14 @@ def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one()
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_every_epoch_sees_every_row_once(packing):
     data = data_of(np.random.default_rng(0).integers(10, 100, 800), packing == "packed")
-    steps = plan(data, batches_recipe(epochs=2, global_batch=16, packing=packing))
+    steps = batch_order(data, batches_recipe(epochs=2, global_batch=16, packing=packing))
     assert len(steps) == 100 and sorted(np.concatenate(steps[:50])) == list(range(800))
     assert [step.tolist() for step in steps[:50]] != [step.tolist() for step in steps[50:]]
 
 
 def test_padded_batches_hold_like_lengths():
     data = data_of(np.random.default_rng(0).integers(10, 100, 800))
-    steps = plan(data, batches_recipe(global_batch=16))
+    steps = batch_order(data, batches_recipe(global_batch=16))
     fill = sum(data.lengths[step].sum() for step in steps) / sum(
         16 * data.lengths[step].max() for step in steps
     )
@@ -568,14 +564,16 @@ def test_padded_batches_hold_like_lengths():
 
 def test_text_only_rows_go_in_padded_batches_of_their_own():
     data = data_of([20] * 320, text_only=range(0, 320, 2))
-    steps = plan(data, batches_recipe(global_batch=16))
+    steps = batch_order(data, batches_recipe(global_batch=16))
     assert all(len({data.picture[row] for row in step}) == 1 for step in steps)
 
 
 def test_max_steps_decides_over_epochs():
     data = data_of([20] * 100)
-    assert len(plan(data, batches_recipe(max_steps=30))) == 30  # more than an epoch: another begins
-    assert len(plan(data, batches_recipe(epochs=0.5, global_batch=10))) == 5
+    assert (
+        len(batch_order(data, batches_recipe(max_steps=30))) == 30
+    )  # more than an epoch: another begins
+    assert len(batch_order(data, batches_recipe(epochs=0.5, global_batch=10))) == 5
 
 
 def test_a_budget_below_the_longest_row_is_refused():
@@ -591,7 +589,7 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
         vflan.load_samples(recipe.samples, recipe.images),
         load_processor(recipe).tokenizer,
     )
-    order = plan(data, recipe)
+    order = batch_order(data, recipe)
     for row in (0, 17):
         step, steps, rows = packed_step(
             samples, row, vflan.replace(recipe, packing="padded"), tokenizer

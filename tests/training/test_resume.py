@@ -103,14 +103,16 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [path.name for path in checkpointing.found(saving.folder)] == ["step-00000002"]
+    assert [path.name for path in checkpointing.list_checkpoints(saving.folder)] == [
+        "step-00000002"
+    ]
     assert same_weights(straight, vflan.train(saving))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monkeypatch, capsys):
     straight = vflan.train(vflan.replace(saving, name="straight"))
     run = killed(saving, monkeypatch)
-    newest, before = checkpointing.found(run.folder)
+    newest, before = checkpointing.list_checkpoints(run.folder)
     assert (newest.name, before.name) == ("step-00000004", "step-00000002")
     tensors = newest / "0.pt"
     content = bytearray(tensors.read_bytes())
@@ -118,13 +120,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monke
     tensors.write_bytes(content)
     resumed = vflan.train(saving)
     said = capsys.readouterr().err
-    assert "step-00000004 is damaged (0.pt)" in said and "goes on after step 2" in said
+    assert "step-00000004 is damaged (0.pt)" in said and "resumes after step 2" in said
     assert same_weights(straight, resumed)
 
 
 def test_without_one_whole_checkpoint_a_run_begins_anew(saving, monkeypatch):
     straight = vflan.train(vflan.replace(saving, name="straight"))
-    for path in checkpointing.found(killed(saving, monkeypatch).folder):
+    for path in checkpointing.list_checkpoints(killed(saving, monkeypatch).folder):
         (path / "checkpoint.json").write_text("{")
     assert same_weights(straight, vflan.train(saving))
 
@@ -133,7 +135,7 @@ def test_a_run_that_begins_anew_says_nothing_twice(saving, monkeypatch):
     """What was logged before the first step stood there twice after a kill before the first checkpoint."""
     saving = vflan.replace(saving, heldout_rows=6, evaluate_every=2)
     straight = vflan.train(vflan.replace(saving, name="straight"))
-    for path in checkpointing.found(killed(saving, monkeypatch).folder):
+    for path in checkpointing.list_checkpoints(killed(saving, monkeypatch).folder):
         (path / "checkpoint.json").write_text("{")
     again = vflan.train(saving)
     assert again.heldout().equals(straight.heldout()) and again.sample_answers().equals(
@@ -154,9 +156,7 @@ def test_a_run_does_not_go_on_with_other_data(saving, monkeypatch):
     rows = json.loads(Path(saving.samples).read_text())
     rows[7]["conversations"][1]["value"] = "something else"
     Path(saving.samples).write_text(json.dumps(rows))
-    with pytest.raises(
-        ValueError, match="step-00000004: the samples, or how they are tokenised, are not those"
-    ):
+    with pytest.raises(ValueError, match="step-00000004: the samples, or their tokens, changed"):
         vflan.train(saving)
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(saving,
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(
-            OSError, match="disk is full: .*base.* its last checkpoint, step-00000002, is whole"
+            OSError, match="disk is full: .*base.* its last checkpoint, step-00000002, is intact"
         ) as full:
             vflan.train(saving)
     assert "\n" not in str(full.value)
@@ -209,7 +209,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(saving, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(TRAIN.models, "export", export)
-        with pytest.raises(OSError, match="disk is full.*step-00000006, is whole"):
+        with pytest.raises(OSError, match="disk is full.*step-00000006, is intact"):
             vflan.train(saving)
     monkeypatch.setattr(TRAIN, "learning_rate", lambda *a: pytest.fail("a step was trained again"))
     assert len(vflan.train(saving).metrics()) == 6
@@ -219,7 +219,7 @@ def test_two_trainings_of_one_folder_at_once_are_refused(saving, monkeypatch):
     monkeypatch.setattr(runs, "PATIENCE", 0)
     run = Run(saving.folder)
     run.folder.mkdir(parents=True)
-    with run.alone():
+    with run.lock():
         with pytest.raises(
             RuntimeError, match=rf"base is being trained by process {os.getpid()} on .*another name"
         ):
@@ -264,7 +264,7 @@ def test_the_last_checkpoint_holds_the_weights_that_the_run_ends_with(saving, mo
 @pytest.mark.parametrize("kept", [True, False], ids=["features kept", "features made as needed"])
 def test_looking_at_held_out_rows_changes_nothing(recipe, monkeypatch, kept):
     if not kept:
-        monkeypatch.setattr("vflan.training.batching.MAX_KEPT_BYTES", 0)
+        monkeypatch.setattr("vflan.models.image_features.MAX_KEPT_BYTES", 0)
     recipe = vflan.replace(
         recipe, max_steps=4, heldout_rows=6, lora_r=4, lora_alpha=8, lora_dropout=0.3
     )
@@ -294,12 +294,12 @@ def test_looking_at_held_out_rows_changes_nothing(recipe, monkeypatch, kept):
 def test_held_out_rows_are_never_trained_on(recipe, monkeypatch):
     trained = set()
 
-    def plan(data, recipe, of, real=TRAIN.plan):
+    def order(data, recipe, of, real=TRAIN.batch_order):
         batches = real(data, recipe, of)
         trained.update(str(data.ids[row]) for rows in batches for row in rows)
         return batches
 
-    monkeypatch.setattr(TRAIN, "plan", plan)
+    monkeypatch.setattr(TRAIN, "batch_order", order)
     asked = set(vflan.train(vflan.replace(recipe, epochs=2, heldout_rows=4)).sample_answers().id)
     assert len(trained) == 28 and len(asked) == 4 and not asked & trained
 

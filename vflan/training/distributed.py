@@ -1,9 +1,10 @@
-"""One training on one process or many: replicas (DDP), sharded weights (FSDP2), or DeepSpeed's ZeRO.
+"""One training on one process or many: replicas (DDP), shards (FSDP2), or DeepSpeed's ZeRO.
 
-FSDP2 is PyTorch's `fully_shard`. Accelerate's plugin calls it too, but silently ignores the plugin on a CPU. We call it
-directly, so that two CPU processes in a test run the same code as eight GPUs.
+FSDP2 is PyTorch's `fully_shard`. Accelerate's plugin calls it too, but silently ignores the plugin
+on a CPU. We call it directly, so that two CPU processes in a test run the same code as eight GPUs.
 
-Importing this file is cheap (no torch): child processes call `end_with_parent` before they load anything.
+Importing this file is cheap (no torch): child processes call `end_with_parent` before they load
+anything.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class TrainState:
     def forward_pass(self, last: bool) -> Iterator[None]:
         """Wrap one of the passes whose gradients make up a step.
 
-        Replicas (DDP) exchange gradients in the last pass only. Sharded models do it in every pass, because no process
-        has room for a whole gradient.
+        Replicas (DDP) exchange gradients in the last pass only. Sharded models do it in every pass,
+        because no process has room for a whole gradient.
         """
         from torch.nn.parallel import DistributedDataParallel
 
@@ -65,7 +66,8 @@ def distribute(
 ) -> TrainState:
     """Replicate or shard a learner over the processes, then make its optimizer."""
     model, kind = learner.model, sharding(recipe, accelerator.num_processes)
-    # FSDP2 and DDP replace or move weights, so the optimizer is made after them; DeepSpeed wraps it.
+    # FSDP2 and DDP replace or move weights, so the optimizer is made after them; DeepSpeed wraps
+    # it.
     if kind == "fsdp2":
         from vflan.models.llava import shard
 
@@ -82,8 +84,8 @@ def distribute(
 def sharding(recipe: Recipe, processes: int, on_gpus: bool | None = None) -> str:
     """Resolve `recipe.sharding` for this number of processes: none, fsdp2, zero2 or zero3.
 
-    `auto` shards only a fully tuned language model on GPUs: it needs 16 bytes a weight, which from 7B on is too much for
-    one GPU. `on_gpus=None` asks this machine.
+    `auto` shards only a fully tuned language model on GPUs: it needs 16 bytes a weight, which from
+    7B on is too much for one GPU. `on_gpus=None` asks this machine.
     """
     if processes == 1:
         return "none"
@@ -105,7 +107,8 @@ def world_size() -> int:
 def check_processes(recipe: Recipe, processes: int) -> None:
     """Raise before any work is done if this number of processes cannot train this recipe.
 
-    ValueError: the batch cannot be divided, or there are too few GPUs. ImportError: a library is missing.
+    ValueError: the batch cannot be divided, or there are too few GPUs. ImportError: a library is
+    missing.
     """
     import torch
 
@@ -113,11 +116,13 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if gpus and local > gpus:
         raise ValueError(
-            f"This machine has {gpus} GPUs, but {local} processes were requested; start {gpus} at most."
+            f"This machine has {gpus} GPUs, but {local} processes were requested; "
+            f"start {gpus} at most."
         )
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
         raise ImportError(
-            f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, or set sharding='fsdp2'."
+            f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, "
+            "or set sharding='fsdp2'."
         )
     for name in recipe.trackers:
         if not find_spec(name):
@@ -187,10 +192,10 @@ def _deepspeed(recipe, half):
 
 
 def launch(folder: Path, num_processes: int) -> None:
-    """Train the run in `folder` with several processes on this machine, and print their lines as they come.
+    """Train the run in `folder` with several processes on this machine, and show their output.
 
-    The printed command can be pasted into a cluster script; torch.distributed.run has options for more machines.
-    RuntimeError quotes the last lines if a process fails.
+    The printed command can be pasted into a cluster script; torch.distributed.run has options for
+    more machines. RuntimeError quotes the last lines if a process fails.
     """
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command += [str(num_processes), "-m", "vflan", "train"]
@@ -219,8 +224,9 @@ def launch(folder: Path, num_processes: int) -> None:
 
 def _environment(folder):
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    # The child's main process takes the folder's lock after this process has released it. In between,
-    # another process could start a different recipe there, so the child compares with this record.
+    # The child's main process takes the folder's lock after this process has released it. In
+    # between, another process could start a different recipe there, so the child compares with this
+    # record.
     folder = Path(folder)
     begun = read_json(folder / "recipe.json") | read_json(folder / "init.json")
     environment = dict(
@@ -233,10 +239,10 @@ def _environment(folder):
 
 
 def end_with_parent() -> None:
-    """Make this process exit as soon as the process that started it is gone, however that one ended.
+    """Make this process exit as soon as the one that started it is gone, however that one ended.
 
-    A `multiprocessing` child waits for its parent. A child of `launch` waits for its stdin to close, because torchrun is in
-    between. Any other process goes on as before.
+    A `multiprocessing` child waits for its parent. A child of `launch` waits for its stdin to
+    close, because torchrun is in between. Any other process goes on as before.
     """
     parent = parent_process()
     if parent is None and not os.environ.get(ENDS_WITH_STDIN):
