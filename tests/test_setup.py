@@ -213,7 +213,16 @@ def test_presets_are_shipped_with_the_package():
     assert sorted(p.name for p in (HOME / "vflan/presets").glob("*.py")) != []
     assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
-    ] == {"vflan": ["presets/*.py", "**/*.pyi", "py.typed", "data/*.json", "tools/templates/*"]}
+    ] == {
+        "vflan": [
+            "presets/*.py",
+            "**/*.pyi",
+            "py.typed",
+            "data/*.json",
+            "training/*.json",
+            "tools/templates/*",
+        ]
+    }
 
 
 @pytest.mark.parametrize(

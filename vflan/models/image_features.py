@@ -1,4 +1,4 @@
-"""Features of pictures: the frozen vision tower sees each picture once, before the step needs it."""
+"""Features of pictures: the frozen vision tower sees each picture once, before it is needed."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ class Pictures:
         keys = dict.fromkeys(self._keys(rows))
         if not self.fits_memory:
             self.features = {key: self.features[key] for key in keys if key in self.features}
+        # Wait for the threads; each gives stored features or the prepared pixels.
         read = {key: self.pending.pop(key).result() for key in keys if key not in self.features}
         self.features |= {key: stored for key, (stored, _) in read.items() if stored is not None}
         missing = [key for key in read if key not in self.features]
+        # Batches of one size whatever the micro-batch: the tower is fast, and bits do not change.
         for start in range(0, len(missing), TOWER_BATCH):
             batch = missing[start : start + TOWER_BATCH]
             pixels = torch.cat([read[key][1] for key in batch])  # (pictures, 3, side, side)
@@ -118,6 +120,7 @@ class Pictures:
         file = self._file(key)
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
+            # Written under another name first, because other runs read this folder too.
             file.parent.mkdir(exist_ok=True)
             with scratch.open("wb") as out:
                 np.save(out, features.view(_stored_dtype(self.dtype)).numpy())

@@ -108,9 +108,10 @@ def prepare(
     """
     samples, listing = recipe_samples(recipe), folder / "bad.jsonl"
     bad, repaired = _validate(recipe, samples, folder) if validate else (_read_reasons(listing), {})
-    names, numbers, blocks = {}, {}, []
+    names, numbers, blocks = {}, {}, []  # {row: id} of listed rows, {image: number}, flat arrays
     for rows in _read_chunks(samples, validate):
         names |= {row: name for row, name, *_ in rows if row in bad or row in repaired}
+        # The tokenizer gets many texts in one call, which its threads share.
         rows, usable = [each for each in rows if each[0] not in bad], []
         encoded = encode_many([turns for *_, turns in rows], tokenizer, recipe.template)
         for (row, name, image, _), result in zip(rows, encoded):
@@ -119,6 +120,7 @@ def prepare(
             except ValueError as error:
                 bad[row], names[row] = str(error), name
                 continue
+            # A row may have lost a turn in the check, and now its end.
             if lost:
                 before = f"{repaired[row]}; " if row in repaired else "left out: "
                 repaired[row], names[row] = before + lost, name
@@ -126,6 +128,7 @@ def prepare(
             usable.append((name, picture, len(ids), ids, learned))
         if usable:
             blocks.append(_join(usable))
+    # A row that turned out bad here was perhaps only repaired in the check.
     repaired = {row: reason for row, reason in repaired.items() if row not in bad}
     if validate:
         _write_reasons(listing, bad, names)
@@ -196,21 +199,12 @@ def _too_many_bad(recipe, total, bad, names, listing):
 def _assemble(blocks, pictures, recipe, config, bad, repaired) -> Data:
     ids, picture, lengths, tokens, learned = map(np.concatenate, zip(*blocks))
     start = np.concatenate([[0], np.cumsum(lengths)])
-    return Data(
-        ids=ids,
-        tokens=tokens,
-        learned=learned,
-        start=start,
-        pictures=np.array(pictures, dtype=_TEXT),
-        picture=picture,
-        lengths=lengths + (config.image_seq_length - 1) * (picture >= 0),
-        supervised=np.add.reduceat(learned, start[:-1], dtype=np.int64),
-        image_tokens=config.image_seq_length,
-        image_token_id=config.image_token_id,
-        packed=packs(recipe),
-        bad=bad,
-        repaired=repaired,
-    )
+    # The picture's one token becomes `image_seq_length` positions.
+    lengths = lengths + (config.image_seq_length - 1) * (picture >= 0)
+    supervised = np.add.reduceat(learned, start[:-1], dtype=np.int64)
+    pictures = np.array(pictures, dtype=_TEXT)
+    more = config.image_seq_length, config.image_token_id, packs(recipe), bad, repaired
+    return Data(ids, tokens, learned, start, pictures, picture, lengths, supervised, *more)
 
 
 def batch_order(data: Data, recipe: Recipe, rows: np.ndarray | None = None) -> list[np.ndarray]:
@@ -225,9 +219,11 @@ def batch_order(data: Data, recipe: Recipe, rows: np.ndarray | None = None) -> l
     steps = recipe.max_steps or max(1, math.ceil(count * recipe.epochs / size))
     batches, epoch = [], 0
     while len(batches) < steps:
+        # PCG64 is named, so that another version of NumPy does not change the order.
         random = np.random.Generator(np.random.PCG64([recipe.seed, epoch]))
         order = np.resize(random.permutation(count), math.ceil(count / size) * size)
         if not packs(recipe):
+            # Longer than any row: text-only rows are sorted behind all others.
             text_last = (data.picture[rows[order]] < 0) * 10**6
             order = _sort_within(order, data.lengths[rows[order]] + text_last, 32 * size)
         shuffled = random.permutation(len(order) // size)
@@ -251,6 +247,7 @@ def pack(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[i
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable").tolist()
+    # Python integers: comparing NumPy's one by one is slow.
     numbers = lengths.tolist()
     groups = _best_fit(numbers, order, budget)
     count = math.ceil(len(groups) / processes) * processes
@@ -352,6 +349,7 @@ def feed(
         for i in starts
     )
     for start, (group, next_group) in zip(starts, pairwise(chain(groups, [None]))):
+        # While the model computes this group, threads read the pictures of the next one.
         pictures.load(np.concatenate(list(chain(*group))))
         if next_group:
             pictures.prefetch(np.concatenate(list(chain(*next_group))))
@@ -362,5 +360,6 @@ def feed(
                 tokens = int(data.supervised[batches[step]].sum())
                 yield [(part, tokens) for part in parts]
             else:
+                # The mean of a micro-batch, averaged over all micro-batches of all processes.
                 sums = [int(data.supervised[part].sum()) for part in parts]
                 yield [(part, tokens * len(parts) * world) for part, tokens in zip(parts, sums)]

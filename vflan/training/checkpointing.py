@@ -44,12 +44,8 @@ def describe(recipe: Recipe, state: TrainState, data: Data, batches: list[np.nda
     for rows in batches:
         digest.update(np.asarray(rows, dtype=np.int64).tobytes() + b"\0")
     processes = state.accelerator.num_processes
-    return dict(
-        data=digest.hexdigest(),
-        recipe=recipe.to_dict(),
-        processes=processes,
-        sharding=state.sharding,
-    )
+    record = dict(data=digest.hexdigest(), recipe=recipe.to_dict())
+    return record | dict(processes=processes, sharding=state.sharding)
 
 
 def versions() -> dict[str, str]:
@@ -64,10 +60,12 @@ def save(folder: Path, step: int, state: TrainState, metadata: dict) -> None:
     """Write checkpoint `step` of the run in `folder`. Every process calls this."""
     home, accelerator = folder / "checkpoints", state.accelerator
     scratch, target = home / ".part", home / f"step-{step:08d}"
+    # The main process makes the folder in which all processes write.
     if accelerator.is_main_process:
         clear(scratch, CHECKPOINT)
         scratch.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    # Each process hashes its own files, so that nobody reads the shards of the others.
     written = _write(scratch, state)
     files = gather_object([(str(path.relative_to(scratch)), _checksum(path)) for path in written])
     if accelerator.is_main_process:
@@ -95,11 +93,13 @@ def _write(scratch, state) -> list[Path]:
         accelerator.wait_for_everyone()
         files = [path for path in scratch.rglob("*") if path.is_file()]
         return files if accelerator.is_main_process else []
+    # Replicas are equal, so one of them is enough.
     if state.sharding == "none" and not accelerator.is_main_process:
         return []
     trained = _trained_weights(state.model)
     sharded = all(isinstance(weight, DTensor) for weight in trained.values())
     assert state.sharding == "none" or sharded, "the weights are not sharded now"
+    # The state dict holds the learning rates as they are, and two moments of each weight.
     moments = state.optimizer.state_dict()
     moments["state"] = {
         i: {key: _local(value) for key, value in values.items()}
@@ -138,6 +138,7 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
     for path in list_checkpoints(folder):
         if step is not None and path.name != f"step-{step:08d}":
             continue
+        # A file may be missing, cut short, or changed on the disk.
         try:
             record = read_json(path / "checkpoint.json")
             files = record["files"].items()
@@ -157,6 +158,7 @@ def resume(folder: Path, state: TrainState, metadata: dict) -> int:
     ValueError if the data, or the sharding of ZeRO, is not that of the checkpoint.
     """
     main = state.accelerator.is_main_process
+    # One process decides for all: on a shared disk, the others might see other files.
     message = [newest(folder) if main else None]
     broadcast_object_list(message)
     if message[0] is None:
@@ -201,6 +203,7 @@ def _restore(path, state) -> None:
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(_shard_like(weight, [part["weights"][name] for part in saved]))
+    # The optimizer numbers its weights in the order of its groups.
     moments = saved[0]["moments"]
     order = [weight for group in state.optimizer.param_groups for weight in group["params"]]
     for i, values in moments["state"].items():
@@ -225,6 +228,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def trained_model(recipe: Recipe, init: str | None, weights: dict[str, torch.Tensor]) -> nn.Module:
     """Load trained weights into the model that a run starts from; adapters stay unmerged."""
+    # `freeze` adds the adapters, whose weights the checkpoint holds.
     model = models.load_model(recipe, init)
     models.freeze(model, recipe)
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys

@@ -62,6 +62,7 @@ def count(recipe: Recipe, half: bool, low: bool, shape: tuple[int, int, int, int
     half: the pass runs under bf16 autocast. low: trained weights have that precision too, as FSDP2
     and ZeRO gather them.
     """
+    # Equal layers cost the same, so two small models predict a deep one.
     depth = models.shapes(recipe)[1].num_hidden_layers
     recipe = replace(recipe, **_IRRELEVANT)
     sizes = vars(_count(recipe, half, low, shape, min(depth, _SOME)))
@@ -87,6 +88,8 @@ def _count(recipe, half, low, shape, layers) -> Footprint:
     parts, text, vision = models.parts(model), model.config.text_config, model.config.vision_config
     counts, patches = models.parameter_counts(model), model.config.image_seq_length
     _cast(model, dtype)
+    # As in training: first the frozen precision, then quantised layers, then fp32 for trained
+    # weights.
     if recipe.bits < 16:
         _quantise(parts["language_model"]["model"], recipe.bits)
     models.freeze(model, recipe)
@@ -94,6 +97,7 @@ def _count(recipe, half, low, shape, layers) -> Footprint:
     body = counts["language_model"] - embeddings
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     outside_tower = _size(model) - _size(parts["vision_tower"])
+    # Sharded weights are gathered in the precision of the pass.
     if low:
         _cast(model, dtype)
     return Footprint(
@@ -117,9 +121,11 @@ def _run_pass(model, recipe, half, dtype, shape) -> dict[str, float]:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _leave_meta_device(learner)
         integers, features, tower_pass = partial(torch.zeros, dtype=torch.int64), None, 0
+        # Features come from outside of the pass: the tower has read the pictures before.
         if pictures:
             width = (model.config.image_seq_length, vision.hidden_size)
             features = torch.empty(pictures, *width, dtype=dtype)
+        # Values do not matter, only shapes: all ids, positions and targets are 0.
         answers = integers(answer_tokens), integers(answer_tokens)
         batch = (integers(rows, length), None, integers(pictures), *answers, features)
         memory = LiveMemory(learner, text.vocab_size)
@@ -190,6 +196,7 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def _add(self, tensor, storage):
+        # Views share a storage, which counts once.
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
             return
@@ -197,12 +204,14 @@ class LiveMemory(TorchDispatchMode):
         is_logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
         self.kinds[key] = "logits" if is_logits else "activations"
         self.bytes[self.kinds[key]] += size
+        # PyTorch has no hook for a freed storage; Python's finalizer of the wrapper tells it.
         weakref.finalize(storage, self._free, key, size).atexit = False
         self.peak = max(self.peak, self.bytes.total())
         if self.bytes.total() - self.bytes["gradients"] > self.beside_gradients.total():
             self.beside_gradients = self.bytes - Counter(gradients=self.bytes["gradients"])
 
     def _mark_gradient(self, weight):
+        # It was counted as an activation when the backward pass made it.
         storage = weight.grad.untyped_storage()
         if kind := self.kinds.pop(storage._cdata, None):
             self.kinds[storage._cdata] = "gradients"

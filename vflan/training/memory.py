@@ -9,8 +9,10 @@ of the GPUs, and are no better than these.
 from __future__ import annotations
 
 import html
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,36 +37,10 @@ RESERVE = 2e9
 # An evaluation question in tokens: before the picture, after it, and of the answer; and
 # vflan.evaluate's batch.
 BEFORE, ASKED, NEW, BATCH = 35, 60, 64, 64
-# Memory in GiB, dense bf16 rate in TFLOP/s and board power in W, as the makers publish them.
-# "cpu" means this machine's memory and fp32; its rate would say little about small models.
-GPUS = {
-    "A100-40G": (40, 312, 400),
-    "A100-80G": (80, 312, 400),
-    "H100-80G": (80, 989, 700),
-    "H200-141G": (141, 989, 700),
-    "L4-24G": (24, 121, 72),
-    "L40S-48G": (48, 362, 350),
-    "A10-24G": (24, 125, 150),
-    "A6000-48G": (48, 155, 300),
-    "RTX3090-24G": (24, 71, 350),
-    "RTX4090-24G": (24, 165, 450),
-    "RTX5090-32G": (32, 210, 575),
-    "cpu": (None, None, None),
-}
-# Rows of the published files, for machines that do not have them.
-ROWS = {
-    "annotation_191-task_1k.json": 186_103,
-    "vision_flan.json": 1_664_261,
-    "blip_laion_cc_sbu_558k.json": 558_128,
-    "llava_instruct_150k.json": 157_712,
-    "llava_v1_5_mix665k.json": 665_298,
-}
-# Deciles of text lengths in bench/train.py's mixture, in tokens: of rows with a picture, and of the
-# 6 % without one.
-TEXT = (
-    (50, 59, 66, 74, 81, 105, 139, 172, 217, 304, 1131),
-    (83, 330, 508, 697, 865, 1001, 1154, 1341, 1591, 1842, 3197),
-)
+# Of each GPU (memory in GiB, TFLOP/s, W); rows of published files; deciles of text lengths.
+GPUS, ROWS, TEXT = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
+# "cpu" is this machine's memory and fp32; its rate would say little about small models.
+GPUS["cpu"] = (None, None, None)
 # The lengths of so many rows are read, and so many packed steps are laid out; others are alike.
 ROWS_READ, STEPS_PACKED = 4000, 64
 
@@ -222,7 +198,7 @@ class Plan:
 
     @cached_property
     def memory(self) -> dict[str, float]:
-        """{part: bytes} of one GPU when their sum is largest; exchange is for gradients and shards."""
+        """{part: bytes} of one GPU when their sum is largest; exchange is what sharding adds."""
         memory, model = self._state(), self._footprint
         memory |= dict(activations=model.activations, logits=model.logits)
         if self._sharding == "none" and self._layout.passes == 1:

@@ -45,6 +45,7 @@ class Log:
         self.useful, self.busy, self.earlier_seconds = 0, 0.0, 0.0
         if not self.active:
             return
+        # The steps after `first` are trained again, so their lines are cut.
         for name in FILES:
             path, scratch = folder / f"{name}.jsonl", folder / f".{name}.part"
             kept = [line for line in read_lines(path) if line["step"] <= first and first]
@@ -60,6 +61,7 @@ class Log:
     def begin(self, recipe: Recipe) -> None:
         """Send the recipe to the trackers, if there are any."""
         if recipe.trackers:
+            # Trackers take simple values only; lists become text.
             fields = recipe.to_dict().items()
             simple = (int, float, str)
             config = {
@@ -85,6 +87,7 @@ class Log:
         """
         if not self.active:
             return
+        # Seconds count on over the parts of a run that was killed and resumed.
         elapsed = self.earlier_seconds + time.perf_counter() - self.began
         self.useful, self.busy = self.useful + useful, self.busy + seconds
         line = dict(step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(elapsed, 3))
@@ -92,6 +95,7 @@ class Log:
         line |= dict(tokens_per_second=round(useful / seconds), peak_gb=round(peak_gb(), 3))
         self.files["metrics"].write(_to_json(line))
         self._track(step, {key: line[key] for key in TRACKED})
+        # The bar shows the mean rate: that of one step depends on its lengths.
         rate, peak = f"{self.useful / self.busy:,.0f} tokens/s", f"peak {line['peak_gb']:.1f} GB"
         status = f"loss {loss:.3f}, {rate}, fill {line['fill']:.0%}, {peak}"
         self.bar.set_postfix_str(status, refresh=False)

@@ -14,18 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vflan import io
 from vflan.config import Recipe, differences, read_json, replace, resolve, shown, write_json
-from vflan.io import (
-    BEGINNING,
-    CHECKPOINT,
-    CHECKPOINTS,
-    MODEL,
-    RUN,
-    clear,
-    foreign,
-    make_folder,
-    named,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +113,7 @@ class Run:
         import pandas as pd
 
         path = self.folder / f"{name}.jsonl"
+        # A run that has just started has empty files, which pandas refuses.
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame(columns=columns)
         try:
@@ -172,6 +163,7 @@ class Run:
         path, step = checkpoint[0], checkpoint[1]["step"]
         recipe, record = self.recipe, read_json(self.folder / "init.json")
         init, other = record.get("init"), Run(self.folder.with_name(f"{self.name}-step{step}"))
+        # `start` refuses a folder of that name with other contents, and reuses one made before.
         with other.start(replace(recipe, name=other.name), record):
             if not other.finished:
                 # Trained weights are loaded into the 16-bit model of which a quantised one was
@@ -223,12 +215,14 @@ class Run:
 
         scratch, metrics = self.folder / ".model", self.metrics()
         summary |= dict(tokens=int(metrics.tokens.sum()), first_loss=float(metrics.loss.iloc[0]))
+        # One step's loss depends on its rows; the mean of ten says more.
         summary |= dict(last_loss=float(metrics.loss.iloc[-10:].mean()))
         parts = models.parts(model).items()
         summary["parts"] = {name: models.fingerprint(part) for name, part in parts}
         with explain_full_disk(self.folder):
+            # A killed process may have left parts of a model here.
             for folder in (scratch, self.folder / "model", self.folder / "adapter"):
-                clear(folder, MODEL)
+                io.clear(folder, io.MODEL)
             if recipe.lora_r:
                 models.save_adapter(model, recipe, self.folder / "adapter")
             models.export(model, processor, recipe, scratch, init)
@@ -236,7 +230,7 @@ class Run:
             flush(scratch)
             scratch.replace(self.folder / "model")
             write_json(self.folder / "done.json", summary)
-        clear(self.folder / "checkpoints", CHECKPOINTS)
+        io.clear(self.folder / "checkpoints", io.CHECKPOINTS)
 
     @contextmanager
     def lock(self, reenter: bool = False) -> Iterator[None]:
@@ -257,6 +251,7 @@ class Run:
             raise not_ours
         with lock.open("a+", encoding="utf-8", errors="replace") as file:
             self._acquire(file)
+            # Only a file with our own line in it is overwritten.
             file.seek(0)
             if not re.match(r"process \d+ on |$", file.read(200)):
                 raise not_ours
@@ -305,7 +300,7 @@ class Run:
             yield
             return
         self._check_folder(recipe, init_record)
-        make_folder(self.folder)
+        io.make_folder(self.folder)
         with self.lock():
             # Another process may have started a run here before we had the lock.
             changes = self._check_folder(recipe, init_record)
@@ -330,35 +325,40 @@ class Run:
         where = shown(self.folder)
         if not self.folder.is_dir():
             return ""
+        # Without our recipe.json, the folder may hold nothing but what a killed start left.
         if not MARKERS <= read_json(self.folder / "recipe.json").keys():
-            if files := foreign(self.folder, BEGINNING):
+            if files := io.foreign(self.folder, io.BEGINNING):
                 raise FileExistsError(
-                    f"{where} is not a run of vflan: it holds {named(files)}. Nothing was changed; "
-                    "give this run another name, or move these files away."
+                    f"{where} is not a run of vflan: it holds {io.named(files)}. "
+                    "Nothing was changed; give this run another name, or move these files away."
                 )
             return ""
         changes = self._changes(recipe, init_record)
         if not changes:
             return ""
+        # Trained steps are never deleted, only a start that failed before the first checkpoint.
         if self.finished or any((self.folder / "checkpoints").glob("step-*")):
             raise ValueError(
                 f"{where} holds another recipe's run:\n{changes}\n"
                 f"Give this one a new name, or delete {where}."
             )
         linked = self.folder.is_symlink()
-        if files := [str(self.folder)] if linked else foreign(self.folder, RUN):
+        if files := [str(self.folder)] if linked else io.foreign(self.folder, io.RUN):
             raise FileExistsError(
                 f"{where} holds the start of another recipe's run, and files that vflan did not "
-                f"write or that are behind a link: {named(files)}. Nothing was deleted; "
+                f"write or that are behind a link: {io.named(files)}. Nothing was deleted; "
                 f"give this run another name, or move them away.\n{changes}"
             )
         return changes
 
     def _delete_failed_start(self):
         for path in self.folder.iterdir():
+            # `clear` deletes only files that match our patterns for this folder.
             if path.is_dir():
                 inside = f"{path.name}/"
-                clear(path, [name.removeprefix(inside) for name in RUN if name.startswith(inside)])
+                io.clear(
+                    path, [name.removeprefix(inside) for name in io.RUN if name.startswith(inside)]
+                )
             elif path.name != ".lock":
                 path.unlink()
 
@@ -384,8 +384,8 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         from vflan.training.checkpointing import list_checkpoints
 
-        clear(folder / ".model", MODEL)
-        clear(folder / "checkpoints" / ".part", CHECKPOINT)
+        io.clear(folder / ".model", io.MODEL)
+        io.clear(folder / "checkpoints" / ".part", io.CHECKPOINT)
         state = "it has no checkpoint yet"
         if checkpoints := list_checkpoints(folder):
             state = f"its last checkpoint, {checkpoints[0].name}, is intact"

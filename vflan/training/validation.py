@@ -103,6 +103,7 @@ class Validator:
             accelerator.process_index,
             accelerator.device,
         )
+        # Tasks do not mix in a pass, so that each pass's loss belongs to one task.
         passes = []
         for i, name in enumerate(names):
             (parts,) = micro_batches(self.data, np.array(self.rows_of[name]), self.recipe)
@@ -153,6 +154,7 @@ def greedy(
         features = features.to(embeds.device, projector.linear_1.weight.dtype)
         image = projector(features).to(embeds.dtype)  # (1, patches, width)
         embeds = torch.cat([embeds[:, :at], image, embeds[:, at + image.shape[1] :]], dim=1)
+    # Without a cache: a few short answers are not worth one.
     for _ in range(ANSWER_TOKENS):
         output = inner.language_model(inputs_embeds=embeds, use_cache=False)
         token = model.lm_head(output.last_hidden_state[:, -1:]).argmax(-1)  # (1, 1)
