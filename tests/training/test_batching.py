@@ -1,4 +1,4 @@
-"""What a step is fed: every row once, packed without a leak, pictures seen once; the proofs are in fp32, on random models."""
+"""Batches: every row once, packed without a leak; the tower runs once a picture."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ from vflan.training.batching import (
 
 @pytest.fixture
 def mixed(recipe):
-    """The recipe over 32 rows of many lengths: pictures (two rows share one), text-only rows, several turns."""
+    """A recipe with 32 rows of many lengths: pictures (two share one), text-only, long chats."""
     rows = json.loads(Path(recipe.samples).read_text())
     for i, row in enumerate(rows):
         turns = row["conversations"]
@@ -71,7 +71,10 @@ def summed(net, data, pictures, rows):
 
 
 def packing_error(net, data, pictures, rows):
-    """The largest difference, of loss or of any gradient, between one packed row and its conversations one by one; per token."""
+    """Compare one packed row with its conversations one by one.
+
+    Returns the largest difference of the loss or of any gradient, per answer token.
+    """
     packed, gradients = summed(net, data, pictures, rows)
     alone = [summed(net, data, pictures, [row]) for row in rows]
     tokens = data.supervised[rows].sum()
@@ -81,7 +84,7 @@ def packing_error(net, data, pictures, rows):
 
 
 def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
-    """Features ahead of time, no mask, logits at answers only: the same number as the model's own loss."""
+    """Precomputed features, no mask and logits at answers only give the model's own loss."""
     recipe = vflan.replace(mixed, packing="padded")
     model, data, pictures = prepared(recipe, tmp_path)
     chosen = [0, 1, 3]
@@ -102,14 +105,14 @@ def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
     assert torch.allclose(ours, full, atol=1e-5)
 
 
-def test_packed_rows_learn_what_they_learn_alone(mixed, tmp_path):
+def test_packed_rows_have_the_loss_and_gradients_of_single_rows(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
     rows = list(range(12))
     assert {data.picture[row] >= 0 for row in rows} == {True, False}
     assert packing_error(Learner(model, mixed), data, pictures, rows) < 1e-5
 
 
-def test_packed_rows_learn_alone_by_checkpoints_and_grouped_heads_too(mixed, tmp_path):
+def test_packing_is_exact_with_gradient_checkpointing_and_grouped_heads(mixed, tmp_path):
     recipe = vflan.replace(mixed, gradient_checkpointing=True)
     model, data, pictures = prepared(recipe, tmp_path)
     config = model.config.text_config
@@ -130,7 +133,7 @@ def test_the_proof_of_packing_sees_a_leak(mixed, tmp_path):
 
 
 def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, **causal):
-    """What PyTorch's varlen kernel computes on a GPU, one conversation after the other: (T, heads, width) in and out."""
+    """Compute what PyTorch's varlen kernel does on a GPU; (T, heads, width) in and out."""
     assert (
         causal in (dict(window_size=(-1, 0)), dict(is_causal=True))
         and max_q == cu_seq_q.diff().max()
@@ -181,7 +184,7 @@ def test_compiled_layers_learn_the_same(mixed, tmp_path, monkeypatch):
 
 
 def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tmp_path):
-    """Left-padded prompts of two lengths, in the middle of training: the answers are those of the untouched model."""
+    """Left-padded prompts of two lengths get the answers of the untouched model."""
     model = load_model(mixed)
     ids = torch.randint(5, 200, (2, 9))
     mask = torch.ones_like(ids)
@@ -292,7 +295,7 @@ def looks(monkeypatch):
     return seen
 
 
-def test_the_tower_looks_once_at_a_shared_picture_and_never_for_text(mixed, tmp_path, monkeypatch):
+def test_the_tower_runs_once_for_a_shared_picture_and_never_for_text(mixed, tmp_path, monkeypatch):
     seen = looks(monkeypatch)
     model, data, pictures = prepared(mixed, tmp_path)
     features = pictures([0, 1, 2, 3])  # 0 and 2 show the same picture, 1 is text
@@ -334,7 +337,7 @@ def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_pat
     assert len(list(steps)) == 3 and not pictures.pending
 
 
-def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp_path):
+def test_a_feed_that_starts_later_yields_the_same_steps(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
     order = batch_order(data, vflan.replace(mixed, epochs=3))
     whole, rest = (
@@ -358,7 +361,7 @@ def settle(pictures):
     pictures.readers.shutdown(wait=True)
 
 
-def test_features_on_disk_spare_the_tower(cached, tmp_path, monkeypatch):
+def test_features_on_disk_replace_the_tower(cached, tmp_path, monkeypatch):
     model, data, pictures = prepared(cached, tmp_path)
     rows, seen = list(range(32)), looks(monkeypatch)
     first = pictures(rows)
@@ -401,9 +404,7 @@ def test_another_tower_another_preparation_and_an_exchanged_file_are_other_featu
     assert seen == [1, 1, 1, 1]
 
 
-def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(
-    cached, tmp_path, monkeypatch, capfd
-):
+def test_a_full_disk_stops_the_feature_cache_but_not_the_run(cached, tmp_path, monkeypatch, capfd):
     def save(file, array):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -498,7 +499,7 @@ def test_many_conversations_are_encoded_as_each_alone(backbones):
 
 
 def test_rows_live_in_flat_arrays(mixed, tmp_path, monkeypatch):
-    """Also when they come in several chunks, the last of them short and one without a usable row."""
+    """Chunks change nothing: the last one is short, and one has no usable row."""
     whole = prepared(mixed, tmp_path)[1]
     monkeypatch.setattr(batching, "_ENCODED_TOGETHER", 3)
     data = prepared(mixed, tmp_path)[1]
@@ -523,7 +524,7 @@ def data_of(lengths, packed=False, text_only=()):
 
 
 def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one():
-    """A step of the GPU presets on 8 processes: two passes each at 8,192 positions, eight at 2,048."""
+    """A GPU preset's step on 8 processes takes 2 passes at 8,192 positions, 8 at 2,048."""
     lengths = np.random.default_rng(0).integers(620, 900, 128)
     recipes = {
         name: vflan.replace(vflan.preset(name).base, packing="packed")

@@ -1,4 +1,4 @@
-"""The planned memory is what training then holds on a CPU; and plans for machines that are not here."""
+"""The planned memory is what training holds on a CPU; plans for machines that are not here."""
 
 import html
 import json
@@ -124,7 +124,7 @@ def test_every_layer_costs_the_same(medium):
 
 
 def test_only_what_matters_to_memory_is_counted_again(medium):
-    """Counting is slow, so recipes that differ in optimizer, sharding or packing share one count."""
+    """Counting is slow: recipes that differ in optimizer, sharding or packing share a count."""
     shape = (2, 80, 2, 100)
     before = footprint._count.cache_info().misses
     for changes in (
@@ -166,7 +166,7 @@ def test_the_presets_fit_where_their_docstrings_say():
 
 
 def test_evaluation_is_counted_too():
-    """Keys and values of 64 questions at 7B are more than 20 GB in 16 bits: a card of 24 GB takes fewer at once."""
+    """At 7B, keys and values of 64 questions take over 20 GB: a GPU of 24 GB answers fewer."""
     qlora, full = (vflan.preset(name).base for name in ("qlora_7b", "full_13b"))
     small, large = vflan.plan(qlora, gpu="RTX4090-24G"), vflan.plan(full, gpus=8)
     a_position = 2 * 32 * 4096 * 2

@@ -278,7 +278,7 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
 
 
 @pytest.mark.parametrize("what", [vflan.train, vflan.plan])
-def test_a_whole_preset_or_a_name_in_place_of_a_recipe_is_told_what_to_write(what):
+def test_a_preset_or_a_name_instead_of_a_recipe_is_refused_with_what_to_write(what):
     with pytest.raises(TypeError, match="preset.projector, preset.base or preset.chat"):
         what(vflan.preset("tiny"))
     with pytest.raises(TypeError, match="not str; vflan.preset"):

@@ -166,8 +166,7 @@ class Run:
         # `start` refuses a folder of that name with other contents, and reuses one made before.
         with other.start(replace(recipe, name=other.name), record):
             if not other.finished:
-                # Trained weights are loaded into the 16-bit model of which a quantised one was
-                # made.
+                # Trained weights go into the model as it was before quantisation.
                 unquantised = replace(recipe, bits=16)
                 weights = checkpointing.read_weights(path)
                 model = checkpointing.trained_model(unquantised, init, weights)
@@ -181,8 +180,8 @@ class Run:
     def export(self, folder: str | Path, merge: bool = True) -> Path:
         """Write a folder for others, with a model card and a data card, and return it.
 
-        Prints how to serve it.         It works with `transformers.pipeline("image-text-to-text")`,
-        vLLM and `push`. merge=False exports only the adapter of a LoRA run, for
+        Prints how to serve it. `transformers.pipeline("image-text-to-text")`, vLLM and `push` take
+        the folder as it is. merge=False exports only the adapter of a LoRA run, for
         `PeftModel.from_pretrained` on the model that the run started from.
         """
         from vflan.tools.export import export_run
@@ -244,17 +243,15 @@ class Run:
             yield
             return
         lock = self.folder / ".lock"
-        not_ours = FileExistsError(
-            f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
-        )
+        not_ours = f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
         if lock.is_symlink() or lock.exists() and not lock.is_file():
-            raise not_ours
+            raise FileExistsError(not_ours)
         with lock.open("a+", encoding="utf-8", errors="replace") as file:
             self._acquire(file)
             # Only a file with our own line in it is overwritten.
             file.seek(0)
             if not re.match(r"process \d+ on |$", file.read(200)):
-                raise not_ours
+                raise FileExistsError(not_ours)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
