@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vflan.__main__ import main, spelled_out
+from vflan.__main__ import app, main, spelled_out
 from vflan.evaluation import evaluator
+from vflan.evaluation.benchmarks import BENCHMARKS
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from vflan.evaluation import evaluator
         (["tiny", "--notebooks"], ["tiny", "--notebooks"]),
     ],
 )
-def test_papermills_way_of_writing_is_read(written, read):
+def test_the_syntax_of_papermill_is_read(written, read):
     assert spelled_out(written) == read
 
 
@@ -31,8 +32,9 @@ def test_an_option_without_its_value_runs_nothing(capsys):
 
 
 def test_a_runs_answers_become_the_servers_file(tmp_path, monkeypatch):
-    kept = SimpleNamespace(samples=[{"question_id": "7"}, {"question_id": "8"}]), ["Red.", None]
-    monkeypatch.setattr(evaluator, "_kept_answers", lambda *_: kept)
+    samples, texts = [{"question_id": "7"}, {"question_id": "8"}], ["Red.", None]
+    answers = SimpleNamespace(samples=samples, benchmark=BENCHMARKS["gqa"]), texts
+    monkeypatch.setattr(evaluator, "_read_answers", lambda *_: answers)
     path = evaluator.write_upload("gqa", SimpleNamespace(folder=tmp_path), out=tmp_path / "up.json")
     assert json.loads(path.read_text()) == [
         {"questionId": "7", "prediction": "red"},
@@ -43,3 +45,9 @@ def test_a_runs_answers_become_the_servers_file(tmp_path, monkeypatch):
 def test_a_benchmark_without_a_server_is_refused(capsys):
     assert main(["upload", "pope", "--run", "runs/none"]) == 1
     assert "There is no upload file for 'pope'" in capsys.readouterr().err
+
+
+def test_each_command_says_what_it_does(capsys):
+    for command in app.registered_commands:
+        assert main([command.name, "--help"]) == 0
+        assert f"vflan {command.name}" in capsys.readouterr().out

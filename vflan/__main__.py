@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 import vflan
-from vflan.config import Recipe
+from vflan.config import Recipe, shown
 
 app = typer.Typer(
     add_completion=False,
@@ -21,14 +21,13 @@ app = typer.Typer(
 )
 PRESET = "tiny, tiny_frozen, qlora_7b, lora_7b, full_7b, full_13b, or a .py file of your own"
 CHANGES = 'fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\''
+ANSWERS = "JSON Lines with question_id and text, or the benchmark's upload format"
 PresetName = Annotated[str, Argument(metavar="PRESET", help=PRESET)]
 Stage = Annotated[str, Option(help="projector, base or chat")]
 Changes = Annotated[str, Option(help=CHANGES)]
 Processes = Annotated[int | None, Option(help="GPUs, or processes on a CPU")]
 RunFolder = Annotated[str, Argument(help="a finished run's folder")]
-BenchmarkFolder = Annotated[
-    str | None, Option(help="folder of the benchmarks; default: the recipe's")
-]
+BenchmarkFolder = Annotated[str | None, Option(help="of the benchmarks; default: the recipe's")]
 
 
 def recipe_of(name: str, stage: str, changes: str = "{}") -> Recipe:
@@ -42,22 +41,18 @@ def recipe_of(name: str, stage: str, changes: str = "{}") -> Recipe:
 @app.command("notebooks")
 def notebooks_command(
     preset: PresetName = "tiny",
-    only: Annotated[
-        list[str], Option("--notebooks", metavar="03", help="only these (start of the name)")
-    ] = (),
-    parameters: Annotated[
-        list[str], Option("-p", metavar="KEY VALUE", help="a parameter of notebooks")
-    ] = (),
+    only: Annotated[list[str], Option("--notebooks", metavar="03", help="only these")] = (),
+    parameters: Annotated[list[str], Option("-p", metavar="KEY VALUE", help="a parameter")] = (),
     out: Annotated[str | None, Option(help="folder for executed notebooks and report")] = None,
     again: Annotated[bool, Option(help="run also the notebooks that have not changed")] = False,
 ) -> None:
     """Run the notebooks of a preset in order; prints the scores and writes a report."""
-    from vflan.tools.notebooks import press
+    from vflan.tools.notebooks import run_notebooks
 
     for given in parameters:
         if "=" not in given:
             raise ValueError(f"-p {given}: write -p KEY VALUE, or -p KEY=VALUE.")
-    press(preset, only, dict(given.split("=", 1) for given in parameters), out, again=again)
+    run_notebooks(preset, only, dict(given.split("=", 1) for given in parameters), out, again=again)
 
 
 @app.command("doctor")
@@ -75,9 +70,7 @@ def plan_command(
     preset: PresetName,
     stage: Stage = "base",
     gpus: Annotated[int, Option(help="how many")] = 1,
-    gpu: Annotated[
-        str, Option(help="A100-80G, H100-80G, L40S-48G, RTX4090-24G ..., or cpu")
-    ] = "A100-80G",
+    gpu: Annotated[str, Option(help="A100-80G, H100-80G, RTX4090-24G ..., or cpu")] = "A100-80G",
     changes: Changes = "{}",
 ) -> None:
     """Memory, hours and energy of a stage, before it is started."""
@@ -88,10 +81,8 @@ def plan_command(
 def check_command(
     samples: Annotated[str, Argument(help="a LLaVA json, or a folder of Vision-Flan")],
     images: Annotated[str, Argument(help="folder or zip of the pictures")],
-    against: Annotated[
-        str | None, Option(help="folder of benchmarks: look for their pictures too")
-    ] = None,
-    max_length: Annotated[int, Option(help="tokens of a conversation; a longer one is cut")] = 2048,
+    against: Annotated[str | None, Option(help="folder of benchmarks to compare with")] = None,
+    max_length: Annotated[int, Option(help="tokens; a longer conversation is cut")] = 2048,
 ) -> None:
     """Judge every row and picture by the rules of training; nothing is changed."""
     print(vflan.check(vflan.load_samples(samples, images), max_length=max_length, against=against))
@@ -99,18 +90,14 @@ def check_command(
 
 @app.command("train")
 def train_command(
-    preset: Annotated[
-        str, Argument(metavar="PRESET", help=f"{PRESET}; under torchrun, a run's folder")
-    ],
+    preset: PresetName,
     stage: Stage = "base",
-    init: Annotated[
-        str | None, Option(help="a finished run's folder, or LLaVA's projector file")
-    ] = None,
+    init: Annotated[str | None, Option(help="a run's folder, or LLaVA's projector file")] = None,
     processes: Processes = None,
     changes: Changes = "{}",
 ) -> None:
     """Train one stage; a finished run is not trained again, a killed one is resumed."""
-    # torchrun starts this command once for each process, with the folder of the run.
+    # torchrun starts this command in each process, with the run's folder in place of a preset.
     if (Path(preset) / "recipe.json").is_file():
         from vflan.training.distributed import end_with_parent
         from vflan.training.trainer import fit
@@ -136,16 +123,10 @@ def evaluate_command(
 @app.command("score")
 def score_command(
     name: Annotated[str, Argument(help="a benchmark: pope, mme, mmbench, gqa ...")],
-    questions: Annotated[str, Option(help="the released question file (or MME's, MNIST's folder)")],
-    labels: Annotated[
-        str | None, Option(help="file or folder of the labels; default: beside them")
-    ] = None,
-    answers: Annotated[
-        str | None, Option(help="JSON Lines with question_id and text, or upload format")
-    ] = None,
-    reviews: Annotated[
-        list[str], Option(help="released verdicts of a judge, a file for each run")
-    ] = (),
+    questions: Annotated[str, Option(help="the released file (or MME's, MNIST's folder)")],
+    labels: Annotated[str | None, Option(help="file or folder; default: beside them")] = None,
+    answers: Annotated[str | None, Option(help=ANSWERS)] = None,
+    reviews: Annotated[list[str], Option(help="a judge's verdicts, a file for each run")] = (),
 ) -> None:
     """Score a file of answers, from any model, with the files that a benchmark's authors released.
 
@@ -161,9 +142,7 @@ def score_command(
 
 @app.command("upload")
 def upload_command(
-    name: Annotated[
-        str, Argument(help="a benchmark that has a server: vqav2, vizwiz, mmbench, mm_vet ...")
-    ],
+    name: Annotated[str, Argument(help="a benchmark with a server: vqav2, vizwiz, mm_vet ...")],
     run: Annotated[str, Option(help="folder of a run that vflan.evaluate has asked")],
     folder: BenchmarkFolder = None,
     out: Annotated[str | None, Option(help="the file to write")] = None,
@@ -177,13 +156,10 @@ def upload_command(
 @app.command("download")
 def download_command(
     name: Annotated[str | None, Argument(help="a set; without a name they are listed")] = None,
-    folder: Annotated[
-        str | None, Option(help="instead of the set's own folder under data/")
-    ] = None,
+    folder: Annotated[str | None, Option(help="default: the set's folder under data/")] = None,
     list_: Annotated[bool, Option("--list", help="the sets, and what remains to be done")] = False,
 ) -> None:
     """Download a real set from the Hugging Face hub."""
-    from vflan.config import shown
     from vflan.data.download import SETS
 
     if list_ or not name:
@@ -197,7 +173,7 @@ def download_command(
 def export_command(
     run: RunFolder,
     folder: Annotated[str, Argument(help="a new folder")],
-    merge: Annotated[bool, Option(help="one model; --no-merge gives a LoRA adapter alone")] = True,
+    merge: Annotated[bool, Option(help="one model, or a LoRA adapter alone")] = True,
 ) -> None:
     """Write a run as a folder for transformers and vLLM, with a model card."""
     print(vflan.Run.open(run).export(folder, merge))
@@ -210,13 +186,12 @@ def publish_command(
 ) -> None:
     """For the authors: copy a finished run's notebooks, figures and results to tracked files."""
     from vflan.analysis.tables import fill_pages
-    from vflan.config import shown
-    from vflan.tools.publish import publish
+    from vflan.tools.publish import publish_run
 
     if readme:
         print("filled:", ", ".join(fill_pages()) or "nothing, there are no results yet")
         return
-    for path in publish(preset):
+    for path in publish_run(preset):
         print(shown(path))
 
 

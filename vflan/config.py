@@ -33,16 +33,9 @@ if INSTALLED:
     os.environ["VFLAN_HOME"] = str(ROOT)
 # Files and whole folders that come with vflan: patterns, relative to SHIPPED.
 SHIPPED_FILES = (
-    "data/*.csv",
-    "data/README.md",
-    "data/results",
-    "data/tiny/backbones.json",
-    "data/tiny/language_model",
-    "data/tiny/second_language_model",
-    "data/tiny/vision_tower",
-    "figures/vflan.mplstyle",
-    "figures/tiny_frozen",
-    "notebooks",
+    *("data/*.csv", "data/README.md", "data/results", "data/tiny/backbones.json"),
+    *("data/tiny/language_model", "data/tiny/second_language_model", "data/tiny/vision_tower"),
+    *("figures/vflan.mplstyle", "figures/tiny_frozen", "notebooks"),
 )
 # What can be computed again: Arrow tables, verdicts of judges, image features.
 CACHE = Path(os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache")

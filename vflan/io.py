@@ -93,7 +93,7 @@ def clear(path: Path, patterns: Iterable[str]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file, folder or link to the first free `NAME.old-N`; prints and returns that path."""
+    """Rename a file, folder or link to the first free `NAME.old-N`, report and return that path."""
     number = 1
     while os.path.lexists(new_path := path.with_name(f"{path.name}.old-{number}")):
         number += 1

@@ -66,24 +66,15 @@ def _contradictions(recipe) -> Iterator[str]:
     tunes_language = "language_model" in recipe.tune
     quantised = recipe.bits < 16
     if not recipe.tune or not set(recipe.tune) <= {"projector", "language_model"}:
-        yield (
-            f"tune={recipe.tune}: name projector, language_model or both; "
-            "the vision tower stays frozen."
-        )
+        yield f"tune={recipe.tune}: name projector, language_model or both; the tower is frozen."
     if tunes_language and quantised and not recipe.lora_r:
-        yield (
-            f"bits={recipe.bits}: a quantised language model learns only through LoRA; "
-            "set lora_r (64, say)."
-        )
+        yield f"bits={recipe.bits}: a quantised language model learns only by LoRA; set lora_r."
     if (recipe.temperature or recipe.weights) and not recipe.num_samples:
         yield "temperature and task_weights share out rows: say with num_samples how many."
     if recipe.temperature and recipe.weights:
         yield "temperature and task_weights both decide the shares: give one of them."
     if recipe.lora_r and not tunes_language:
-        yield (
-            f"lora_r={recipe.lora_r}: LoRA tunes the language model; "
-            "add it to tune or set lora_r=0."
-        )
+        yield f"lora_r={recipe.lora_r}: LoRA tunes the language model, which is not in tune."
     if recipe.pack_tokens and recipe.pack_tokens < recipe.max_length:
         yield (
             f"pack_tokens={recipe.pack_tokens} is below max_length={recipe.max_length}, "
@@ -98,12 +89,10 @@ def _contradictions(recipe) -> Iterator[str]:
     if not set(recipe.trackers) <= set(_TRACKERS):
         yield f"trackers={recipe.trackers}: choose among {', '.join(_TRACKERS)}."
     if recipe.evaluate_every and not recipe.heldout_rows:
-        yield (
-            f"evaluate_every={recipe.evaluate_every} has no rows to measure; set heldout_rows too."
-        )
+        yield f"evaluate_every={recipe.evaluate_every} has no rows to measure; set heldout_rows."
     if recipe.lora_r and not recipe.lora_alpha:
         usual = 2 * recipe.lora_r
-        yield f"lora_alpha is 0: LoRA would do nothing; {usual} (twice lora_r) is usual."
+        yield f"lora_alpha is 0: LoRA would do nothing; twice lora_r is usual, {usual}."
 
 
 def _is_text(value) -> bool:

@@ -13,7 +13,7 @@ import vflan
 from tests.conftest import make_backbones
 from vflan.config import write_json
 from vflan.data.conversation import IGNORE_INDEX, encode, expand, prompt_ids
-from vflan.models import llava as models
+from vflan.models import quantisation
 from vflan.models.llava import (
     PARTS,
     export,
@@ -185,7 +185,9 @@ def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monke
         load_model(recipe, tmp_path / "four")
     # the pitfall: bitsandbytes compares from the start of a name, so this skips nothing
     skip = ["vision_tower", "multi_modal_projector"]
-    monkeypatch.setattr(models, "quantisation_options", partial(models.quantisation_options, skip=skip))
+    monkeypatch.setattr(
+        quantisation, "loading_options", partial(quantisation.loading_options, skip=skip)
+    )
     with pytest.raises(
         ValueError,
         match="'vision_tower': 18, 'projector': 2, 'language_model': 1[45].*bits=4 means",

@@ -262,7 +262,7 @@ def test_a_projector_of_another_width_is_refused_with_both_widths_before_anythin
         tmp_path / "wide.bin",
     )
     monkeypatch.setattr(
-        "vflan.models.llava.load_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+        "vflan.models.weights.load_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
     )
     with pytest.raises(
         ValueError,

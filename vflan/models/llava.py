@@ -14,43 +14,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig
+from transformers import LlavaForConditionalGeneration as Llava
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from vflan.config import Recipe, replace, shown, weights_source
 from vflan.data.conversation import IMAGE
+from vflan.models import quantisation
+from vflan.models import weights as files
 
-# The processor belongs to the model, so it can be imported from here too.
+# These belong to a model, so they can be imported from here too.
 from vflan.models.backbones import backbone_config, shapes
 from vflan.models.backbones import load_processor as load_processor
 from vflan.models.backbones import picture_tokens as picture_tokens
-from vflan.models.quantisation import (
-    compute_dtype,
-    copy_weights,
-    is_quantised,
-    keep_layout,
-    local_device,
-    quantisation_options,
-    shapes_of,
-)
+from vflan.models.quantisation import compute_dtype
 from vflan.models.tokenizer import load_tokenizer
-from vflan.models.weights import (
-    HasFolder,
-    from_llava,
-    is_llava_checkpoint,
-    llava_text_config,
-    load_pretrained,
-    read_pretrained,
-    read_projector,
-    read_tensors,
-    weights_path,
-)
+from vflan.models.weights import Source
+from vflan.models.weights import read_projector as read_projector
 
 # A bar for each file that is read or written would fill a notebook.
 logging.disable_progress_bar()
@@ -60,9 +41,7 @@ PARTS = ("vision_tower", "projector", "language_model")
 _LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def load_model(
-    recipe: Recipe, weights: str | os.PathLike | HasFolder | None = None
-) -> LlavaForConditionalGeneration:
+def load_model(recipe: Recipe, weights: Source | None = None) -> Llava:
     """The three parts as one model in evaluation mode, on the CPU (quantised: on the GPU).
 
     Without `weights` it has the recipe's vision tower and language model and a fresh projector.
@@ -72,15 +51,15 @@ def load_model(
     ValueError if the files lack any other weight or hold it in another shape: none is ever random.
     """
     dtype = compute_dtype(recipe)
-    source = None if weights is None else weights_path(weights)
-    if source is None or source.is_file() or is_llava_checkpoint(source):
+    source = None if weights is None else files.weights_path(weights)
+    if source is None or source.is_file() or files.is_llava_checkpoint(source):
         model = _assemble(recipe, dtype, source)
     else:
-        options = quantisation_options(recipe, dtype)
-        model = load_pretrained(LlavaForConditionalGeneration, source, dtype=dtype, **options)
+        options = quantisation.loading_options(recipe, dtype)
+        model = files.load_pretrained(Llava, source, dtype=dtype, **options)
         _check_features(model.config, source)
     _check_quantised(model, recipe, source)
-    keep_layout(model)
+    quantisation.keep_layout(model)
     return model.eval()
 
 
@@ -106,14 +85,12 @@ def _check_quantised(model: nn.Module, recipe: Recipe, source: Path | None) -> N
         )
 
 
-def _assemble(
-    recipe: Recipe, dtype: torch.dtype, source: Path | None
-) -> LlavaForConditionalGeneration:
+def _assemble(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> Llava:
     """A model of the recipe's backbones; the weights in LLaVA's file or folder replace theirs."""
     projector_weights, text_config = None, None
     if source is not None:
         projector_weights = read_projector(source)
-        text_config = llava_text_config(source) if source.is_dir() else None
+        text_config = files.llava_text_config(source) if source.is_dir() else None
         _check_widths(projector_weights, text_config, recipe, source)
     tower = _load_tower(recipe, dtype, source)
     tokenizer = load_tokenizer(recipe)
@@ -122,7 +99,7 @@ def _assemble(
     config = _llava_config(tower.config, language_model.config, image_token, dtype=dtype)
     # The empty model costs no memory on the meta device; the loaded parts are put into it.
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = Llava(config)
     # The fresh projector depends on the recipe's seed alone, not on what was drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -160,12 +137,12 @@ def _check_widths(projector: dict, text_config: Any, recipe: Recipe, source: Pat
 
 def _load_tower(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> CLIPVisionModel:
     """The recipe's vision tower, with the weights that a folder of LLaVA's may hold for it."""
-    tower = load_pretrained(CLIPVisionModel, weights_source(recipe.vision_tower), dtype=dtype)
-    stored = {} if source is None else from_llava(read_tensors(source, "vision_tower."))
+    tower = files.load_pretrained(CLIPVisionModel, weights_source(recipe.vision_tower), dtype=dtype)
+    stored = {} if source is None else files.from_llava(files.read_tensors(source, "vision_tower."))
     if not stored:
         return tower
     stored = {name.removeprefix("model.vision_tower."): w for name, w in stored.items()}
-    if shapes_of(stored) != shapes_of(tower.state_dict()):
+    if quantisation.shapes_of(stored) != quantisation.shapes_of(tower.state_dict()):
         raise ValueError(
             f"{shown(source)} brings a vision tower that is not of {recipe.vision_tower}'s shape; "
             "name its own as vision_tower."
@@ -178,12 +155,12 @@ def _load_language_model(
     recipe: Recipe, dtype: torch.dtype, source: Path | None, text_config: Any, vocabulary: int
 ) -> nn.Module:
     """The language model of LLaVA's folder if `text_config` is its shape, else the recipe's."""
-    options = quantisation_options(recipe, dtype, skip=("lm_head",))
+    options = quantisation.loading_options(recipe, dtype, skip=("lm_head",))
     if text_config is None:
         source = weights_source(recipe.language_model)
     else:
         options["config"] = text_config
-    model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, **options)
+    model = files.load_pretrained(AutoModelForCausalLM, source, dtype=dtype, **options)
     _grow_vocabulary(model, vocabulary)
     # vLLM looks up the class by this name.
     model.config.architectures = [type(model).__name__]
@@ -221,7 +198,7 @@ def _llava_config(vision: Any, text: Any, image_token: int, **options: Any) -> L
     )
 
 
-def meta_model(recipe: Recipe, layers: int | None = None) -> LlavaForConditionalGeneration:
+def meta_model(recipe: Recipe, layers: int | None = None) -> Llava:
     """The recipe's model without weights, on PyTorch's meta device, for counting and planning.
 
     The presets' shapes are known without a download. layers: how many of them the tower and the
@@ -231,7 +208,7 @@ def meta_model(recipe: Recipe, layers: int | None = None) -> LlavaForConditional
     for config in (vision, text):
         config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(_llava_config(vision, text, text.vocab_size))
+        return Llava(_llava_config(vision, text, text.vocab_size))
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -257,7 +234,9 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 def quantised_layers(model: nn.Module) -> dict[str, int]:
     """How many 8- or 4-bit layers each part has."""
-    return {part: sum(map(is_quantised, m.modules())) for part, m in parts(model).items()}
+    return {
+        part: sum(map(quantisation.is_quantised, m.modules())) for part, m in parts(model).items()
+    }
 
 
 def image_features(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -288,13 +267,13 @@ def swap_part(model: nn.Module, part: str, other: Any) -> nn.Module:
         other = _read_language_model(other, model, part)
     elif not isinstance(other, nn.Module):
         other = other.load_model()
-    if isinstance(other, LlavaForConditionalGeneration):
+    if isinstance(other, Llava):
         source = parts(other)[part]
     elif part == "language_model":
         source = nn.ModuleDict({"model": other.model, "lm_head": other.lm_head})
     else:
         source = other
-    copy_weights(parts(model)[part], source, part)
+    quantisation.copy_weights(parts(model)[part], source, part)
     return model
 
 
@@ -303,8 +282,8 @@ def _read_language_model(source: str | os.PathLike, model: nn.Module, part: str)
     options, quantiser = {"dtype": torch.float32}, getattr(model, "hf_quantizer", None)
     if quantiser and part == "language_model":
         options["quantization_config"] = quantiser.quantization_config
-        options["device_map"] = {"": local_device()}
-    return read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
+        options["device_map"] = {"": quantisation.local_device()}
+    return files.read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
 
 
 def fingerprint(weights: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -364,11 +343,7 @@ def shard(learner: nn.Module, recipe: Recipe) -> None:
 
 
 def export(
-    model: nn.Module,
-    processor: Any,
-    recipe: Recipe,
-    folder: str | os.PathLike,
-    init: str | os.PathLike | HasFolder | None = None,
+    model: nn.Module, processor: Any, recipe: Recipe, folder: Path, init: Source | None = None
 ) -> None:
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load on their own.
 
@@ -399,9 +374,9 @@ def save_adapter(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     Call it before `export`, which merges the adapters. `PeftModel.from_pretrained(model it began
     with, folder)` puts model and adapters together again.
     """
+    # PEFT names the model below its own wrapper, and leaves out the adapter's name.
     learned = {name.replace(".default", ""): weight for name, weight in _learning(model)}
-    has_adapters = any("lora_" in name for name in learned)
-    assert has_adapters, "the model has no adapters, or they are merged already"
+    assert any("lora_" in name for name in learned), "the model has no adapters, or merged ones"
     folder.mkdir(parents=True, exist_ok=True)
     stored = {f"base_model.model.{name}": w.detach().cpu() for name, w in learned.items()}
     stored = {name: weight.contiguous() for name, weight in stored.items()}

@@ -24,10 +24,11 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def local_device() -> int | str:
+    """This process's GPU, or the CPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
 
 
-def quantisation_options(
+def loading_options(
     recipe: Recipe, dtype: torch.dtype, skip: Iterable[str] = _NOT_QUANTISED
 ) -> dict[str, Any]:
     """Options of `from_pretrained` that quantise all linear layers but those of `skip`."""
@@ -45,6 +46,7 @@ def quantisation_options(
 
 
 def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer holds 8- or 4-bit weights."""
     # By name, because bitsandbytes is imported only where it is used.
     return type(layer).__name__ in ("Linear8bitLt", "Linear4bit")
 
@@ -61,6 +63,7 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of each weight."""
     return {name: weight.shape for name, weight in weights.items()}
 
 

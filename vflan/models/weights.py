@@ -44,6 +44,10 @@ class HasFolder(Protocol):
         """The run folder."""
 
 
+# What weights can be read from: a path, or a Run.
+Source = str | os.PathLike | HasFolder
+
+
 def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any:
     """`kind.from_pretrained(source)`, with one sentence for a damaged or incomplete folder.
 
@@ -90,7 +94,7 @@ def load_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> nn.
     return model
 
 
-def weights_path(weights: str | os.PathLike | HasFolder) -> Path:
+def weights_path(weights: Source) -> Path:
     """The folder or file that holds weights.
 
     weights: a Run, the folder of one, a Hugging Face folder, a folder of LLaVA's, or LLaVA's
@@ -102,13 +106,12 @@ def weights_path(weights: str | os.PathLike | HasFolder) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{shown(path)}: no such file or folder to take weights from.")
+    name = shown(path)
     if (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{shown(path)} is a LoRA adapter, not a model; merge it into its base model first."
-        )
+        raise ValueError(f"{name} is a LoRA adapter, not a model; merge it into its base model.")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"{shown(path)} has no config.json and so holds no model; "
+            f"{name} has no config.json and so holds no model; "
             "train that run to its end, or download all files."
         )
     # LLaVA's pre-training leaves a projector file beside a config.json, and no other weights.
@@ -124,8 +127,7 @@ def is_llava_checkpoint(folder: Path) -> bool:
 def llava_text_config(folder: Path) -> LlamaConfig:
     """The language model's shape in a folder of LLaVA's; ValueError if it is no LLaVA-1.5."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    other = {key: values.get(key, value) for key, value in _LLAVA_1_5.items()}
-    other = {key: value for key, value in other.items() if value != _LLAVA_1_5[key]}
+    other = {key: values[key] for key, v in _LLAVA_1_5.items() if values.get(key, v) != v}
     if other or values.get("model_type") not in ("llava", "llava_llama"):
         problem = other or values.get("model_type")
         raise ValueError(f"{shown(folder)} is no LLaVA-1.5 on a Llama: {problem}.")
@@ -163,7 +165,7 @@ def _read_file(file: Path, part: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in stored.items() if part in name}
 
 
-def read_projector(source: str | os.PathLike | HasFolder) -> dict[str, torch.Tensor]:
+def read_projector(source: Source) -> dict[str, torch.Tensor]:
     """A projector's weights, named as in `parts(model)["projector"]`.
 
     source: LLaVA's `mm_projector.bin`, or anything else that `load_model` starts from.
@@ -212,9 +214,7 @@ def from_llava(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return _rename(weights, _LLAVA_PREFIXES)
 
 
-def _rename(
-    weights: dict[str, torch.Tensor], prefixes: Iterable[tuple[str, str]]
-) -> dict[str, torch.Tensor]:
+def _rename(weights: dict, prefixes: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in weights.items():
         matching = [pair for pair in prefixes if name.startswith(pair[0])]
