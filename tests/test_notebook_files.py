@@ -10,7 +10,8 @@ import pytest
 
 from vflan import world
 from vflan.config import ROOT
-from vflan.tools.notebooks import LIMIT, find_notebooks
+from vflan.tools.clean import LIMIT
+from vflan.tools.notebooks import find_notebooks
 
 NOTEBOOKS = find_notebooks(ROOT / "notebooks")
 

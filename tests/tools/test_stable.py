@@ -78,13 +78,13 @@ def test_a_cell_that_only_draws_has_nothing_to_compare():
     drawn.cells[0].outputs = [
         new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})
     ]
-    assert stable.checked(stable.tag(drawn)) == (0, 0)
+    assert stable.count_compared(stable.tag(drawn)) == (0, 0)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_each_notebook_carries_the_tags_of_the_rule_on_a_third_of_its_cells(path):
     kept = nbformat.read(path, 4)
-    compared, says = stable.checked(kept)
+    compared, says = stable.count_compared(kept)
     assert compared >= says / 3 > 0
     tags = [cell.metadata.get("tags") for cell in kept.cells]
     assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "vflan tag"

@@ -267,7 +267,7 @@ def talk(monkeypatch):
 
     monkeypatch.setattr(streaming, "stream", stream)
     monkeypatch.setattr(streaming, "attention_maps", maps)
-    monkeypatch.setattr(streaming, "seen", lambda *_: Image.new("RGB", (48, 48), "blue"))
+    monkeypatch.setattr(streaming, "tower_view", lambda *_: Image.new("RGB", (48, 48), "blue"))
     return talk
 
 

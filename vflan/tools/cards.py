@@ -176,7 +176,7 @@ def dataset_card(run: Run) -> DatasetCard:
 
 
 def write_dataset_card(run: Run, folder: Path) -> None:
-    """Write README.md and mixture.json of a run's data to `folder`; nothing without mixture.json."""
+    """Write README.md and mixture.json of a run's data to `folder`, if it has a mixture.json."""
     mixture = read_json(run.folder / "mixture.json")
     if mixture:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def _headline_scores(run):
     scores = pd.read_csv(run.folder / "scores.csv")
     headline = scores.benchmark.map({name: b.headline for name, b in BENCHMARKS.items()})
     # Another process may have registered a benchmark that this one does not know. Its headline is
-    # not stored, so all its metrics are shown, without those of single categories ("accuracy/star").
+    # not stored, so all its metrics are shown, except those of one category ("accuracy/star").
     is_unknown = headline.isna() & ~scores.metric.str.contains("/")
     rows = (scores.run == run.name) & ((scores.metric == headline) | is_unknown)
     return scores[rows].dropna(subset="value")

@@ -1,4 +1,4 @@
-"""A run for others: a folder for Hugging Face's pipeline and vLLM, with cards, and its way to the hub."""
+"""A run for others: a folder for Hugging Face's pipeline and for vLLM, and an upload to the hub."""
 
 from __future__ import annotations
 

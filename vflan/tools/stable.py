@@ -189,7 +189,7 @@ def tag(notebook):
     return notebook
 
 
-def checked(notebook):
+def count_compared(notebook):
     """(cells that nbval compares, cells that have text to compare) of a tagged notebook."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and says(cell)]
     return sum(CHECK in cell.metadata.get("tags", []) for cell in cells), len(cells)
@@ -201,7 +201,7 @@ def tag_files(paths=None):
     for path in map(Path, paths):
         notebook = tag(nbformat.read(path, as_version=4))
         path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        compared, all_of_them = checked(notebook)
+        compared, all_of_them = count_compared(notebook)
         print(
             f"{path.stem}: {compared} of {all_of_them} cells with text output say the same everywhere"
         )

@@ -72,7 +72,7 @@ class _AnswerBrowser:
 
     def make_filters(self):
         """A choice for each column that groups the questions: {column: dropdown}."""
-        # a column `run` says where the answers of one list come from; with benchmarks it says nothing new
+        # `run` names the source of answers that have no benchmark
         first = "benchmark" if "benchmark" in self.questions else "run"
         filters = {}
         for column, label in ((first, first), ("category", "task")):

@@ -177,7 +177,7 @@ class _Chat:
 
     def draw_attention(self):
         """Show where the model looked when it began its last answer, if that is asked for."""
-        from vflan.evaluation.streaming import attention_maps, seen
+        from vflan.evaluation.streaming import attention_maps, tower_view
 
         self.attention, self.layer.disabled = None, True
         if self.look.value and self.turns and self.image is not None:
@@ -185,7 +185,7 @@ class _Chat:
                 model, processor = self.load()
                 _, question, _ = self.turns[-1]
                 maps = attention_maps(model, processor, question, self.image, before=self.earlier)
-                self.attention = maps, seen(processor, self.image)
+                self.attention = maps, tower_view(processor, self.image)
                 self.layer.options = ["mean", *range(1, len(maps) + 1)]
                 self.layer.disabled = False
             except Exception as error:

@@ -71,7 +71,7 @@ def dropdown(options, name: str, width: str = "16em") -> w.Dropdown:
 
 
 def set_options(choice: w.Dropdown, values) -> None:
-    """Offer "all" and the sorted `values`; a choice that is not among them any more becomes "all"."""
+    """Offer "all" and the sorted `values`; a choice that is no longer offered becomes "all"."""
     options = ["all", *sorted(values)]
     value = choice.value if choice.value in options else "all"
     choice.options, choice.value = options, value

@@ -12,7 +12,7 @@ from vflan.tools.widgets.elements import macros
 
 
 def runs_of_kinds(ids, labels, image_token: int) -> Iterator[tuple[str, list[int]]]:
-    """(kind, its token ids) of each stretch of a conversation: "learned", "only read", "picture"."""
+    """(kind, token ids) of each stretch: "learned", "only read" or "picture"."""
 
     def kind(pair):
         token, label = pair
