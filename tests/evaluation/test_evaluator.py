@@ -1,4 +1,4 @@
-"""A random model answers: batches must not change answers, kept answers must be the right ones, and nothing is lost."""
+"""A random model answers: batches change no answer, the right answers are cached, none is lost."""
 
 import json
 import math
@@ -78,11 +78,11 @@ def looks(monkeypatch):
 
     answers_look = answers.image_features
     monkeypatch.setattr(answers, "image_features", look)
-    monkeypatch.setattr(answers, "_SEEN", {})
+    monkeypatch.setattr(answers, "_FEATURES", {})
     return numbers
 
 
-# -------------------------------------------------------------------------------------------------------- answer()
+# ----------------------------------------------------------------------------------------- answer()
 
 
 def test_batched_answers_equal_those_of_generate_one_by_one(tiny):
@@ -106,7 +106,10 @@ def test_one_question_a_picture_equals_generate_too(tiny):
 
 
 def test_the_mini_world_answers_as_generate_does(tmp_path):
-    """Its committed backbones, a fresh projector, two questions of every kind of task, in fp32 (bench/evaluate.py asks them all)."""
+    """Committed backbones, a fresh projector, two questions of each kind of task, in fp32.
+
+    bench/evaluate.py asks all questions.
+    """
     import vflan
     from vflan.models.llava import load_model, load_processor
     from vflan.world.scene import render
@@ -159,7 +162,7 @@ def test_a_broken_picture_is_an_error_with_a_reason_and_the_others_are_answered(
     assert [said[i].text for i in range(20)] == [
         whole[i] if i not in (4, 9) else "" for i in range(20)
     ]
-    with pytest.raises(ValueError, match="2 questions were not answered.*picture"):
+    with pytest.raises(ValueError, match="2 questions have no answer.*picture"):
         answer(tiny.model, tiny.processor, rows, 3)
 
 
@@ -214,10 +217,10 @@ def test_only_letters_that_are_options_are_allowed(prompt, words):
     assert allowed(("yes", "no"), prompt) == ["yes", "no"]
 
 
-# ----------------------------------------------------------------------------------------------- what the tower saw is kept
+# --------------------------------------------------------------------- cached features of the tower
 
 
-def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks):
+def test_another_model_with_the_same_tower_encodes_no_picture_again(tiny, looks):
     rows = questions(tiny, 24)
     other = deepcopy(tiny.model)
     with torch.no_grad():
@@ -226,13 +229,13 @@ def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks
     seen = sum(looks)
     second = answer(other, tiny.processor, rows, 8, 16)
     assert seen == len({row["image"] for row in rows} - {None}) == sum(looks) and second != first
-    answers._SEEN.clear()
+    answers._FEATURES.clear()
     assert (
         answer(other, tiny.processor, rows, 8, 16) == second
     )  # the very answers of one that looked itself
 
 
-def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
+def test_another_tower_or_another_preparation_encodes_pictures_again(tiny, looks):
     rows = questions(tiny, 8)
     answer(tiny.model, tiny.processor, rows, 2)
     seen, other, processor = sum(looks), deepcopy(tiny.model), deepcopy(tiny.processor)
@@ -244,9 +247,7 @@ def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
     assert sum(looks) == 3 * seen
 
 
-def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
-    tiny, looks, tmp_path
-):
+def test_a_changed_picture_is_encoded_again_and_a_broken_one_is_never_cached(tiny, looks, tmp_path):
     files = sorted(tiny.folder.glob("*.png"))
     picture, broken = tmp_path / "one.png", tmp_path / "broken.png"
     picture.write_bytes(files[0].read_bytes())
@@ -254,26 +255,26 @@ def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
     answer(tiny.model, tiny.processor, rows, 2)
     picture.write_bytes(files[1].read_bytes() + b" ")
     answer(tiny.model, tiny.processor, rows, 2)
-    assert looks == [1, 1] and len(answers._SEEN) == 2
+    assert looks == [1, 1] and len(answers._FEATURES) == 2
     broken.write_bytes(b"no picture")
     said = dict(
         answering(tiny.model, tiny.processor, [*rows, {"text": "what ?", "image": str(broken)}], 2)
     )
-    assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._SEEN) == 2
+    assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._FEATURES) == 2
 
 
-def test_the_oldest_of_what_was_seen_gives_way(tiny, looks, monkeypatch):
+def test_the_oldest_features_are_dropped_first(tiny, looks, monkeypatch):
     answer(tiny.model, tiny.processor, questions(tiny, 12), 2, 1)
-    kept = list(answers._SEEN)
+    kept = list(answers._FEATURES)
     assert len(kept) > 2
     monkeypatch.setattr(
-        answers, "SEEN_BYTES", 2 * max(features.nbytes for features in answers._SEEN.values())
+        answers, "FEATURE_BYTES", 2 * max(some.nbytes for some in answers._FEATURES.values())
     )
-    answers.remember("newest", answers._SEEN[kept[-1]])
-    assert list(answers._SEEN) == [kept[-1], "newest"]
+    answers.cache_features("newest", answers._FEATURES[kept[-1]])
+    assert list(answers._FEATURES) == [kept[-1], "newest"]
 
 
-# ------------------------------------------------------------------------------------------------- benchmarks of a run
+# ------------------------------------------------------------------------------ benchmarks of a run
 
 
 def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
@@ -289,7 +290,7 @@ def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
     assert pd.read_csv(run.folder / "scores.csv").shape == scores.shape
 
 
-def test_every_answer_is_kept_with_id_prompt_and_why_it_ended(run):
+def test_every_answer_is_cached_with_id_prompt_and_why_it_ended(run):
     evaluate(run)
     header, rows = lines(run.folder / "answers" / "pope.jsonl")
     assert (
@@ -309,7 +310,7 @@ def test_a_second_evaluation_reads_the_answers_and_loads_no_model_and_needs_no_p
     pd.testing.assert_frame_equal(first, second)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_stopped(run, monkeypatch):
     whole = evaluate(run)
     path = run.folder / "answers" / "pope.jsonl"
     kept = path.read_text().splitlines(keepends=True)
@@ -490,7 +491,7 @@ def test_pictures_that_are_all_missing_are_named_before_anything_is_asked(run, o
     for path in own_pictures.iterdir():
         path.unlink()
     with pytest.raises(
-        FileNotFoundError, match="None of the 5 pictures of pope is there; the first: .*0.png"
+        FileNotFoundError, match="None of the 5 pictures of pope exists; the first: .*0.png"
     ):
         evaluate(run)
     assert run.loaded == 0
@@ -520,7 +521,7 @@ def test_several_processes_give_the_same_answers(run, monkeypatch):
 
 def test_questions_on_one_picture_stay_in_one_process():
     asked = [{"image": f"{i % 4}.png" if i % 3 else None} for i in range(60)]
-    pieces = parallel.cut(asked, 7)
+    pieces = parallel.split_by_picture(asked, 7)
     assert sorted(sum(pieces, [])) == list(range(60)) and len(pieces) > 4
     for picture in {"0.png", "1.png", "2.png", "3.png"}:
         assert sum(any(asked[i]["image"] == picture for i in piece) for piece in pieces) == 1
@@ -535,17 +536,17 @@ def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
     monkeypatch.setattr(parallel, "START", "fork")
     run.__class__ = DyingRun
     with pytest.raises(
-        RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"
+        RuntimeError, match="so far are cached: call again to continue, with fewer processes"
     ):
         evaluate(run, num_processes=2)
 
 
 def test_a_model_in_memory_cannot_be_shared(run, tiny):
-    with pytest.raises(ValueError, match="num_processes=1, please"):
+    with pytest.raises(ValueError, match="Set num_processes=1"):
         evaluate(run, model=tiny.model, name="x", num_processes=2)
 
 
-def test_a_swapped_model_is_kept_under_its_own_name(run, tiny):
+def test_a_swapped_models_answers_are_cached_under_its_own_name(run, tiny):
     own = evaluate(run)
     other = tiny_model(tiny.processor.tokenizer, seed=3)
     swapped = evaluate(run, "pope", model=other, name="tiny-run swapped")
@@ -566,7 +567,7 @@ def test_scores_written_before_judges_were_named_are_kept(run):
     assert list(kept.columns) == COLUMNS and len(kept) == 2 * len(old) and set(kept.problems) == {0}
 
 
-def test_unknown_benchmarks_and_missing_folders_are_named(run):
+def test_unknown_benchmarks_and_missing_folders_raise(run):
     with pytest.raises(ValueError, match="'popes'; known are "):
         evaluate(run, "popes")
     with pytest.raises(FileNotFoundError, match="01_data_exploration"):
@@ -581,7 +582,7 @@ def test_without_a_run_a_served_model_and_a_folder_are_needed():
         evaluate(None, "pope")
 
 
-def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(
+def test_a_relative_folder_is_relative_to_the_project_not_to_the_working_directory(
     run, monkeypatch, tmp_path_factory
 ):
     monkeypatch.setattr("vflan.config.ROOT", run.folder)
@@ -600,7 +601,7 @@ def test_a_trained_run_is_evaluated_from_its_folder_alone(run, recipe):
     pd.testing.assert_frame_equal(evaluate(trained), scores)
 
 
-# ----------------------------------------------------------------------------------- tasks, pairs of runs, judges
+# --------------------------------------------------------------------- tasks, pairs of runs, judges
 
 
 def test_each_task_has_a_row_with_its_own_interval(run):
@@ -695,8 +696,8 @@ def open_questions(run):
     folder = run.folder / "benchmarks" / "llava_bench"
     folder.mkdir()
     rows = [
-        {"question_id": str(i), "image": f"{i}.png", "text": "what is there ?", "label": "a red star", "category": c,
-         "facts": [["red", "star"]]}
+        {"question_id": str(i), "image": f"{i}.png", "text": "what is there ?",
+         "label": "a red star", "category": c, "facts": [["red", "star"]]}
         for i, c in enumerate(["conversation", "detail", "reasoning"])
     ]  # fmt: skip
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -744,7 +745,7 @@ def test_judged_answers_say_which_are_right_as_the_score_does(run):
     assert {row["benchmark"] for row in rows} == {"pope"} and not any(row["reason"] for row in rows)
 
 
-def test_a_judges_reason_is_told_with_its_marks_and_half_of_them_are_right(run):
+def test_a_judges_reason_has_its_points_and_half_of_them_count_as_right(run):
     class Judge:
         title = "strict 1"
 
@@ -768,7 +769,7 @@ def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
     ]
 
 
-def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
+def test_new_scores_replace_old_ones_in_place(tmp_path):
     def table(**values):
         rows = [(run, "pope", "f1", value, 0, "", 0) for run, value in values.items()]
         return pd.DataFrame(
@@ -781,12 +782,12 @@ def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
     assert list(zip(kept.run, kept.value)) == [("a", 8), ("b", 9), ("c", 3), ("d", 4)]
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.fixture
 def living(monkeypatch):
-    """Bytes of keys and values that are alive `now`, and the `most` at a time, counted whenever a layer made some."""
+    """Bytes of keys and values that exist `now`, and the `most` at any time."""
     found, known = SimpleNamespace(most=0, now=0), set()
 
     def free(key, size):
@@ -852,7 +853,7 @@ def twins(tiny, folder, number):
 
 @pytest.mark.parametrize("tokens", [1, 12])
 @pytest.mark.parametrize("each", [1, 3, 20])
-def test_what_is_alive_stays_below_the_limit(tiny, living, tmp_path, tokens, each):
+def test_caches_stay_below_the_memory_limit(tiny, living, tmp_path, tokens, each):
     asked = [
         row | {"image": path} for path in twins(tiny, tmp_path, 16) for row in questions(tiny, each)
     ]
@@ -872,7 +873,7 @@ def test_answers_are_the_same_whatever_the_memory(tiny, limit):
 
 
 def failing(model, at, most=math.inf):
-    """Out of memory in the pass of number `at`, and in every pass of more than `most` rows; how to undo it."""
+    """A hook: out of memory in pass number `at`, and in every pass with more than `most` rows."""
     passes = iter(range(1 << 30))
 
     def fail(module, positional, named):
@@ -884,7 +885,7 @@ def failing(model, at, most=math.inf):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 7, 20])
-def test_where_memory_runs_out_half_as_much_is_asked_and_nothing_twice(tiny, at):
+def test_when_memory_runs_out_batches_are_halved_and_nothing_is_asked_twice(tiny, at):
     asked = questions(tiny, 40)
     whole = dict(answering(tiny.model, tiny.processor, asked, 6))
     hook = failing(tiny.model, at, most=math.inf)
@@ -908,7 +909,7 @@ def test_a_batch_becomes_as_small_as_it_has_to_be(tiny, most, living):
     assert living.now == 0, "what failed is still alive"
 
 
-def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
+def test_one_question_that_does_not_fit_raises_one_sentence(tiny):
     hook = failing(tiny.model, -1, most=0)
     try:
         with pytest.raises(RuntimeError, match="One question alone does not fit into the memory"):
@@ -921,7 +922,7 @@ def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
         hook.remove()
 
 
-def test_the_tower_looks_at_half_of_the_pictures_where_memory_runs_out(tiny, monkeypatch):
+def test_the_tower_encodes_half_of_the_pictures_when_memory_runs_out(tiny, monkeypatch):
     asked = questions(tiny, 20)
     whole = answer(tiny.model, tiny.processor, asked)
     real = answers.image_features
@@ -931,6 +932,6 @@ def test_the_tower_looks_at_half_of_the_pictures_where_memory_runs_out(tiny, mon
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(model, values)
 
-    monkeypatch.setattr(answers, "_SEEN", {})
+    monkeypatch.setattr(answers, "_FEATURES", {})
     monkeypatch.setattr(answers, "image_features", look)
     assert answer(tiny.model, tiny.processor, asked) == whole

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -19,6 +19,9 @@ from filelock import FileLock, Timeout
 from vflan.config import shown
 from vflan.data.images import picture_trouble
 from vflan.progress import counted
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SCORE_KEY = ["run", "benchmark", "metric", "seed", "judge"]
 BLOCK_BYTES, BLOCKS = 1 << 20, 17  # how much of a file of weights is hashed
@@ -184,6 +187,16 @@ def hash_weights(folder: str | Path) -> str:
             for start in sorted(starts):
                 file.seek(start)
                 digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def hash_model(model: nn.Module) -> str:
+    """A short hash of a model in memory, from at most 4096 values of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sampled = flat[:: max(1, flat.numel() // 4096)][:4096]
+        digest.update(name.encode() + sampled.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -9,15 +9,7 @@ import ipywidgets as w
 import numpy as np
 from PIL import Image
 
-from vflan.tools.widgets.elements import (
-    LABEL_STYLE,
-    button,
-    dropdown,
-    first_line,
-    in_a_row,
-    macros,
-    picture,
-)
+from vflan.tools.widgets import elements
 
 ORANGE = "#D55E00"
 
@@ -58,29 +50,32 @@ class _Chat:
         self.loaded = None  # (run's name, model, processor) of the run that answered last
         self.earlier = []  # (question, answer) pairs that the last answer was given
 
-        self.run = dropdown(list(runs), "run")
+        self.run = elements.dropdown(list(runs), "run")
         self.temperature = w.FloatSlider(
-            max=1.5, step=0.1, description="temperature", style=LABEL_STYLE
+            max=1.5, step=0.1, description="temperature", style=elements.LABEL_STYLE
         )
         self.question = w.Text(
             placeholder="ask about the picture",
             continuous_update=False,
             layout=w.Layout(width="32em"),
         )
-        self.send, self.stop = button("ask", button_style="primary"), button("stop", disabled=True)
+        self.send, self.stop = (
+            elements.button("ask", button_style="primary"),
+            elements.button("stop", disabled=True),
+        )
         self.upload = w.FileUpload(accept="image/*", description="own picture")
-        self.another = button("another picture")
+        self.another = elements.button("another picture")
         self.look, self.remember = _checkbox("where it looks"), _checkbox("remember")
-        self.layer = dropdown(["mean"], "layer", "9em")
+        self.layer = elements.dropdown(["mean"], "layer", "9em")
         self.layer.disabled = True
         self.view, self.page = w.HTML(), w.HTML()
         self.connect()
         self.take(pictures[0])
         another = [self.another] if len(pictures) > 1 else []
-        tools = in_a_row(*another, self.upload, self.remember, self.look, self.layer)
+        tools = elements.in_a_row(*another, self.upload, self.remember, self.look, self.layer)
         pages = w.HBox([self.view, self.page])
-        asking = in_a_row(self.question, self.send, self.stop)
-        self.box = w.VBox([in_a_row(self.run, self.temperature), tools, pages, asking])
+        asking = elements.in_a_row(self.question, self.send, self.stop)
+        self.box = w.VBox([elements.in_a_row(self.run, self.temperature), tools, pages, asking])
 
     def connect(self):
         self.send.on_click(self.ask)
@@ -94,7 +89,7 @@ class _Chat:
     # -------------------------------------------------------------------------- what is shown
 
     def take(self, image, caption=""):
-        """Begin a new conversation about a picture."""
+        """Begin a new conversation about a elements.picture."""
         self.image, self.caption, self.attention = image, caption, None
         self.turns = []  # (run, question, answer) on the page
         self.answered = []  # those of them that a run may read again: failed ones are left out
@@ -108,10 +103,10 @@ class _Chat:
             weights = maps.mean(0) if self.layer.value == "mean" else maps[self.layer.value - 1]
             image = heat_map(model_view, weights)
             caption = f"{weights.sum():.0%} of its attention is on the picture"
-        self.view.value = macros.chat_picture(picture(image, 240), caption)
+        self.view.value = elements.macros.chat_picture(elements.picture(image, 240), caption)
 
     def show_turns(self):
-        self.page.value = macros.chat_turns(self.turns)
+        self.page.value = elements.macros.chat_turns(self.turns)
 
     def next_picture(self, _):
         self.picture_number = (self.picture_number + 1) % len(self.pictures)
@@ -162,7 +157,7 @@ class _Chat:
             if text.strip():
                 self.answered.append((run, question, text.strip()))
         except Exception as error:  # in a thread nobody catches it: the reader must see it
-            self.turns[-1] = run, question, f"{text} ({first_line(error)})".strip()
+            self.turns[-1] = run, question, f"{text} ({elements.first_line(error)})".strip()
         self.show_turns()
         self.draw_attention()
         self.set_busy(False)
@@ -189,7 +184,7 @@ class _Chat:
                 self.layer.options = ["mean", *range(1, len(maps) + 1)]
                 self.layer.disabled = False
             except Exception as error:
-                self.caption = first_line(error)
+                self.caption = elements.first_line(error)
         self.show_picture()
 
 
