@@ -105,8 +105,7 @@ def test_the_planned_peak_is_the_measured_one(medium, monkeypatch, tmp_path, cha
     assert planned.peak == pytest.approx(held, rel=0.15)
 
 
-# --------------------------------------------------------------------------------------- machines
-# that are not here
+# ---------------------------------------------------------------------- machines that are not here
 
 
 @pytest.fixture(autouse=True)

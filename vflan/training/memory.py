@@ -344,9 +344,8 @@ def _load_rows(recipe):
         raise ValueError(
             f"{recipe.samples} is not there, and its number of rows is unknown: set num_samples."
         )
-    source, random = recipe.language_model, np.random.default_rng(0)
-    cached = try_to_load_from_cache(source, "tokenizer_config.json")
-    if measured := samples and (resolve(source).is_dir() or isinstance(cached, str)):
+    random = np.random.default_rng(0)
+    if measured := samples and _has_tokenizer(recipe.language_model):
         lengths, learned, picture = _measure_lengths(samples, recipe, patches)
         notes = (f"lengths: those of {len(lengths):,} of {rows:,} rows",)
         sampled = rows > ROWS_READ
@@ -362,6 +361,13 @@ def _load_rows(recipe):
     columns = dict(lengths=lengths[chosen], supervised=learned[chosen], picture=picture, ids=chosen)
     packed = recipe.packing == "packed"
     return SimpleNamespace(**columns, packed=packed, patches=patches, text=text), notes
+
+
+def _has_tokenizer(source):
+    # A local folder, or a model of the hub that has been downloaded.
+    if resolve(source).is_dir():
+        return True
+    return isinstance(try_to_load_from_cache(source, "tokenizer_config.json"), str)
 
 
 def _measure_lengths(samples, recipe, patches):

@@ -66,8 +66,7 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
 
 def _train_under_torchrun(run, recipe, init):
     accelerator = distributed.make_accelerator(recipe, run.folder)
-    # The main process holds the folder's lock until the run is finished; its `fit` may enter it
-    # again.
+    # The main process holds the lock until the run is finished; its `fit` enters it again.
     with ExitStack() as lock:
         with accelerator.main_process_first():
             if accelerator.is_main_process:
@@ -115,8 +114,8 @@ def fit(folder: str | Path, num_processes: int | None = None) -> None:
     if run.finished:
         return
     with run.lock(reenter=True) if main else nullcontext(), explain_full_disk(run.folder):
-        # Before we had the lock, another process may have finished this run or started another
-        # recipe.
+        # Another process may have finished this run, or started another recipe, before we had the
+        # lock.
         if main:
             _check_same_recipe(run, begun)
         finished = [run.finished]
@@ -143,7 +142,7 @@ def _fit(run, recipe, accelerator):
     with accelerator.main_process_first():
         is_main = accelerator.is_main_process
         data = prepare(recipe, processor.tokenizer, model.config, run.folder, validate=is_main)
-    # Pictures goes first: it hashes the vision tower before any weight is wrapped.
+    # Replicate or shard the model. Its frozen parts are hashed now and again after training.
     pictures, state = _distribute(model, processor, data, recipe, accelerator)
     learner, optimizer, frozen = state.learner, state.optimizer, _fingerprint_frozen(model)
 
@@ -200,6 +199,7 @@ def _distribute(model, processor, data, recipe, accelerator):
     # A sharded model moves to the devices shard by shard, but each process keeps the whole tower.
     replicated = distributed.sharding(recipe, accelerator.num_processes) == "none"
     (model if replicated else models.parts(model)["vision_tower"]).to(accelerator.device)
+    # Pictures hashes the tower, so it comes before weights are wrapped or sharded.
     pictures = Pictures(data, model, processor, recipe)
     learner = Learner(model, recipe)
     make_optimizer = partial(_optimizer, model, recipe)
