@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from vflan.__main__ import app, main, spelled_out
-from vflan.evaluation import evaluator
+from vflan.evaluation import results
 from vflan.evaluation.benchmarks import BENCHMARKS
 
 
@@ -34,8 +34,8 @@ def test_an_option_without_its_value_runs_nothing(capsys):
 def test_a_runs_answers_become_the_servers_file(tmp_path, monkeypatch):
     samples, texts = [{"question_id": "7"}, {"question_id": "8"}], ["Red.", None]
     answers = SimpleNamespace(samples=samples, benchmark=BENCHMARKS["gqa"]), texts
-    monkeypatch.setattr(evaluator, "_read_answers", lambda *_: answers)
-    path = evaluator.write_upload("gqa", SimpleNamespace(folder=tmp_path), out=tmp_path / "up.json")
+    monkeypatch.setattr(results, "_read_answers", lambda *_: answers)
+    path = results.write_upload("gqa", SimpleNamespace(folder=tmp_path), out=tmp_path / "up.json")
     assert json.loads(path.read_text()) == [
         {"questionId": "7", "prediction": "red"},
         {"questionId": "8", "prediction": ""},

@@ -148,7 +148,7 @@ def upload_command(
     out: Annotated[str | None, Option(help="the file to write")] = None,
 ) -> None:
     """Write a run's answers in the form that the benchmark's server takes."""
-    from vflan.evaluation.evaluator import write_upload
+    from vflan.evaluation.results import write_upload
 
     print(write_upload(name, run, folder, out))
 

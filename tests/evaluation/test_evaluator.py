@@ -21,21 +21,18 @@ from transformers.cache_utils import DynamicLayer
 
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 from vflan.evaluation import generation as answers
-from vflan.evaluation import parallel
+from vflan.evaluation import parallel, results
 from vflan.evaluation.answer_cache import Answer, keep_scores, locked, read_rows
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.evaluator import (
     COLUMNS,
     LETTERS,
     allowed,
-    difference,
     evaluate,
-    judged_answers,
-    kept_items,
-    per_task,
 )
 from vflan.evaluation.generation import answer, answering, first_token
 from vflan.evaluation.judge import Judgement
+from vflan.evaluation.results import difference, judged_answers, kept_items, per_task
 
 FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
 HOUSE = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
@@ -763,7 +760,7 @@ def test_a_judges_reason_has_its_points_and_half_of_them_count_as_right(run):
 def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
     rows = [dict(question_id="a", image="a.png", text="?", label="yes", category="color")]
     assert BENCHMARKS["mme"].items(rows, ["Yes"]) == {}
-    assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [
+    assert [results._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [
         True,
         False,
     ]

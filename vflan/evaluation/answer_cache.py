@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCORE_KEY = ["run", "benchmark", "metric", "seed", "judge"]
-BLOCK_BYTES, BLOCKS = 1 << 20, 17  # how much of a file of weights is hashed
+# Of each file of weights, so many blocks are hashed: a 13B model has 26 GB.
+BLOCK_BYTES, BLOCKS = 1 << 20, 17
 
 
 class Answer(NamedTuple):
@@ -52,6 +53,7 @@ def ask_and_keep(
     second one waits, and then reads the file. Failed questions are asked again, unless the picture
     still cannot be read.
     """
+    # The lock is held while asking: a second process would otherwise ask the same questions.
     with locked(path):
         answers = read_answers(path, header, questions)
         missing = [
@@ -66,6 +68,7 @@ def ask_and_keep(
                 for number, answer in replies:
                     i = missing[number]
                     answers[i], text = answer, questions[i]["text"]
+                    # Size and prompt show later whether the question is still the same.
                     row = dict(i=i, question_id=samples[i]["question_id"], prompt=text)
                     row |= dict(answer=answer.text, finish=answer.finish)
                     row |= dict(bytes=file_size(questions[i]["image"]))
@@ -79,9 +82,11 @@ def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, A
     ValueError if the header differs, or if a picture has changed since its question was answered.
     """
     rows = read_rows(path, mend=True)
+    # The header comes first, so that a killed process leaves no answers without it.
     if not rows:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return {}
+    # Answers to other questions, or of another model, must never be scored as ours.
     old, *rows = rows
     changes = [f"{k} ({old.get(k)}, now {v})" for k, v in header.items() if old.get(k) != v]
     if changes:
@@ -114,6 +119,7 @@ def read_rows(path: Path, mend: bool = False) -> list[dict]:
     """
     if not path.exists():
         return []
+    # A killed process may have left half a row behind the last line break.
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     if mend and end < len(data):
@@ -163,6 +169,7 @@ def hash_questions(samples: list[dict], questions: list[dict]) -> str:
     """A short hash of ids, prompts, allowed answers and picture names; labels may be corrected."""
     digest = hashlib.sha256()
     for sample, question in zip(samples, questions, strict=True):
+        # Only the name: the folder of the benchmarks may be moved.
         image = question["image"] and Path(question["image"]).name
         parts = [sample["question_id"], question["text"], image, question.get("choices")]
         digest.update(json.dumps(parts).encode())
@@ -181,6 +188,7 @@ def hash_weights(folder: str | Path) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
+        # Equally spaced blocks, the last one at the end of the file.
         last = max(0, size - BLOCK_BYTES)
         starts = {min(size * block // (BLOCKS - 1), last) for block in range(BLOCKS)}
         with path.open("rb") as file:
@@ -213,6 +221,7 @@ def keep_scores(path: Path, scores: pd.DataFrame) -> None:
             place = both.groupby(SCORE_KEY, sort=False).ngroup()
             both = both.iloc[place.argsort(kind="stable")]
             scores = both.drop_duplicates(SCORE_KEY, keep="last")
+        # Replaced as a whole: a reader never sees half a table.
         part = path.with_suffix(".part")
         scores.to_csv(part, index=False, float_format="%.4f")
         part.replace(path)

@@ -46,6 +46,7 @@ def ask_all(
     """
     if not requests:
         return
+    # A list, because all threads have to see when one finds the other name of the limit.
     client, limit_name = _client(timeout, retries), ["max_tokens"]
 
     def ask(make_messages):
@@ -61,6 +62,7 @@ def ask_all(
         index_of = {pool.submit(ask, request): i for i, request in enumerate(requests)}
         for future in as_completed(index_of):
             reply = future.result()
+            # Only failures in a row count: one success shows that the endpoint is running.
             failures = failures + 1 if reply.finish == "down" else 0
             if failures >= max(8, 2 * workers):
                 raise ConnectionError(
@@ -69,6 +71,7 @@ def ask_all(
                 )
             yield index_of[future], reply
     finally:
+        # Also runs if the reader stops early: questions that wait are not sent any more.
         pool.shutdown(cancel_futures=True)
         client.close()
 
@@ -99,12 +102,14 @@ def _ask(client, model, messages, max_tokens, temperature, limit_name) -> Reply:
     down = (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError)
     malformed = (openai.APIError, ValueError, TypeError, AttributeError, LookupError)
     try:
+        # Servers of other makers may leave out any field, so everything is checked here.
         reply = client.chat.completions.create(model=model, messages=messages, **options)
         choice = reply.choices[0]
         text = choice.message.content
         if not isinstance(text, str | None):
             raise TypeError("content is no text")
         return Reply((text or "").strip(), choice.finish_reason or "stop", str(reply.model or ""))
+    # A wrong key or name fails for every question: stop at once, and do not quote the server.
     except (openai.AuthenticationError, openai.PermissionDeniedError):
         raise ValueError("The endpoint refused the key: check OPENAI_API_KEY.") from None
     except openai.NotFoundError:
@@ -118,6 +123,7 @@ def _ask(client, model, messages, max_tokens, temperature, limit_name) -> Reply:
             limit_name[0] = "max_completion_tokens"
             return _ask(client, model, messages, max_tokens, temperature, limit_name)
         return Reply("", "error", trouble=_redact(error))
+    # The client has already retried these.
     except down as error:
         return Reply("", "down", trouble=_redact(error))
     except openai.APIStatusError as error:

@@ -1,6 +1,6 @@
 """evaluate(): asks a run the questions of benchmarks, caches the answers, judges and scores them.
 
-Further down: the same from cached answers, and two runs compared on the same questions.
+results.py reads the cached answers again: for single tasks, or to compare two runs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from vflan.evaluation.answer_cache import (
     hash_questions,
     hash_weights,
     keep_scores,
-    read_rows,
 )
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
 from vflan.evaluation.generation import answering
-from vflan.evaluation.stats import bootstrap, paired
+from vflan.evaluation.stats import bootstrap
 from vflan.training.run import Run
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ LETTERS = tuple("ABCDEFGHabcdefgh")
 LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
 CHOICES = {"pope": YES_NO, "mme": YES_NO} | dict.fromkeys(LETTER_BENCHMARKS, LETTERS)
 OPTION = r"(?m)(?:^|\s)\(?{}[.)]"  # how an option of that letter begins
-UPLOAD_ENDINGS = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}
 
 
 def evaluate(
@@ -82,6 +80,7 @@ def evaluate(
     """
     run, served = open_run(run), hasattr(model, "answering")
     name = _check_name(run, model, name, folder, num_processes)
+    # Everything is read and checked before the model is loaded.
     folder = resolve(folder or run.recipe.benchmarks)
     home = Path(run.folder) if run else output_path(f"runs/served/{name}")
     tests = [load_benchmark(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
@@ -91,6 +90,7 @@ def evaluate(
     answers = home / "answers" / (name if name and run else "")
     with asking(run, model, num_processes, batch_size, template, memory) as ask:
         replies = [test.ask(answers, ask, **shared) for test in tests]
+    # Scoring comes after all asking, so that a local judge has the memory for itself.
     label, seed = name or run.recipe.name, run.recipe.seed if run else 0
     tables = [score_answers(label, *pair, seed) for pair in zip(tests, replies)]
     scores = pd.concat(tables, ignore_index=True)
@@ -107,7 +107,7 @@ def _check_name(run, model, name, folder, num_processes) -> str | None:
     """The name for the answers of a given model; ValueError for arguments that do not fit."""
     served = hasattr(model, "answering")
     name = name or (model.folder_name if served else None)
-    # The name of an arm of a sweep may have several parts.
+    # The name becomes a folder; that of a sweep's arm may have several parts.
     for part in name.split("/") if isinstance(name, str) else ():
         folder_name(part)
     if (model is None) != (name is None):
@@ -182,10 +182,12 @@ def load_benchmark(
     benchmark = BENCHMARKS[key]
     samples = benchmark.load(folder)
     questions = [{"image": s["image"], "text": benchmark.prompt(s)} for s in samples]
+    # One missing picture is a problem of its question; if all are missing, the folder is wrong.
     pictures = {question["image"] for question in questions} - {None}
     if pictures and not any(map(stamp, pictures)):
         which = f"None of the {len(pictures)} pictures of {key} exists"
         raise FileNotFoundError(f"{which}; the first: {min(pictures)}")
+    # The words are part of the header: answers of other words are not the same answers.
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
         questions = [q | {"choices": allowed(words, q["text"])} for q in questions]
@@ -218,6 +220,7 @@ def asking(
     The model is loaded at the first call, so not at all if every answer is cached.
     """
 
+    # Cached, so that all benchmarks share one loaded model.
     @cache
     def load():
         return run.load_model() if model is None else model, run.processor()
@@ -265,11 +268,13 @@ def choose_judge(
             f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of "
             "vflan.judge, or name the benchmarks without it."
         )
+    # A judge compares with the reference.
     if missing := [s["question_id"] for s in samples if s.get("label") is None]:
         raise ValueError(
             f"{benchmark.name}: {len(missing)} questions have no reference to judge by (first: "
             f"{missing[0]}): put the released reference answers beside the question file."
         )
+    # A judge without a prompt takes the benchmark's; a judge of another class has none.
     if getattr(judge, "prompt", judge) is None:
         return replace(judge, prompt=prompt_for(benchmark.name, folder))
     return judge
@@ -295,6 +300,7 @@ def score_answers(
 ) -> pd.DataFrame:
     """One row for each metric: its interval, the majority baseline, the judge and the problems."""
     benchmark, texts = test.benchmark, [answer.text for answer in answers]
+    # A question without an answer and a failed judgement are both left out of the mean.
     problems = [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
     judgements, judged_by = test.judge_answers(texts), ""
     if benchmark.judged or judgements:
@@ -323,129 +329,3 @@ def score_interval(metric: Metric) -> tuple[float, float, float, int]:
     """(value, low, high, n) of a Metric."""
     interval = bootstrap(100 * metric.num, metric.cluster, den=metric.den, groups=metric.group)
     return *interval, int((metric.den > 0).sum())
-
-
-# ---------------------------------------------------------------------------- from cached answers
-
-
-def kept_items(
-    run: AnyRun,
-    benchmark: str,
-    folder: Folder = None,
-    name: str | None = None,
-    judge: Judges = None,
-) -> tuple[dict[str, Metric], dict[str, float]]:
-    """({metric: Metric}, {metric: baseline}) from cached answers; no model is loaded or asked.
-
-    FileNotFoundError if the evaluation is not finished.
-    """
-    test, texts = _read_answers(run, benchmark, folder, name, judge)
-    items = test.benchmark.items(test.samples, texts, test.judge_answers(texts))
-    return items, test.baseline
-
-
-def _read_answers(run, benchmark, folder=None, name=None, judge=None):
-    """(LoadedBenchmark, the text of each answer)."""
-    run = open_run(run)
-    path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
-    test = load_benchmark(benchmark, resolve(folder or run.recipe.benchmarks), judge)
-    texts = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
-    if missing := len(test.samples) - len(texts):
-        raise FileNotFoundError(
-            f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
-        )
-    return test, [texts[i] for i in range(len(texts))]
-
-
-def write_upload(benchmark: str, run: AnyRun, folder: Folder = None, out: Folder = None) -> Path:
-    """Writes cached answers in the form that a benchmark's server takes; returns the file.
-
-    For MME the result is a folder. folder: of the benchmarks (default: the recipe's). ValueError
-    for a benchmark without such a file, FileNotFoundError if an answer is missing.
-    """
-    if benchmark not in BENCHMARKS or not BENCHMARKS[benchmark].upload:
-        known = ", ".join(name for name, b in BENCHMARKS.items() if b.upload)
-        raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {known}.")
-    run = open_run(run)
-    test, texts = _read_answers(run, benchmark, folder)
-    ending = UPLOAD_ENDINGS.get(benchmark, ".json")
-    path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
-    test.benchmark.upload(test.samples, texts, path)
-    return path
-
-
-def judged_answers(
-    run: AnyRun,
-    benchmark: str,
-    folder: Folder = None,
-    name: str | None = None,
-    judge: Judges = None,
-) -> list[dict]:
-    """The questions of a benchmark, each with the cached `answer`, `right` and `reason`.
-
-    right: whether the answer scores half of the points or more, by the judge or by the benchmark's
-    own rule; each question counts by itself, without its rotations or its pair. None if the judge
-    failed. reason: the judge's. No model is asked again.
-    """
-    test, texts = _read_answers(run, benchmark, folder, name, judge)
-    rows = []
-    judgements = test.judge_answers(texts) or [None] * len(texts)
-    for sample, text, judgement in zip(test.samples, texts, judgements):
-        if judgement is None:
-            right, reason = _is_right(test.benchmark, sample, text), ""
-        elif judgement.score is None:
-            right, reason = None, judgement.reason
-        else:
-            right = 2 * judgement.score >= judgement.out_of
-            reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
-        row = dict(benchmark=benchmark, answer=text, right=right, reason=reason)
-        rows.append(sample | row)
-    return rows
-
-
-def _is_right(benchmark, sample, text) -> bool:
-    items = benchmark.items([sample], [text])
-    metric = items.get("accuracy") or items.get(benchmark.headline)
-    # A benchmark that scores pairs has no metric for a single question.
-    if metric is None:
-        return benchmark.parse(text, sample) == benchmark.parse(str(sample["label"]), sample)
-    return metric.value() >= 50
-
-
-def per_task(
-    run: AnyRun,
-    benchmark: str = "heldout",
-    metric: str | None = None,
-    folder: Folder = None,
-    name: str | None = None,
-) -> pd.DataFrame:
-    """One row for each task (category) of a benchmark: task, value, low, high, n, baseline.
-
-    For held-out tasks and for forgetting. metric: default is the benchmark's headline.
-    """
-    metric = metric or BENCHMARKS[benchmark].headline
-    items, baseline = kept_items(run, benchmark, folder, name)
-    tasks = {key: m for key, m in items.items() if key.startswith(f"{metric}/")}
-    tasks = tasks or {metric: items[metric]}
-    rows = [
-        [key.removeprefix(f"{metric}/"), *score_interval(m), baseline.get(key, float("nan"))]
-        for key, m in tasks.items()
-    ]
-    return pd.DataFrame(rows, columns="task value low high n baseline".split())
-
-
-def difference(
-    run: AnyRun, other: AnyRun, benchmark: str, folder: Folder = None, judge: Judges = None
-) -> pd.DataFrame:
-    """Two runs on the same questions: benchmark, metric, difference, low, high, p, n.
-
-    The difference is the value of `run` minus that of `other`. The interval resamples pictures for
-    both at once; p is a permutation test that swaps the two runs picture by picture.
-    """
-    mine, theirs = (kept_items(r, benchmark, folder, judge=judge)[0] for r in (run, other))
-    rows = []
-    for key, a in mine.items():
-        b, both = theirs[key], dict(clusters=a.cluster, groups=a.group)
-        result = paired(100 * a.num, 100 * b.num, den=(a.den, b.den), **both)
-        rows.append([benchmark, key, *result, len(a.num)])
-    return pd.DataFrame(rows, columns="benchmark metric difference low high p n".split())

@@ -93,12 +93,14 @@ def answering(
     # Each word is tokenised once, though it is allowed for many questions.
     start_of = cache(partial(first_token, tokenizer=processor.tokenizer))
     ask = partial(_ask, model, processor.tokenizer, samples, max_new_tokens, start_of)
+    # Dropout off; the mode is restored at the end.
     model.eval()
     try:
         groups = group_questions(samples, processor.tokenizer, template)
         for (prefix, choose), pictures in groups.items():
             budget.new = 0 if choose else max_new_tokens
             budget.prefix = budget.picture = 0
+            # Questions without a picture have no shared positions, each is its own group.
             text_only = [(None, [question]) for question in pictures.pop(None, [])]
             yield from ask_in_batches(text_only, budget, lambda features: None, ask)
             if not pictures:

@@ -145,6 +145,7 @@ def facts(reference: str, answer: str, sample: dict, lexicon: dict) -> Facts:
     Only the pairs that the reference mentions are asked for: a short question about one star is
     not about the whole picture.
     """
+    # Without facts the reference is trusted as it is.
     truth = {tuple(pair) for pair in sample.get("facts", [])}
     named = mentions(answer, lexicon)
     expected = [pair for pair in mentions(reference, lexicon) if not truth or pair in truth]
@@ -187,6 +188,7 @@ class RuleJudge:
             content = overlap(reference, answer)
             reason = f"{round(100 * content)} % of the words agree"
         untrue = len(wrong) / len(right + wrong) if wrong else 0.0
+        # Half of the content is enough for the full points of form and truth.
         form, substance = is_long_form(answer), min(1, 2 * content)
         score = 6 * content + 2 * form * substance + 2 * (1 - untrue) * substance
         reason += ", whole sentences" if form else ", no whole sentences"
@@ -233,6 +235,7 @@ class EndpointJudge:
     def judge_all(self, rows: list[Row]) -> list[Judgement]:
         """The Judgements of many answers, asked at the same time."""
         texts = [self.prompt.fill(*row) for row in rows]
+        # The key covers all that a reply depends on: model, endpoint, prompt, temperature.
         keys = [self._key(text) for text in texts]
         path = Path(self.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.title)}.jsonl"
         # Equal questions have equal keys and are asked once.
@@ -283,6 +286,7 @@ class EndpointJudge:
 
     def _judgement(self, row: dict) -> Judgement:
         score, out_of = self.prompt.read(row["reply"])
+        # Only a version that tells more than the name is worth naming.
         version = row["model"] if row["model"] != self.model else ""
         return Judgement(score, row["reply"], out_of, version)
 
@@ -328,12 +332,14 @@ class LocalJudge:
     @property
     def _version(self) -> str:
         source = weights_source(self.model)
+        # A model of the hub is known by its commit.
         if Path(source).is_dir():
             return hash_weights(source)[:8]
         return str(getattr(self._loaded[0].config, "_commit_hash", None) or "")[:8]
 
     def _ids(self, text: str) -> list[int]:
         tokenizer = self._loaded[1]
+        # Vicuna's tokenizer has no chat template.
         if not tokenizer.chat_template:
             return prompt_ids(text, tokenizer, has_image=False)
         options = dict(add_generation_prompt=True, return_dict=True)

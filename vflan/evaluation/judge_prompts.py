@@ -152,6 +152,7 @@ def prompt_for(benchmark: str, folder: str | Path) -> Prompt:
     if benchmark != "llava_bench" or not path.is_file():
         return PROMPTS.get(benchmark, YES_NO)
     prefix = "llava_bench_"
+    # The released file also has rules for other tasks than this benchmark.
     released = json.loads(path.read_text(encoding="utf-8"))
     rules = {
         name.removeprefix(prefix): (rule["role"], rule["prompt"])

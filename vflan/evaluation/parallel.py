@@ -30,6 +30,7 @@ def forking(soon: bool = False) -> BaseContext:
     The server imports torch and transformers once, which takes ten seconds. soon: start it now, so
     that it imports them while the caller continues. On systems without fork, processes are spawned.
     """
+    # Windows has no fork.
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -53,6 +54,7 @@ def working(
     that was added at run time needs nothing more. RuntimeError if a process dies.
     """
     context = get_context(START)
+    # Each worker takes one number from the queue: its GPU follows from it.
     ranks = context.Queue()
     for rank in range(num_processes):
         ranks.put(rank)
@@ -77,6 +79,7 @@ def working(
                 "smaller batch_size."
             ) from None
         finally:
+            # Also runs if the reader stops early.
             for future in pieces:
                 future.cancel()
 
@@ -86,6 +89,7 @@ def working(
 
 def split_by_picture(questions: list[dict], size: int) -> list[list[int]]:
     """Indices of the questions in pieces of about `size`; those on one picture stay together."""
+    # A picture is encoded once by the process that gets it.
     pictures: dict[Any, list[int]] = {}
     for i, question in enumerate(questions):
         pictures.setdefault(question["image"] or i, []).append(i)
@@ -104,12 +108,14 @@ def _load(run, num_processes, ranks) -> None:
     import torch
 
     if torch.cuda.is_available():
+        # The largest number of processes on one GPU.
         share = -(-num_processes // torch.cuda.device_count())
         gpu = rank % torch.cuda.device_count()
         # The loader reads LOCAL_RANK to place a quantised model.
         os.environ["LOCAL_RANK"] = str(gpu)
         torch.cuda.set_device(gpu)
     else:
+        # The processes share the cores; more threads than cores would be slower.
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     _WORKER.update(model=run.load_model(), processor=run.processor(), share=share)
 

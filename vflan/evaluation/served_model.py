@@ -41,6 +41,7 @@ class ServedModel:
 
     def answering(self, samples: list[dict], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
         """Yields (index, greedy Answer) as they come; a failure is an error with its reason."""
+        # Functions, so that pictures are read and encoded only when they are sent.
         requests = [partial(messages, sample) for sample in samples]
         patience = dict(workers=self.workers, timeout=self.timeout, retries=self.retries)
         for index, reply in ask_all(self.name, requests, max_new_tokens, **patience):
@@ -55,6 +56,7 @@ def messages(sample: dict) -> list[dict]:
         if trouble := picture_trouble(str(path)):
             raise OSError(trouble)
         kind = mimetypes.guess_type(path)[0] or "image/png"
+        # The file is sent unchanged: the server prepares pictures by itself.
         data = base64.b64encode(Path(path).read_bytes()).decode()
         url = f"data:{kind};base64,{data}"
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})

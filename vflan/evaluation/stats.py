@@ -35,6 +35,7 @@ def resampled(
     """
     tops, bottoms, sizes = tables(num, den, clusters, groups)  # each (clusters, groups)
     value = float(ratio(tops.sum(0), bottoms.sum(0)))
+    # A replicate weights each cluster by how often it was drawn.
     blocks = draws(len(tops), seed, rounds)  # each (rounds of the block, clusters)
     return value, np.concatenate([ratio(w @ tops, w @ bottoms, w @ sizes) for w in blocks])
 
@@ -55,6 +56,7 @@ def tables(
     if {len(den), len(cluster), len(group)} != {n}:
         raise ValueError("Values, weights, clusters and groups must have one entry for each item.")
     shape = cluster.max() + 1, group.max() + 1
+    # One number for each (cluster, group), so that one bincount sums them all.
     cell = cluster * shape[1] + group
     sums = [np.bincount(cell, w, minlength=shape[0] * shape[1]) for w in (num, den, np.ones(n))]
     return [values.reshape(shape) for values in sums]
@@ -65,6 +67,7 @@ def ratio(top: np.ndarray, bottom: np.ndarray, drawn: ArrayLike = 1.0) -> np.nda
 
     An empty denominator counts as 0.
     """
+    # A group without items in this replicate does not pull the mean to 0.
     value = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
     present = np.broadcast_to(drawn, top.shape) > 0
     return (value * present).sum(-1) / np.maximum(present.sum(-1), 1)
@@ -72,6 +75,7 @@ def ratio(top: np.ndarray, bottom: np.ndarray, drawn: ArrayLike = 1.0) -> np.nda
 
 def draws(k: int, seed: int, rounds: int) -> Iterator[np.ndarray]:
     """Yields (rounds of a block, k): how often each of k clusters was drawn; `rounds` in all."""
+    # Few clusters: keep the draws for the next metric. Many: draw them in blocks.
     if k * rounds <= BLOCK // 4:
         yield _draw(k, seed, rounds)
         return
@@ -125,6 +129,7 @@ def paired(
     top_a, bottom_a, sizes = tables(a, den[0], clusters, groups)
     top_b, bottom_b, _ = tables(b, den[1], clusters, groups)
     value = float(ratio(top_a.sum(0), bottom_a.sum(0)) - ratio(top_b.sum(0), bottom_b.sum(0)))
+    # The same draws for both models.
     replicates = [
         ratio(w @ top_a, w @ bottom_a, w @ sizes) - ratio(w @ top_b, w @ bottom_b, w @ sizes)
         for w in draws(len(sizes), seed, rounds)
@@ -139,6 +144,7 @@ def paired(
         tops, bottoms = swap @ (top_b - top_a), swap @ (bottom_b - bottom_a)  # (step, groups)
         exchanged = ratio(top_a.sum(0) + tops, bottom_a.sum(0) + bottoms)
         exchanged = exchanged - ratio(top_b.sum(0) - tops, bottom_b.sum(0) - bottoms)
+        # The tolerance keeps equal differences equal despite rounding.
         extreme += int((np.abs(exchanged) >= abs(value) - 1e-9).sum())
     return value, low, high, extreme / (rounds + 1)
 

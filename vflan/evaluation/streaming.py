@@ -52,9 +52,11 @@ def stream(
     options |= dict(streamer=streamer, max_new_tokens=max_new_tokens)
     options |= dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0)
     options |= dict(do_sample=temperature > 0)
+    # transformers warns about a temperature if nothing is sampled.
     if temperature > 0:
         options |= dict(temperature=float(temperature), top_k=0)
 
+    # generate() asks this after every token.
     def must_stop(ids, scores, **_):
         return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
@@ -66,6 +68,7 @@ def stream(
             errors.append(error)
             streamer.end()
 
+    # generate() blocks, so it runs in a thread and this one reads what it writes.
     model.eval()
     thread = Thread(target=generate, daemon=True)
     thread.start()
@@ -107,6 +110,7 @@ def attention_maps(
         language.set_attn_implementation(implementation)
     patches = inputs["input_ids"][0] == model.config.image_token_id  # (tokens,)
     side = isqrt(int(patches.sum()))
+    # The last token is the one that predicts the first word of the answer.
     maps = [layer[0, :, -1, patches].mean(0).view(side, side) for layer in layers]
     return torch.stack(maps).float().cpu().numpy()
 
@@ -117,6 +121,7 @@ def tower_view(processor: LlavaProcessor, image: Picture) -> Image.Image:
     pixels = preparation([_read(image)], return_tensors="np")["pixel_values"][0]
     statistics = preparation.image_mean, preparation.image_std
     mean, std = (np.array(values)[:, None, None] for values in statistics)
+    # Undo the normalisation.
     pixels = 255 * (np.asarray(pixels) * std + mean)  # (3, height, width)
     return Image.fromarray(np.uint8(pixels.clip(0, 255).round().transpose(1, 2, 0)))
 

@@ -7,16 +7,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from vflan.tools.widgets.elements import (
-    as_frame,
-    dropdown,
-    in_a_row,
-    macros,
-    matches,
-    number_field,
-    picture,
-    set_options,
-)
+from vflan.tools.widgets import elements
 
 
 def answer_table(rows, limit: int = 8) -> HTML:
@@ -25,24 +16,24 @@ def answer_table(rows, limit: int = 8) -> HTML:
     rows: with text, label and answer; image and right if there are any. limit: the most rows shown.
     """
     cells = []
-    for _, row in as_frame(rows).head(limit).iterrows():
+    for _, row in elements.as_frame(rows).head(limit).iterrows():
         texts = (str(row[name]) for name in ("text", "label", "answer"))
-        cells.append((picture(row.get("image")), *texts, "✓" if _is_right(row) else "✗"))
-    return HTML(macros.table(("picture", "question", "label", "answer", ""), cells))
+        mark = "✓" if _is_right(row) else "✗"
+        cells.append((elements.picture(row.get("image")), *texts, mark))
+    return HTML(elements.macros.table(("picture", "question", "label", "answer", ""), cells))
 
 
 def answer_browser(rows, page_size: int = 5) -> w.VBox:
     """Leaf through answers by benchmark, task and verdict, those of two runs side by side.
 
     rows: the answers of one run, or {run: answers} of several that were asked the same questions
-    in the same order, as vflan.evaluation.evaluator.judged_answers returns them. Columns: text,
+    in the same order, as vflan.evaluation.results.judged_answers returns them. Columns: text,
     label, answer; image, benchmark, category, right and reason if there are any.
     Raises ValueError if the questions differ.
     """
     runs = rows if isinstance(rows, dict) else {"answer": rows}
-    return _AnswerBrowser(
-        {name: as_frame(answers) for name, answers in runs.items()}, page_size
-    ).box
+    frames = {name: elements.as_frame(answers) for name, answers in runs.items()}
+    return _AnswerBrowser(frames, page_size).box
 
 
 class _AnswerBrowser:
@@ -57,18 +48,19 @@ class _AnswerBrowser:
                 )
             frame["right"] = [_is_right(row) for _, row in frame.iterrows()]
         labels = ("run", "beside") if len(names) > 1 else ()
-        self.runs = [dropdown(names, label) for label in labels]
+        self.runs = [elements.dropdown(names, label) for label in labels]
         for choice, name in zip(self.runs, names):
             choice.value = name
         self.filters = self.make_filters()
-        self.verdict = dropdown(["all"], "show", "18em")
-        self.number, self.page, self.is_updating = number_field("page"), w.HTML(), False
+        self.verdict = elements.dropdown(["all"], "show", "18em")
+        self.number, self.page, self.is_updating = elements.number_field("page"), w.HTML(), False
 
         for control in (*self.runs, *self.filters.values(), self.verdict, self.number):
             control.observe(self.update, "value")
         self.update()
-        choices = in_a_row(*self.runs, self.verdict)
-        self.box = w.VBox([choices, in_a_row(*self.filters.values(), self.number), self.page])
+        runs = elements.in_a_row(*self.runs, self.verdict)
+        filters = elements.in_a_row(*self.filters.values(), self.number)
+        self.box = w.VBox([runs, filters, self.page])
 
     def make_filters(self):
         """A choice for each column that groups the questions: {column: dropdown}."""
@@ -77,8 +69,8 @@ class _AnswerBrowser:
         filters = {}
         for column, label in ((first, first), ("category", "task")):
             if column in self.questions:
-                filters[column] = dropdown(["all"], label, "22em")
-                set_options(filters[column], self.questions[column].astype(str).unique())
+                filters[column] = elements.dropdown(["all"], label, "22em")
+                elements.set_options(filters[column], self.questions[column].astype(str).unique())
         return filters
 
     def update(self, _=None):
@@ -97,7 +89,7 @@ class _AnswerBrowser:
         summary += ", ".join(scores) or "none to count"
         first = (self.number.value - 1) * self.page_size
         rows = [self.line(place, names) for place in places[first : first + self.page_size]]
-        self.page.value = macros.answers(summary, ["", "question", "label", *names], rows)
+        self.page.value = elements.macros.answers(summary, ["", "question", "label", *names], rows)
         self.is_updating = False
 
     def fitting(self, names, right):
@@ -109,19 +101,19 @@ class _AnswerBrowser:
         fits = verdicts[self.verdict.value].copy()
         for column, choice in self.filters.items():
             if column == "category":  # only those of the chosen benchmark and verdict
-                set_options(choice, self.questions[column][fits].astype(str).unique())
-            fits &= matches(self.questions[column], choice)
+                elements.set_options(choice, self.questions[column][fits].astype(str).unique())
+            fits &= elements.matches(self.questions[column], choice)
         return fits
 
     def line(self, place, names):
         """The cells of one question: picture, question, label, and the answer of each run."""
         row = self.questions.iloc[place]
-        cells = [picture(row.get("image")), str(row["text"]), str(row["label"])]
+        cells = [elements.picture(row.get("image")), str(row["text"]), str(row["label"])]
         for name in names:
             answer = self.answers[name].iloc[place]
             reason = answer.get("reason")
             reason = reason if isinstance(reason, str) else ""  # NaN where no judge gave one
-            cells.append(macros.verdict(answer["right"], str(answer["answer"]), reason))
+            cells.append(elements.macros.verdict(answer["right"], str(answer["answer"]), reason))
         return cells
 
 
