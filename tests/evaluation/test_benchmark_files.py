@@ -1,4 +1,6 @@
-"""Released files are read in the shapes in which they were released, and the command prints what the scripts would."""
+"""Released files are read in the shapes in which they were released, and the command prints what
+the scripts would.
+"""
 
 import base64
 import gzip
@@ -55,7 +57,9 @@ def put(tmp_path):
 
 @pytest.fixture
 def command(capsys):
-    """command("pope", questions=..., answers=...): the json that the command prints; its stderr is `command.err`."""
+    """command("pope", questions=..., answers=...): the json that the command prints; its stderr is
+    `command.err`.
+    """
 
     def run(name, **options):
         given = [
@@ -82,7 +86,7 @@ def picture(color="red"):
     return out.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------ each benchmark
+# ----------------------------------------------------------------------------------- each benchmark
 
 PEOPLE = [{"answer": "red", "answer_id": i} for i in range(8)] + [
     {"answer": "blue", "answer_id": 9}
@@ -376,8 +380,9 @@ def test_scienceqa_prompts_end_in_the_letter_line_and_labels_may_be_the_files_ow
 
 def mme_files(put):
     for task in ("count", "code_reasoning"):
+        folder = task if task == "count" else f"{task}/questions_answers_YN"
         put(
-            f"MME_Benchmark_release_version/{task}/{'' if task == 'count' else 'questions_answers_YN/'}1.txt",
+            f"MME_Benchmark_release_version/{folder}/1.txt",
             "Is it? Please answer yes or no.\tYes\nIs it not?  Please answer yes or no.\tNo\n",
         )
     return put(
@@ -839,7 +844,8 @@ def test_textocr_leaves_out_what_is_illegible(put, command):
 def test_wit_reads_english_captions(put, command):
     questions = put(
         "wit.tsv",
-        "language\timage_url\tcaption_reference_description\nen\thttp://x/y.jpg\tThe Eiffel Tower in Paris\nde\thttp://x/z.jpg\tTurm\n",
+        "language\timage_url\tcaption_reference_description\nen\thttp://x/y.jpg\tThe Eiffel "
+        "Tower in Paris\nde\thttp://x/z.jpg\tTurm\n",
     )
     scores = command(
         "wit", questions=questions, answers=put("a.jsonl", said({0: "This is Paris."}))
@@ -847,7 +853,7 @@ def test_wit_reads_english_captions(put, command):
     assert scores["coverage_capitalised"] == 50 and scores["n"] == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def pope_files(put, n=4):
@@ -1038,7 +1044,10 @@ def test_our_own_questions_and_kept_answers_are_read(put, command):
 
 def test_the_command_is_quick_to_start_and_prints_one_object(put):
     questions, answers = pope_files(put), put("a.jsonl", said({i: "Yes" for i in range(4)}))
-    code = "import sys; from vflan.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from vflan.__main__ import main; main(sys.argv[1:]); assert 'torch' not in "
+        "sys.modules"
+    )
     run = subprocess.run(
         [
             sys.executable,

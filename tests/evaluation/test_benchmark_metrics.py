@@ -1,4 +1,6 @@
-"""Each metric equals a slow and obvious re-implementation of the official script, on random answers."""
+"""Each metric equals a slow and obvious re-implementation of the official script, on random
+answers.
+"""
 
 import numpy as np
 import pytest
@@ -354,7 +356,7 @@ def test_wit_says_which_finder_found_the_entities():
     )
 
 
-# ------------------------------------------------------------------------------------- questions that cannot be scored
+# ------------------------------------------------------------------ questions that cannot be scored
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vflan.data.images import picture_trouble
 from vflan.evaluation.benchmarks.files import keep_picture, read_rows
+
+if TYPE_CHECKING:
+    from vflan.evaluation.judge import Judgement
 
 # Fields of a question that are more than plain values, and the type that each must have.
 _TYPES = {"text": str, "letters": str, "options": list, "classes": list}
@@ -180,17 +184,13 @@ def majority(samples: Sequence[dict]) -> list[str]:
     return [spellings[s["category"], best[s["category"]]] for s in samples]
 
 
-def out_of(judgement) -> float:
-    """The score that a judgement is divided by: that of the reference if both were scored, else
-    10.
-    """
+def out_of(judgement: Judgement) -> float:
+    """What a score is divided by: that of the reference if the judge scored both, else 10."""
     return getattr(judgement, "out_of", 10.0)
 
 
-def valid(judgement) -> bool:
-    """Whether a judgement can be averaged: it has a score from 0 to 10, and so does its
-    reference.
-    """
+def valid(judgement: Judgement | None) -> bool:
+    """Whether a judgement can be averaged: its score, and its reference's, is from 0 to 10."""
     score = judgement.score if judgement is not None else None
     return score is not None and 0 <= score <= 10 and 0 < out_of(judgement) <= 10
 
@@ -255,12 +255,12 @@ class Benchmark:
         here = Path(folder) / self.name
         path = self._question_file(here)
         if path is None:
-            released = ""
+            other = "write the file yourself (CONTRIBUTING.md has an example)"
             if self.released:
-                released = f", or put {' or '.join(self.released)} there ({self.source})"
+                other = f"put {' or '.join(self.released)} there ({self.source})"
             raise FileNotFoundError(
                 f"{here}/questions.jsonl is not there - run notebooks/01_data_exploration.ipynb, "
-                f"which writes the mini world's{released}."
+                f"which writes the mini world's, or {other}."
             )
         samples = self.questions(path)
         unscored = [s["question_id"] for s in samples if not self.known(s)]

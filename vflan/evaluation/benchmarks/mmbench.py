@@ -1,21 +1,25 @@
-"""MMBench and MMBench-CN: multiple choice, circular. A question is right only if it is so under every rotation.
+"""MMBench and MMBench-CN: circular multiple choice; a question needs all rotations right.
 
     mmbench/       mmbench_dev_20230712.tsv (the authors'), pictures inside
     mmbench_cn/    mmbench_dev_cn_20231003.tsv (the same in Chinese)
 
-Rows whose `index` agrees modulo a million are rotations of one question. The official judge is a server that lets a
-language model read the answers; here an answer to the released file is right if it is the letter and nothing else,
-which reproduces LLaVA-1.5-13B's published 67.7, and `lenient` reads letters and options out of sentences. The test
-split has no answers: `upload` writes the sheet for the server. A missing answer is wrong.
+Rows whose `index` is equal modulo a million are rotations of one question. The official judge is a
+server on which a language model reads the answers. Here an answer to the released file is right if
+it is the letter and nothing else, which reproduces LLaVA-1.5-13B's published 67.7. `lenient` also
+finds letters and options in sentences. The test split has no answers: `upload` writes the sheet for
+the server. A missing answer is wrong.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, labelled, metrics
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, labelled, metrics
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
 from vflan.evaluation.benchmarks.reading import choose
 
@@ -25,39 +29,48 @@ OPTION = re.compile(
 )
 
 
-def options(text):
-    """{letter: option} of a question: '(a) red (b) blue' on one line or 'A. red' on lines of their own."""
-    text = re.sub(
-        rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I
-    )  # no part of the last option
+def options(text: str) -> dict[str, str]:
+    """{letter: option} of a question: '(a) red (b) blue' on one line, or 'A. red' a line each."""
+    # The format prompt must not become part of the last option.
+    text = re.sub(rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I)
     return {(m[1] or m[2]).lower(): clean(m[3]) for m in OPTION.finditer(text)}
 
 
-def parse(answer, sample):
-    """The letter chosen, or None. Understood: 'b', 'B.', '(b)', '(b) blue', 'b) blue', 'The answer is (b).', 'blue'.
+def parse(answer: str, sample: dict) -> str | None:
+    """The letter chosen, or None, of 'b', 'B.', '(b) blue', 'The answer is (b).', 'blue' ...
 
-    A bare 'a' inside a sentence is an article and no choice: 'a red star' picks the option 'a red star'.
+    A bare 'a' inside a sentence is an article: 'a red star' chooses the option 'a red star'.
     """
     return choose(answer, options(sample["text"]))
 
 
-def read(path, labels, keep, last=LETTER):
+def read(path: Path, labels: Path, keep: Callable, last: str = LETTER) -> list[dict]:
+    """The rows of the authors' file; `last` is the format prompt at the end of each question."""
     rows = read_rows(path, na=True)
     pictures = {row["index"]: row["image"] for row in rows}
     samples = []
     for row in rows:
-        data = (
-            row["image"] if len(row["image"]) > 64 else pictures.get(row["image"], row["image"])
-        )  # or another's index
+        data = row["image"]
+        if len(data) <= 64:  # not a picture, but the index of the row that has it
+            data = pictures.get(data, data)
         text = "\n".join(filter(None, [row.get("hint"), row["question"]])) + lettered(row) + last
-        samples.append(dict(question_id=row["index"], text=text, label=row.get("answer") or None, exact=True,
-                            image=keep(data), category=row.get("category") or "all",
-                            rotation_of=str(int(row["index"]) % 1_000_000), row=row))  # fmt: skip
+        samples.append(
+            dict(
+                question_id=row["index"],
+                text=text,
+                label=row.get("answer") or None,
+                exact=True,
+                image=keep(data),
+                category=row.get("category") or "all",
+                rotation_of=str(int(row["index"]) % 1_000_000),
+                row=row,
+            )
+        )
     return samples
 
 
-def lettered(row):
-    """The options of a row, a line each: A to D up to the first that is empty."""
+def lettered(row: dict) -> str:
+    """The options of a row, one a line: A to D, up to the first that is empty."""
     text = ""
     for letter in "ABCD":
         option = row.get(letter, "")
@@ -67,8 +80,8 @@ def lettered(row):
     return text
 
 
-def items(samples, answers):
-    """accuracy: circular, by category; single_pass: of single rows; lenient: circular, answers read with `parse`."""
+def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """accuracy (circular, by category), single_pass (of rows), lenient (circular, by `parse`)."""
     label = [s["label"].lower().strip("() ") for s in samples]
     loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
     strict = [
@@ -77,26 +90,26 @@ def items(samples, answers):
     right = np.array(strict, float)
     rotations = {}
     for i, s in enumerate(samples):
-        rotations.setdefault(s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0], []).append(
-            i
-        )
+        question = s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0]
+        rotations.setdefault(question, []).append(i)
     heads = [samples[members[0]] for members in rotations.values()]
 
     def circular(right):
         return np.array([right[members].all() for members in rotations.values()], float)
 
-    found = metrics(
-        "accuracy", circular(right), heads, pooled=True
-    )  # the official figure counts questions
-    found["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
+    # Pooled, because the official number gives each question the same weight.
+    measured = metrics("accuracy", circular(right), heads, pooled=True)
+    measured["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
     if any(s.get("exact") for s in samples):
-        found["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
-    return found
+        measured["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
+    return measured
 
 
-def upload(samples, answers, path):
-    """The server's sheet: the file without hint, picture and categories, and a column `prediction`. .xlsx (needs
-    openpyxl) or .tsv."""
+def upload(samples: list[dict], answers: list[str], path: Path) -> None:
+    """The server's sheet as .xlsx (needs openpyxl) or .tsv.
+
+    It is the released file without hint, picture and categories, with a column `prediction`.
+    """
     import pandas as pd
 
     drop = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -109,8 +122,17 @@ def upload(samples, answers, path):
         sheet.to_csv(path, index=False, sep="\t")
 
 
-family = partial(Benchmark, headline="accuracy", parse=parse, measure=items, known=labelled, missing="wrong", size=4377,
-                 upload=upload, source="the MMBench project (open-compass)")  # fmt: skip
+family = partial(
+    Benchmark,
+    headline="accuracy",
+    parse=parse,
+    measure=items,
+    known=labelled,
+    missing="wrong",
+    size=4377,
+    upload=upload,
+    source="the MMBench project (open-compass)",
+)
 MMBENCH = family(
     "mmbench",
     title="MMBench",
@@ -118,5 +140,10 @@ MMBENCH = family(
     paper="MMB",
     released=("mmbench_dev_20230712.tsv", "*.tsv"),
 )
-MMBENCH_CN = family("mmbench_cn", title="MMBench-CN", read=partial(read, last=LETTER_CN), paper="MMB-CN",
-                    released=("mmbench_dev_cn_20231003.tsv", "*.tsv"))  # fmt: skip
+MMBENCH_CN = family(
+    "mmbench_cn",
+    title="MMBench-CN",
+    read=partial(read, last=LETTER_CN),
+    paper="MMB-CN",
+    released=("mmbench_dev_cn_20231003.tsv", "*.tsv"),
+)

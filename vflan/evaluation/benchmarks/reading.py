@@ -1,7 +1,7 @@
 """Lenient readers: what an answer in sentences says, where a benchmark asks for a word or a letter.
 
-An official script decides what counts; these readers only fill the column `lenient` beside it. They read
-nothing rather than guess: an answer that names two options, or denies one, has no reading.
+An official script decides what counts; these readers only fill the column `lenient` beside it. They
+read nothing rather than guess: an answer that names two options, or denies one, has no reading.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Iterator
 
 # A denial holds from its word to the end of the clause, as far as the words that it can reach.
 _DENIAL = re.compile(
-    r"\b(?:no|not|never|without|neither|nor|cannot|none|nothing|nobody|unlike|except|\w+n't)\b|\b(?:instead of|rather than)\b"
+    r"\b(?:no|not|never|without|neither|nor|cannot|none|nothing|nobody|unlike|except|\w+n't)\b"
+    r"|\b(?:instead of|rather than)\b"
 )
 _CLAUSE_END = re.compile(r"[.,;:!?\n]|\b(?:but|yet|however|though|although|while|whereas)\b")
 _REACH = 6  # words between a denial and what it denies: "I do not think that this is a dog"
 _DENIED_AFTER = re.compile(
-    r"\s+(?:is|are|was|were|does|do|did|has|have|can|could|would|will)(?:\s+not\b|n't\b)|\s+cannot\b"
+    r"\s+(?:is|are|was|were|does|do|did|has|have|can|could|would|will)(?:\s+not\b|n't\b)"
+    r"|\s+cannot\b"
 )
 # Words that announce a choice, and what may stand between them and the letter.
 _CUE = r"(?:answer|option|choice|letter|correct one|选项|答案|选择|选|choose|chose|pick|select)"
@@ -31,7 +33,9 @@ def places(text: str, phrase: str) -> Iterator[re.Match]:
 
 
 def denied(text: str, start: int, end: int) -> bool:
-    """Whether the clause around text[start:end] denies it: "no dog", "is not red", "a dog is not there"."""
+    """Whether the clause around text[start:end] denies it: "no dog", "is not red", "a dog is not
+    there".
+    """
     before = _CLAUSE_END.split(text[:start])[-1]
     denials = list(_DENIAL.finditer(before))
     if denials and len(before[denials[-1].end() :].split()) < _REACH:
@@ -40,7 +44,8 @@ def denied(text: str, start: int, end: int) -> bool:
 
 
 def affirms(text: str, phrase: str) -> bool:
-    """Whether `text` says `phrase` as whole words, and denies it nowhere; both cleaned to lower case.
+    """Whether `text` says `phrase` as whole words, and denies it nowhere; both cleaned to lower
+    case.
 
     "The star is not blue, it is red." affirms "red", and does not affirm "blue".
     """
@@ -56,8 +61,8 @@ def plain(answer: object) -> str:
 def stated_letters(answer: str, letters: str) -> set[str]:
     """The letters that an answer states as its choice: "the answer is B", "option (c)", "选项B".
 
-    A small letter, and "A", may be an article, so they count only in brackets or before an end: "The answer
-    is a dog." states no letter.
+    A small letter, and "A", may be an article, so they count only in brackets or before an end:
+    "The answer is a dog." states no letter.
     """
     others = letters.lower().replace("a", "")
     word = f"[{others + others.upper()}](?![\\w'])" if others else "(?!)"
@@ -69,8 +74,9 @@ def stated_letters(answer: str, letters: str) -> set[str]:
 def choose(answer: object, options: dict[str, str]) -> str | None:
     """The letter that an answer chooses, or None where it chooses none or several.
 
-    options: {letter: its text}, small letters. Read are the letter alone ("b", "**B**", "(b) blue", "B. blue"),
-    a stated letter ("I think the answer is B."), or one option's text that is not denied ("The answer is a dog.").
+    options: {letter: its text}, small letters. Read are the letter alone ("b", "**B**", "(b) blue",
+    "B. blue"), a stated letter ("I think the answer is B."), or one option's text that is not
+    denied ("The answer is a dog.").
     """
     answer, letters = plain(answer), "".join(options) or "abcd"
     for pattern in (
@@ -89,7 +95,9 @@ def choose(answer: object, options: dict[str, str]) -> str | None:
 
 
 def option_named(text: str, letter: str, options: dict[str, str]) -> bool:
-    """Whether `text` affirms an option at a place that is no part of a longer option ("star" in "red star")."""
+    """Whether `text` affirms an option at a place that is no part of a longer option ("star" in
+    "red star").
+    """
     option = options[letter]
     if not option:
         return False

@@ -1,5 +1,4 @@
-"""Which benchmarks there are: those of this folder, those of a file of yours, and those of a
-notebook.
+"""Which benchmarks there are: those of this folder, of a file of yours, and of a notebook.
 
     vflan.BENCHMARKS["colours"] = COLOURS           known to this process
     vflan.evaluate(run, ["my_benchmark.py"])        the same, from a file
@@ -33,9 +32,7 @@ class UnknownBenchmark(ValueError, KeyError):
 
 
 class _Titles(Mapping):
-    """{name: title} for figures and tables; a benchmark without a title, or not known here, shows
-    its name.
-    """
+    """{name: title} for figures and tables; the name itself where no title is known."""
 
     def __init__(self, benchmarks: dict[str, Benchmark]):
         self._benchmarks = benchmarks
@@ -77,15 +74,17 @@ class Benchmarks(dict):
             )
         super().__setitem__(folder_name(name, "benchmark"), benchmark)
 
-    def names(self, wanted: str | os.PathLike | Iterable) -> list[str]:
+    def names(self, names_or_files: str | os.PathLike | Iterable) -> list[str]:
         """Names of benchmarks from names and .py files; a file's benchmarks are registered.
 
         UnknownBenchmark for a name that is not known, FileNotFoundError for a file that is not
         there.
         """
+        if isinstance(names_or_files, (str, os.PathLike)):
+            names_or_files = [names_or_files]
         names = []
-        for one in [wanted] if isinstance(wanted, (str, os.PathLike)) else wanted:
-            names += self.add_file(one) if str(one).endswith(".py") else [self[one].name]
+        for entry in names_or_files:
+            names += self.add_file(entry) if str(entry).endswith(".py") else [self[entry].name]
         return names
 
     def titles(self) -> Mapping[str, str]:
@@ -168,15 +167,15 @@ def read_package(package: str, folders: Iterable[str], order: Iterable[str]) -> 
 
     The order is that of the panels in a figure. ValueError where two files use the same name.
     """
-    found = {}
+    by_name = {}
     for module in sorted(module.name for module in iter_modules(folders)):
         if module in _WITHOUT_BENCHMARK:
             continue
         for benchmark in defined_in(vars(import_module(f"{package}.{module}"))):
-            if found.setdefault(benchmark.name, benchmark) is not benchmark:
+            if by_name.setdefault(benchmark.name, benchmark) is not benchmark:
                 raise ValueError(f"{module}.py: there is already a benchmark {benchmark.name!r}.")
-    first = [name for name in order if name in found]
-    return Benchmarks({name: found[name] for name in dict.fromkeys([*first, *found])})
+    first = [name for name in order if name in by_name]
+    return Benchmarks({name: by_name[name] for name in dict.fromkeys([*first, *by_name])})
 
 
 def defined_in(namespace: dict) -> list[Benchmark]:

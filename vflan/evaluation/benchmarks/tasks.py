@@ -1,7 +1,12 @@
-"""Held-in and held-out tasks: exact match, and a lenient reading for models that answer in sentences."""
+"""Held-in and held-out tasks: exact match, and a lenient reading for models that answer in
+sentences.
+"""
+
+from __future__ import annotations
 
 from vflan.evaluation.benchmarks.benchmark import (
     Benchmark,
+    Metric,
     clean,
     first_sentence,
     metrics,
@@ -9,13 +14,14 @@ from vflan.evaluation.benchmarks.benchmark import (
 from vflan.evaluation.benchmarks.reading import affirms
 
 
-def parse(answer, sample=None):
+def parse(answer: str, sample: dict | None = None) -> str:
     """The answer as it is compared: lower case, single spaces, no full stop."""
     return clean(answer)
 
 
-def lenient(answer, label):
-    """Whether the first sentence of `answer` holds `label` as whole words; yes and no must be its first word.
+def lenient(answer: str, label: str) -> bool:
+    """Whether the first sentence of `answer` holds `label` as whole words; yes and no must be its
+    first word.
 
     'The star is red.' is right for 'red'; 'There is no doubt, yes.' is not right for 'no'.
     """
@@ -26,7 +32,7 @@ def lenient(answer, label):
     return affirms(sentence, label)
 
 
-def items(samples, answers):
+def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     exact = [parse(a) == clean(s["label"]) for s, a in zip(samples, answers)]
     loose = [e or lenient(a, s["label"]) for e, s, a in zip(exact, samples, answers)]
     return metrics("accuracy", exact, samples) | metrics("lenient", loose, samples)
