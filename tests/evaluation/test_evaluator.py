@@ -516,6 +516,24 @@ def test_several_processes_give_the_same_answers(run, monkeypatch):
     )
 
 
+class ForgetfulRun(TinyRun):
+    """A run whose processes do not know the benchmarks that a notebook added."""
+
+    def load_model(self):
+        BENCHMARKS.pop("mine")
+        return super().load_model()
+
+
+def test_a_benchmark_added_at_run_time_is_answered_by_several_processes(run, monkeypatch):
+    whole = evaluate(run).value
+    monkeypatch.setattr(parallel, "START", "fork")
+    monkeypatch.setitem(BENCHMARKS, "mine", replace(BENCHMARKS["pope"], name="mine"))
+    (run.folder / "benchmarks" / "pope").rename(run.folder / "benchmarks" / "mine")
+    run.__class__ = ForgetfulRun
+    scores = evaluate(run, "mine", num_processes=2)
+    assert set(scores.benchmark) == {"mine"} and list(scores.value) == list(whole)
+
+
 def test_questions_on_one_picture_stay_in_one_process():
     asked = [{"image": f"{i % 4}.png" if i % 3 else None} for i in range(60)]
     pieces = parallel.split_by_picture(asked, 7)

@@ -63,10 +63,10 @@ def evaluate(
     """Scores of a run, a table of COLUMNS with one row for each metric.
 
     Values are from 0 to 100; low and high are a 95 % bootstrap over pictures; baseline is the
-    majority answer's value. problems counts questions without an answer and failed judgements,
-    which the mean leaves out. Answers are cached in <run>/answers/NAME.jsonl: an interrupted
-    evaluation continues, and a finished one is scored again without loading the model. Scores are
-    added to <run>/scores.csv.
+    majority answer's value. problems counts questions without an answer, which are scored as an
+    empty answer, and failed judgements, which the mean leaves out. Answers are cached in
+    <run>/answers/NAME.jsonl: an interrupted evaluation continues, and a finished one is scored
+    again without loading the model. Scores are added to <run>/scores.csv.
 
     run: a Run or its folder. benchmarks: names or .py files (default: all that `folder` holds).
     folder: of the benchmarks (default: the recipe's). model, name: evaluate another model under
@@ -300,7 +300,7 @@ def score_answers(
 ) -> pd.DataFrame:
     """One row for each metric: its interval, the majority baseline, the judge and the problems."""
     benchmark, texts = test.benchmark, [answer.text for answer in answers]
-    # A question without an answer and a failed judgement are both left out of the mean.
+    # The answer of a question that failed is empty; a failed judgement is left out of the mean.
     problems = [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
     judgements, judged_by = test.judge_answers(texts), ""
     if benchmark.judged or judgements:
