@@ -23,7 +23,13 @@ SYSTEM = (
 )
 # The same template for Hugging Face processors; `chat_template` fills in SYSTEM and GAP.
 _CHAT_TEMPLATE = """\
-{{ 'SYSTEM ' }}{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}\
+{% set has_system = messages[0].role == 'system' %}{% if not has_system %}{{ 'SYSTEM ' }}\
+{% elif messages[0].content is string %}{{ messages[0].content + ' ' }}{% else %}\
+{% for c in messages[0].content if c.type == 'text' %}{{ c.text + ' ' }}{% endfor %}{% endif %}\
+{% for m in (messages[1:] if has_system else messages) %}\
+{% if m.role not in ('user', 'assistant') %}\
+{{ raise_exception('The roles are user and assistant, and system in the first place.') }}\
+{% endif %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}\
 {% if m.content is string %}{{ m.content }}{% else %}\
 {% for c in m.content if c.type == 'image' %}{{ '<image>GAP' }}{% endfor %}\
 {% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}\
@@ -61,6 +67,7 @@ def audit(conversations: list[dict]) -> Audit:
         turns, dropped = turns[:-1], [*dropped, "the last turn, a question without an answer"]
     if not turns:
         raise ValueError("wrong order: no question is followed by an answer")
+    # What is left begins with a question and ends with an answer: it has to alternate.
     for turn, role in zip(turns, ["human", "gpt"] * len(turns)):
         if turn["from"] != role:
             raise ValueError(f"wrong order: two {turn['from']} turns in a row")
@@ -134,6 +141,7 @@ def encode_many(
             requests.append(_request(*audit(conversations)[:2], tokenizer, template))
         except ValueError as reason:
             requests.append(reason)
+    # One call for all requests; their ids come back in the same order.
     ids = iter(_tokenize(tokenizer, [r for r in requests if isinstance(r, _Request)]))
     return [r.join(next(ids)) if isinstance(r, _Request) else r for r in requests]
 
@@ -147,11 +155,14 @@ def prompt_ids(
 ) -> list[int]:
     """Ids to generate from, exactly as training shows them before an answer.
 
-    They end in "ASSISTANT:" (`plain`: in the image). before: the (question, answer) pairs of the
+    They end in "ASSISTANT:" (`plain`: in the image; `own`: as the tokenizer's own chat template has
+    it, for models that vflan did not train). before: the (question, answer) pairs of the
     conversation so far; the image precedes the first question of all.
     """
     if template == "plain":
         return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
+    if template == "own":
+        return _own_prompt_ids(text, tokenizer, has_image, before)
     pairs = [*before, (text, "")]
     if has_image:
         pairs = [(question.replace(IMAGE, "").strip(), answer) for question, answer in pairs]
@@ -161,6 +172,27 @@ def prompt_ids(
     earlier, _ = _join_turns(ids[:-1], tokenizer, has_image)
     # A later prompt begins with the end token of the turn before, which `earlier` has already.
     return earlier + ids[-1][len(pairs) > 1 :]
+
+
+def _own_prompt_ids(text, tokenizer, has_image, before) -> list[int]:
+    messages = []
+    for question, answer in [*before, (text.replace(IMAGE, "").strip(), None)]:
+        content = [{"type": "text", "text": question}]
+        if has_image and not messages:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            spoken = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": spoken})
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    # A template may write the beginning of the text itself.
+    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = ids if begins else [*_bos(tokenizer), *ids]
+    if has_image and ids.count(image_id) != 1:
+        raise ValueError(f"the model's chat template does not write {IMAGE} once for a picture")
+    return [IMAGE_TOKEN_INDEX if token == image_id else token for token in ids]
 
 
 def chat_template(tokenizer: Tokenizer) -> str:

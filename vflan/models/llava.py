@@ -58,6 +58,9 @@ def load_model(recipe: Recipe, weights: Source | None = None) -> Llava:
         options = quantisation.loading_options(recipe, dtype)
         model = files.load_pretrained(Llava, source, dtype=dtype, **options)
         _check_features(model.config, source)
+        # A config.json without this length, or with another tower's, would move all positions.
+        vision = model.config.vision_config
+        model.config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
     _check_quantised(model, recipe, source)
     quantisation.keep_layout(model)
     return model.eval()
@@ -142,6 +145,11 @@ def _load_tower(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> CLIP
     if not stored:
         return tower
     stored = {name.removeprefix("model.vision_tower."): w for name, w in stored.items()}
+    if missing := sorted(tower.state_dict().keys() - stored.keys()):
+        raise ValueError(
+            f"{shown(source)} holds a vision tower without {len(missing)} of its weights "
+            f"({missing[0]}, ...): is a file of it missing? Copy or download all of them."
+        )
     if quantisation.shapes_of(stored) != quantisation.shapes_of(tower.state_dict()):
         raise ValueError(
             f"{shown(source)} brings a vision tower that is not of {recipe.vision_tower}'s shape; "

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from vflan.config import resolve, shown
+from vflan.config import resolve, shown, weights_source
 
 # Prefixes in LLaVA's own LlavaLlamaForCausalLM and in LlavaForConditionalGeneration. The first that
 # fits counts, so that the short ones come last.
@@ -26,6 +26,8 @@ _LLAVA_PREFIXES = (
     ("model.", "model.language_model."),
     ("lm_head.", "lm_head."),
 )
+# What is downloaded of a model's repository.
+_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja"]
 # LLaVA's config.json must not contradict these values.
 _LLAVA_1_5 = dict(
     mm_projector_type="mlp2x_gelu",
@@ -97,10 +99,13 @@ def load_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> nn.
 def weights_path(weights: Source) -> Path:
     """The folder or file that holds weights.
 
-    weights: a Run, the folder of one, a Hugging Face folder, a folder of LLaVA's, or LLaVA's
-    mm_projector.bin. FileNotFoundError or ValueError if there is no model.
+    weights: a Run, the folder of one, a Hugging Face folder, a folder of LLaVA's, LLaVA's
+    mm_projector.bin, or a hub id, which is downloaded. FileNotFoundError or ValueError if there is
+    no model.
     """
     path = resolve(getattr(weights, "folder", weights))
+    if isinstance(weights, str) and not path.exists() and weights_source(weights) == weights:
+        path = _download(weights)
     path = path / "model" if (path / "model").is_dir() else path
     if path.is_file():
         return path
@@ -117,6 +122,21 @@ def weights_path(weights: Source) -> Path:
     # LLaVA's pre-training leaves a projector file beside a config.json, and no other weights.
     projector = path / "mm_projector.bin"
     return projector if projector.is_file() and not _weight_files(path) else path
+
+
+def _download(repo: str) -> Path:
+    """The files of a model of the hub, in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=10))
+    # huggingface_hub, httpx and the file system each have errors of their own.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise FileNotFoundError(
+            f"{repo}: no such folder is here, and it could not be downloaded as a model of the "
+            f"Hugging Face hub ({reason})."
+        ) from error
 
 
 def is_llava_checkpoint(folder: Path) -> bool:
