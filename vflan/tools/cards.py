@@ -14,19 +14,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 
+from vflan import config
 from vflan.analysis.tables import markdown
-from vflan.config import (
-    DEFAULTS,
-    ROOT,
-    SHIPPED,
-    Recipe,
-    commit,
-    read_json,
-    resolve,
-    shown,
-    write_json,
-)
+from vflan.config import DEFAULTS, ROOT, SHIPPED, Recipe, commit, read_json, resolve, shown
 from vflan.data.download import SETS
 from vflan.data.mixture import released_tasks
 from vflan.evaluation.benchmarks import BENCHMARKS
@@ -43,20 +35,8 @@ BACKBONES = {
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
     "openai/clip-vit-large-patch14-336": "MIT, that of OpenAI's CLIP repository",
 }
-# What the flags of data/tasks.csv mean, for the number of tasks that have them.
-FLAGS = {
-    "faces": "Faces or identities are the subject of {} of the tasks.",
-    "benchmark": "{} of the tasks come from a benchmark's own validation or test set: "
-    "scores there measure less than they seem to.",
-    "overlaps": "{} of the tasks are related to the sets on which the papers measure forgetting.",
-}
-SIZES = {
-    1_000: "n<1K",
-    10_000: "1K<n<10K",
-    100_000: "10K<n<100K",
-    1_000_000: "100K<n<1M",
-    10**7: "1M<n<10M",
-}
+# The hub's size classes, by the number of digits above three.
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 DRAWING_FIELDS = (
     *("num_tasks", "per_task", "exclude", "num_samples", "temperature", "task_weights"),
     *("more_samples", "seed"),
@@ -148,7 +128,7 @@ def dataset_card(run: Run) -> DatasetCard:
         language="en",
         pretty_name=f"The mixture of {run.name}",
         task_categories=["image-text-to-text", "visual-question-answering"],
-        size_categories=next(name for most, name in SIZES.items() if mixture["rows"] < most),
+        size_categories=SIZES[max(0, len(str(mixture["rows"])) - 3)],
         source_datasets=_datasets(file["file"] for file in mixture["files"]),
         tags=["visual-instruction-tuning", "vflan"],
         **_licence(run.folder),
@@ -182,7 +162,7 @@ def write_dataset_card(run: Run, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         dataset_card(run).save(folder / "README.md")
         files = [file | dict(file=_public(file["file"])) for file in mixture["files"]]
-        write_json(folder / "mixture.json", mixture | dict(files=files))
+        config.write_json(folder / "mixture.json", mixture | dict(files=files))
 
 
 # -------------------------------------------------------------------------- rows of the tables
@@ -227,32 +207,25 @@ def _files_used(folder):
     For the released tasks of Vision-Flan also how many have which licence and which flag.
     """
     mixture, released = read_json(folder / "mixture.json"), released_tasks()
-    if not mixture:
-        return f"{_cell(folder.name)}: the rows that it was trained on were not recorded."
-    files = [[_public(f["file"]), f["rows"], *_origin(f["file"])] for f in mixture["files"]]
-    parts = [f"Files of run {_cell(folder.name)}:"]
-    parts.append(_table(["file", "rows", "dataset", "licence"], files))
-    tasks = pd.DataFrame(
-        [
-            dict(rows=rows, licence=about["licence"] or "not stated", source=about["source"])
-            for task, rows in mixture["tasks"].items()
-            if (about := released.get(task))
-        ]
+    files = mixture.get("files", [])
+    licences, flags = {}, Counter()
+    for task, rows in mixture.get("tasks", {}).items():
+        if about := released.get(task):
+            licence = about["licence"] or "not stated"
+            licences.setdefault(licence, []).append((about["source"], rows))
+            flags.update(set(about["flags"].split()))
+    template = Template((TEMPLATES / "data_files.md").read_text(encoding="utf-8"))
+    return template.render(
+        run=folder.name,
+        files=[[_public(file["file"]), file["rows"], *_origin(file["file"])] for file in files],
+        licences=[
+            [name, len(group), sum(n for _, n in group), ", ".join(sorted({s for s, _ in group}))]
+            for name, group in sorted(licences.items())
+        ],
+        flags=flags,
+        cell=_cell,
+        table=_table,
     )
-    if len(tasks):
-        licences = [
-            [licence, len(group), group["rows"].sum(), ", ".join(sorted(set(group["source"])))]
-            for licence, group in tasks.groupby("licence")
-        ]
-        parts.append("Its released tasks, by the licence that their source states:")
-        parts.append(_table(["licence", "tasks", "rows", "sources"], licences))
-    flags = Counter(
-        flag
-        for task in mixture["tasks"]
-        for flag in set(released.get(task, {}).get("flags", "").split())
-    )
-    parts.append("\n".join(FLAGS[flag].format(flags[flag]) for flag in FLAGS if flags[flag]))
-    return "\n\n".join(filter(None, parts))
 
 
 # ---------------------------------------------------------------- origins, licences and markup

@@ -20,17 +20,8 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from vflan.config import (
-    CACHE,
-    Recipe,
-    output_path,
-    preset,
-    preset_names,
-    replace,
-    resolve,
-    shown,
-    weights_source,
-)
+from vflan import config
+from vflan.config import CACHE, Recipe, output_path, preset, preset_names, resolve, shown
 from vflan.data.download import SETS
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.training.memory import plan
@@ -108,7 +99,9 @@ def missing(name: str) -> list[str]:
         # without the samples the number of rows is unknown; it matters only for the hours
         rows = base.num_samples or base.global_batch
         has_samples = resolve(base.samples).exists()
-        lines.append(_missing_memory(base if has_samples else replace(base, num_samples=rows)))
+        lines.append(
+            _missing_memory(base if has_samples else config.replace(base, num_samples=rows))
+        )
     except OSError:
         pass  # a backbone is missing, and a line above says so
     except ValueError as error:
@@ -121,7 +114,7 @@ def missing(name: str) -> list[str]:
 
 def _missing_backbone(source: str) -> str:
     try:
-        folder = Path(weights_source(source))
+        folder = Path(config.weights_source(source))
     except FileNotFoundError as error:
         return str(error)
     if folder.is_dir():

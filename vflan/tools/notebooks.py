@@ -272,7 +272,7 @@ def _figures_and_results(folder):
 def in_parallel(
     sources: list[Path], start: Callable[[Path], Future | None], jobs: int
 ) -> Iterator[tuple[Path, object]]:
-    """Run notebooks, each once those that it needs have ended; yield (notebook, result) as they end.
+    """Run notebooks as soon as those that they need have ended; yield (notebook, result) pairs.
 
     start: returns the Future of a notebook, or None if it need not run (the result is then None).
     jobs: how many run at a time. After a failure no notebook starts; those that run may end, then

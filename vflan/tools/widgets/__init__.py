@@ -12,13 +12,6 @@ from vflan.tools.widgets.task_view import task_browser, task_table
 from vflan.tools.widgets.token_view import packed_bars, token_line
 
 __all__ = [
-    "answer_browser",
-    "answer_table",
-    "chat",
-    "heat_map",
-    "packed_bars",
-    "picture",
-    "task_browser",
-    "task_table",
-    "token_line",
-]
+    "answer_browser", "answer_table", "chat", "heat_map", "packed_bars", "picture",
+    "task_browser", "task_table", "token_line",
+]  # fmt: skip

@@ -59,10 +59,8 @@ class _Chat:
             continuous_update=False,
             layout=w.Layout(width="32em"),
         )
-        self.send, self.stop = (
-            elements.button("ask", button_style="primary"),
-            elements.button("stop", disabled=True),
-        )
+        self.send = elements.button("ask", button_style="primary")
+        self.stop = elements.button("stop", disabled=True)
         self.upload = w.FileUpload(accept="image/*", description="own picture")
         self.another = elements.button("another picture")
         self.look, self.remember = _checkbox("where it looks"), _checkbox("remember")
@@ -89,7 +87,7 @@ class _Chat:
     # -------------------------------------------------------------------------- what is shown
 
     def take(self, image, caption=""):
-        """Begin a new conversation about a elements.picture."""
+        """Begin a new conversation about a picture."""
         self.image, self.caption, self.attention = image, caption, None
         self.turns = []  # (run, question, answer) on the page
         self.answered = []  # those of them that a run may read again: failed ones are left out

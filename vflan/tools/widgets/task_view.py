@@ -10,19 +10,7 @@ from datasets import Dataset
 from IPython.display import HTML
 
 from vflan.data.mixture import rows_by_task
-from vflan.tools.widgets.elements import (
-    as_frame,
-    button,
-    dropdown,
-    first_line,
-    in_a_row,
-    macros,
-    matches,
-    number_field,
-    picture,
-    set_options,
-    turns_of,
-)
+from vflan.tools.widgets import elements
 from vflan.tools.widgets.token_view import packed_bars, token_line
 
 if TYPE_CHECKING:
@@ -38,9 +26,9 @@ def task_table(samples, limit: int | None = None) -> HTML:
     rows = []
     for name, numbers in list(tasks.items())[:limit]:
         first = samples[int(numbers[0])]
-        text = macros.dialogue(turns_of(first["conversations"]))
-        rows.append((name, f"{len(numbers):,}", picture(first.get("image")), text))
-    return HTML(macros.table(("task", "samples", "picture", "first sample"), rows))
+        text = elements.macros.dialogue(elements.turns_of(first["conversations"]))
+        rows.append((name, f"{len(numbers):,}", elements.picture(first.get("image")), text))
+    return HTML(elements.macros.table(("task", "samples", "picture", "first sample"), rows))
 
 
 def task_browser(samples, tasks=None, recipe: Recipe | None = None) -> w.VBox:
@@ -61,14 +49,14 @@ class _TaskBrowser:
         self.choices = {}
         if tasks is not None:
             columns = ["group", "category"]
-            tasks = as_frame(tasks).drop_duplicates("task_name")
+            tasks = elements.as_frame(tasks).drop_duplicates("task_name")
             self.known = self.known.merge(tasks, "left", "task_name")
             self.known[columns] = self.known[columns].replace("", pd.NA).fillna("in no list")
-            self.choices = {name: dropdown(["all"], name, "20em") for name in columns}
-        self.task = dropdown(sorted(self.numbers), "task", "26em")
-        self.number, self.page = number_field("sample"), w.HTML()
-        back = button("◀ back", tooltip="previous sample")
-        forward = button("next ▶", tooltip="next sample")
+            self.choices = {name: elements.dropdown(["all"], name, "20em") for name in columns}
+        self.task = elements.dropdown(sorted(self.numbers), "task", "26em")
+        self.number, self.page = elements.number_field("sample"), w.HTML()
+        back = elements.button("◀ back", tooltip="previous sample")
+        forward = elements.button("next ▶", tooltip="next sample")
 
         self.narrow()
         for choice in self.choices.values():
@@ -78,15 +66,15 @@ class _TaskBrowser:
         back.on_click(lambda _: self.go_to(max(1, self.number.value - 1)))
         forward.on_click(lambda _: self.go_to(self.number.value % self.number.max + 1))
         self.show()
-        choices = in_a_row(*self.choices.values(), self.task)
-        self.box = w.VBox([choices, in_a_row(back, forward, self.number), self.page])
+        choices = elements.in_a_row(*self.choices.values(), self.task)
+        self.box = w.VBox([choices, elements.in_a_row(back, forward, self.number), self.page])
 
     def narrow(self, _=None):
         """Offer the categories of the chosen group, and the tasks of both."""
         possible = self.known
         for name, choice in self.choices.items():
-            set_options(choice, possible[name].unique())
-            possible = possible[matches(possible[name], choice)]
+            elements.set_options(choice, possible[name].unique())
+            possible = possible[elements.matches(possible[name], choice)]
         tasks = sorted(possible["task_name"])
         if list(self.task.options) != tasks:
             self.task.options = tasks
@@ -104,12 +92,13 @@ class _TaskBrowser:
         row = int(rows[self.number.value - 1])
         sample = self.samples[row]
         position = f"{self.number.value:,} of {len(rows):,} samples of {self.task.value}"
-        image, turns = picture(sample.get("image"), 220), turns_of(sample["conversations"])
+        image = elements.picture(sample.get("image"), 220)
+        turns = elements.turns_of(sample["conversations"])
         try:
             tokens = self.token_views(row, sample) if self.recipe is not None else {}
         except (OSError, ValueError) as error:
-            tokens = {"problem": first_line(error)}
-        self.page.value = macros.sample(position, image, turns, **tokens)
+            tokens = {"problem": elements.first_line(error)}
+        self.page.value = elements.macros.sample(position, image, turns, **tokens)
 
     def token_views(self, row, sample):
         """The sample token by token, and its place in a packed training: parts of the page."""
@@ -138,5 +127,5 @@ def _by_task(samples):
     """Samples that can be taken by number, and {task: row numbers}; a Dataset stays on disk."""
     if isinstance(samples, Dataset):
         return samples, rows_by_task(samples)
-    frame = as_frame(samples)
+    frame = elements.as_frame(samples)
     return frame.to_dict("records"), frame.groupby("task_name", sort=False).indices

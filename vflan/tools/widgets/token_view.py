@@ -8,7 +8,7 @@ from itertools import groupby
 from markupsafe import Markup
 
 from vflan.analysis.plots import TOKEN_COLORS
-from vflan.tools.widgets.elements import macros
+from vflan.tools.widgets import elements
 
 
 def runs_of_kinds(ids, labels, image_token: int) -> Iterator[tuple[str, list[int]]]:
@@ -36,7 +36,7 @@ def token_line(ids, labels, tokenizer, image_token: int = -200) -> Markup:
         texts = ["picture"] if is_picture else [tokenizer.decode([token]) for token in tokens]
         for text in texts:
             boxes.append((kind, text.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "·"))
-    return macros.tokens(boxes, TOKEN_COLORS)
+    return elements.macros.tokens(boxes, TOKEN_COLORS)
 
 
 def packed_bars(rows, chosen: int, image_token: int) -> Markup:
@@ -52,4 +52,4 @@ def packed_bars(rows, chosen: int, image_token: int) -> Markup:
             runs = runs_of_kinds(ids, labels, image_token)
             bars[-1].append((number, len(ids), [(kind, len(tokens)) for kind, tokens in runs]))
     widest = max(sum(length for _, length, _ in row) for row in bars)
-    return macros.packed_bars(bars, widest, chosen, TOKEN_COLORS)
+    return elements.macros.packed_bars(bars, widest, chosen, TOKEN_COLORS)
