@@ -47,8 +47,7 @@ class Pictures:
         self.readers, self.pending, self.features = ThreadPoolExecutor(4), {}, {}
         self.folder, self.disk_full, self.keys = None, False, {}
         if len(data.pictures) and (self.fits_memory or recipe.feature_cache):
-            # Features are reused only where the weights, the layer and the preparation are the
-            # same.
+            # Features are reused only if weights, layer and preparation are the same.
             weights, layer = models.fingerprint(self.tower), config.vision_feature_layer
             identity = f"{weights} {layer} {self.dtype} {self.preparation.to_dict()}"
             if self.fits_memory:

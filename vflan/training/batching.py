@@ -259,8 +259,7 @@ def pack(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[i
             groups, high = tighter, middle
         else:
             low = middle + 1
-    # Every process makes equally many passes, so the largest groups are halved until there are
-    # enough.
+    # Every process makes equally many passes: halve the largest groups until there are enough.
     while len(groups) < count:
         largest = max(groups, key=len)
         groups.remove(largest)

@@ -71,8 +71,7 @@ def save(folder: Path, step: int, state: TrainState, metadata: dict) -> None:
     if accelerator.is_main_process:
         record = metadata | versions() | dict(step=step, files=dict(files))
         write_json(scratch / "checkpoint.json", record)
-        # Everything reaches the disk before the rename, so a crash never leaves a partial
-        # checkpoint.
+        # All files reach the disk before the rename: a crash leaves no partial checkpoint.
         flush(scratch)
         # The target exists only if it was damaged and the run went back to an earlier checkpoint.
         clear(target, CHECKPOINT)

@@ -66,8 +66,7 @@ def distribute(
 ) -> TrainState:
     """Replicate or shard a learner over the processes, then make its optimizer."""
     model, kind = learner.model, sharding(recipe, accelerator.num_processes)
-    # FSDP2 and DDP replace or move weights, so the optimizer is made after them; DeepSpeed wraps
-    # it.
+    # FSDP2 replaces weights, so the optimizer is made after it; DeepSpeed wraps an optimizer.
     if kind == "fsdp2":
         from vflan.models.llava import shard
 
@@ -224,9 +223,8 @@ def launch(folder: Path, num_processes: int) -> None:
 
 def _environment(folder):
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    # The child's main process takes the folder's lock after this process has released it. In
-    # between, another process could start a different recipe there, so the child compares with this
-    # record.
+    # The children take the folder's lock after this process has released it. In between, another
+    # process could start a different recipe there, so they compare the folder with this record.
     folder = Path(folder)
     begun = read_json(folder / "recipe.json") | read_json(folder / "init.json")
     environment = dict(

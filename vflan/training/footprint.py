@@ -88,8 +88,7 @@ def _count(recipe, half, low, shape, layers) -> Footprint:
     parts, text, vision = models.parts(model), model.config.text_config, model.config.vision_config
     counts, patches = models.parameter_counts(model), model.config.image_seq_length
     _cast(model, dtype)
-    # As in training: first the frozen precision, then quantised layers, then fp32 for trained
-    # weights.
+    # As in training: the frozen precision, then quantised layers, then trained weights in fp32.
     if recipe.bits < 16:
         _quantise(parts["language_model"]["model"], recipe.bits)
     models.freeze(model, recipe)

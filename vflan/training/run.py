@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 # A recipe.json with these fields is vflan's.
 MARKERS = {"name", "stage", "vision_tower", "language_model"}
 PATIENCE = 5  # seconds to wait for the processes of a killed run to exit
-# How safetensors and torch report a full disk. Torch's zip writer only says that its position is
-# wrong.
+# How safetensors and torch report a full disk; torch's writer only says that a position is wrong.
 FULL_DISK = ("No space left", "os error 28", "file write failed", "unexpected pos")
 _HELD = set()  # (process, thread, folder) of the locks held here
 

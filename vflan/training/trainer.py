@@ -114,8 +114,7 @@ def fit(folder: str | Path, num_processes: int | None = None) -> None:
     if run.finished:
         return
     with run.lock(reenter=True) if main else nullcontext(), explain_full_disk(run.folder):
-        # Another process may have finished this run, or started another recipe, before we had the
-        # lock.
+        # Before the lock, another process may have finished this run or started another recipe.
         if main:
             _check_same_recipe(run, begun)
         finished = [run.finished]

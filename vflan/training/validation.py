@@ -75,8 +75,7 @@ class Validator:
         first = [task[0] for task in self.rows_of.values()]
         others = [row for task in self.rows_of.values() for row in task[1:]]
         self.questions = [*first, *others][:QUESTIONS]
-        # FSDP2 gathers weights for registered methods only; on other modules the second line does
-        # nothing.
+        # FSDP2 gathers weights for registered methods only; other models ignore this.
         state.learner.greedy = partial(greedy, state.model)
         register_fsdp_forward_method(state.learner, "greedy")
 
@@ -122,8 +121,7 @@ class Validator:
     def answer(self, row: int) -> dict:
         """Answer a row's first question greedily: id, task, question, answer, reference."""
         (ids, labels), device = self.data.row(row), self.state.accelerator.device
-        # The first answer begins with the first supervised token and ends before the next other
-        # one.
+        # The first answer is the first stretch of supervised tokens.
         supervised = np.append(labels != IGNORE_INDEX, False)
         first = int(np.argmax(supervised))
         last = first + int(np.argmin(supervised[first:]))
