@@ -1,4 +1,4 @@
-"""A tokenizer that is read from SentencePiece's file gives SentencePiece's ids. SentencePiece is the oracle."""
+"""A tokenizer from a SentencePiece file gives the ids of SentencePiece itself."""
 
 import io
 import json
@@ -9,43 +9,16 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 
 from vflan import preset, replace
 from vflan.data.conversation import encode, keep_first_space, prompt_ids
-from vflan.models.llava import load_tokenizer
+from vflan.models.tokenizer import load_tokenizer
 
-STRETCHES = [
-    "is",
-    "a",
-    "  ",
-    "   ",
-    " ",
-    "\n",
-    "\t",
-    "town",
-    "picture",
-    "é",
-    "日本",
-    "😀",
-    "שלום",
-    "%",
-    "23",
-]
-STRETCHES += [
-    "\r",
-    "\u3000",
-    "\u00a0",
-    "▁",
-    "the",
-    "<0x41>",
-    "  \n  ",
-    "\u200b",
-    "ﬁ",
-    "e\u0301",
-    "\x00",
-]
+STRETCHES = ["is", "a", "  ", "   ", " ", "\n", "\t", "town", "picture", "é", "日本", "😀", "שלום"]
+STRETCHES += ["%", "23", "\r", "\u3000", "\u00a0", "▁", "the", "<0x41>", "  \n  ", "\u200b", "ﬁ"]
+STRETCHES += ["e\u0301", "\x00"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer.model as Llama's: byte pieces, no normalisation, and runs of spaces that are scored last."""
+    """A tokenizer.model like Llama's: byte pieces, no normalisation, runs of spaces scored last."""
     folder, rng = tmp_path_factory.mktemp("llama"), random.Random(0)
     words = (
         "the town is a picture of what how many colour red answer question assistant user cup table"
