@@ -1,10 +1,9 @@
 """What a benchmark is: a folder of questions, a parser of answers, and metrics that can be
 resampled.
 
-    <folder>/NAME/questions.jsonl    one question a line: question_id, image, text, label, category,
-    ... <folder>/NAME/images/            its pictures; `image` is a path below this folder
-    <folder>/images/                 read instead where NAME/images/ does not exist: pictures of all
-    benchmarks
+    <folder>/NAME/questions.jsonl    one question a line: question_id, image, text, label, ...
+    <folder>/NAME/images/            its pictures; `image` is a path below this folder
+    <folder>/images/                 used if NAME/images/ does not exist; benchmarks can share it
 
 In place of questions.jsonl, <folder>/NAME/ may hold the files that the benchmark's authors and
 LLaVA released; the file of each benchmark lists them. `text` is the whole human turn with its

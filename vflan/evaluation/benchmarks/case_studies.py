@@ -1,17 +1,18 @@
-"""The paper's two case studies (appendix E.2): how much text a model reads, and how many entities
-it can name.
+"""The paper's two case studies (appendix E.2): reading text, and naming entities.
 
-    textocr/    TextOCR_0.1_val.json (the authors'), train_images/ or images/ wit/        a TSV of
-    WIT with image_url and caption_reference_description, images/ (each under the last part of its
-                url); the paper took 1,000 at random, without saying which
+    textocr/    TextOCR_0.1_val.json (the authors'), train_images/ or images/
+    wit/        a TSV of WIT with image_url and caption_reference_description; images/, each named
+                by the last part of its url. The paper took 1,000 at random and does not say which.
 
-textocr: `recall` is the share of the words in the picture that the answer has, case and outer
-punctuation aside, each as often as it was said; words marked illegible ('.') are no targets.
-`words` is the mean length of the answers. wit: the share of the caption's entities that the answer
-names. The paper finds entities with spaCy. Which finder was used stands in the metric's name:
-`coverage_capitalised` (runs of capitalised words; always given, so that scores from two machines
-compare) and `coverage_spacy_MODEL` (where spaCy and an English model are installed). `entities` is
-the number of capitalised entities an answer has. A missing answer names nothing.
+textocr: `recall` is the share of the words in the picture that the answer contains, without regard
+to case and outer punctuation, each as often as it occurs in the answer. Words marked illegible
+('.') are not counted. `words` is the mean length of the answers.
+
+wit: the share of the caption's entities that the answer names. The paper finds entities with spaCy.
+The name of the metric says how they were found: `coverage_capitalised` (runs of capitalised words;
+always given, so that scores from two machines compare) and `coverage_spacy_MODEL` (if spaCy and an
+English model are installed). `entities` is the number of capitalised entities in an answer. A
+missing answer names nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ STARTERS = set(
 
 
 def parse_words(answer: str, sample: dict | None = None) -> list[str]:
-    """The words of an answer, lower-case, without punctuation at their ends."""
+    """The words of an answer in lower case, without punctuation at their ends."""
     return [w for w in (word.strip(EDGE).lower() for word in str(answer).split()) if w]
 
 
 def read_textocr(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """One question a picture; the label is all its words."""
     data = read_rows(path)
     image = pictures_in(path.parent, "train_images", "images")
     samples = []
@@ -59,6 +61,7 @@ def read_textocr(path: Path, labels: Path, keep: Callable) -> list[dict]:
 
 
 def recall(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """`recall`, and the length of answers in hundreds of words."""
     hits, totals = [], []
     for s, a in zip(samples, answers):
         targets, spoken = Counter(parse_words(s["label"])), Counter(parse_words(a))
@@ -71,8 +74,9 @@ def recall(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
 
 
 def parse_entities(answer: str, sample: dict | None = None) -> list[str]:
-    """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order; a
-    word that only begins a sentence, such as 'The', is none.
+    """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order.
+
+    A word that only begins a sentence, such as 'The', does not count.
     """
     runs = re.findall(
         r"\b[A-Z][\w'-]*(?:(?:\s+(?:of|the|de|la|von|van|der))*\s+[A-Z][\w'-]*)*", str(answer)
@@ -90,8 +94,9 @@ def parse_entities(answer: str, sample: dict | None = None) -> list[str]:
 
 @cache
 def spacy_model() -> tuple | None:
-    """(name, pipeline) of the first English spaCy model that is installed, or None; spaCy is
-    imported only then.
+    """(name, pipeline) of the first English spaCy model that is installed, or None.
+
+    spaCy is imported only if there is one.
     """
     names = sorted(
         m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web")
@@ -105,10 +110,12 @@ def spacy_model() -> tuple | None:
 
 @lru_cache(1 << 14)
 def spacy_entities(text: str) -> list[str]:
+    """The entities that spaCy finds."""
     return [e.text for e in spacy_model()[1](text).ents]
 
 
 def read_wit(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """The English rows of WIT; the label is the caption."""
     image = pictures_in(path.parent, "images")
     return [
         dict(
@@ -123,9 +130,10 @@ def read_wit(path: Path, labels: Path, keep: Callable) -> list[dict]:
 
 
 def coverage(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
-    """Targets are taken with their finder from the caption; the capitalised ones count where the
-    answer holds them as whole words in any case, spaCy's where spaCy finds the same entity in the
-    answer.
+    """The share of the caption's entities that the answer names, for each way to find entities.
+
+    Capitalised ones count if the answer contains them as whole words in any case; spaCy's if spaCy
+    finds the same entity in the answer.
     """
     measured = {}
 

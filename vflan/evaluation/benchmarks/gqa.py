@@ -1,10 +1,10 @@
 """GQA: compositional questions, exact match.
 
-    gqa/    llava_gqa_testdev_balanced.jsonl (LLaVA) beside testdev_balanced_questions.json (the
-    authors'), images/
+    gqa/    llava_gqa_testdev_balanced.jsonl (LLaVA), images/,
+            testdev_balanced_questions.json (the authors')
 
-The answer counts if it is the right one in lower case and without a full stop at its end. The
-official script refuses a set with missing answers; here they are left out, and counted.
+An answer is right if it equals the label in lower case and without a full stop at its end. The
+official script refuses a set with missing answers; here they are left out and counted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from vflan.evaluation.benchmarks.vqa import write_json
 
 
 def parse(answer: str, sample: dict | None = None) -> str:
+    """Lower case, without a full stop at the end."""
     return str(answer).rstrip(".").lower()
 
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """The questions of the authors' file, or LLaVA's with the authors' labels."""
     data = read_rows(path)
     image = pictures_in(path.parent, "images", "data/images")
     if isinstance(data, dict):
@@ -41,12 +43,13 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
 
 
 def row(id: str, question: dict) -> dict:
+    """The id, label and category (structure) of a question in the authors' file."""
     kind = (question.get("types") or {}).get("structural", "query")
     return dict(question_id=id, label=question.get("answer"), category=kind)
 
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
-    """accuracy, over open questions ('query') and the binary others, and by structure."""
+    """`accuracy`, of all and by structure, and of open questions ('query') and binary ones."""
     right = [parse(a) == s["label"] for s, a in zip(samples, answers)]
     measured = metrics("accuracy", right, samples, pooled=True)
     by_kind = [s | {"category": "open" if s["category"] == "query" else "binary"} for s in samples]

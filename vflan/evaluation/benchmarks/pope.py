@@ -1,15 +1,14 @@
-"""POPE: is there an X in the image? Asked about present objects and about random, popular and
-adversarial absent ones.
+"""POPE: is there an X in the image?
 
-    pope/    llava_pope_test.jsonl (LLaVA) beside coco_pope_random.json, _popular, _adversarial (the
-    authors'; of the
-             random file the one with 2,910 lines); val2014/ or images/ (COCO)
+    pope/    llava_pope_test.jsonl (LLaVA); coco_pope_random.json, _popular and _adversarial (the
+             authors'; of the random file the one with 2,910 lines); val2014/ or images/ (COCO)
 
-Read as the official script reads it, oddities included, so that numbers compare: 'Yes, there is no
-doubt' counts as no, and 'NO' as yes. Labels are looked up by category, picture and question, never
-by order: with the wrong release of the random file the official script joins by order and reports
-an F1 of .46 for answers worth .87. A missing answer would shift all others there; here it is left
-out, and counted.
+Questions are about objects that are present, and about random, popular and adversarial absent ones.
+Answers are parsed as in the official script, oddities included, so that numbers compare: 'Yes,
+there is no doubt' counts as no, and 'NO' as yes. Labels are looked up by category, picture and
+question, never by order. The official script joins by order; with the wrong release of the random
+file it reports an F1 of .46 for answers worth .87. A missing answer would shift all others there;
+here it is left out and counted.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ def parse(answer: str, sample: dict | None = None) -> str:
 
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """LLaVA's questions with the labels of the authors' three files."""
     image = pictures_in(path.parent, "val2014", "images")
     files = [labels] if labels.is_file() else sorted(labels.glob("coco_pope_*.json"))
     if not files:
@@ -74,14 +74,17 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
 
 
 def digest(path: Path) -> str:
+    """The sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def known(sample: dict) -> bool:
+    """Whether the label is yes or no."""
     return str(sample["label"]).lower() in ("yes", "no")
 
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """accuracy, precision, recall, F1 and the share of yes, over the three categories."""
     answered_yes = np.array([parse(a) for a in answers]) == "yes"
     is_yes = np.array([s["label"].lower() for s in samples]) == "yes"
     tp, fp, fn = answered_yes & is_yes, answered_yes & ~is_yes, ~answered_yes & is_yes
@@ -95,6 +98,7 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
 
 
 def yes(samples: list[dict]) -> list[str]:
+    """The answer yes to every question."""
     return ["yes"] * len(samples)
 
 

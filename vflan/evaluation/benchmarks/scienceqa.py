@@ -1,12 +1,11 @@
-"""ScienceQA: school questions with lettered options. The papers print the half of the test set that
-has a picture.
+"""ScienceQA: school questions with lettered options. The papers report the half with a picture.
 
-    scienceqa/    llava_test_CQM-A.json (LLaVA) beside problems.json and pid_splits.json (the
-    authors'), images/test/
+    scienceqa/    llava_test_CQM-A.json (LLaVA); problems.json and pid_splits.json (the authors');
+                  images/test/
 
-`img_accuracy` is the published number, `accuracy` that of all questions. A missing answer is wrong,
-as in LLaVA's script, and so is one in which no letter, or none of the allowed shapes, is found
-(some harnesses guess there).
+`img_accuracy` is the published number, `accuracy` that of all questions of the test set. A missing
+answer is wrong, as in LLaVA's script. An answer without a letter in one of the allowed forms is
+wrong too (some harnesses guess there).
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from vflan.evaluation.benchmarks.files import LETTER, find, pictures_in, read_ro
 LETTERS = "ABCDE"
 
 
-def parse(answer: str, sample: dict | None = None) -> str:
-    """The letter, or None: 'B', 'B. ...', or 'The answer is B.' exactly once (whatever character
-    follows the letter). Letters are A to E, or those of the sample's `letters`.
+def parse(answer: str, sample: dict | None = None) -> str | None:
+    """The letter, or None: 'B', 'B. ...', or 'The answer is B.' exactly once.
+
+    Any character may follow the letter in the last form. Letters are A to E, or those of the
+    sample's `letters`.
     """
     answer, letters = str(answer), (sample or {}).get("letters", LETTERS)
     if len(answer) == 1 and answer in letters:
@@ -39,9 +40,7 @@ def parse(answer: str, sample: dict | None = None) -> str:
 
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
-    """LLaVA's json with the labels of problems.json, or with its own answers; or problems.json as
-    the questions.
-    """
+    """LLaVA's json, with the labels of problems.json or of its own; or problems.json itself."""
     data, samples = read_rows(path), []
     image = pictures_in(path.parent, "images/test", "images", "test")
     if isinstance(data, dict):
@@ -93,10 +92,12 @@ def question(problem: dict) -> str:
 
 
 def known(sample: dict) -> bool:
+    """Whether the label is one of the letters."""
     return sample["label"] in tuple(sample.get("letters", LETTERS))
 
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """Accuracy of questions with a picture, of all, and of those without."""
     right = [parse(a, s) == s["label"] for s, a in zip(samples, answers)]
     with_picture = np.array([bool(s["image"]) for s in samples])
     whole = metrics("accuracy", right, samples, pooled=True)["accuracy"]

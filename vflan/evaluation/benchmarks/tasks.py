@@ -33,6 +33,7 @@ def lenient(answer: str, label: str) -> bool:
 
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """`accuracy`: exact match of the cleaned answer; `lenient`: the answer contains the label."""
     exact = [parse(a) == clean(s["label"]) for s, a in zip(samples, answers)]
     loose = [e or lenient(a, s["label"]) for e, s, a in zip(exact, samples, answers)]
     return metrics("accuracy", exact, samples) | metrics("lenient", loose, samples)
