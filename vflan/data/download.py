@@ -68,6 +68,7 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
     kept = "What has been downloaded is kept"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Two processes must not write the same partial file.
         with FileLock(folder / ".fetch.lock", timeout=0):
             commit, files = _listing(HfApi(endpoint=endpoint), SETS[name])
             missing = [file for file in files if not _is_whole(folder / file.path, file)]
@@ -92,6 +93,7 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
             f"{endpoint} cannot be reached, or broke off ({reason}). {how}"
         ) from None
     except OSError as error:
+        # Disk full, or quota exceeded; any other error speaks for itself.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         problem = f"The disk of {shown(folder)} is full. {kept}: free some space and fetch again."
@@ -122,6 +124,7 @@ def _download(url: str, file: RepoFile, target: Path) -> None:
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     display = {"displayed_filename": file.path, "tqdm_class": _bar}
     while True:
+        # Appends, so that the bytes of an interrupted download are not fetched again.
         with open(part, "ab") as out:
             start = out.tell()
             if start < file.size:
@@ -155,6 +158,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     """Whether the file at `path` is the hub's: same size and SHA-256, or git's SHA-1 if small."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
+    # What the hub states: SHA-256 for files in LFS, else git's hash of a blob.
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content, progress(f"checking {file.path}", file.size, "B") as bar:
         while block := content.read(2**20):

@@ -119,6 +119,7 @@ def _coco(number: int) -> str:
 def _read_vqa(questions: dict, annotations: dict) -> Iterator[dict]:
     answers = {entry["question_id"]: entry["answers"] for entry in annotations["annotations"]}
     for entry in questions["questions"]:
+        # Ten people answered each question.
         votes = Counter(vote["answer"] for vote in answers[entry["question_id"]])
         ((answer, _),) = votes.most_common(1)
         yield dict(image=_coco(entry["image_id"]), question=entry["question"], answer=answer)
@@ -191,6 +192,7 @@ def a_okvqa(records: Iterable[dict]) -> Iterator[dict]:
     evaluates MMBench. Both are inferred.
     """
     for image, questions in _by_image(records):
+        # Questions of one image may differ in their number of choices.
         for turn in range(max(len(question["choices"]) for question in questions)):
             pairs = [_multiple_choice(question, turn) for question in questions]
             yield _row("aokvqa", image, pairs, LETTER, f"_{turn}")
@@ -229,6 +231,7 @@ def refcoco(records: Iterable[dict], seed: int = 0) -> Iterator[dict]:
                 (REGION + box, region["phrase"]) if asks_phrase else (BOX + region["phrase"], box)
             )
             pairs.append(pair)
+        # Fewer than ten pairs: nine.
         for start in range(0, len(pairs), 9):
             suffix = f"_{start // 9}" if len(pairs) > 9 else ""
             yield _row("refcoco", image, pairs[start : start + 9], id_end=suffix)
@@ -281,6 +284,7 @@ def sharegpt(rows: Iterable[dict], tokenizer: Tokenizer, max_length: int = 2048)
             continue  # audit raises it for an invalid conversation
         if pairs:
             talk = _conversation(pairs)
+            # Spell "<image>" again as it was.
             for turn in talk:
                 turn["value"] = turn["value"].replace(_IMAGE_AS_TEXT, IMAGE)
             head = {"id": row.get("id"), "task_name": "sharegpt", "model": row.get("model", "")}
@@ -293,6 +297,7 @@ def _cut(pairs: list[tuple[str, str]], tokenizer, max_length: int) -> list[tuple
     def fits(pairs):
         return len(encode(_conversation(pairs), tokenizer)[0]) <= max_length
 
+    # Most conversations fit: try the whole one before bisection.
     if fits(pairs):
         return pairs
     if whole := _longest(len(pairs), lambda n: fits(pairs[:n])):

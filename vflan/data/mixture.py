@@ -58,6 +58,7 @@ def mix(
         raise ValueError("temperature and weights share out rows: say with total= how many.")
     if temperature is not None and weights is not None:
         raise ValueError("temperature and weights both decide the shares: give one of them.")
+    # Sorting by hash and taking the first is what makes a small mixture part of a larger one.
     chosen = sorted(tasks, key=lambda task: hash_draw(seed, task))[:num_tasks]
     most = len(samples) if per_task is None else per_task
     counts = {task: min(most, len(tasks[task])) for task in chosen}
@@ -103,12 +104,14 @@ def diverse(
         # Centred, because all images share a large mean, which would hide their differences.
         centred = np.asarray(features, np.float32) - np.mean(features, 0, dtype=np.float32)
         points = np.hstack([points, normalize(centred)])  # (samples, 64 + width)
+    # (samples,) cluster of each row, and its squared distance from the centre.
     means = MiniBatchKMeans(min(clusters, num_samples), random_state=seed, n_init=3).fit(points)
     distance = ((points - means.cluster_centers_[means.labels_]) ** 2).sum(1)  # (samples,)
     # Sort by cluster and distance; the rank is the place in the cluster, 0 for the most central.
     order = np.lexsort((distance, means.labels_))
     label = means.labels_[order]
     rank = np.arange(len(order)) - np.searchsorted(label, label)
+    # By rank first: every cluster gives its most central row, then every one its next.
     return samples.select(np.sort(order[np.lexsort((label, rank))[:num_samples]]))
 
 
@@ -206,6 +209,7 @@ def _draw_rows(rows: np.ndarray, count: int, seed: int, key: str) -> np.ndarray:
 def _more_samples(recipe: Recipe) -> Iterator[tuple[str, Dataset, int | None]]:
     """Each further file of a recipe: its name, its rows, how many are drawn (None: all)."""
     for entry in recipe.more_samples:
+        # An entry is "file" or "file#count".
         name, _, count = entry.partition("#")
         file = resolve(name)
         beside = file.parent / "images"
@@ -253,6 +257,7 @@ def _share(total: int, sizes: dict[str, int], weights: dict[str, float]) -> dict
     available = sum(size for task, size in sizes.items() if weights[task])
     if not 0 < total <= available:
         raise ValueError(f"total={total}, but the chosen tasks can give 1 to {available} rows.")
+    # Weights as whole numbers; a weight above 0 stays above 0.
     one, largest = 10**18, max(weights.values())
     shares = {
         task: max(1, round(weight / largest * 10**9)) if weight else 0

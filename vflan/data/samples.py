@@ -56,6 +56,8 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
     the file is damaged, has no conversations, or holds several splits.
     """
     parts, root = _parts(Path(path)), images_root(Path(path), images)
+    # The name of the table depends on the paths, so that a changed file replaces its table. The key
+    # inside depends on sizes and times, so that a table of the old file is not used.
     source = [*map(str, parts), str(root)]
     digest = hashlib.blake2b(json.dumps(source).encode(), digest_size=8).hexdigest()
     table = CACHE / "samples" / f"{parts[0].stem[:80]}-{digest}.arrow"
@@ -99,6 +101,7 @@ def save_samples(
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # Row by row: `rows` may be a generator, or a data set that does not fit into memory.
         with open(scratch, "w", encoding="utf-8") as file:
             for number, row in enumerate(rows):
                 row = {key: value for key, value in row.items() if value is not None}
@@ -176,6 +179,7 @@ def _open(table: Path, key: bytes) -> Dataset | None:
             file.seek(-len(_END), os.SEEK_END)
             if file.read() != _END:
                 return None
+        # `_convert` writes the key into the metadata of the schema.
         with pa.memory_map(str(table)) as file:
             if (pa.ipc.open_stream(file).schema.metadata or {}).get(b"vflan") != key:
                 return None
@@ -193,6 +197,7 @@ def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
             with pa.ipc.new_stream(file, _SCHEMA.with_metadata({"vflan": key})) as writer:
                 for batch in _batches(parts, root):
                     writer.write_batch(batch)
+            # On the disk before the rename, so that a power cut leaves no empty table.
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(table)
@@ -216,6 +221,7 @@ def _batches(parts: list[Path], root: Path) -> Iterator[pa.RecordBatch]:
     size = sum(part.stat().st_size for part in parts)
     with progress(f"reading {parts[0].name}", size, "B") as bar:
         for part in parts:
+            # By content, because files in the hub's cache may have no suffix.
             with open(part, "rb") as file:
                 is_parquet = file.read(4) == b"PAR1"
             done = 0
@@ -257,15 +263,10 @@ class _Resolved(str):
     """An image name that `read_picture` can take as it is."""
 
 
-def _replace_surrogates(value):
+def _replace_surrogates(rows: list) -> list:
     """Half a surrogate pair, which json may hold and UTF-8 may not, becomes U+FFFD."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_replace_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {_replace_surrogates(k): _replace_surrogates(item) for k, item in value.items()}
-    return value
+    text = json.dumps(rows, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 # --------------------------------------------------------------------------------- file formats
@@ -275,6 +276,7 @@ def _json(path: Path) -> Iterator[tuple[list, int]]:
     """(some rows, bytes read so far) of a json array, or of json lines."""
     with open(path, "rb") as file:
         blocks = _blocks(file, path)
+        # The first character that is not space tells an array from json lines.
         first = next((block for block in blocks if block.strip()), "")
         read = _array if first.lstrip().startswith("[") else _lines
         for rows in read(chain([first], blocks), path):

@@ -134,7 +134,7 @@ def check(
     rows = _rows(samples, tokenizer, template)
     for row, (name, image, task, turns, encoded) in enumerate(rows):
         number = pictures.get(image) if image else None
-        # The image is one of the ids and will be widened to image_tokens.
+        # The image is one of the ids, and will be widened to image_tokens.
         room = max_length - (image_tokens - 1 if image else 0)
         trouble = troubles.get(number, "")
         reason, left_out = _verdict(turns, image, trouble, encoded, room, max_length)
@@ -145,6 +145,7 @@ def check(
         if number in twins:
             duplicates.setdefault(number, []).append(row)
         is_copy = overlap is not None and overlap.add((row, name, task, image), number, turns)
+        # The counts of by_task, from rows to contaminated.
         tally = tasks.setdefault(task or "", np.zeros(6, int))
         tally += (1, not reason, bool(reason), bool(left_out), number in twins, is_copy)
     listed = list(pictures)
@@ -197,6 +198,7 @@ def _rows(samples: Dataset, tokenizer, template: str) -> Iterator[tuple]:
             many = [[turn or {} for turn in turns or []] for turns in many]
             encoded = [None] * len(many)
             if tokenizer is not None:
+                # One call of the tokenizer for all rows of the batch.
                 encoded = encode_many(many, tokenizer, template)
             yield from zip(*texts, many, encoded)
             bar.update(len(many))
@@ -263,12 +265,13 @@ def fingerprints(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, di
     ):
         for start in range(0, len(names), PICTURES):
             part = names[start : start + PICTURES]
+            # Names as bytes, because a file name need not be valid UTF-8.
             keys = [name.encode("utf-8", "surrogatepass") for name in part]
             marks = ",".join("?" * len(part))
             query = f"select name, stamp, look from pictures where name in ({marks})"
             cached = {key: (mark, data) for key, mark, data in cache.execute(query, keys)}
             # In threads, because a network disk needs as long for the time of a file as to read it.
-            stamps = [repr(found) if found else "" for found in pool.map(stamp, part)]
+            stamps = [repr(mark) if mark else "" for mark in pool.map(stamp, part)]
             new = []
             for i, (key, mark) in enumerate(zip(keys, stamps)):
                 cached_mark, data = cached.get(key, ("", b""))
@@ -278,6 +281,7 @@ def fingerprints(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, di
                     new.append(i)
             sound = []
             for i, (fingerprint, trouble) in zip(new, pool.map(_read, [part[i] for i in new])):
+                # Troubles are not cached: the image may be downloaded before the next check.
                 if trouble:
                     troubles[start + i] = trouble
                     continue
