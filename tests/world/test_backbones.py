@@ -1,4 +1,6 @@
-"""The shipped stand-ins for CLIP and Vicuna: what they are, what they can do, and how the language model was taught."""
+"""The shipped stand-ins for CLIP and Vicuna: what they are, what they can do, and how the language
+model was taught.
+"""
 
 import json
 
@@ -27,9 +29,16 @@ def model():
 
 def small(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=3,
-                         num_attention_heads=4, tie_word_embeddings=True, attn_implementation="eager",
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e5})  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=336,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -1,4 +1,4 @@
-"""The mini world is exact, deterministic, balanced, and its training and evaluation scenes share nothing."""
+"""The mini world is exact, deterministic and balanced; training and evaluation share no scene."""
 
 import hashlib
 import json
