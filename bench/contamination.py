@@ -155,12 +155,10 @@ def rate(folder: Path):
         Path(name).read_bytes()
     best = 0
     for attempt in range(3):
-        validation.CACHE = (
-            folder / f"cache-{attempt}"
-        )  # nothing is remembered from the attempt before
-        start = (
-            time.process_time()
-        )  # of this process alone: others that share the machine do not count
+        # Nothing is remembered from the attempt before.
+        validation.CACHE = folder / f"cache-{attempt}"
+        # Of this process alone: others that share the machine do not count.
+        start = time.process_time()
         validation.fingerprints(names, threads=1)
         best = max(best, len(names) / (time.process_time() - start))
     megapixels = np.mean([np.prod(Image.open(name).size) for name in names]) / 1e6

@@ -182,9 +182,8 @@ def body_of_576(processor, questions):
     old = pictures.size, pictures.crop_size
     pictures.size, pictures.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
     try:
-        speedup, notes = compared(
-            model, processor, questions, 2
-        )  # POPE's answers are one token and the end
+        # POPE's answers are one token and the end.
+        speedup, notes = compared(model, processor, questions, 2)
     finally:
         pictures.size, pictures.crop_size = old
     return {"speedup": round(speedup, 1)} | notes

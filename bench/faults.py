@@ -222,9 +222,8 @@ class Workshop:
 
     def export(self, home):
         folder = home / "out"
-        if (
-            not folder.exists()
-        ):  # an export is there whole or not at all; one that is there is not written again
+        # An export is there whole or not at all; one that is there is not written again.
+        if not folder.exists():
             self.run.export(folder)
         return {
             str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
@@ -486,9 +485,8 @@ def kernel(shop, work, home, draw, expected, length):
         while reply := client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)[
             "content"
         ]:
-            if (
-                reply["status"] != "aborted"
-            ):  # a kernel turns down what reaches it just after an error: press again
+            # A kernel turns down what reaches it just after an error: press again.
+            if reply["status"] != "aborted":
                 break
         if reply["status"] != "ok":
             raise AssertionError(f"the cell, run again: {reply['ename']}: {reply['evalue']}")

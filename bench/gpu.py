@@ -755,9 +755,8 @@ def guards():
         sys.modules["datasets"] = lacking
     from transformers import PreTrainedModel
 
-    if not hasattr(
-        PreTrainedModel, "activation_checkpointing_enable"
-    ):  # its name before transformers 5.2x
+    # Its name before transformers 5.2x.
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
         PreTrainedModel.activation_checkpointing_enable = (
             PreTrainedModel.gradient_checkpointing_enable
         )

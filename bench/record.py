@@ -43,9 +43,8 @@ def write(name, checks, values, command, **notes):
     }
     record = {"machine": here, "versions": versions, "command": command}
     record |= {"notes": notes} if notes else {}
-    others = [
-        figure for figure in rows if figure not in checks
-    ]  # of another bench that writes into the same file
+    # Of another bench that writes into the same file.
+    others = [figure for figure in rows if figure not in checks]
     record["checks"] = [rows[figure] for figure in [*checks, *others] if figure in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

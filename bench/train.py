@@ -49,14 +49,12 @@ SEED = 0
 VOCABULARY = 32_000
 TINY = dict(hidden=32, layers=2, wide=64, heads=2, tower=(3, 32, 48, 12))
 # tower: layers, width, pixels, pixels of a patch; 336 / 14 gives 576 positions a picture, as in
-# LLaVA-1.5
+# LLaVA-1.5 for its processor.
 BODIES = {
     "small": dict(hidden=256, layers=4, wide=688, heads=4, tower=(3, 128, 336, 14)),
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
     "tiny": TINY,
-    "words_only": dict(
-        hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)
-    ),  # for its processor
+    "words_only": dict(hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)),
 }
 
 
@@ -290,9 +288,8 @@ def baseline(recipe, order=None):
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
     model.config.use_cache = model.config.text_config.use_cache = False
-    model._hf_peft_config_loaded = bool(
-        recipe.lora_r
-    )  # else Trainer takes a 4-bit model for one that cannot learn
+    # Else Trainer takes a 4-bit model for one that cannot learn.
+    model._hf_peft_config_loaded = bool(recipe.lora_r)
     share, times = recipe.global_batch // recipe.micro_batch, []
     order = llava_order(data, recipe.micro_batch, share) if order is None else order
 

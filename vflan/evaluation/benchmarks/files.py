@@ -1,6 +1,4 @@
-"""Benchmark files as they lie on disk: question files, label files and answer files in the shapes
-that were released.
-"""
+"""Benchmark files on disk: question, label and answer files in the released formats."""
 
 from __future__ import annotations
 
@@ -28,12 +26,11 @@ SHORT, LETTER, UNSURE, LETTER_CN = ("\n" + line for line in FORMATS)
 
 
 def read_rows(path: str | Path, na: bool = False) -> list | dict:
-    """What a json, jsonl, tsv, csv, xlsx or parquet file holds: mostly a list of dicts, for json
-    whatever is in it.
+    """The content of a json, jsonl, tsv, csv, xlsx or parquet file, usually a list of dicts.
 
-    Cells of tables are strings; with `na` empty cells and N/A, null, None ... become '', as pandas
-    reads them by default and so the official scripts do. ValueError names the file, and the line
-    that cannot be read.
+    Cells of tables are strings. With `na`, empty cells and N/A, null, None ... become '', as pandas
+    (and so the official scripts) read them by default. ValueError names the file, and the line that
+    cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,9 +44,8 @@ def read_rows(path: str | Path, na: bool = False) -> list | dict:
         try:
             return json.loads(text)
         except json.JSONDecodeError as trouble:
-            if (
-                trouble.msg != "Extra data"
-            ):  # several objects, one a line: POPE's label files are called .json
+            # Several objects, one a line: POPE's label files are called .json.
+            if trouble.msg != "Extra data":
                 raise ValueError(
                     f"{path} is not whole json ({trouble}); download it again."
                 ) from None
@@ -57,8 +53,9 @@ def read_rows(path: str | Path, na: bool = False) -> list | dict:
 
 
 def json_lines(path: Path, text: str, broken: list[int] | None = None) -> list:
-    """The objects of a text with one on each line; a line that is none is an error, or is added to
-    `broken`.
+    """The objects of a text with one object a line.
+
+    A line that is not json is an error, or its number is added to `broken`.
     """
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): answers may hold U+2028
@@ -74,6 +71,7 @@ def json_lines(path: Path, text: str, broken: list[int] | None = None) -> list:
 
 
 def read_table(path: Path, kind: str, na: bool = False) -> list[dict]:
+    """The rows of a tsv, csv, xlsx or parquet file; see `read_rows` for `na`."""
     import pandas as pd
 
     if kind == "parquet":
@@ -92,9 +90,7 @@ def read_table(path: Path, kind: str, na: bool = False) -> list[dict]:
 
 
 def find(labels: str | Path, *names: str) -> Path | None:
-    """`labels` itself where it is a file, else the first file of that folder with one of the names
-    (globs), or None.
-    """
+    """`labels` if it is a file, else the first file in it with one of the names (globs)."""
     labels = Path(labels)
     if labels.is_file():
         return labels
@@ -102,17 +98,16 @@ def find(labels: str | Path, *names: str) -> Path | None:
 
 
 def pictures_in(folder: Path, *names: str) -> Callable[[str | None], str | None]:
-    """A function name -> absolute path of that picture in the first of the sub-folders that exists,
-    or in `folder`.
+    """A function from the name of a picture to its absolute path.
+
+    Pictures are in the first of the sub-folders that exists, or in `folder` itself.
     """
     root = next((folder / name for name in names if (folder / name).is_dir()), folder).absolute()
     return lambda name: str(root / name) if name else None
 
 
 def keep_picture(data: bytes | str) -> str:
-    """Write the bytes of a picture (or their base64) to the cache, once for each content, and
-    return the path.
-    """
+    """Write a picture (bytes or base64) to the cache, once for each content; returns the path."""
     data = base64.b64decode(data) if isinstance(data, str) else data
     path = CACHE / "pictures" / f"{hashlib.sha256(data).hexdigest()[:32]}.png"
     if not path.exists():
@@ -124,8 +119,9 @@ def keep_picture(data: bytes | str) -> str:
 
 
 def name_picture(data: bytes | str) -> str:
-    """A name for a picture that nobody will open: scoring needs to know only which questions share
-    one.
+    """A name for a picture that is not opened.
+
+    Scoring only needs to know which questions share a picture.
     """
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:32]
 
@@ -134,13 +130,12 @@ def name_picture(data: bytes | str) -> str:
 
 
 def read_answers(path: str | Path) -> tuple[list[dict], list[int]]:
-    """(rows, numbers of the lines that are no json): each row a dict with `id`, `text`, `prompt`
-    and `gold` (or None).
+    """(rows, numbers of bad lines); a row has `id`, `text`, `prompt` and `gold` (or None).
 
-    Read are JSON Lines with question_id and text, and the benchmarks' own upload formats: a json
-    list (VQAv2, VizWiz, GQA, TextVQA), a json object id -> answer (MM-Vet, MMMU, ScienceQA), a
-    table (MMBench's xlsx, tsv, csv), and MME's folder of TASK.txt (file, question, right answer,
-    answer, with tabs between them).
+    Reads JSON Lines with question_id and text, and the benchmarks' own upload formats: a json list
+    (VQAv2, VizWiz, GQA, TextVQA), a json object id -> answer (MM-Vet, MMMU, ScienceQA), a table
+    (MMBench's xlsx, tsv, csv), and MME's folder of TASK.txt (file, question, right answer, answer,
+    separated by tabs).
     """
     path, broken = Path(path), []
     if path.is_dir():
@@ -179,7 +174,7 @@ def read_answers(path: str | Path) -> tuple[list[dict], list[int]]:
 
 
 def first(row: object, keys: Sequence[str]) -> object:
-    """The value of the first of the keys that a row has; None if it has none, or is no row."""
+    """The value of the first key that a row has; None if it has none, or is not a dict."""
     return (
         next((row[k] for k in keys if row.get(k) is not None), None)
         if isinstance(row, dict)
@@ -188,9 +183,7 @@ def first(row: object, keys: Sequence[str]) -> object:
 
 
 def mme_rows(path: Path) -> list[dict]:
-    """MME's result file of one task: file, question, right answer and the model's, with tabs
-    between them.
-    """
+    """MME's result file of one task: file, question, right answer, answer, separated by tabs."""
     rows = []
     for line in path.read_text(encoding="utf-8-sig").split("\n"):
         cells = line.rstrip("\r").split("\t")
@@ -207,10 +200,9 @@ def mme_rows(path: Path) -> list[dict]:
 
 
 def bare_question(prompt: object) -> str:
-    """The bare question of a prompt, lower-case: without picture token, OCR tokens and format
-    prompts.
+    """The question of a prompt in lower case, without picture token, OCR tokens and format prompts.
 
-    The three shapes of TextVQA prompts are read as LLaVA's script reads them: the question before
+    TextVQA's prompts have three forms, which are read as in LLaVA's script: the question is before
     or after the line 'Reference OCR token: ...', or between 'Question:' and 'Short answer:'.
     """
     text = str(prompt).replace("<image>", "")

@@ -1,6 +1,4 @@
-"""Held-in and held-out tasks: exact match, and a lenient reading for models that answer in
-sentences.
-"""
+"""Held-in and held-out tasks: exact match, and a lenient score for answers in sentences."""
 
 from __future__ import annotations
 
@@ -15,15 +13,15 @@ from vflan.evaluation.benchmarks.reading import affirms
 
 
 def parse(answer: str, sample: dict | None = None) -> str:
-    """The answer as it is compared: lower case, single spaces, no full stop."""
+    """The answer in the form in which it is compared: lower case, single spaces, no full stop."""
     return clean(answer)
 
 
 def lenient(answer: str, label: str) -> bool:
-    """Whether the first sentence of `answer` holds `label` as whole words; yes and no must be its
-    first word.
+    """Whether the first sentence of `answer` contains `label` as whole words.
 
-    'The star is red.' is right for 'red'; 'There is no doubt, yes.' is not right for 'no'.
+    Yes and no must be its first word. 'The star is red.' is right for 'red'; 'There is no doubt,
+    yes.' is wrong for 'no'.
     """
     sentence, label = clean(first_sentence(answer)), clean(label)
     if label in ("yes", "no"):
