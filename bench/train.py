@@ -49,7 +49,7 @@ SEED = 0
 VOCABULARY = 32_000
 TINY = dict(hidden=32, layers=2, wide=64, heads=2, tower=(3, 32, 48, 12))
 # tower: layers, width, pixels, pixels of a patch; 336 / 14 gives 576 positions a picture, as in
-# LLaVA-1.5 for its processor.
+# LLaVA-1.5; "words_only" has a tower only because its processor needs one
 BODIES = {
     "small": dict(hidden=256, layers=4, wide=688, heads=4, tower=(3, 128, 336, 14)),
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
