@@ -17,6 +17,7 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 
 # Pages with generated tables, each between <!-- NAME:begin --> and <!-- NAME:end -->.
 PAGES = ("README.md", "docs/results.md", "docs/measurements.md")
+CAPTIONS = Path(__file__).with_name("captions.json")  # {figure's file name: caption}
 STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
 COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
@@ -33,12 +34,13 @@ COSTS = {
 
 
 def caption(picture: Path) -> str:
-    """The description in a figure's PNG, or else its file name in words."""
+    """The description in a figure's PNG, or its text in captions.json, or its file name in words."""
     with Image.open(picture) as image:
         description = getattr(image, "text", {}).get("Description")
+    known = json.loads(CAPTIONS.read_text(encoding="utf-8")).get(picture.stem)
     kinds = {"fig": "Figure", "table": "Table"}
     name = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{kinds[m[1]]} {m[2]}: ", picture.stem)
-    return description or name.replace("_", " ")
+    return description or known or name.replace("_", " ")
 
 
 def pictures(folder: str | Path) -> list[tuple[Path, str]]:
