@@ -34,6 +34,7 @@ from vflan.training.run import Run
 
 if TYPE_CHECKING:
     from vflan.evaluation.judge import Judge
+    from vflan.evaluation.released_model import ReleasedModel
 
     AnyRun = Run | str | os.PathLike
     Folder = str | os.PathLike | None
@@ -54,7 +55,7 @@ def evaluate(
     batch_size: int = 64,
     model: Any = None,
     name: str | None = None,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     one_pass: bool | dict[str, Sequence[str]] = False,
     num_processes: int = 1,
     judge: Judges = None,
@@ -63,12 +64,15 @@ def evaluate(
     """Scores of a run, a table of COLUMNS with one row for each metric.
 
     Values are from 0 to 100; low and high are a 95 % bootstrap over pictures; baseline is the
-    majority answer's value. problems counts questions without an answer, which are scored as an
-    empty answer, and failed judgements, which the mean leaves out. Answers are cached in
+    majority answer's value. problems counts questions without an answer and failed judgements,
+    which the mean leaves out; ValueError if nothing else is left. Answers are cached in
     <run>/answers/NAME.jsonl: an interrupted evaluation continues, and a finished one is scored
     again without loading the model. Scores are added to <run>/scores.csv.
 
-    run: a Run or its folder. benchmarks: names or .py files (default: all that `folder` holds).
+    run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
+    layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it. template:
+    `vicuna_v1`, or `own`, the chat template that comes with a model (None: `own` for a model that
+    brings another one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds).
     folder: of the benchmarks (default: the recipe's). model, name: evaluate another model under
     its own name, one with a swapped part for instance (Tables 6 and 7); or a ServedModel, for
     which run may be None (then give folder; answers go to runs/served/NAME). one_pass: answer
@@ -79,28 +83,47 @@ def evaluate(
     weights (None: what is free); a batch is made smaller if `batch_size` questions do not fit.
     """
     run, served = open_run(run), hasattr(model, "answering")
+    template = template or getattr(run, "template", "vicuna_v1")
     name = _check_name(run, model, name, folder, num_processes)
     # Everything is read and checked before the model is loaded.
     folder = resolve(folder or run.recipe.benchmarks)
     home = Path(run.folder) if run else output_path(f"runs/served/{name}")
     tests = [load_benchmark(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
     weights = model.fingerprint if served else hash_model(model) if model else None
-    shared = dict(model=weights or hash_weights(home / "model"))
+    shared = dict(model=weights or hash_weights(getattr(run, "weights", home / "model")))
     shared |= dict(template="the server's" if served else template)
     answers = home / "answers" / (name if name and run else "")
-    with asking(run, model, num_processes, batch_size, template, memory) as ask:
+    with asking(run, model, num_processes, (batch_size, template, memory)) as ask:
         replies = [test.ask(answers, ask, **shared) for test in tests]
     # Scoring comes after all asking, so that a local judge has the memory for itself.
     label, seed = name or run.recipe.name, run.recipe.seed if run else 0
-    tables = [score_answers(label, *pair, seed) for pair in zip(tests, replies)]
-    scores = pd.concat(tables, ignore_index=True)
-    keep_scores(home / "scores.csv", scores)
+    tables, errors = [], []
+    for test, answers in zip(tests, replies):
+        try:
+            tables.append(score_answers(label, test, answers, seed))
+        except ValueError as error:
+            errors.append(error)
+    # The scores of the other benchmarks are kept before the first error is raised.
+    scores = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    if tables:
+        keep_scores(home / "scores.csv", scores)
+    if errors:
+        raise errors[0]
     return scores
 
 
-def open_run(run: AnyRun | None) -> Run | None:
-    """The run in a folder; a Run stays as it is."""
-    return Run.open(run) if isinstance(run, (str, os.PathLike)) else run
+def open_run(run: AnyRun | None) -> Run | ReleasedModel | None:
+    """The run in a folder, or the model of others there; a Run stays as it is."""
+    if not isinstance(run, (str, os.PathLike)):
+        return run
+    if (resolve(run) / "recipe.json").is_file():
+        return Run.open(run)
+    from vflan.evaluation.released_model import ReleasedModel
+
+    model = ReleasedModel(str(run))
+    # Names the folder, and says what is missing there, before anything is read.
+    model.weights  # noqa: B018
+    return model
 
 
 def _check_name(run, model, name, folder, num_processes) -> str | None:
@@ -166,13 +189,31 @@ class LoadedBenchmark:
         generate = partial(ask, max_new_tokens=tokens)
         return ask_and_keep(path, header, self.samples, self.questions, generate)
 
-    def judge_answers(self, texts: Sequence[str]) -> list | None:
-        """A Judgement for each answer; None if the benchmark's own rule reads them."""
-        if self.judge is None:
-            return None
-        from vflan.evaluation.judge import judge_all
+    def measure(self, texts: Sequence[str | None]) -> tuple[dict[str, Metric], dict[int, Any]]:
+        """({metric: Metric}, {index: Judgement}) of the questions that were answered.
 
-        return judge_all(self.judge, self.samples, texts)
+        texts: the answer to each question; None where nobody answered. Such a question is left
+        out, with all that are scored together with it (the rotations of MMBench). ValueError if
+        nothing is left, or if no judgement can be read.
+        """
+        unit = self.benchmark.unit
+        failed = {unit(s) for s, text in zip(self.samples, texts) if text is None}
+        kept = [i for i, sample in enumerate(self.samples) if unit(sample) not in failed]
+        if not kept:
+            raise ValueError(f"{self.benchmark.name}: no question was answered: no score.")
+        samples, texts = [self.samples[i] for i in kept], [texts[i] for i in kept]
+        judgements = None
+        if self.judge is not None:
+            from vflan.evaluation.judge import judge_all
+
+            judgements = judge_all(self.judge, samples, texts)
+            if all(judgement.score is None for judgement in judgements):
+                raise ValueError(
+                    f"{self.benchmark.name}: the judge gave no score that can be read "
+                    f"({judgements[0].reason})."
+                )
+        items = self.benchmark.items(samples, texts, judgements)
+        return items, dict(zip(kept, judgements or ()))
 
 
 def load_benchmark(
@@ -208,16 +249,12 @@ def allowed(words: Sequence[str], prompt: str) -> list[str]:
 
 @contextmanager
 def asking(
-    run: Run | None,
-    model: Any,
-    num_processes: int,
-    batch_size: int,
-    template: str,
-    memory: float | None,
+    run: Run | None, model: Any, num_processes: int, settings: tuple[int, str, float | None]
 ) -> Iterator[Callable]:
     """A function ask(questions, max_new_tokens) that yields (index, Answer).
 
-    The model is loaded at the first call, so not at all if every answer is cached.
+    The model is loaded at the first call, so not at all if every answer is cached. settings:
+    (batch_size, template, memory).
     """
 
     # Cached, so that all benchmarks share one loaded model.
@@ -226,14 +263,14 @@ def asking(
         return run.load_model() if model is None else model, run.processor()
 
     def ask(questions, max_new_tokens):
-        return answering(*load(), questions, max_new_tokens, batch_size, template, memory)
+        return answering(*load(), questions, max_new_tokens, *settings)
 
     if hasattr(model, "answering"):
         yield model.answering
     elif num_processes > 1:
         from vflan.evaluation.parallel import working
 
-        with working(run, num_processes, batch_size, template, memory) as ask_together:
+        with working(run, num_processes, *settings) as ask_together:
             yield ask_together
     else:
         yield ask
@@ -299,15 +336,19 @@ def score_answers(
     run: str, test: LoadedBenchmark, answers: Sequence[Answer], seed: int = 0
 ) -> pd.DataFrame:
     """One row for each metric: its interval, the majority baseline, the judge and the problems."""
-    benchmark, texts = test.benchmark, [answer.text for answer in answers]
-    # The answer of a question that failed is empty; a failed judgement is left out of the mean.
+    benchmark = test.benchmark
     problems = [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
-    judgements, judged_by = test.judge_answers(texts), ""
+    texts = [None if answer.finish == "error" else answer.text for answer in answers]
+    try:
+        items, judgements = test.measure(texts)
+    except ValueError as error:
+        raise ValueError(f"{error} {problems[0][1]}" if problems else str(error)) from None
+    judged_by = ""
     if benchmark.judged or judgements:
         from vflan.evaluation.judge import RULES, title
 
-        judged_by = title(test.judge, judgements) if judgements else RULES
-    failed = [(i, j.reason) for i, j in enumerate(judgements or ()) if j.score is None]
+        judged_by = title(test.judge, list(judgements.values())) if judgements else RULES
+    failed = [(i, j.reason) for i, j in judgements.items() if j.score is None]
     problems += [(i, f"judge: {reason}") for i, reason in failed]
     if problems:
         i, reason = problems[0]
@@ -316,7 +357,7 @@ def score_answers(
             f"first, question {test.samples[i]['question_id']}: {reason}"
         )
     rows = []
-    for name, metric in benchmark.items(test.samples, texts, judgements).items():
+    for name, metric in items.items():
         baseline = test.baseline.get(name, float("nan"))
         interval = score_interval(metric)
         rows.append(

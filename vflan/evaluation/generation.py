@@ -143,7 +143,7 @@ def _ask(model, tokenizer, samples, max_new_tokens, start_of, past, batch: list[
     # A group of questions either has choices or has none.
     if samples[indices[0]].get("choices"):
         allowed = [samples[index]["choices"] for index in indices]
-        return list(zip(indices, choose_words(model, past, prompts, allowed, start_of, tokenizer)))
+        return list(zip(indices, _choose_words(model, past, prompts, allowed, start_of, tokenizer)))
     decoded = decode(model, past, prompts, max_new_tokens, tokenizer)
     texts = tokenizer.batch_decode([ids for ids, _ in decoded], skip_special_tokens=True)
     answers = [Answer(text.strip(), finish) for text, (_, finish) in zip(texts, decoded)]
@@ -418,15 +418,11 @@ def decode(
             owner, pieces = owner[indices], [pieces[row] for row in active]
 
 
-def choose_words(
-    model: nn.Module,
-    cache: DynamicCache,
-    prompts: Prompts,
-    allowed: list[list[str]],
-    start_of: Callable[[str], int],
-    tokenizer: Any,
-) -> list[Answer]:
-    """For each prompt, the one of its `allowed` words whose first token is the likeliest next."""
+def _choose_words(model, cache, prompts, allowed, start_of, tokenizer) -> list[Answer]:
+    """For each prompt, the one of its `allowed` words whose first token is the likeliest next.
+
+    start_of(word) is that token. ValueError if two words of a prompt begin with the same token.
+    """
     logits, _ = read(model, cache, *first_pieces(cache, prompts), tokenizer.pad_token_id or 0)
     answers = []
     for row, words in zip(logits.float().cpu(), allowed):  # row: (vocabulary,)

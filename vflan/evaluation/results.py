@@ -35,22 +35,31 @@ def kept_items(
     FileNotFoundError if the evaluation is not finished.
     """
     test, texts = _read_answers(run, benchmark, folder, name, judge)
-    items = test.benchmark.items(test.samples, texts, test.judge_answers(texts))
-    return items, test.baseline
+    return test.measure(texts)[0], test.baseline
 
 
-def _read_answers(run, benchmark, folder=None, name=None, judge=None):
+def _read_answers(run, benchmark, folder, name, judge):
     """(LoadedBenchmark, the text of each answer)."""
     run = open_run(run)
-    path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     test = load_benchmark(benchmark, resolve(folder or run.recipe.benchmarks), judge)
+    return test, _read_texts(run, benchmark, len(test.samples), name)
+
+
+def _read_texts(run, benchmark, number, name=None) -> list[str | None]:
+    """The texts of all cached answers, None where nobody answered.
+
+    FileNotFoundError if there are fewer than `number`.
+    """
+    path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     # The first row is the header. A question that was asked again has two rows; the last counts.
-    texts = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
-    if missing := len(test.samples) - len(texts):
+    texts = {
+        row["i"]: None if row["finish"] == "error" else row["answer"] for row in read_rows(path)[1:]
+    }
+    if missing := number - len(texts):
         raise FileNotFoundError(
             f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
         )
-    return test, [texts[i] for i in range(len(texts))]
+    return [texts[i] for i in range(number)]
 
 
 def write_upload(benchmark: str, run: AnyRun, folder: Folder = None, out: Folder = None) -> Path:
@@ -62,12 +71,17 @@ def write_upload(benchmark: str, run: AnyRun, folder: Folder = None, out: Folder
     if benchmark not in BENCHMARKS or not BENCHMARKS[benchmark].upload:
         known = ", ".join(name for name, b in BENCHMARKS.items() if b.upload)
         raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {known}.")
-    # Nothing is judged for an upload: the server scores the answers.
+    # The server scores the answers, so that even MM-Vet needs no judge here.
     run = open_run(run)
-    test, texts = _read_answers(run, benchmark, folder)
+    samples = BENCHMARKS[benchmark].load(resolve(folder or run.recipe.benchmarks))
+    texts = _read_texts(run, benchmark, len(samples))
+    if failed := texts.count(None):
+        raise FileNotFoundError(
+            f"{benchmark}: {failed} questions have no answer: vflan.evaluate asks them again."
+        )
     ending = UPLOAD_ENDINGS.get(benchmark, ".json")
     path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
-    test.benchmark.upload(test.samples, texts, path)
+    BENCHMARKS[benchmark].upload(samples, texts, path)
     return path
 
 
@@ -86,9 +100,12 @@ def judged_answers(
     """
     test, texts = _read_answers(run, benchmark, folder, name, judge)
     rows = []
-    judgements = test.judge_answers(texts) or [None] * len(texts)
-    for sample, text, judgement in zip(test.samples, texts, judgements):
-        if judgement is None:
+    judgements = test.measure(texts)[1] if test.judge else {}
+    for i, (sample, text) in enumerate(zip(test.samples, texts)):
+        judgement = judgements.get(i)
+        if text is None:
+            right, reason = None, "no answer"
+        elif judgement is None:
             right, reason = _is_right(test.benchmark, sample, text), ""
         elif judgement.score is None:
             right, reason = None, judgement.reason
@@ -140,7 +157,13 @@ def difference(
     The difference is the value of `run` minus that of `other`. The interval resamples pictures for
     both at once; p is a permutation test that swaps the two runs picture by picture.
     """
-    mine, theirs = (kept_items(r, benchmark, folder, judge=judge)[0] for r in (run, other))
+    (test, texts), (other_test, other_texts) = (
+        _read_answers(r, benchmark, folder, None, judge) for r in (run, other)
+    )
+    # A question that either run left without an answer counts for neither.
+    pairs = [(a, b) if None not in (a, b) else (None, None) for a, b in zip(texts, other_texts)]
+    mine, _ = test.measure([a for a, _ in pairs])
+    theirs, _ = other_test.measure([b for _, b in pairs])
     rows = []
     for key, a in mine.items():
         # The same pictures are drawn for both runs, so what is hard for both cancels.
