@@ -60,7 +60,8 @@ def png(noise=False, description=None):
 
 def test_notebooks_run_in_order_and_are_cleaned(home, capfd):
     folder = home / "notebooks"
-    show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\nopen('first.txt', 'w').write('x')"
+    show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\n"
+    show += "open('first.txt', 'w').write('x')"
     write(folder, "01_first", new_markdown_cell("# One"), code(show), code(""), code("1 + 1"))
     read = "print(open('first.txt').read(), changes)"
     found = "import os\nfrom multiprocessing.forkserver import _forkserver as f\n"
@@ -115,7 +116,8 @@ def test_notebooks_run_in_order_and_are_cleaned(home, capfd):
         and "runs/tiny/figures/README.md" in said.out
     )
     assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
-    # Quiet when nobody watches. A kernel that ends may leave a word of libzmq (zeromq/libzmq#3715) or of asyncio.
+    # Nothing else is printed. A kernel that ends may leave a line of libzmq (zeromq/libzmq#3715)
+    # or of asyncio.
     noise = ("(src/signaler.cpp:", "Task was destroyed but it is pending", "task: <Task pending")
     assert [line for line in said.err.splitlines() if not any(word in line for word in noise)] == []
 
@@ -129,7 +131,8 @@ def test_notebooks_run_in_order_and_are_cleaned(home, capfd):
 def test_two_notebooks_run_at_a_time_once_those_that_they_read_have_ended(home):
     def figure(name):
         folder = "'../runs/tiny/figures'"
-        return f"import os; os.makedirs({folder}, exist_ok=True); open({folder} + '/{name}.csv', 'w').write('x')\n"
+        write_file = f"open({folder} + '/{name}.csv', 'w').write('x')\n"
+        return f"import os; os.makedirs({folder}, exist_ok=True); {write_file}"
 
     until = (
         "import time\nfor _ in range(300): time.sleep(0 if os.path.exists('sixth.txt') else 0.1)\n"
@@ -264,7 +267,8 @@ def test_a_wrong_argument_is_refused_with_the_possible_ones(home):
 
 def test_cleaning_leaves_no_widget_address_or_path(home):
     view = {"text/plain": "VBox(children=())", clean.WIDGET: {"model_id": "1"}}
-    text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
+    text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n"
+    text += f" 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
     outputs = [
         new_output("display_data", view),
         new_output("stream", name="stdout", text=text),
@@ -394,7 +398,7 @@ def git(folder, *words):
 
 @pytest.fixture
 def project(home):
-    """A project under git, with a published table and one notebook that saves a figure and scores of 65.4."""
+    """A git project with a published table and a notebook that saves a figure and a score of 65.4."""
     write(home / "notebooks", "01_work", code(WORK.replace("{value}", "65.4")))
     (home / "data/results").mkdir(parents=True)
     (home / "data/results/tiny.csv").write_text(SCORES.replace("\\n", "\n").format(value="85.4"))
