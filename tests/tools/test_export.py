@@ -203,7 +203,7 @@ def test_a_run_that_cannot_be_exported_raises_the_reason(runs, exported, tmp_pat
         Run(tmp_path).export(tmp_path / "b")
 
 
-# ------------------------------------------------------------------------------------------------------------- the cards
+# ------------------------------------------------------------------------- the cards
 
 
 def stored_run(folder, name, init=None, mixture=None, scores=None, **recipe):
@@ -332,7 +332,7 @@ def test_an_exported_run_has_both_cards(runs, exported):
         assert str(runs[1].folder.parent.parent) not in file.read_text()
 
 
-# --------------------------------------------------------------------------------------------------------------- the hub
+# --------------------------------------------------------------------------- the hub
 
 
 class Hub:
@@ -383,11 +383,11 @@ class Hub:
                 ]
             }
         if path.endswith("/objects/batch"):
-            wanted = json.loads(body)["objects"]
+            objects = json.loads(body)["objects"]
             return 200, {
                 "objects": [
                     each | dict(actions={"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}})
-                    for each in wanted
+                    for each in objects
                 ]
             }
         if path.startswith("/lfs/"):

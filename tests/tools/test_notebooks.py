@@ -398,7 +398,7 @@ def git(folder, *words):
 
 @pytest.fixture
 def project(home):
-    """A git project with a published table and a notebook that saves a figure and a score of 65.4."""
+    """A git project: a published table, and a notebook that saves a figure and a score of 65.4."""
     write(home / "notebooks", "01_work", code(WORK.replace("{value}", "65.4")))
     (home / "data/results").mkdir(parents=True)
     (home / "data/results/tiny.csv").write_text(SCORES.replace("\\n", "\n").format(value="85.4"))

@@ -1,4 +1,4 @@
-"""The widgets without a browser: what they show, that text is escaped, and what each control does."""
+"""The widgets without a browser: what they show, and what each control does."""
 
 import io
 import subprocess
@@ -179,13 +179,20 @@ def test_answer_browser_filters_and_pages():
 
 
 def two_runs():
-    asked = [
+    questions = [
         {"text": f"q{i}", "label": "yes", "category": f"kind{i // 2}", "benchmark": "ab"[i > 3]}
         for i in range(6)
     ]
     rights = {"base": "110100", "chat": "101100"}
-    return {name: [q | {"answer": f"{name} on {q['text']}", "right": bit == "1", "reason": f"{name}: since"}
-                   for q, bit in zip(asked, bits)] for name, bits in rights.items()}  # fmt: skip
+    return {
+        name: [
+            question
+            | {"answer": f"{name} on {question['text']}", "reason": f"{name}: since"}
+            | {"right": bit == "1"}
+            for question, bit in zip(questions, bits)
+        ]
+        for name, bits in rights.items()
+    }
 
 
 def test_two_runs_are_compared_side_by_side():
@@ -230,7 +237,7 @@ def test_a_verdict_in_the_row_replaces_the_comparison_of_texts():
     assert "✓" in widgets.answer_table(rows).data
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat
+# -------------------------------------------------------------------------------- chat
 
 
 class Run:
