@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
     return dict(code=digest.hexdigest()[:12], torch=torch.__version__)
 
 
-def save(folder: Path, step: int, state: TrainState, metadata: dict) -> None:
+def save_checkpoint(folder: Path, step: int, state: TrainState, metadata: dict) -> None:
     """Write checkpoint `step` of the run in `folder`. Every process calls this."""
     home, accelerator = folder / "checkpoints", state.accelerator
     scratch, target = home / ".part", home / f"step-{step:08d}"

@@ -181,7 +181,7 @@ def _fit(run, recipe, accelerator):
         final = last and (recipe.save_every or state.sharding != "none")
         if final or _is_due(recipe.save_every, step):
             log.sync()
-            checkpointing.save(run.folder, step + 1, state, metadata)
+            checkpointing.save_checkpoint(run.folder, step + 1, state, metadata)
     log.close()
 
     _check_frozen(model, frozen)
