@@ -34,7 +34,7 @@ COSTS = {
 
 
 def caption(picture: Path) -> str:
-    """The description in a figure's PNG, or its text in captions.json, or its file name in words."""
+    """A figure's description in the PNG, else in captions.json, else its file name in words."""
     with Image.open(picture) as image:
         description = getattr(image, "text", {}).get("Description")
     known = json.loads(CAPTIONS.read_text(encoding="utf-8")).get(picture.stem)
