@@ -34,7 +34,7 @@ def write_answers(folder, name, samples, texts):
     """Questions and cached answers in `folder`, which is then the run and has the benchmarks."""
     (folder / name).mkdir()
     (folder / "answers").mkdir()
-    rows = [dict(i=i, answer=text) for i, text in enumerate(texts)]
+    rows = [dict(i=i, answer=text, finish="stop") for i, text in enumerate(texts)]
     for path, some in (
         (folder / name / "questions.jsonl", samples),
         (folder / "answers" / f"{name}.jsonl", [{"model": "the header"}, *rows]),

@@ -35,7 +35,7 @@ from vflan.evaluation.judge import Judgement
 from vflan.evaluation.results import difference, judged_answers, kept_items, per_task
 
 FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
-HOUSE = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
+EVALUATOR = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(run, monkeypatch):
         asked.extend(samples)
         return answering(model, processor, samples, *more)
 
-    monkeypatch.setattr(HOUSE, "answering", listening)
+    monkeypatch.setattr(EVALUATOR, "answering", listening)
     pd.testing.assert_frame_equal(evaluate(run), whole)
     assert len(asked) == 12 - 4
     assert len(lines(path)[1]) == 12
@@ -335,7 +335,7 @@ def slow(monkeypatch, after, pause=60.0):
             if number == after:
                 time.sleep(pause)
 
-    monkeypatch.setattr(HOUSE, "answering", answers)
+    monkeypatch.setattr(EVALUATOR, "answering", answers)
 
 
 def wait_for(path, rows):
@@ -357,7 +357,7 @@ def test_an_evaluation_that_is_killed_loses_no_answer(run, monkeypatch):
     wait_for(path, 1 + 5)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    monkeypatch.setattr(HOUSE, "answering", answering)
+    monkeypatch.setattr(EVALUATOR, "answering", answering)
     first = lines(path)[1][:5]
     pd.testing.assert_frame_equal(evaluate(run), whole)
     rows = lines(path)[1]
@@ -391,7 +391,7 @@ def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
 def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
     odd = Answer("yes\u2028no\x85\u00e4\n", "stop")
     monkeypatch.setattr(
-        HOUSE, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
+        EVALUATOR, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
     )
     pd.testing.assert_frame_equal(evaluate(run), evaluate(run))
     assert read_rows(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
@@ -643,7 +643,7 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     def right(model, processor, samples, *more):
         return ((i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples))
 
-    monkeypatch.setattr(HOUSE, "answering", right)
+    monkeypatch.setattr(EVALUATOR, "answering", right)
     best = evaluate(other).set_index("metric").value
     table = difference(other, run, "pope").set_index("metric")
     mine = {key: m.value() for key, m in kept_items(run, "pope")[0].items()}

@@ -13,7 +13,7 @@ from tiny_model import make_tiny, questions
 from vflan.evaluation.generation import answer
 from vflan.evaluation.streaming import attention_maps, stream, tower_view
 
-ROOM = sys.modules["vflan.evaluation.streaming"]
+STREAMING = sys.modules["vflan.evaluation.streaming"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_attention_is_a_share_of_each_layer_and_the_model_is_left_as_it_was(tiny
 def test_attention_maps_are_those_of_the_models_own_forward(tiny):
     """The last row of each layer's weights, at the sixteen positions of the picture."""
     row = questions(tiny, 2)[1]
-    inputs = ROOM._inputs(tiny.model, tiny.processor, row["text"], row["image"], "vicuna_v1")
+    inputs = STREAMING._inputs(tiny.model, tiny.processor, row["text"], row["image"], "vicuna_v1")
     at = (inputs["input_ids"][0] == 3).nonzero().flatten()
     assert at.tolist() == list(range(int(at[0]), int(at[0]) + 16))
     tiny.model.set_attn_implementation("eager")

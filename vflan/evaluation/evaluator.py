@@ -70,10 +70,10 @@ def evaluate(
     again without loading the model. Scores are added to <run>/scores.csv.
 
     run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
-    layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it. template:
-    `vicuna_v1`, or `own`, the chat template that comes with a model (None: `own` for a model that
-    brings another one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds).
-    folder: of the benchmarks (default: the recipe's). model, name: evaluate another model under
+    layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it.
+    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if the model has another
+    one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder:
+    of the benchmarks (default: the recipe's). model, name: evaluate another model under
     its own name, one with a swapped part for instance (Tables 6 and 7); or a ServedModel, for
     which run may be None (then give folder; answers go to runs/served/NAME). one_pass: answer
     yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True:
@@ -92,11 +92,16 @@ def evaluate(
     weights = model.fingerprint if served else hash_model(model) if model else None
     shared = dict(model=weights or hash_weights(getattr(run, "weights", home / "model")))
     shared |= dict(template="the server's" if served else template)
-    answers = home / "answers" / (name if name and run else "")
+    answer_folder = home / "answers" / (name if name and run else "")
     with asking(run, model, num_processes, (batch_size, template, memory)) as ask:
-        replies = [test.ask(answers, ask, **shared) for test in tests]
+        replies = [test.ask(answer_folder, ask, **shared) for test in tests]
     # Scoring comes after all asking, so that a local judge has the memory for itself.
     label, seed = name or run.recipe.name, run.recipe.seed if run else 0
+    return _score_all(label, seed, tests, replies, home / "scores.csv")
+
+
+def _score_all(label, seed, tests, replies, path) -> pd.DataFrame:
+    """The scores of all benchmarks, added to the file at `path`."""
     tables, errors = [], []
     for test, answers in zip(tests, replies):
         try:
@@ -106,7 +111,7 @@ def evaluate(
     # The scores of the other benchmarks are kept before the first error is raised.
     scores = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     if tables:
-        keep_scores(home / "scores.csv", scores)
+        keep_scores(path, scores)
     if errors:
         raise errors[0]
     return scores
