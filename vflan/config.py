@@ -181,7 +181,7 @@ def _html_table(recipes) -> str:
     return f"<table><caption>All other fields have their defaults.</caption>{rows}</table>"
 
 
-def one_recipe(recipe) -> None:
+def one_recipe(recipe: Any) -> None:
     """Raise TypeError, with what to write, where a preset or something else is no recipe."""
     if isinstance(recipe, Preset):
         raise TypeError(

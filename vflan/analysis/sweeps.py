@@ -111,8 +111,14 @@ class Sweep:
         return self._items[key]
 
 
-def sweep(arms: Mapping[str, Arm | Swap], seeds: Iterable[int] = (0,), benchmarks=None,
-          folder=None, jobs: int | None = None, num_processes: int = 1) -> Sweep:  # fmt: skip
+def sweep(
+    arms: Mapping[str, Arm | Swap],
+    seeds: Iterable[int] = (0,),
+    benchmarks: Iterable[str] | None = None,
+    folder: str | Path | None = None,
+    jobs: int | None = None,
+    num_processes: int = 1,
+) -> Sweep:
     """Train and evaluate all arms with all seeds.
 
     arms: {label: Arm or Swap}; an arm may start from another arm, of the same seed. seeds: every
