@@ -357,7 +357,7 @@ def mounted(home, size):
 
 
 def full_disk(shop, work, home, draw, expected, length, room):
-    """A disk with a part of the room that the work needs; then with enough."""
+    """A disk that fills up during the work; then enough free space."""
     mounted(home, max(16_384, int(room * draw.uniform(0.05, 0.9))))
     try:
         hit = bool(end(start(shop, work, home)))
@@ -371,7 +371,7 @@ def full_disk(shop, work, home, draw, expected, length, room):
 
 
 def read_only(shop, work, home, draw, expected, length):
-    """A folder that lost its right to be written to, half-way."""
+    """A folder that becomes read-only during the work."""
     mounted(home, "512m")
     try:
         struck(shop, work, home, draw, length)
@@ -436,9 +436,7 @@ def damaged_checkpoint(shop, work, home, draw, expected, length):
 
 
 def slow_judge(shop, work, home, draw, expected, length):
-    """A judge that takes longer than anyone waits for, on two replies of three; later it
-    answers.
-    """
+    """A judge that times out on two of three replies; later it answers."""
     shop.slow = 0.7
     try:
         code = end(start(shop, work, home))
@@ -451,7 +449,7 @@ def slow_judge(shop, work, home, draw, expected, length):
 
 
 def kernel(shop, work, home, draw, expected, length):
-    """Interrupt Kernel in a notebook that trains; the same cell again, in the same kernel."""
+    """Interrupt Kernel while a notebook trains; then the same cell again in the same kernel."""
     from jupyter_client.manager import start_new_kernel
 
     home.mkdir()
@@ -600,7 +598,7 @@ def main():
                 )
     checks = {
         "faults": ("faults", 200, None),
-        "lost": ("faults that lost something or were not told in a sentence", None, 0),
+        "lost": ("faults that lost something or did not end in a clear sentence", None, 0),
         **{
             kind: (f"faults: {' '.join(strike.__doc__.split('.')[0].split())}", 1, None)
             for kind, (strike, _) in KINDS.items()
