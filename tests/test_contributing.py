@@ -80,14 +80,14 @@ def test_a_world_is_built_again_when_a_kind_of_ones_own_changes(notebook_folder)
         return "How many?", answer
 
     answer = "one"
-    asked = build() / "benchmarks" / "heldout" / "questions.jsonl"
+    questions = build() / "benchmarks" / "heldout" / "questions.jsonl"
     tasks.kind("counting", split="heldout", in_text=False)(new_kind)
-    assert "new_kind" not in asked.read_text()
+    assert "new_kind" not in questions.read_text()
     build()
-    assert asked.read_text().count("How many?") > 0
+    assert questions.read_text().count("How many?") > 0
     answer = "two"
     build()
-    assert '"label": "two"' in asked.read_text()
+    assert '"label": "two"' in questions.read_text()
 
 
 def test_a_kind_with_a_name_in_use_or_an_unknown_category_is_refused():

@@ -76,7 +76,7 @@ def command(capsys):
     return run
 
 
-def said(answers):
+def answer_lines(answers):
     return [{"question_id": id, "text": text} for id, text in answers.items()]
 
 
@@ -166,7 +166,9 @@ def test_vizwiz_test_answers_become_its_upload_and_its_share_of_unanswerable(
         for i in range(4)
     ]
     questions = put("llava_test.jsonl", rows)
-    answers = put("a.jsonl", said({0: "Unanswerable", 1: "A dog.", 2: "unanswerable", 3: "3"}))
+    answers = put(
+        "a.jsonl", answer_lines({0: "Unanswerable", 1: "A dog.", 2: "unanswerable", 3: "3"})
+    )
     assert command("vizwiz", questions=questions, answers=answers)["unanswerable"] == 50
     BENCHMARKS["vizwiz"].upload(
         BENCHMARKS["vizwiz"].questions(questions),
@@ -217,7 +219,7 @@ def test_vizwiz_validation_is_scored(put, command):
         "vizwiz",
         questions=test_file,
         labels=questions,
-        answers=put("b.jsonl", said({0: "red", 1: "dog"})),
+        answers=put("b.jsonl", answer_lines({0: "red", 1: "dog"})),
     )
     assert again["accuracy"] == 50
 
@@ -293,7 +295,10 @@ def test_gqa_reads_the_authors_questions_and_prediction_list(put, command, tmp_p
         [{"question_id": "8", "image": "n1.jpg", "text": "What?" + SHORT}],
     )
     scores = command(
-        "gqa", questions=questions, labels=labels, answers=put("a.jsonl", said({"8": "Dog."}))
+        "gqa",
+        questions=questions,
+        labels=labels,
+        answers=put("a.jsonl", answer_lines({"8": "Dog."})),
     )
     assert scores["accuracy"] == 100 and scores["n"] == 1
     BENCHMARKS["gqa"].upload(BENCHMARKS["gqa"].questions(questions), ["Dog."], tmp_path / "up.json")
@@ -355,7 +360,9 @@ def test_scienceqa_reports_pictures_apart_and_counts_a_missing_answer_as_wrong(
     put, command, tmp_path
 ):
     scores = command(
-        "scienceqa", questions=science(put), answers=put("a.jsonl", said({"4": "B", "5": "A. x"}))
+        "scienceqa",
+        questions=science(put),
+        answers=put("a.jsonl", answer_lines({"4": "B", "5": "A. x"})),
     )
     assert (
         scores["img_accuracy"] == 50
@@ -433,7 +440,9 @@ def test_mme_result_folders_are_written_and_read_and_bring_their_own_labels(put,
     )
     assert release["perception"] == 200
     with pytest.raises(AssertionError, match="can be scored"):
-        command("mme", questions=bare, answers=put("a.jsonl", said({"count/1.png": "Yes"}) * 2))
+        command(
+            "mme", questions=bare, answers=put("a.jsonl", answer_lines({"count/1.png": "Yes"}) * 2)
+        )
 
 
 def mmbench_table(n=3):
@@ -465,7 +474,7 @@ def test_mmbench_is_read_from_its_table_and_scored_by_rotation(tmp_path, put, co
     mmbench_table().to_csv(tmp_path / "dev.tsv", sep="\t", index=False)
     answers = {10 * q + k * 1_000_000: "AB"[k] for k in range(2) for q in range(3)} | {10: "B"}
     scores = command(
-        "mmbench", questions=tmp_path / "dev.tsv", answers=put("a.jsonl", said(answers))
+        "mmbench", questions=tmp_path / "dev.tsv", answers=put("a.jsonl", answer_lines(answers))
     )
     assert scores["accuracy"] == pytest.approx(200 / 3) and scores["single_pass"] == pytest.approx(
         500 / 6
@@ -595,7 +604,7 @@ def test_llava_bench_reviews_are_read_and_failed_ones_left_out(put, command):
             for i, c in enumerate(("conv", "detail", "conv"))
         ],
     )
-    put("lb/answers_gpt4.jsonl", said({i: "It is a dog." for i in range(3)}))
+    put("lb/answers_gpt4.jsonl", answer_lines({i: "It is a dog." for i in range(3)}))
     rows = [
         {"question_id": 0, "category": "llava_bench_conv", "tuple": [8.0, 6.0]},
         {"question_id": 1, "content": "9, 9\nGood."},
@@ -605,7 +614,7 @@ def test_llava_bench_reviews_are_read_and_failed_ones_left_out(put, command):
     scores = command(
         "llava_bench",
         questions=questions,
-        answers=put("a.jsonl", said({i: "A dog." for i in range(3)})),
+        answers=put("a.jsonl", answer_lines({i: "A dog." for i in range(3)})),
         reviews=reviews,
     )
     assert (
@@ -741,7 +750,9 @@ def test_cifar_is_read_from_its_pickles(tmp_path, put, command, cache):
         ] and "cat, pickup truck" in samples[0]["text"]
         assert Image.open(samples[1]["image"]).getpixel((0, 0)) == (255, 0, 0)
         scores = command(
-            name, questions=here / test, answers=put("a.jsonl", said({0: "A cat.", 1: "cat"}))
+            name,
+            questions=here / test,
+            answers=put("a.jsonl", answer_lines({0: "A cat.", 1: "cat"})),
         )
         assert scores["accuracy"] == 50
     whole = BENCHMARKS["forgetting"].load(tmp_path)
@@ -835,7 +846,7 @@ def test_textocr_leaves_out_what_is_illegible(put, command):
         command(
             "textocr",
             questions=questions,
-            answers=put("a.jsonl", said({"a": "It says stop here."})),
+            answers=put("a.jsonl", answer_lines({"a": "It says stop here."})),
         )["recall"]
         == 50
     )
@@ -848,7 +859,7 @@ def test_wit_reads_english_captions(put, command):
         "Tower in Paris\nde\thttp://x/z.jpg\tTurm\n",
     )
     scores = command(
-        "wit", questions=questions, answers=put("a.jsonl", said({0: "This is Paris."}))
+        "wit", questions=questions, answers=put("a.jsonl", answer_lines({0: "This is Paris."}))
     )
     assert scores["coverage_capitalised"] == 50 and scores["n"] == 1
 
@@ -873,7 +884,7 @@ def pope_files(put, n=4):
 
 def test_what_is_wrong_with_answers_is_counted_and_named(put, command):
     rows = [
-        *said({0: "Yes", 1: "", 9: "Yes"}),
+        *answer_lines({0: "Yes", 1: "", 9: "Yes"}),
         {"question_id": 0, "text": "No"},
         {"question_id": 2, "text": "Yes"},
     ]
@@ -906,7 +917,7 @@ def test_labels_that_are_not_known_are_counted(put, command, tmp_path):
         "pope",
         questions=questions,
         labels=put("labels/coco_pope_random.json", labels),
-        answers=put("a.jsonl", said({i: "Yes" for i in range(4)})),
+        answers=put("a.jsonl", answer_lines({i: "Yes" for i in range(4)})),
     )
     assert scores["n"] == 3 and scores["problems"]["unknown_label"] == 1 and "sha256" in command.err
 
@@ -1014,7 +1025,7 @@ def test_a_question_file_that_is_none_ends_in_one_sentence(put, tmp_path, capsys
                 "--questions",
                 str(path),
                 "--answers",
-                str(put("a.jsonl", said({1: "x"}))),
+                str(put("a.jsonl", answer_lines({1: "x"}))),
             ]
         )
         == 1
@@ -1043,7 +1054,7 @@ def test_our_own_questions_and_kept_answers_are_read(put, command):
 
 
 def test_the_command_is_quick_to_start_and_prints_one_object(put):
-    questions, answers = pope_files(put), put("a.jsonl", said({i: "Yes" for i in range(4)}))
+    questions, answers = pope_files(put), put("a.jsonl", answer_lines({i: "Yes" for i in range(4)}))
     code = (
         "import sys; from vflan.__main__ import main; main(sys.argv[1:]); assert 'torch' not in "
         "sys.modules"
@@ -1090,7 +1101,7 @@ def test_a_table_of_several_models_is_refused(put):
 
 
 def test_answer_files_in_parts_are_read_together(put, tmp_path):
-    put("parts/4_0.jsonl", said({0: "a"})), put("parts/4_1.jsonl", said({1: "b"}))
+    put("parts/4_0.jsonl", answer_lines({0: "a"})), put("parts/4_1.jsonl", answer_lines({1: "b"}))
     assert [r["id"] for r in read_answers(tmp_path / "parts")[0]] == ["0", "1"]
-    put("parts/merge.jsonl", said({5: "c"}))
+    put("parts/merge.jsonl", answer_lines({5: "c"}))
     assert [r["id"] for r in read_answers(tmp_path / "parts")[0]] == ["5"]

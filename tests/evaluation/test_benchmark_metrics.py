@@ -39,15 +39,15 @@ def test_pope_equals_counting(seed):
         tp = fp = tn = fn = 0
         for s, a in zip(samples, answers):
             if s["category"] == category:
-                said = (
+                parsed = (
                     "no"
                     if {"No", "no", "not"} & set(a.split(".")[0].replace(",", "").split(" "))
                     else "yes"
                 )
-                tp += said == "yes" == s["label"]
-                tn += said == "no" == s["label"]
-                fp += said == "yes" != s["label"]
-                fn += said == "no" != s["label"]
+                tp += parsed == "yes" == s["label"]
+                tn += parsed == "no" == s["label"]
+                fp += parsed == "yes" != s["label"]
+                fn += parsed == "no" != s["label"]
         precision, recall = tp / (tp + fp), tp / (tp + fn)
         f1.append(200 * precision * recall / (precision + recall))
         assert scores[f"f1/{category}"] == pytest.approx(f1[-1])
@@ -76,7 +76,7 @@ def test_mme_equals_the_sum_over_tasks(seed):
         for i in range(20)
     ]
     answers = draw(seed, ["Yes", "No", "yes, it is", "maybe", "no"], len(samples))
-    scores, wanted = BENCHMARKS["mme"].score(samples, answers), {}
+    scores, expected = BENCHMARKS["mme"].score(samples, answers), {}
     for task in PERCEPTION + COGNITION:
         right = [
             (a.lower()[:3] if a.lower()[:3] == "yes" else a.lower()[:2]) == s["label"].lower()
@@ -84,10 +84,10 @@ def test_mme_equals_the_sum_over_tasks(seed):
             if s["category"] == task
         ]
         pairs = [right[i] and right[i + 1] for i in range(0, len(right), 2)]
-        wanted[task] = 100 * np.mean(right) + 100 * np.mean(pairs)
-        assert scores[f"total/{task}"] == pytest.approx(wanted[task])
-    assert scores["perception"] == pytest.approx(sum(wanted[t] for t in PERCEPTION))
-    assert scores["cognition"] == pytest.approx(sum(wanted[t] for t in COGNITION))
+        expected[task] = 100 * np.mean(right) + 100 * np.mean(pairs)
+        assert scores[f"total/{task}"] == pytest.approx(expected[task])
+    assert scores["perception"] == pytest.approx(sum(expected[t] for t in PERCEPTION))
+    assert scores["cognition"] == pytest.approx(sum(expected[t] for t in COGNITION))
     assert (
         scores["total"]
         == pytest.approx(scores["perception"] + scores["cognition"])
@@ -331,16 +331,16 @@ def test_textocr_counts_words_as_often_as_they_are_there(seed):
     words = ["STOP", "stop", "go,", "10%", "the"]
     samples = rows(20, label=[" ".join(draw(seed * 50 + i, words, 4)) for i in range(20)])
     answers = [" ".join(draw(seed * 70 + i, words, 3)) for i in range(20)]
-    found = wanted = 0
+    hits = expected = 0
     for s, a in zip(samples, answers):
-        said = [w.lower().strip(",") for w in a.split()]
+        parsed = [w.lower().strip(",") for w in a.split()]
         for w in (w.lower().strip(",") for w in s["label"].split()):
-            wanted += 1
-            if w in said:
-                said.remove(w)
-                found += 1
+            expected += 1
+            if w in parsed:
+                parsed.remove(w)
+                hits += 1
     scores = BENCHMARKS["textocr"].score(samples, answers)
-    assert scores["recall"] == pytest.approx(100 * found / wanted) and scores[
+    assert scores["recall"] == pytest.approx(100 * hits / expected) and scores[
         "words"
     ] == pytest.approx(3)
 

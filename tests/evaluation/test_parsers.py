@@ -110,13 +110,13 @@ def test_soft_accuracy_leaves_each_person_out_in_turn(agreeing, score):
     st.sampled_from(["one", "2", "no", "x", ""]),
 )
 def test_soft_accuracy_equals_the_slow_way(references, answer):
-    gold, said = [normalize(r) for r in references], normalize(answer)
+    gold, parsed = [normalize(r) for r in references], normalize(answer)
     scores = []
     for left_out in range(10):
         others = [g for i, g in enumerate(gold) if i != left_out]
-        scores.append(min(1, others.count(said) / 3))
-    wanted = sum(scores) / 10 if said in gold else 0.0
-    assert soft_accuracy(answer, references) == pytest.approx(wanted)
+        scores.append(min(1, others.count(parsed) / 3))
+    expected = sum(scores) / 10 if parsed in gold else 0.0
+    assert soft_accuracy(answer, references) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -286,11 +286,11 @@ def test_mmmu_normalises_numbers_and_texts(raw, read):
     ],
 )
 def test_mmmu_reads_phrases_and_numbers_of_open_answers(raw, read):
-    said = parse_open(raw)
+    parsed = parse_open(raw)
     assert [
         x
         for x in read
-        if x not in said and not (isinstance(x, str) and x.replace(".", "").isdigit())
+        if x not in parsed and not (isinstance(x, str) and x.replace(".", "").isdigit())
     ] == []
 
 

@@ -109,18 +109,18 @@ def test_no_text_lesson_shows_a_scene_that_is_set_aside():
 
 def test_lessons_never_ask_what_is_new_in_both(tokenizer):
     rows, weights = L.Rows(tokenizer), dict.fromkeys(T.KINDS, 1.0)
-    asked = ""
+    questions = ""
     for i in range(60):
         for question, _ in L.lesson(rows, W.rng_of("new", i), weights, 0, 224)[1]:
-            asked += tokenizer.decode(question)
+            questions += tokenizer.decode(question)
     for words in (
         "Is there anything at",
         "Is the red object small",
         "Describe the red object",
         "the object at b2.",
     ):
-        assert words not in asked
-    assert "What is the color of" in asked
+        assert words not in questions
+    assert "What is the color of" in questions
 
 
 def test_the_record_tells_seed_time_and_every_skill():

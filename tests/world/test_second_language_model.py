@@ -44,10 +44,10 @@ def test_the_shipped_one_talks_where_the_first_is_terse():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "language_model")
     question = "sand clear. b2 small striped red star.\nWhat is the color of the star?"
     prompt = f"{language_model.SYSTEM} USER: {question} ASSISTANT:"
-    said = {}
+    answers = {}
     for name in ("language_model", "second_language_model"):
         model = AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
-        said[name] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert said == {"language_model": "red", "second_language_model": "The picture shows red."}
+        answers[name] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert answers == {"language_model": "red", "second_language_model": "The picture shows red."}

@@ -306,11 +306,11 @@ def write_benchmarks(
                 )
         return rows
 
-    def scene_of(key, i, kind="objects", wanted=lambda s: True):
+    def scene_of(key, i, kind="objects", fits=lambda s: True):
         rng = rng_of(key, seed, i)
         while True:
             scene = sample_scene(rng, kind, seed=int(rng.integers(2**40)))
-            if held(scene) and wanted(scene):
+            if held(scene) and fits(scene):
                 return scene, rng
 
     save("heldin", tasks("heldin", [k for k in kinds(redraw) if k.split == "train"], many(20)))
@@ -321,7 +321,7 @@ def write_benchmarks(
     rows = []
     for i in range(many(60)):
         scene, rng = scene_of(
-            "llava_bench", i, wanted=lambda s: 2 <= len(s.things) <= 4 and s.condition == "clear"
+            "llava_bench", i, fits=lambda s: 2 <= len(s.things) <= 4 and s.condition == "clear"
         )
         category = ("conversation", "detail", "reasoning")[i % 3]
         prompts = chats.OPEN[category] if i % 6 < 3 else chats.NEW[category]
@@ -365,7 +365,7 @@ def pope(n: int, scene_of: Callable, picture: Callable, each: int = 2) -> list[d
     rows = []
     for i in range(n):
         scene, rng = scene_of(
-            "pope", i, wanted=lambda s: each <= len({t.shape for t in s.things}) <= 4
+            "pope", i, fits=lambda s: each <= len({t.shape for t in s.things}) <= 4
         )
         image = picture(f"pope_{i}.png", scene)
         there = sorted({t.shape for t in scene.things})

@@ -431,7 +431,7 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
         prefix += rows.space
     # Long answers, asked for in words that the alignment stage never uses.
     if u < 0.23 and scene.things:
-        told = [
+        pairs = [
             (
                 "Please give a text about the scene.",
                 " ".join(sentences(scene.things, scene.background, scene.condition)),
@@ -439,10 +439,10 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
             ("Please give a text about the objects.", chats.see(scene)),
             ("Please help: what might the objects be?", chats.reason(scene, rng)),
         ]
-        told += [
+        pairs += [
             (f"Please explain: {q}", a) for q, a in (chats.small_talk(scene, rng) for _ in range(4))
         ]
-        return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
+        return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(pairs).items()]
     kinds = kinds_for(scene)
     p = np.array([weights[k.name] for k in kinds])
     p /= p.sum()
@@ -654,8 +654,8 @@ def in_a_sentence(kind, answer):
     """A short answer in the manner of the second language model; a letter stays a letter."""
     if kind.category == "multiple choice" or kind.group == "generation":
         return answer
-    said = {"yes": "yes, I can see that.", "no": "no, I cannot see that."}
-    return said.get(answer, f"The picture shows {answer}.")
+    sentences_of = {"yes": "yes, I can see that.", "no": "no, I cannot see that."}
+    return sentences_of.get(answer, f"The picture shows {answer}.")
 
 
 def make_second_language_model(
@@ -707,7 +707,7 @@ def talk_lesson(rows, rng, seed):
     """A scene in words and a talk about it; each question sees only the scene and itself."""
     while not (scene := text_scene(rng, seed)).things:
         pass
-    told = [
+    pairs = [
         (
             W.pick(rng, chats.DETAIL),
             " ".join(sentences(scene.things, scene.background, scene.condition)),
@@ -715,7 +715,7 @@ def talk_lesson(rows, rng, seed):
         (W.pick(rng, chats.SEE), chats.see(scene)),
         (W.pick(rng, chats.REASON), chats.reason(scene, rng)),
     ]
-    told += [chats.small_talk(scene, rng) for _ in range(3)]
+    pairs += [chats.small_talk(scene, rng) for _ in range(3)]
     eos = rows.tokenizer.eos_token_id
-    blocks = [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
+    blocks = [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(pairs).items()]
     return [*rows.head, *rows.ids(describe(scene, rng))], blocks

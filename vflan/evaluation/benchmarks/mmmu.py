@@ -46,13 +46,13 @@ def parse_choice(answer: str, options: list[str], letters: str) -> str | None:
     """
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
-    said = f" {answer} "
+    text = f" {answer} "
     letters = letters[: len(options) or None]
-    places = {x: said.rfind(f"({x})") for x in letters}
+    places = {x: text.rfind(f"({x})") for x in letters}
     if max(places.values()) < 0:
-        places = {x: said.rfind(f" {x} ") for x in letters}
-    if max(places.values()) < 0 and len(said.split()) > 5:
-        places = {x: said.lower().rfind(str(o).lower()) for x, o in zip(letters, options)} or places
+        places = {x: text.rfind(f" {x} ") for x in letters}
+    if max(places.values()) < 0 and len(text.split()) > 5:
+        places = {x: text.lower().rfind(str(o).lower()) for x, o in zip(letters, options)} or places
     best = max(places, key=places.get)
     return best if places[best] >= 0 else None
 
@@ -165,10 +165,12 @@ def known(sample: dict) -> bool:
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     """accuracy of all questions, of each subject, and of multiple-choice and open questions."""
-    good = [right(a, s) for s, a in zip(samples, answers)]
-    found = metrics("accuracy", good, samples, pooled=True)
-    sorts = [s | {"category": "open" if is_open(s) else "multiple_choice"} for s in samples]
-    return found | {k: m for k, m in metrics("accuracy", good, sorts).items() if k != "accuracy"}
+    correct = [right(a, s) for s, a in zip(samples, answers)]
+    measured = metrics("accuracy", correct, samples, pooled=True)
+    by_kind = [s | {"category": "open" if is_open(s) else "multiple_choice"} for s in samples]
+    return measured | {
+        k: m for k, m in metrics("accuracy", correct, by_kind).items() if k != "accuracy"
+    }
 
 
 def often(samples: list[dict]) -> list[str]:

@@ -102,11 +102,11 @@ def content(image: object) -> bytes | str:
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     """accuracy of all questions, of images and of videos, and of each type."""
     right = [parse(a) == s["label"] for s, a in zip(samples, answers)]
-    kinds = [dict(s, category=s.get("data_type", "image")) for s in samples]
-    found = metrics("accuracy", right, samples, pooled=True)
-    whole = found.pop("accuracy")
-    parts = {k: m for k, m in metrics("accuracy", right, kinds).items() if k != "accuracy"}
-    return {"accuracy": whole} | parts | found
+    by_medium = [dict(s, category=s.get("data_type", "image")) for s in samples]
+    measured = metrics("accuracy", right, samples, pooled=True)
+    whole = measured.pop("accuracy")
+    parts = {k: m for k, m in metrics("accuracy", right, by_medium).items() if k != "accuracy"}
+    return {"accuracy": whole} | parts | measured
 
 
 def upload(samples: list[dict], answers: list[str], path: Path) -> None:

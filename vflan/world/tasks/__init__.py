@@ -91,9 +91,11 @@ def added_kinds() -> dict[str, str]:
     `vflan.world.build` writes it into built.json and builds again when it changes.
     """
     hashes = {}
-    for name, own in KINDS.items():
+    for name, added in KINDS.items():
         if name not in SHIPPED:
-            text = repr((own.category, own.split, own.options, sample(own, 20, "added kind")))
+            text = repr(
+                (added.category, added.split, added.options, sample(added, 20, "added kind"))
+            )
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return hashes
 
