@@ -243,7 +243,9 @@ def _batch(rows: list, first: int, resolve: Callable[[str], str]) -> pa.RecordBa
         row = row if isinstance(row, dict) else {}
         name, image, turns = row.get("id"), row.get("image"), row.get("conversations")
         ids.append(str(number if name is None else name))
-        images.append(image if isinstance(image, _Resolved | None) else resolve(str(image)))
+        if image is not None and not isinstance(image, _Resolved):
+            image = resolve(str(image))
+        images.append(image)
         tasks.append(str(row.get("task_name") or ""))
         for turn in turns if isinstance(turns, list) else ():
             turn = turn if isinstance(turn, dict) else {}
@@ -321,17 +323,18 @@ def _array(blocks: Iterable[str], path: Path) -> Iterator[list]:
         text, at, rows = text[at:] + (block or ""), 0, []
         try:
             while (at := _skip_space(text, at).end()) < len(text):
-                if after := _NEXT.get((expected, text[at])):
-                    at, expected = at + 1, after
-                    continue
-                if "value" not in expected:
+                mark = text[at]
+                if expected == "value" or expected == "value or ]" and mark != "]":
+                    row, end = decode(text, at)
+                    if end == len(text) and not is_last and not isinstance(row, dict | list | str):
+                        break  # a number may go on in the next block
+                    rows.append(row)
+                    at, expected = end, ", or ]"
+                elif (expected, mark) in _NEXT:
+                    at, expected = at + 1, _NEXT[expected, mark]
+                else:
                     problem = "Extra data" if expected == "end" else f"Expecting {expected}"
                     raise json.JSONDecodeError(problem, text, at)
-                row, end = decode(text, at)
-                if end == len(text) and not is_last and not isinstance(row, dict | list | str):
-                    break  # a number may go on in the next block
-                rows.append(row)
-                at, expected = end, ", or ]"
             if is_last and expected != "end":
                 raise json.JSONDecodeError(f"Expecting {expected}", text, at)
         except (ValueError, RecursionError) as error:
