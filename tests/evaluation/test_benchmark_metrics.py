@@ -119,7 +119,9 @@ def test_mmbench_equals_asking_whether_all_rotations_are_right(seed):
     both = [right[str(q)] and right[str(q + 1_000_000)] for q in range(30)]
     assert scores["accuracy"] == pytest.approx(100 * np.mean(both))
     assert scores["accuracy/c1"] == pytest.approx(100 * np.mean(both[1::3]))
-    assert scores["single_pass"] == pytest.approx(100 * np.mean(list(right.values())))
+    # The published single pass is of the questions in their first order.
+    first = [right[str(q)] for q in range(30)]
+    assert scores["single_pass"] == pytest.approx(100 * np.mean(first))
 
 
 def test_mmbench_of_the_release_wants_the_letter_alone_and_says_what_lenient_reading_gives():

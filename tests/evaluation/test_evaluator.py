@@ -950,3 +950,35 @@ def test_the_tower_encodes_half_of_the_pictures_when_memory_runs_out(tiny, monke
     monkeypatch.setattr(answers, "_FEATURES", {})
     monkeypatch.setattr(answers, "image_features", look)
     assert answer(tiny.model, tiny.processor, asked) == whole
+
+
+def test_a_question_that_nobody_answered_is_left_out_of_every_score(run):
+    """POPE reads an empty answer as yes, so questions without their pictures must not count."""
+    folder = run.folder / "benchmarks"
+    samples = BENCHMARKS["pope"].load(folder)
+    yes = [i for i, sample in enumerate(samples) if sample["label"] == "yes"]
+    replies = [
+        Answer("", "error", "gone") if i in yes else Answer("yes", "stop") for i in range(12)
+    ]
+    test = EVALUATOR.load_benchmark("pope", folder)
+    scores = EVALUATOR.score_answers("run", test, replies).set_index("metric")
+    assert scores.loc["accuracy", "value"] == 0 and scores.loc["accuracy", "n"] == 12 - len(yes)
+    assert set(scores.problems) == {len(yes)}
+    nobody = [Answer("", "error", "the endpoint is down")] * 12
+    with pytest.raises(ValueError, match="no question was answered.*the endpoint is down"):
+        EVALUATOR.score_answers("run", test, nobody)
+    assert run.loaded == 0
+
+
+def test_a_rotation_without_an_answer_takes_its_question_out():
+    text = "Which?\nA. cat\nB. dog"
+    rows = [
+        dict(question_id=str(q + k * 1_000_000), text=text, label="B", image=None, category="x")
+        | dict(rotation_of=str(q), exact=True)
+        for k in range(2)
+        for q in range(2)
+    ]
+    mmbench = BENCHMARKS["mmbench"]
+    test = EVALUATOR.LoadedBenchmark(mmbench, rows, rows, "greedy", None, {})
+    items, _ = test.measure(["B", "B", None, "B"])
+    assert items["accuracy"].value() == 100 and len(items["accuracy"].num) == 1

@@ -343,7 +343,7 @@ def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):
 
     pope = BENCHMARKS["pope"]
     options = dict(load=pope.load, prompt=pope.prompt, blind=pope.blind, max_new_tokens=4)
-    options |= dict(items=items, judged=True, headline="score", default=True)
+    options |= dict(items=items, judged=True, headline="score", default=True, unit=pope.unit)
     open_questions = SimpleNamespace(name="llava_bench", **options)
     monkeypatch.setitem(BENCHMARKS, "llava_bench", open_questions)
     serve(lambda body, n: said("10 5" if "is there a star ?" in str(body) else "5 5"))

@@ -91,7 +91,14 @@ def test_a_word_that_is_denied_is_not_affirmed(answer, word, affirmed):
 
 
 def question(text, label, **more):
-    return {"question_id": "1", "image": None, "text": text, "label": label, "category": "x", **more}
+    return {
+        "question_id": "1",
+        "image": None,
+        "text": text,
+        "label": label,
+        "category": "x",
+        **more,
+    }
 
 
 def lenient(name, answer, sample):

@@ -194,6 +194,11 @@ def valid(judgement: Judgement | None) -> bool:
     return score is not None and 0 <= score <= 10 and 0 < out_of(judgement) <= 10
 
 
+def itself(sample: dict) -> tuple[str, str]:
+    """A question that is scored by itself."""
+    return sample["question_id"], sample["text"]
+
+
 def labelled(sample: dict) -> bool:
     """Whether a question has a label that is not empty."""
     return bool(str(sample["label"] if sample["label"] is not None else "").strip())
@@ -227,6 +232,8 @@ class Benchmark:
     missing: str = "excluded"
     # (samples, answers or None) -> the samples that lack the partner they are scored with
     find_unpaired: Callable | None = None
+    # sample -> a name that the questions share which are scored as one (rotations of one question)
+    unit: Callable = itself
     blind: Callable = majority  # samples -> answers that need no picture: the baseline
     max_new_tokens: int = 16
     title: str = ""  # in figures and tables; the name if empty

@@ -80,8 +80,20 @@ def lettered(row: dict) -> str:
     return text
 
 
+def rotated(sample: dict) -> str:
+    """The question of which a sample is a rotation."""
+    return sample.get("rotation_of") or sample["question_id"].rsplit("_", 1)[0]
+
+
+def _order(sample: dict) -> tuple[int, str]:
+    return len(sample["question_id"]), sample["question_id"]
+
+
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
-    """accuracy (circular, by category), single_pass (of rows), lenient (circular, by `parse`)."""
+    """accuracy (circular, by category), single_pass, lenient (circular, by `parse`).
+
+    single_pass is of the questions in their first order alone, as the authors publish it.
+    """
     label = [s["label"].lower().strip("() ") for s in samples]
     loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
     strict = [
@@ -90,16 +102,17 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     right = np.array(strict, float)
     rotations = {}
     for i, s in enumerate(samples):
-        question = s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0]
-        rotations.setdefault(question, []).append(i)
-    heads = [samples[members[0]] for members in rotations.values()]
+        rotations.setdefault(rotated(s), []).append(i)
+    # The question as its authors wrote it has the shortest id; a rotation adds a million, or _1.
+    base = [min(members, key=lambda i: _order(samples[i])) for members in rotations.values()]
+    heads = [samples[i] for i in base]
 
     def circular(right):
         return np.array([right[members].all() for members in rotations.values()], float)
 
     # Pooled, because the official number gives each question the same weight.
     measured = metrics("accuracy", circular(right), heads, pooled=True)
-    measured["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
+    measured["single_pass"] = metrics("single_pass", right[base], heads, pooled=True)["single_pass"]
     if any(s.get("exact") for s in samples):
         measured["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
     return measured
@@ -128,6 +141,7 @@ family = partial(
     parse=parse,
     measure=items,
     known=labelled,
+    unit=rotated,
     missing="wrong",
     size=4377,
     upload=upload,
