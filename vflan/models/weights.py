@@ -104,7 +104,8 @@ def weights_path(weights: Source) -> Path:
     no model.
     """
     path = resolve(getattr(weights, "folder", weights))
-    if isinstance(weights, str) and not path.exists() and weights_source(weights) == weights:
+    is_name = isinstance(weights, str) and weights.count("/") == 1 and not path.exists()
+    if is_name and weights_source(weights) == weights:
         path = _download(weights)
     path = path / "model" if (path / "model").is_dir() else path
     if path.is_file():
