@@ -163,7 +163,7 @@ def test_a_benchmark_defined_in_a_notebook_reaches_the_processes_of_a_sweep(colo
     [
         ("cannot be sent", "'mine' cannot be sent to the processes of a sweep .*jobs=1"),
         ("cannot be loaded", "cannot be loaded in another process .*my_lost.*jobs=1"),
-        ("has no questions", "mine is not there: the questions of mine belong in that folder"),
+        ("has no questions", "mine does not exist: .*the questions of mine"),
         ("is not known", "There is no benchmark 'mine'; known are .*BENCHMARKS\\['mine'\\]"),
     ],
 )
