@@ -237,6 +237,20 @@ def test_the_forest_plot_shows_each_claim_with_its_interval_verdict_and_the_long
     assert (4.0, 14.0) in spans and (-6.0, 1.0) in spans
 
 
+def test_categories_show_the_mean_of_their_kinds_for_each_stage():
+    kinds = {"red": 10, "blue": 30, "cat": 50}
+    rows = [
+        [run, "heldin", f"accuracy/{kind}", value + shift, 20.0]
+        for run, shift in (("base", 0), ("base-seed1", 2), ("chat", 20))
+        for kind, value in kinds.items()
+    ]
+    scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "baseline"])
+    ax = plots.categories(scores, ["heldin"], {"red": "color", "blue": "color"}).axes[0]
+    lines = {line.get_label(): dict(zip(line.get_ydata(), line.get_xdata())) for line in ax.lines}
+    assert lines["base"] == {"color": 21, "cat": 51} and lines["chat"] == {"color": 40, "cat": 70}
+    assert set(lines["majority answer"].values()) == {20}
+
+
 def test_affinity_is_the_gain_over_the_start_by_category():
     rows = []
     for run, values in {

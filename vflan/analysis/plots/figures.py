@@ -172,7 +172,7 @@ def categories(
         table = table.sort_values(table.columns[-1])
         chance = part.groupby("line").baseline.mean()[table.index]
         ax.plot(chance, table.index, "|", color=GREY, markersize=10, label="majority answer")
-        for color, column in zip(COLORS):
+        for color, column in zip(COLORS, table):
             ax.plot(table[column], table.index, "o", color=color, label=column)
         ax.set(title=TITLES[name], xlim=(-3, 103), xlabel=f"{metric}, %")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
