@@ -213,6 +213,23 @@ def test_the_schedule_is_the_published_one(recipe):
         schedule.step()
 
 
+def test_a_run_of_a_single_step_learns(recipe):
+    assert learning_rate(0, 1, recipe) == 1
+    before = vflan.train(vflan.replace(recipe, name="two", max_steps=2)).summary["parts"]
+    after = vflan.train(vflan.replace(recipe, name="one", max_steps=1)).summary["parts"]
+    fresh = {name: fingerprint(part) for name, part in parts(load_model(recipe)).items()}
+    assert after["projector"] != fresh["projector"] and after["projector"] != before["projector"]
+
+
+def test_a_projector_cannot_learn_from_rows_without_pictures(recipe, tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": str(i), "conversations": turns} for i in range(8)]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    text_only = vflan.replace(recipe, name="text", samples=str(tmp_path / "text.json"))
+    with pytest.raises(ValueError, match="none of its rows has a picture"):
+        vflan.train(vflan.replace(text_only, tune=("projector",)))
+
+
 def test_the_projector_has_its_own_learning_rate(recipe):
     run = vflan.train(vflan.replace(recipe, max_steps=3, projector_lr=0.0))
     assert fingerprint(parts(load_model(recipe))["projector"]) == run.summary["parts"]["projector"]

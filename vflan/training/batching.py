@@ -135,6 +135,11 @@ def prepare(
         _write_reasons(folder / "repaired.jsonl", repaired, names)
     if len(bad) > recipe.max_bad_share * len(samples) or not blocks:
         raise ValueError(_too_many_bad(recipe, len(samples), bad, names, listing))
+    if tuple(recipe.tune) == ("projector",) and not numbers:
+        raise ValueError(
+            f"{recipe.name} tunes the projector alone, but none of its rows has a picture, so that "
+            "nothing would be learned; add rows with pictures, or tune the language model too."
+        )
     return _assemble(blocks, list(numbers), recipe, config, len(bad), len(repaired))
 
 

@@ -247,9 +247,10 @@ def _accumulate_gradients(state, data, pictures, rows, micro_batches, step):
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     """Return the share of the peak learning rate in `step` (counted from 0).
 
-    It rises linearly over ceil(warmup_ratio * steps), then falls to zero along half a cosine.
+    It rises linearly over ceil(warmup_ratio * steps), then falls to zero along half a cosine. A
+    run of a single step has no warm-up: its only rate would be 0, and it would learn nothing.
     """
-    warmup = math.ceil(recipe.warmup_ratio * steps)
+    warmup = math.ceil(recipe.warmup_ratio * steps) if steps > 1 else 0
     if step < warmup:
         return step / warmup
     if recipe.schedule == "constant":
