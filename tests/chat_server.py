@@ -26,9 +26,10 @@ def said(text, model="served-v1", finish="stop"):
 
 
 class ChatServer(ThreadingHTTPServer):
-    """reply(body, number) -> body, or (status, body), or (status, body, headers).
+    """reply(body, number) -> body, or (status, body), or (status, body, headers), or a function.
 
-    A body that is a str is sent unchanged; others are sent as JSON.
+    A body that is str or bytes is sent unchanged; others are sent as JSON. A function is given
+    write(bytes), and sends the whole answer itself, headers too; then the connection ends.
     """
 
     daemon_threads = True
@@ -61,10 +62,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.keys.add(self.headers["Authorization"])
             number = len(self.server.asked)
         found = self.server.reply(body, number)
+        if callable(found):
+            return self._send_by(found)
         status, answer, headers = (
             (*found, {}, {})[:3] if isinstance(found, tuple) else (200, found, {})
         )
-        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        if not isinstance(answer, bytes):
+            answer = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        data = answer
         try:
             self.send_response(status)
             for name, value in ({"Content-Type": "application/json"} | headers).items():
@@ -74,6 +79,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
         except OSError:
             pass  # the client had no patience
+
+    def _send_by(self, function):
+        self.close_connection = True
+        try:
+            function(self.connection.sendall)
+        except OSError:
+            pass  # the client had enough
 
     def log_message(self, *_):
         pass
@@ -85,8 +97,8 @@ def serve(monkeypatch):
 
     The waits between retries take milliseconds.
     """
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.002)
+    monkeypatch.setattr("vflan.data.http_client.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("vflan.data.http_client.LAST_WAIT", 0.002)
     started = []
 
     def start(reply):

@@ -1,7 +1,9 @@
 """Models as judges: what they are shown, how replies are read, and that a failure is no score."""
 
+import gzip
 import json
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pandas as pd
@@ -229,9 +231,9 @@ def test_a_lasting_failure_has_a_reason_and_no_score(serve, judge, capsys):
 
 @pytest.mark.parametrize(
     "body",
-    ["not json at all", {}, {"choices": []}, {"choices": None}, "[1, 2]", "null",
+    ["not json at all", {}, {"choices": []}, {"choices": None}, "[1, 2]", "null", "[" * 200_000,
      {"choices": [{"message": {"content": 7}}]}, said(None), said(""), said("maybe")],
-    ids=str,
+    ids=lambda body: str(body)[:40],
 )  # fmt: skip
 def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):
     server = serve(lambda b, n: body)
@@ -354,6 +356,150 @@ def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):
     assert (
         scores.judge["score"].startswith(f"gpt pair-{PAIR.hash}") and scores.baseline.isna().all()
     )
+
+
+# ------------------------------------------------------------------------------ a server of no good
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def drip(start, piece):
+    """A function that sends `start`, and then `piece` after every twentieth of a second."""
+
+    def send(write):
+        write(start)
+        for _ in range(200):
+            time.sleep(0.05)
+            write(piece)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        drip(OK + b"Content-Length: 1000\r\n\r\n", b" "),
+        drip(OK + b"Transfer-Encoding: chunked\r\n\r\n1;", b"x"),
+        drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+        drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        drip(b"HTTP/1.1 307 Moved\r\nLocation: /v1/chat/completions\r\nX-Slow: ", b"x"),
+    ],
+    ids=["body", "chunk", "headers", "interim replies", "redirect"],
+)
+def test_a_server_that_sends_a_byte_now_and_then_does_not_hang_the_judge(serve, judge, send):
+    """A socket's time-out starts again with each byte: only a deadline for all of them ends."""
+    server = serve(lambda body, n: send)
+    patient = EndpointJudge("grader", YES_NO, cache=judge.cache, timeout=0.4, retries=0)
+    start = time.monotonic()
+    (found,) = ask(patient, ["x"])
+    assert found.score is None and "timed out" in found.reason and len(server.asked) == 2
+    assert time.monotonic() - start < 4, "two tries of 0.4 seconds"
+
+
+def test_a_request_whose_tries_all_take_their_time_is_bounded_too(serve, judge):
+    server = serve(lambda body, n: (307, {}, {"Location": f"/v1/{n}"}))
+    (found,) = ask(judge, ["x"])
+    assert found.score is None and "redirects more than 10 times" in found.reason
+    assert len(server.asked) == 2 * 10
+
+
+@pytest.mark.parametrize("status", [200, 500, 307])
+def test_an_endless_reply_is_cut_off(serve, judge, status):
+    sent = [0]
+
+    def endless(write):
+        # Without a length: the body ends with the connection.
+        write(b"HTTP/1.1 %d OK\r\nLocation: /\r\n\r\n" % status)
+        while sent[0] < 1 << 30:
+            write(b" " * (1 << 16))
+            sent[0] += 1 << 16
+
+    serve(lambda body, n: endless)
+    once = EndpointJudge("grader", YES_NO, cache=judge.cache, timeout=20, retries=0)
+    (found,) = ask(once, ["x"])
+    assert found.score is None
+    assert ("more than 8 MB" if status != 307 else "redirects more than") in found.reason
+    # What lies in the buffers of both ends was sent too.
+    assert sent[0] < 400 << 20
+
+
+def packed(data):
+    return (200, gzip.compress(data), {"Content-Encoding": "gzip"})
+
+
+def test_a_small_reply_that_unpacks_to_gigabytes_is_cut_off(serve, judge):
+    bomb = packed(b" " * (128 << 20))
+    serve(lambda body, n: bomb)
+    tracemalloc.start()
+    try:
+        (found,) = ask(judge, ["x"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.score is None and "more than 8 MB, unpacked" in found.reason
+    assert peak < 48 << 20
+
+
+def test_a_packed_reply_is_read(serve, judge):
+    serve(lambda body, n: packed(json.dumps(said("Yes")).encode()))
+    assert [j.score for j in ask(judge, ["x"])] == [1.0]
+
+
+def test_a_server_cannot_make_the_judge_wait_longer_than_it_waits_for_a_reply(
+    serve, judge, monkeypatch, capsys
+):
+    monkeypatch.setattr("vflan.data.http_client.SHOWN_WAIT", 0.2)
+    monkeypatch.setattr("vflan.data.http_client._shown_until", 0.0)
+    server = serve(lambda body, n: (429, {}, {"Retry-After": "55"}))
+    hasty = EndpointJudge("grader", YES_NO, cache=judge.cache, timeout=0.3, retries=1)
+    start = time.monotonic()
+    (found,) = ask(hasty, ["x"])
+    assert 0.6 <= time.monotonic() - start < 5 and len(server.asked) == 4
+    assert found.score is None and "RateLimitError" in found.reason
+    assert "The server asks for 55 s: vflan waits 0 s and tries again" in capsys.readouterr().err
+
+
+def test_questions_are_not_sent_to_another_host(serve, judge):
+    other = serve(lambda body, n: said("Yes"))
+    server = serve(lambda body, n: (307, {}, {"Location": f"{other.url}/chat/completions"}))
+    with pytest.raises(ValueError, match="redirects to another host, and no question was sent"):
+        ask(judge, [str(i) for i in range(50)])
+    assert other.asked == [] and other.keys == set() and len(server.asked) < 20
+
+
+def test_a_redirect_on_the_same_host_is_followed(serve, judge):
+    moved = (307, {}, {"Location": "/v2/chat/completions"})
+    server = serve(lambda body, n: moved if n == 1 else said("Yes"))
+    assert [j.score for j in ask(judge, ["x"])] == [1.0]
+    assert server.asked[0] == server.asked[1] and len(server.asked) == 2
+
+
+def test_a_key_that_a_reply_repeats_is_not_kept_and_not_shown(serve, judge, tmp_path, capfd):
+    serve(lambda body, n: said(f"Yes, and your key is {KEY}.", model=f"v1 {KEY}", finish=KEY))
+    found = ask(judge, ["x"])
+    assert found == [Judgement(1.0, "Yes, and your key is ....", 1.0, "v1 ...")]
+    assert ask(judge, ["x"]) == found
+    kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "Yes, and your key is" in kept
+    assert "secret" not in kept + repr(found) + title(judge, found) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("word", ["Yes", "EMPTY", "anything"])
+def test_a_word_in_the_place_of_a_key_stays_in_the_answers(serve, judge, monkeypatch, word):
+    serve(lambda body, n: said(f"Yes, {word}"))
+    monkeypatch.setenv("OPENAI_API_KEY", word)
+    assert ask(judge, ["x"])[0].reason == f"Yes, {word}"
+
+
+def test_half_a_character_in_a_reply_can_be_stored(serve, judge):
+    serve(lambda body, n: said("Yes \ud800", model="v\udfff"))
+    found = ask(judge, ["x"])
+    assert found == [Judgement(1.0, "Yes ?", 1.0, "v?")] and ask(judge, ["x"]) == found
+
+
+def test_a_reply_that_says_it_is_down_does_not_stop_the_judging(serve, judge):
+    serve(lambda body, n: said("Yes", finish="down"))
+    assert [j.score for j in ask(judge, [str(i) for i in range(12)])] == [1.0] * 12
 
 
 # ------------------------------------------------------------------------------------ a local model

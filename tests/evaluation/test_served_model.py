@@ -2,10 +2,14 @@
 
 import base64
 import io
+import json
 import threading
 import time
+import zipfile
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chat_server import KEY, said, serve  # noqa: F401 (serve is a fixture)
 from PIL import Image
@@ -76,6 +80,43 @@ def test_the_pictures_file_is_sent_unchanged_and_before_the_text(home, serve):
     kind, data = picture["image_url"]["url"].split(";base64,")
     assert kind == "data:image/png" and text["type"] == "text"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (48, 48)
+
+
+def encoded(kind):
+    """The bytes of a picture in a file format of Pillow's."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("place", ["zip", "parquet", "folder"])
+def test_a_picture_in_a_zip_or_parquet_file_is_sent_too(tmp_path, place, kind):
+    """The kind is that of the bytes: a name in a zip may be wrong, and a row has none."""
+    data = encoded(kind)
+    if place == "zip":
+        with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+            archive.writestr("pictures/a.gif", data)
+        name = f"{tmp_path}/pictures.zip::pictures/a.gif"
+    elif place == "parquet":
+        pq.write_table(pa.table({"image": [b"", data]}), tmp_path / "part.parquet")
+        name = f"{tmp_path}/part.parquet::1"
+    else:
+        (tmp_path / "a.gif").write_bytes(data)
+        name = f"{tmp_path}/a.gif"
+    picture, text = messages({"text": "what ?", "image": name})[0]["content"]
+    kind, sent = picture["image_url"]["url"].split(";base64,")
+    assert base64.b64decode(sent) == data and text == {"type": "text", "text": "what ?"}
+    assert kind == f"data:image/{Image.open(io.BytesIO(data)).format.lower()}"
+
+
+@pytest.mark.parametrize("name", ["pictures.zip::b.png", "none.zip::a.png", "broken.zip::a.png"])
+def test_a_picture_that_a_zip_does_not_hold_is_not_sent(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a.png", encoded("PNG"))
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    with pytest.raises(OSError, match="^(missing|undecodable|truncated) picture"):
+        messages({"text": "what ?", "image": f"{tmp_path}/{name}"})
 
 
 def test_a_question_without_a_picture_is_text_alone():
@@ -160,6 +201,41 @@ def test_a_run_may_be_asked_through_a_server_under_its_own_folder(home, serve):
     scores = evaluate(run, "pope", model=MODEL)
     assert set(scores.run) == {"org-llava-13b"} and run.loaded == 0
     assert (home / "answers/org-llava-13b/pope.jsonl").exists()
+
+
+def test_a_key_that_an_answer_repeats_is_not_written_down(home, serve, capfd):
+    serve(lambda body, n: said(f"Yes {KEY}"))
+    ask()
+    kept = "".join(path.read_text() for path in (home / "runs").rglob("*") if path.is_file())
+    assert "Yes ..." in kept and "secret" not in kept + "".join(capfd.readouterr())
+
+
+def test_pictures_are_not_sent_to_another_host(home, serve):
+    other = serve(answer_yes_to_stars)
+    serve(lambda body, n: (308, {}, {"Location": f"{other.url}/chat/completions"}))
+    with pytest.raises(ValueError, match="redirects to another host"):
+        ask()
+    assert other.asked == []
+
+
+def test_a_slow_and_an_endless_answer_are_problems_of_their_questions(home, serve):
+    def slow(write):
+        write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        for _ in range(100):
+            time.sleep(0.05)
+            write(b"x")
+
+    long = json.dumps(said("x" * (9 << 20)))
+    odd = {"is there a blue ?": slow, "is there a star ?": long}
+    serve(lambda body, n: odd.get(body["messages"][0]["content"][1]["text"], said("No")))
+    start = time.monotonic()
+    assert set(ask(ServedModel("org/llava-13b", timeout=1, retries=0)).problems) == {6}
+    assert time.monotonic() - start < 15
+    rows = lines(home / "runs/served/org-llava-13b/answers/pope.jsonl")[1]
+    assert {row["reason"] for row in rows if row["finish"] == "error"} == {
+        "refused: the reply has more than 8 MB, unpacked",
+        "APITimeoutError: Request timed out.",
+    }
 
 
 def test_a_served_model_is_not_shared_among_processes(home):

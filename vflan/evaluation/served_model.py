@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-import mimetypes
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from vflan.data.images import picture_trouble
+from PIL import Image
+
+from vflan.data.images import open_picture, picture_bytes, picture_trouble
 from vflan.evaluation.answer_cache import Answer
 from vflan.evaluation.api_client import ask_all, endpoint_hash
 
@@ -50,14 +51,24 @@ class ServedModel:
 
 
 def messages(sample: dict) -> list[dict]:
-    """One user turn: the picture, if any, as a data URL, then the text. OSError if it is broken."""
+    """One user turn: the picture, if any, as a data URL, then the text. OSError if it is broken.
+
+    The picture is named as in data/images.py: a file, or one in a zip or parquet file.
+    """
     content = [{"type": "text", "text": sample["text"]}]
     if path := sample.get("image"):
-        if trouble := picture_trouble(str(path)):
+        if trouble := picture_trouble(path):
             raise OSError(trouble)
-        kind = mimetypes.guess_type(path)[0] or "image/png"
         # The file is sent unchanged: the server prepares pictures by itself.
-        data = base64.b64encode(Path(path).read_bytes()).decode()
-        url = f"data:{kind};base64,{data}"
+        data = picture_bytes(path)
+        url = f"data:{_kind(data)};base64,{base64.b64encode(data).decode()}"
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return [{"role": "user", "content": content}]
+
+
+def _kind(data: bytes) -> str:
+    """The MIME type of a picture. Its name may say another one, or none (in a parquet file)."""
+    with open_picture(io.BytesIO(data)) as picture:
+        # Cameras write JPEG files with more than one picture.
+        kind = "JPEG" if picture.format == "MPO" else picture.format
+    return Image.MIME.get(kind, "image/png")
