@@ -22,6 +22,7 @@ app = typer.Typer(
 PRESET = "tiny, tiny_frozen, qlora_7b, lora_7b, full_7b, full_13b, or a .py file of your own"
 CHANGES = 'fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\''
 ANSWERS = "JSON Lines with question_id and text, or the benchmark's upload format"
+ALL_QUESTIONS = "vqav2: the file of all of test2015; default: beside the questions"
 PresetName = Annotated[str, Argument(metavar="PRESET", help=PRESET)]
 Stage = Annotated[str, Option(help="projector, base or chat")]
 Changes = Annotated[str, Option(help=CHANGES)]
@@ -126,18 +127,19 @@ def score_command(
     questions: Annotated[str, Option(help="the released file (or MME's, MNIST's folder)")],
     labels: Annotated[str | None, Option(help="file or folder; default: beside them")] = None,
     answers: Annotated[str | None, Option(help=ANSWERS)] = None,
-    reviews: Annotated[list[str], Option(help="a judge's verdicts, a file for each run")] = (),
+    reviews: Annotated[list[str], Option(help="a judge's verdicts, one file or several")] = (),
+    model: Annotated[str | None, Option(help="the row, if --reviews is a table of several")] = None,
 ) -> None:
     """Score a file of answers, from any model, with the files that a benchmark's authors released.
 
     Prints one JSON object: the metrics in percent (MME's points on their own scale), `n` questions
     scored, and `problems`: how many answers are missing, belong to no question (unknown), are there
     twice (duplicate) or empty, how many labels are not known, how many lines are not JSON. Their
-    ids are listed on stderr.
+    ids are listed on stderr. Several runs of a judge give their mean, `runs` and `std`.
     """
     from vflan.evaluation.benchmarks.command import run
 
-    raise SystemExit(run(name, questions, answers, labels, reviews))
+    raise SystemExit(run(name, questions, answers, labels, reviews, model))
 
 
 @app.command("upload")
@@ -145,12 +147,21 @@ def upload_command(
     name: Annotated[str, Argument(help="a benchmark with a server: vqav2, vizwiz, mm_vet ...")],
     run: Annotated[str, Option(help="folder of a run that vflan.evaluate has asked")],
     folder: BenchmarkFolder = None,
-    out: Annotated[str | None, Option(help="the file to write")] = None,
+    out: Annotated[str | None, Option(help="the file to write, or a folder for it")] = None,
+    all_questions: Annotated[str | None, Option(help=ALL_QUESTIONS)] = None,
+    allow_missing: Annotated[bool, Option(help="a question without an answer gets ''")] = False,
+    model: Annotated[
+        str | None, Option(help="another model that was asked under this name")
+    ] = None,
 ) -> None:
-    """Write a run's answers in the form that the benchmark's server takes."""
+    """Write a run's answers in the form that the benchmark's server takes.
+
+    There is one for vqav2, gqa, vizwiz, mmbench, mmbench_cn, seed, mm_vet, mme and mmmu. An
+    unfinished evaluation is refused, and so is a question that failed, unless --allow-missing.
+    """
     from vflan.evaluation.results import write_upload
 
-    print(write_upload(name, run, folder, out))
+    print(write_upload(name, run, folder, out, all_questions, allow_missing, model))
 
 
 @app.command("download")

@@ -5,7 +5,9 @@ No model is loaded here, and no question is asked again.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -13,14 +15,14 @@ import pandas as pd
 from vflan.config import resolve, shown
 from vflan.evaluation.answer_cache import read_rows
 from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.evaluation.benchmarks.benchmark import labelled
+from vflan.evaluation.benchmarks.files import find
 from vflan.evaluation.evaluator import load_benchmark, open_run, score_interval
 from vflan.evaluation.stats import paired
 
 if TYPE_CHECKING:
-    from vflan.evaluation.benchmarks.benchmark import Metric
+    from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
     from vflan.evaluation.evaluator import AnyRun, Folder, Judges
-
-UPLOAD_ENDINGS = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}
 
 
 def kept_items(
@@ -42,47 +44,102 @@ def _read_answers(run, benchmark, folder, name, judge):
     """(LoadedBenchmark, the text of each answer)."""
     run = open_run(run)
     test = load_benchmark(benchmark, resolve(folder or run.recipe.benchmarks), judge)
-    return test, _read_texts(run, benchmark, len(test.samples), name)
+    return test, _read_texts(run, benchmark, test.samples, name)
 
 
-def _read_texts(run, benchmark, number, name=None) -> list[str | None]:
+def _read_texts(run, benchmark, samples, name=None, complete=True) -> list[str | None]:
     """The texts of all cached answers, None where nobody answered.
 
-    FileNotFoundError if there are fewer than `number`.
+    FileNotFoundError if there are fewer than samples, unless they need not be `complete`;
+    ValueError if they are answers to other questions.
     """
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     # The first row is the header. A question that was asked again has two rows; the last counts.
-    texts = {
-        row["i"]: None if row["finish"] == "error" else row["answer"] for row in read_rows(path)[1:]
-    }
-    if missing := number - len(texts):
+    rows = {row["i"]: row for row in read_rows(path)[1:]}
+    ids = {i: str(sample["question_id"]) for i, sample in enumerate(samples)}
+    if any(str(row.get("question_id", ids.get(i))) != ids.get(i) for i, row in rows.items()):
+        raise ValueError(
+            f"{shown(path)} answers other questions than these: give the folder of the benchmarks "
+            "from which they were asked."
+        )
+    if complete and (missing := len(samples) - len(rows)):
         raise FileNotFoundError(
             f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
         )
-    return [texts[i] for i in range(number)]
+    given = (rows.get(i, {"finish": "error"}) for i in ids)
+    return [None if row["finish"] == "error" else row["answer"] for row in given]
 
 
-def write_upload(benchmark: str, run: AnyRun, folder: Folder = None, out: Folder = None) -> Path:
+def write_upload(
+    benchmark: str,
+    run: AnyRun,
+    folder: Folder = None,
+    out: Folder = None,
+    all_questions: Folder = None,
+    allow_missing: bool = False,
+    name: str | None = None,
+) -> Path:
     """Writes cached answers in the form that a benchmark's server takes; returns the file.
 
-    For MME the result is a folder. folder: of the benchmarks (default: the recipe's). ValueError
-    for a benchmark without such a file, FileNotFoundError if an answer is missing.
+    For MME the result is a folder. folder: of the benchmarks (default: the recipe's). out: the file
+    to write, or a folder for it. all_questions: the file of all of VQAv2's test2015 (default:
+    beside the questions); ids that were not asked are uploaded as ''. A question without an answer,
+    because it was not asked or failed, is a FileNotFoundError; with allow_missing it is uploaded as
+    ''. name: of another model, as in `evaluate`. ValueError for a benchmark without such a file.
     """
     if benchmark not in BENCHMARKS or not BENCHMARKS[benchmark].upload:
         known = ", ".join(name for name, b in BENCHMARKS.items() if b.upload)
         raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {known}.")
     # The server scores the answers, so that even MM-Vet needs no judge here.
-    run = open_run(run)
-    samples = BENCHMARKS[benchmark].load(resolve(folder or run.recipe.benchmarks))
-    texts = _read_texts(run, benchmark, len(samples))
-    if failed := texts.count(None):
+    test, run = BENCHMARKS[benchmark], _open_answers(run)
+    if not (folder or run.recipe):
+        raise ValueError("These answers are of no run of ours: give the folder of the benchmarks.")
+    folder = resolve(folder or run.recipe.benchmarks)
+    samples = test.load(folder)
+    texts = _read_texts(run, benchmark, samples, name, complete=not allow_missing)
+    failed = texts.count(None)
+    if failed == len(texts) or (failed and not allow_missing):
         raise FileNotFoundError(
-            f"{benchmark}: {failed} questions have no answer: vflan.evaluate asks them again."
+            f"{benchmark}: {failed} of {len(texts)} questions have no answer: vflan.evaluate asks "
+            "them again. What cannot be answered is uploaded as '' with --allow-missing."
         )
-    ending = UPLOAD_ENDINGS.get(benchmark, ".json")
-    path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
-    BENCHMARKS[benchmark].upload(samples, texts, path)
+    more = {}
+    if every := _all_questions(test, folder / benchmark, samples, all_questions):
+        more = {"every": every}
+    usual = test.upload_name or f"{benchmark}_upload.json"
+    path = Path(out or Path(run.folder) / "answers" / (name or "") / usual)
+    if path.is_dir() and Path(usual).suffix:
+        path = path / usual
+    path.parent.mkdir(parents=True, exist_ok=True)
+    test.upload(samples, texts, path, **more)
     return path
+
+
+def _open_answers(run: AnyRun):
+    """A run, or what has its `folder`: a folder that holds answers but no run (a served model)."""
+    if isinstance(run, (str, os.PathLike)):
+        folder = resolve(run)
+        if (folder / "answers").is_dir() and not (folder / "recipe.json").is_file():
+            return SimpleNamespace(folder=folder, recipe=None)
+    return open_run(run)
+
+
+def _all_questions(test: Benchmark, here: Path, samples: list[dict], given: Folder) -> Path | None:
+    """The file of all questions that the server wants an answer to; None if `samples` are all.
+
+    FileNotFoundError if it is needed and not there: the server refuses a part of its test set.
+    """
+    if given and not test.upload_all:
+        raise ValueError(f"{test.name} has no further questions: leave --all-questions out.")
+    # Questions of the mini world, or with labels, are scored here.
+    if given or not test.upload_all or any(labelled(sample) for sample in samples):
+        return Path(given) if given else None
+    if found := find(here, *test.upload_all):
+        return found
+    raise FileNotFoundError(
+        f"{shown(here / test.upload_all[0])} is not there: the server wants an answer to each "
+        "question of its whole test set. Put the file there, or name it with --all-questions."
+    )
 
 
 def judged_answers(

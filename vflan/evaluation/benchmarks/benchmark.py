@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vflan.data.images import picture_trouble
-from vflan.evaluation.benchmarks.files import keep_picture, read_rows
+from vflan.evaluation.benchmarks.files import UnreadableFile, keep_picture, read_rows, read_text
 
 if TYPE_CHECKING:
     from vflan.evaluation.judge import Judgement
@@ -124,21 +124,22 @@ def read_questions(path: str | Path) -> list[dict]:
 
 
 @contextmanager
-def in_words(path: Path, name: str) -> Iterator[None]:
+def in_words(path: Path, name: str, labels: Path | None = None) -> Iterator[None]:
     """Turn any error in reading a file of others into a ValueError that names the file.
 
     json, gzip, pandas and base64 each have errors of their own, and a file of an unexpected shape
-    may raise KeyError or TypeError anywhere.
+    may raise KeyError or TypeError anywhere. labels: named too, if they are read in the same block.
     """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, UnreadableFile):
         raise
     except Exception as error:
         if isinstance(error, ValueError) and str(path.parent) in str(error):
             raise  # the message already names the file and says what to do
+        which = f"{path} or {labels}" if labels else path
         raise ValueError(
-            f"{path} is damaged, or is not in a known shape of {name} ({type(error).__name__}: "
+            f"{which} is damaged, or is not in a known shape of {name} ({type(error).__name__}: "
             f"{str(error)[:200]}); data/README.md lists the released files."
         ) from error
 
@@ -241,7 +242,13 @@ class Benchmark:
     judged: bool = False  # the official number comes from a judge
     # (samples, answers, path): write the file that the benchmark's server takes
     upload: Callable | None = None
-    # (released file of a judge's verdicts, samples) -> judgements
+    # How that file is called (in <run>/answers/); "": NAME_upload.json
+    upload_name: str = ""
+    # Names of the file, beside the questions, of all questions that the server wants an answer to;
+    # `upload` takes it as `every`
+    upload_all: tuple[str, ...] = ()
+    # (released file of a judge's verdicts, samples, model) -> a list of judgements for each run of
+    # the judge, or a dict: the scores of a table of results, in the row of that model
     reviews: Callable | None = None
 
     def prompt(self, sample: dict) -> str:
@@ -283,7 +290,7 @@ class Benchmark:
         whole).
         """
         for name in ("questions.jsonl", *self.released):
-            for path in sorted(here.glob(name)):
+            for path in [*sorted(here.glob(name)), *sorted(here.glob(f"{name}.gz"))]:
                 return here if "/" in name else path
         return None
 
@@ -294,16 +301,19 @@ class Benchmark:
 
         labels: file or folder of the labels (default: the folder of the question file). keep:
         stores a picture that comes inside the file and returns its path. ValueError for a damaged
-        file.
+        file; FileNotFoundError names the one of the two that is not there.
         """
-        path = Path(path)
+        path, labels = Path(path), Path(labels) if labels else None
+        for file, what in ((path, "questions"), (labels, "labels")):
+            if file is not None and not file.exists():
+                raise FileNotFoundError(f"{file} is not there: the {what} of {self.name}.")
         here = path if path.is_dir() else path.parent
         in_our_format = self.read is None or (path.is_file() and self.is_ours(path))
-        with in_words(path, self.name):
+        with in_words(path, self.name, labels):
             if in_our_format:
                 samples = read_questions(path)
             else:
-                samples = self.read(path, Path(labels) if labels else here, keep)
+                samples = self.read(path, labels or here, keep)
         complete = not self.size or path.name == "questions.jsonl" or len(samples) == self.size
         if not in_our_format and not complete:
             warnings.warn(
@@ -326,11 +336,11 @@ class Benchmark:
         """Whether a file is in our own format; some benchmarks were released as questions.jsonl
         too.
         """
-        if path.suffix != ".jsonl" or "questions.jsonl" in self.released:
+        name = path.name.removesuffix(".gz")
+        if not name.endswith(".jsonl") or "questions.jsonl" in self.released:
             return False
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            head = file.readline(100_000)
-        return path.name == "questions.jsonl" or ('"label"' in head and '"text"' in head)
+        head = read_text(path).split("\n", 1)[0]
+        return name == "questions.jsonl" or ('"label"' in head and '"text"' in head)
 
     def items(
         self,

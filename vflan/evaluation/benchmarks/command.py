@@ -4,7 +4,8 @@ Scores a file of answers, from any model, with the files that the benchmark's au
 released. Prints one json object: the metrics in percent (MME's points on their own scale), the
 number `n` of questions scored, and `problems`: how many answers are missing, belong to no question
 (unknown), occur twice (duplicate) or are empty, how many labels are unknown, and how many lines are
-no json. Their ids are listed on stderr.
+no json. Their ids are listed on stderr. Of several runs of a judge, in one file or several, the mean
+is printed, with `runs` and their standard deviation `std`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.benchmark import Benchmark, in_words, valid
-from vflan.evaluation.benchmarks.files import match, name_picture, read_answers, read_rows
+from vflan.evaluation.benchmarks.benchmark import Benchmark, in_words, labelled, valid
+from vflan.evaluation.benchmarks.files import (
+    UnreadableFile,
+    match,
+    name_picture,
+    read_answers,
+    read_rows,
+)
 
 COUNTED = ("missing", "unknown", "duplicate", "empty", "unknown_label", "unreadable_line")
 MORE_NAMES = {"accuracy_plus": "acc_plus"}
@@ -32,59 +39,111 @@ def score_files(
     answers: str | None = None,
     labels: str | None = None,
     reviews: Sequence[str] = (),
+    model: str | None = None,
 ) -> tuple[dict, dict[str, list]]:
-    """(metrics with `n` and `problems`, {problem: [question ids or line numbers]})."""
+    """(metrics with `n` and `problems`, {problem: [question ids or line numbers]}).
+
+    model: the row of a table of results. A result without any metric is an error, never an empty
+    success: the sentence says which file is missing.
+    """
     benchmark = BENCHMARKS[name]
     samples = benchmark.questions(questions, labels, keep=name_picture)
     problems = {problem: [] for problem in COUNTED}
-    texts = None
+    texts, count = None, f"None of the {len(samples)} questions of {questions}"
     if answers and benchmark.reviews and not reviews and is_review(answers):
         answers, reviews = None, (answers,)
+    _check_options(benchmark, answers, reviews, model)
     if answers:
         with in_words(Path(answers), name):
             rows, problems["unreadable_line"] = read_answers(answers)
         texts, mismatches = match(samples, rows)
         problems |= mismatches
-    elif not reviews:
-        raise ValueError(f"{name} needs --answers{' or --reviews' if benchmark.reviews else ''}.")
-    if reviews and not benchmark.reviews:
-        raise ValueError(f"{name} has no judge: leave --reviews out.")
+        if not any(text is not None for text in texts):
+            raise ValueError(
+                f"{answers} answers none of the {len(samples)} questions of {questions}."
+            )
+    if labels and not any(map(labelled, samples)):
+        raise ValueError(f"{count} has a label in {labels} ({benchmark.source}).")
     problems |= benchmark.problems(samples, texts)
-    if texts and not any(a is not None for a in texts):
-        raise ValueError(f"{answers} answers none of the {len(samples)} questions of {questions}.")
-    runs = [scored(benchmark, samples, texts, file) for file in reviews] or [
-        scored(benchmark, samples, texts)
-    ]
+    runs = _runs(benchmark, samples, texts, reviews, model)
+    failed = [r.pop("failed_judgement", 0) for r in runs]
+    out = _mean(runs, benchmark.headline)
+    if not out.get("n", 1) or not any(isinstance(value, float) for value in out.values()):
+        if reviews:
+            raise ValueError(f"{count} has a verdict in {', '.join(map(str, reviews))}.")
+        if out.get("n") and any(map(labelled, samples)):
+            raise ValueError(f"{count} can be scored: too few are answered for any metric.")
+        raise ValueError(
+            f"{count} can be scored: give their labels with --labels ({benchmark.source})."
+        )
+    _say_what_is_missing(benchmark, out)
+    counts = {problem: len(ids) for problem, ids in problems.items() if ids or problem in COUNTED}
+    judged = {"failed_judgement": sum(failed)} if reviews else {}
+    return out | {"problems": counts | judged}, problems
+
+
+def _check_options(benchmark: Benchmark, answers, reviews, model) -> None:
+    """ValueError for options that do not fit the benchmark, or each other."""
+    if reviews and not benchmark.reviews:
+        raise ValueError(f"{benchmark.name} has no judge: leave --reviews out.")
+    if not answers and not reviews:
+        either = " or --reviews" if benchmark.reviews else ""
+        raise ValueError(f"{benchmark.name} needs --answers{either}.")
+    if model and not reviews:
+        raise ValueError("--model names a row of a table of results: give the table as --reviews.")
+
+
+def _runs(benchmark: Benchmark, samples, texts, reviews, model) -> list[dict]:
+    """The metrics of each run of the judge in each file of reviews; without files, of one run."""
+    if not reviews:
+        return [scored(benchmark, samples, texts)]
+    runs = []
+    for file in reviews:
+        with in_words(Path(file), benchmark.name):
+            found = benchmark.reviews(Path(file), samples, model)
+        # A table of results: nothing is left to compute.
+        tables = [found] if isinstance(found, dict) else []
+        runs += tables or [scored(benchmark, samples, texts, verdicts) for verdicts in found]
+    return runs
+
+
+def _mean(runs: list[dict], headline: str) -> dict:
+    """The mean of each metric over the runs of a judge.
+
+    Of several runs also `runs`, the headline of each, and `std`, their standard deviation as
+    MM-Vet's authors compute it.
+    """
     out = {
         key: float(np.mean([r[key] for r in runs])) if isinstance(value, float) else value
         for key, value in runs[0].items()
         if all(key in r for r in runs)
     }
-    if not out.get("n", 1):
-        raise ValueError(
-            f"None of the {len(samples)} questions of {questions} can be scored: give their "
-            f"labels with --labels ({benchmark.source})."
-        )
-    if len(runs) > 1 and benchmark.headline in out:
-        out["runs"] = [r[benchmark.headline] for r in runs]
-    failed = [r.pop("failed_judgement", 0) for r in runs]
-    out.pop("failed_judgement", None)
-    counts = {problem: len(ids) for problem, ids in problems.items() if ids or problem in COUNTED}
-    return out | {
-        "problems": counts | ({"failed_judgement": sum(failed)} if reviews else {})
-    }, problems
+    if len(runs) > 1 and headline in out:
+        out["runs"] = [r[headline] for r in runs]
+        out["std"] = float(np.std(out["runs"]))
+    return out
+
+
+def _say_what_is_missing(benchmark: Benchmark, out: dict) -> None:
+    """Warn if the published metric is not among the results."""
+    if benchmark.headline in out:
+        return
+    if benchmark.judged:
+        source = "it comes from a judge: give its verdicts with --reviews"
+    elif benchmark.upload:
+        source = "without labels only the server can score it (vflan upload writes its file)"
+    else:
+        source = "no question that it counts can be scored"
+    warnings.warn(f"There is no `{benchmark.headline}`: {source}.", stacklevel=2)
 
 
 def scored(
     benchmark: Benchmark,
     samples: list[dict],
     texts: list[str | None] | None,
-    reviews: str | None = None,
+    judgements: list | None = None,
 ) -> dict:
-    """The metrics of one set of answers and, where there are reviews, of one file of them."""
-    judgements = benchmark.reviews(reviews, samples) if reviews else None
-    if isinstance(judgements, dict):
-        return judgements  # a table of results: nothing is left to compute
+    """The metrics of one set of answers and, where there are judgements, of one run of a judge."""
     answers = texts or [""] * len(samples)
     metrics = benchmark.items(samples, answers, judgements)
     if judgements and not texts:  # reviews alone say nothing about how the answers are written
@@ -108,7 +167,10 @@ def scored(
 
 def is_review(path: str) -> bool:
     """Whether a file holds a judge's verdicts and not answers."""
-    rows = read_rows(path) if Path(path).is_file() else []
+    try:
+        rows = read_rows(path) if Path(path).is_file() else []
+    except UnreadableFile:
+        return False  # a line of answers may be damaged; `read_answers` counts it
     row = next(iter(rows.values() if isinstance(rows, dict) else rows), None)
     return isinstance(row, dict) and bool({"tuple", "score", "total"} & row.keys())
 
@@ -119,6 +181,7 @@ def run(
     answers: str | None = None,
     labels: str | None = None,
     reviews: Sequence[str] = (),
+    model: str | None = None,
 ) -> int:
     """What `vflan score` does; returns the exit status.
 
@@ -128,7 +191,7 @@ def run(
         (name,) = BENCHMARKS.names(name)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result, problems = score_files(name, questions, answers, labels, reviews)
+            result, problems = score_files(name, questions, answers, labels, reviews, model)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         return stop(str(error))
     except (KeyError, TypeError, AttributeError, IndexError) as error:

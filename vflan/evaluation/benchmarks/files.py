@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import hashlib
+import io
 import json
 import re
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import IO
 
 from vflan.config import CACHE
 
@@ -25,31 +29,87 @@ FORMATS = (  # LLaVA-1.5's format prompts: the last line of a question
 SHORT, LETTER, UNSURE, LETTER_CN = ("\n" + line for line in FORMATS)
 
 
+class UnreadableFile(ValueError):
+    """A file that cannot be read, in a sentence that names it."""
+
+
 def read_rows(path: str | Path, na: bool = False) -> list | dict:
     """The content of a json, jsonl, tsv, csv, xlsx or parquet file, usually a list of dicts.
 
+    What other programs do to a file on its way changes nothing: a byte order mark, gzip (whatever
+    the file is called), \\r\\n, a comma after the last row or after each line, empty rows of a table.
     Cells of tables are strings. With `na`, empty cells and N/A, null, None ... become '', as pandas
-    (and so the official scripts) read them by default. ValueError names the file, and the line that
-    cannot be read.
+    (and so the official scripts) read them by default. UnreadableFile names the file, and the line
+    that cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UnreadableFile(f"{path} is a folder: name the file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there.")
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if kind in ("tsv", "csv", "xlsx", "parquet"):
+    if kind not in ("tsv", "csv", "xlsx", "parquet"):
+        return json_rows(path, read_text(path))
+    try:
         return read_table(path, kind, na)
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    if kind != "jsonl":
+    except UnreadableFile:
+        raise
+    except Exception as error:  # pandas, openpyxl and pyarrow have many errors of their own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UnreadableFile(f"{path} is damaged, or is no {kind} file ({reason}).") from error
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """An open file; gzip is unpacked, whatever the file is called."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its byte order mark; unpacked if need be."""
+    try:
+        with open_bytes(path) as file:
+            raw = file.read()
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes what is redirected
+        return raw.decode("utf-16" if wide else "utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"{path} is damaged ({error}); download it again.") from None
+
+
+def json_rows(path: Path, text: str, broken: list[int] | None = None) -> list | dict:
+    """The content of a text: one json value, or one object a line.
+
+    One line of a .jsonl is one row, but ScienceQA's script gives that name to one large object.
+    broken: see `json_lines`.
+    """
+    by_line = path.name.removesuffix(".gz").endswith(".jsonl")
+    start = text.lstrip()
+    if not by_line or start.startswith("[") or not _is_json(start.split("\n", 1)[0]):
         try:
-            return json.loads(text)
+            return json.loads(_without_last_comma(text))
         except json.JSONDecodeError as trouble:
             # Several objects, one a line: POPE's label files are called .json.
-            if trouble.msg != "Extra data":
-                raise ValueError(
+            if not by_line and trouble.msg != "Extra data":
+                raise UnreadableFile(
                     f"{path} is not whole json ({trouble}); download it again."
                 ) from None
-    return json_lines(path, text)
+    return json_lines(path, text, broken)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line.strip().rstrip(","))
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _without_last_comma(text: str) -> str:
+    """A json text without the comma after its last row, which json forbids."""
+    body = text.rstrip()
+    end = body[-1:] if body.endswith(("]", "}")) else ""
+    return body.removesuffix(end).rstrip().removesuffix(",") + end
 
 
 def json_lines(path: Path, text: str, broken: list[int] | None = None) -> list:
@@ -59,11 +119,14 @@ def json_lines(path: Path, text: str, broken: list[int] | None = None) -> list:
     """
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): answers may hold U+2028
+        # Files with byte order marks may have been joined.
+        line = line.strip().removeprefix("\ufeff").rstrip(",")
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            # A list with one object a line has its brackets on lines of their own.
+            rows += [json.loads(line)] if line not in ("", "[", "]") else []
         except json.JSONDecodeError as trouble:
             if broken is None:
-                raise ValueError(
+                raise UnreadableFile(
                     f"{path}, line {number} is not json ({trouble.msg}); download it again."
                 ) from None
             broken.append(number)
@@ -78,23 +141,48 @@ def read_table(path: Path, kind: str, na: bool = False) -> list[dict]:
         return pd.read_parquet(path).to_dict("records")
     if kind == "xlsx":
         try:
-            read = partial(pd.read_excel, engine="openpyxl")
             import openpyxl  # noqa: F401
         except ImportError:
-            raise ValueError(
+            raise UnreadableFile(
                 f"{path} needs openpyxl to be read: pip install openpyxl, or save it as csv."
             ) from None
+        frame = pd.read_excel(path, engine="openpyxl", dtype=str, keep_default_na=na)
     else:
-        read = partial(pd.read_csv, sep="\t" if kind == "tsv" else ",")
-    return read(path, dtype=str, keep_default_na=na).fillna("").to_dict("records")
+        separator = "\t" if kind == "tsv" else ","
+        options = dict(sep=separator, dtype=str, keep_default_na=na, encoding="utf-8-sig")
+        with warnings.catch_warnings(record=True) as caught, open_bytes(path) as file:
+            warnings.simplefilter("always", pd.errors.ParserWarning)
+            # Otherwise a comma after each row would move all cells one column to the left.
+            frame = pd.read_csv(file, index_col=False, **options)
+        if caught:
+            _check_width(path, separator)
+    rows = frame.fillna("").to_dict("records")
+    return [row for row in rows if any(row.values())]
+
+
+def _check_width(path: Path, separator: str) -> None:
+    """UnreadableFile if a row has more cells than the header, and they are not empty."""
+    csv.field_size_limit(1 << 30)  # pictures
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        width = len(next(rows))
+        for row in rows:
+            if any(row[width:]):
+                raise UnreadableFile(
+                    f"{path}, line {rows.line_num} has more cells than the first line."
+                )
 
 
 def find(labels: str | Path, *names: str) -> Path | None:
-    """`labels` if it is a file, else the first file in it with one of the names (globs)."""
+    """`labels` if it is a file, else the first file in it with one of the names (globs).
+
+    A file may be packed: NAME.gz is found as NAME.
+    """
     labels = Path(labels)
     if labels.is_file():
         return labels
-    return next((p for name in names for p in sorted(labels.glob(name))), None)
+    both = [pattern for name in names for pattern in (name, f"{name}.gz")]
+    return next((path for name in both for path in sorted(labels.glob(name))), None)
 
 
 def pictures_in(folder: Path, *names: str) -> Callable[[str | None], str | None]:
@@ -129,70 +217,93 @@ def name_picture(data: bytes | str) -> str:
 # ------------------------------------------------------------------------------------------ answers
 
 
-def read_answers(path: str | Path) -> tuple[list[dict], list[int]]:
-    """(rows, numbers of bad lines); a row has `id`, `text`, `prompt` and `gold` (or None).
+def read_answers(path: str | Path) -> tuple[list[dict], list]:
+    """(rows, bad lines); a row has `id`, `text`, `prompt` and `gold` (or None).
 
-    Reads JSON Lines with question_id and text, and the benchmarks' own upload formats: a json list
-    (VQAv2, VizWiz, GQA, TextVQA), a json object id -> answer (MM-Vet, MMMU, ScienceQA), a table
-    (MMBench's xlsx, tsv, csv), and MME's folder of TASK.txt (file, question, right answer, answer,
-    separated by tabs).
+    Reads JSON Lines with question_id and text, and the benchmarks' own formats: a json list
+    (VQAv2, VizWiz, GQA, TextVQA), a json object id -> answer (MM-Vet, MMMU, ScienceQA), the
+    `_output.jsonl` of ScienceQA's script, a table (MMBench's xlsx, tsv, csv), MMMU's folder of
+    SUBJECT/output.json, and MME's folder of TASK.txt (file, question, right answer, answer,
+    separated by tabs). An answer that failed, or is null, is no answer. Bad lines are numbers; in a
+    folder "FILE:number".
     """
     path, broken = Path(path), []
     if path.is_dir():
-        tasks = sorted(path.glob("*.txt"))
-        if tasks:
-            return [row for task in tasks for row in mme_rows(task)], broken
-        parts = sorted(path.glob("merge.jsonl")) or sorted(path.glob("*.jsonl"))
-        if not parts:
-            raise FileNotFoundError(f"{path} holds no answers: neither *.jsonl nor MME's TASK.txt.")
-        return [row for part in parts for row in read_answers(part)[0]], broken
-    text = (
-        path.read_text(encoding="utf-8-sig") if path.suffix == ".jsonl" and path.is_file() else ""
-    )
-    if text and not text.lstrip().startswith("["):
-        content = json_lines(path, text, broken)
+        return _answers_in(path)
+    if not path.is_file() or path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".xlsx")):
+        content = read_rows(path)
     else:
-        content = json.loads(text) if text else read_rows(path)
-    if isinstance(content, dict) and first(content, ("question_id", "questionId")) is not None:
-        content = [content]  # a single answer
-    elif isinstance(content, dict):
-        content = content.get("outputs", content)
-        content = [
-            v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v}
-            for k, v in content.items()
-        ]
-    rows = []
-    for row in content if isinstance(content, list) else ():
-        id, text = (first(row, keys) for keys in (ID_KEYS, TEXT_KEYS))
-        if id is not None and text is not None:
-            rows.append(
-                {"id": str(id), "text": str(text), "prompt": row.get("prompt"), "gold": None}
-            )
+        content = json_rows(path, read_text(path), broken)
+    if isinstance(content, dict):
+        content = _listed_answers(content)
+    rows = [row for row in map(_answer, content if isinstance(content, list) else ()) if row]
     if not rows:
         raise ValueError(f"{path} holds no answers: each needs a question_id and a text.")
     return rows, broken
 
 
-def first(row: object, keys: Sequence[str]) -> object:
-    """The value of the first key that a row has; None if it has none, or is not a dict."""
-    return (
-        next((row[k] for k in keys if row.get(k) is not None), None)
-        if isinstance(row, dict)
-        else None
-    )
+def _answers_in(folder: Path) -> tuple[list[dict], list]:
+    """What `read_answers` returns, for a folder."""
+    for tasks in (folder.glob("*.txt"), folder.glob("Your_Results/*.txt")):
+        if rows := [row for task in sorted(tasks) for row in mme_rows(task)]:
+            return rows, []
+    names = ("merge.jsonl", "*.jsonl", "*.jsonl.gz", "*/output.json")
+    parts = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+    if not parts:
+        raise FileNotFoundError(
+            f"{folder} holds no answers: neither *.jsonl nor MME's TASK.txt nor MMMU's "
+            "SUBJECT/output.json."
+        )
+    rows, broken = [], []
+    for part in parts:
+        more, bad = read_answers(part)
+        rows += more
+        broken += [f"{part.relative_to(folder)}:{number}" for number in bad]
+    return rows, broken
+
+
+def _listed_answers(content: dict) -> list:
+    """The answers of a json object, one for each question."""
+    if first(content, ("question_id", "questionId")) is not None:
+        return [content]  # a single answer
+    if all(isinstance(content.get(key), list) for key in ("correct", "incorrect")):
+        return content["correct"] + content["incorrect"]  # ScienceQA's script sorts them so
+    content = content.get("outputs", content)
+    return [
+        v | {"id": k} if isinstance(v, dict) else {"id": k, "text": v} for k, v in content.items()
+    ]
+
+
+def _answer(row: object) -> dict | None:
+    """One answer; None for a row that is none, for instance because the question failed."""
+    if not isinstance(row, dict) or row.get("finish") == "error":
+        return None
+    id = first(row, ID_KEYS)
+    # The first key that is there: MMMU's `answer` is the label, also where `response` is null.
+    text = row.get(next((key for key in TEXT_KEYS if key in row), ""))
+    if id is None or text is None:
+        return None
+    # A table that was saved again may say 7.0 for 7.
+    id = re.sub(r"^(-?\d+)\.0$", r"\1", str(id))
+    return {"id": id, "text": str(text), "prompt": row.get("prompt"), "gold": None}
+
+
+def first(row: dict, keys: Sequence[str]) -> object:
+    """The value of the first key that a row has; None if it has none."""
+    return next((row[k] for k in keys if row.get(k) is not None), None)
 
 
 def mme_rows(path: Path) -> list[dict]:
     """MME's result file of one task: file, question, right answer, answer, separated by tabs."""
     rows = []
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in read_text(path).split("\n"):
         cells = line.rstrip("\r").split("\t")
         if len(cells) >= 3:
             rows.append(
                 {
                     "id": f"{path.stem}/{cells[0].split('.')[0]}",
                     "prompt": cells[1],
-                    "gold": cells[2],
+                    "gold": cells[2].strip(),
                     "text": "\t".join(cells[3:]),
                 }
             )
@@ -268,6 +379,13 @@ def _same_order(rows: list[dict], candidates: list[int]) -> bool:
 
 
 def _same_question(row: dict, samples: list[dict], candidates: list[int]) -> list[int]:
-    """Those of the candidates whose question is the one in the answer's prompt."""
+    """Those of the candidates that ask what the answer's prompt asks.
+
+    Without a prompt: all of them if they ask the same, which is one question that stands there
+    several times.
+    """
+    asked = [bare_question(samples[i]["text"]) for i in candidates]
+    if not row["prompt"]:
+        return candidates if len(set(asked)) == 1 else []
     question = bare_question(row["prompt"])
-    return [i for i in candidates if bare_question(samples[i]["text"]) == question]
+    return [i for i, other in zip(candidates, asked) if other == question]

@@ -86,17 +86,24 @@ def judge(samples: list[dict], answers: list[str]) -> list[Judgement]:
     ]
 
 
-def reviews(path: Path, samples: list[dict]) -> list[Judgement | None]:
-    """A Review (or None) for each sample, from a released file of GPT-4's reviews.
+def reviews(
+    path: Path, samples: list[dict], model: str | None = None
+) -> list[list[Judgement | None]]:
+    """One run: a Review (or None) for each sample, from a released file of GPT-4's reviews.
 
-    It has `tuple` [reference, model], or the two numbers in the first line of `content`.
+    It has `tuple` [reference, model], or the two numbers in the first line of `content`. model:
+    ValueError, because such a file is about one model.
     """
+    if model:
+        raise ValueError(f"{path} is about one model: leave --model out.")
     by_question = {}
     for row in read_rows(path):
-        pair = row.get("tuple") or numbers(row.get("content", ""))
+        pair = numbers(" ".join(map(str, row.get("tuple") or ()))) or numbers(
+            row.get("content", "")
+        )
         review = Review(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
         by_question[str(row["question_id"])] = review
-    return [by_question.get(str(s["question_id"])) for s in samples]
+    return [[by_question.get(str(s["question_id"])) for s in samples]]
 
 
 def numbers(text: str) -> list[float]:

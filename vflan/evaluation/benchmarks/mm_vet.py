@@ -6,19 +6,30 @@
 Capabilities are rec, ocr, know, gen, spat and math. The papers' judge is GPT-4 with the authors'
 few-shot prompt. Released marks are read as judgements: the authors' json id -> {"score": [one a
 run]}, a list or a table of question_id and score, or their table of results (a csv with a column
-`total`), whose numbers are returned unchanged. Without a judge there is only `rule`: the share of
-the parts of the reference (joined by <AND>; <OR> between alternatives) that the answer contains. In
-the mini world `rule` is the judge. Questions without an answer or a mark are left out.
+`total` and a row for each model), whose numbers are returned unchanged. Of several runs the mean is
+reported, with `runs` and their standard deviation `std`, as the authors compute it. Without a judge
+there is only `rule`: the share of the parts of the reference (joined by <AND>; <OR> between
+alternatives) that the answer contains. In the mini world `rule` is the judge. Questions without an
+answer or a mark are left out.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, metrics, out_of, valid
+from vflan.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Metric,
+    clean,
+    labelled,
+    metrics,
+    out_of,
+    valid,
+)
 from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
 from vflan.evaluation.benchmarks.reading import affirms
 from vflan.evaluation.benchmarks.vqa import write_json
@@ -71,15 +82,15 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
     return samples
 
 
-def reviews(path: Path, samples: list[dict]) -> list | dict:
-    """A Judgement (or None) for each sample; a dict for the authors' table of results."""
+def reviews(path: Path, samples: list[dict], model: str | None = None) -> list[list] | dict:
+    """For each run of the judge a Judgement (or None) of each sample; a dict for the authors' table
+    of results, of which `model` names the row.
+    """
     data = read_rows(path)
     if isinstance(data, list) and data and "total" in data[0]:
-        if len(data) > 1:
-            raise ValueError(
-                f"{path} holds the results of {len(data)} models: keep the row of one."
-            )
-        return table(data[0])
+        return table(row_of(path, data, model))
+    if model:
+        raise ValueError(f"{path} is no table of several models: leave --model out.")
     rows = (
         data.items()
         if isinstance(data, dict)
@@ -89,12 +100,36 @@ def reviews(path: Path, samples: list[dict]) -> list | dict:
     for id, row in rows:
         runs = row.get("score") if isinstance(row, dict) else row
         runs = runs if isinstance(runs, list) else [runs]
-        try:
-            marks["v1_" + str(id).removeprefix("v1_")] = float(np.mean([float(x) for x in runs]))
-        except (TypeError, ValueError):
-            continue  # not a number: treated as missing
-    good = {id: Judgement(10 * mark, "") for id, mark in marks.items() if 0 <= mark <= 1}
-    return [good.get("v1_" + str(s["question_id"]).removeprefix("v1_")) for s in samples]
+        marks["v1_" + str(id).removeprefix("v1_")] = [judgement(mark) for mark in runs]
+    counts = [len(runs) for runs in marks.values() if runs] or [0]
+    if max(counts) > min(counts):
+        warnings.warn(
+            f"{path}: a run that has not marked every question is left out.", stacklevel=2
+        )
+    ids = ["v1_" + str(s["question_id"]).removeprefix("v1_") for s in samples]
+    return [
+        [(marks.get(id) or [None] * (i + 1))[i] for id in ids] for i in range(max(1, min(counts)))
+    ]
+
+
+def judgement(mark: object) -> Judgement | None:
+    """The Judgement of a released mark; None if it is no number from 0 to 1."""
+    try:
+        return Judgement(10 * float(mark), "") if 0 <= float(mark) <= 1 else None
+    except (TypeError, ValueError):
+        return None
+
+
+def row_of(path: Path, rows: list[dict], model: str | None) -> dict:
+    """The row of a model; ValueError if it is not there, or if one of several has to be named."""
+    # The first column has no name of its own.
+    names = [str(next(iter(row.values()))) for row in rows]
+    if model is None and len(rows) == 1:
+        return rows[0]
+    if names.count(model) != 1:
+        which = f"{names.count(model)} rows for --model {model}" if model else "several models"
+        raise ValueError(f"{path} has {which}: name one of {', '.join(names)} with --model.")
+    return rows[names.index(model)]
 
 
 def table(row: dict) -> dict[str, float]:
@@ -113,12 +148,9 @@ def items(
     samples: list[dict], answers: list[str], judgements: list | None = None
 ) -> dict[str, Metric]:
     """total and its parts (by capability, by combination of them) if there is a judge; rule."""
-    rule = np.array([parse(a, s) for s, a in zip(samples, answers)])
-    measured = (
-        {"rule": metrics("rule", rule, samples, pooled=True)["rule"]}
-        if all(s["label"] for s in samples)
-        else {}
-    )
+    rule, measured = np.array([parse(a, s) for s, a in zip(samples, answers)]), {}
+    if (with_label := np.array([labelled(s) for s in samples])).any():
+        measured["rule"] = metrics("rule", rule, samples, pooled=True)["rule"].where(with_label)
     if judgements is None:
         judgements = [
             Judgement(10 * x, "") if s.get("judge") == "rule" else None
@@ -142,7 +174,8 @@ def items(
 
 def upload(samples: list[dict], answers: list[str], path: Path) -> None:
     """The json {"v1_<id>": answer} that the authors' grader reads."""
-    write_json(path, {s["question_id"]: a or "" for s, a in zip(samples, answers)})
+    ids = ["v1_" + s["question_id"].removeprefix("v1_") for s in samples]
+    write_json(path, {id: a or "" for id, a in zip(ids, answers)})
 
 
 MM_VET = Benchmark(

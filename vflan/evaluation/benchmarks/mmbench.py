@@ -3,6 +3,8 @@
     mmbench/       mmbench_dev_20230712.tsv (the authors'), pictures inside
     mmbench_cn/    mmbench_dev_cn_20231003.tsv (the same in Chinese)
 
+To score, an upload sheet (.xlsx) will do as questions: it has all but the pictures and categories.
+
 Rows whose `index` is equal modulo a million are rotations of one question. The official judge is a
 server on which a language model reads the answers. Here an answer to the released file is right if
 it is the letter and nothing else, which reproduces LLaVA-1.5-13B's published 67.7. `lenient` also
@@ -16,12 +18,16 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, labelled, metrics
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
 from vflan.evaluation.benchmarks.reading import choose
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OPTION = re.compile(
     r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))",
@@ -47,10 +53,10 @@ def parse(answer: str, sample: dict) -> str | None:
 def read(path: Path, labels: Path, keep: Callable, last: str = LETTER) -> list[dict]:
     """The rows of the authors' file; `last` is the format prompt at the end of each question."""
     rows = read_rows(path, na=True)
-    pictures = {row["index"]: row["image"] for row in rows}
+    pictures = {row["index"]: row.get("image", "") for row in rows}
     samples = []
     for row in rows:
-        data = row["image"]
+        data = row.get("image", "")
         if len(data) <= 64:  # not a picture, but the index of the row that has it
             data = pictures.get(data, data)
         text = "\n".join(filter(None, [row.get("hint"), row["question"]])) + lettered(row) + last
@@ -58,9 +64,9 @@ def read(path: Path, labels: Path, keep: Callable, last: str = LETTER) -> list[d
             dict(
                 question_id=row["index"],
                 text=text,
-                label=row.get("answer") or None,
+                label=row.get("answer", "").strip() or None,
                 exact=True,
-                image=keep(data),
+                image=keep(data) if data else None,
                 category=row.get("category") or "all",
                 rotation_of=str(int(row["index"]) % 1_000_000),
                 row=row,
@@ -119,20 +125,47 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
 
 
 def upload(samples: list[dict], answers: list[str], path: Path) -> None:
-    """The server's sheet as .xlsx (needs openpyxl) or .tsv.
+    """The server's sheet as .xlsx, or .tsv or .csv if `path` ends so.
 
     It is the released file without hint, picture and categories, with a column `prediction`.
+    ValueError for questions that are not from a released file.
     """
     import pandas as pd
 
-    drop = ("hint", "category", "source", "image", "comment", "l2-category")
+    if lacking := [s["question_id"] for s in samples if "row" not in s]:
+        raise ValueError(
+            f"MMBench's sheet repeats the rows of its released file, which question {lacking[0]} "
+            "is not from."
+        )
+    drop = ("hint", "category", "source", "image", "comment", "l2-category", "prediction")
     sheet = pd.DataFrame([{k: v for k, v in s["row"].items() if k not in drop} for s in samples])
     sheet["index"] = sheet["index"].astype(int)
     sheet.insert(min(6, len(sheet.columns)), "prediction", [a or "" for a in answers])
-    if Path(path).suffix == ".xlsx":
-        sheet.to_excel(path, index=False, engine="openpyxl")
+    separators = {".tsv": "\t", ".csv": ","}
+    if separator := separators.get(Path(path).suffix.lower()):
+        sheet.to_csv(path, index=False, sep=separator)
     else:
-        sheet.to_csv(path, index=False, sep="\t")
+        write_sheet(sheet, path)
+
+
+def write_sheet(sheet: pd.DataFrame, path: Path) -> None:
+    """An .xlsx file in which each text is a text: "=5" is no formula. ValueError: no openpyxl."""
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError:
+        raise ValueError(
+            f"{path} needs openpyxl to be written: pip install openpyxl, or end --out in .tsv."
+        ) from None
+    book = Workbook()
+    page = book.active
+    for row in [list(sheet.columns), *sheet.values.tolist()]:
+        # Control characters, which the format forbids, say nothing.
+        page.append([ILLEGAL_CHARACTERS_RE.sub("", x) if isinstance(x, str) else x for x in row])
+    for cell in (cell for row in page.iter_rows() for cell in row):
+        if cell.data_type == "f":
+            cell.data_type = "s"
+    book.save(path)
 
 
 family = partial(
@@ -149,6 +182,7 @@ family = partial(
 )
 MMBENCH = family(
     "mmbench",
+    upload_name="mmbench_upload.xlsx",
     title="MMBench",
     read=read,
     paper="MMB",
@@ -156,6 +190,7 @@ MMBENCH = family(
 )
 MMBENCH_CN = family(
     "mmbench_cn",
+    upload_name="mmbench_cn_upload.xlsx",
     title="MMBench-CN",
     read=partial(read, last=LETTER_CN),
     paper="MMB-CN",

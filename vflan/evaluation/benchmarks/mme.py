@@ -2,7 +2,7 @@
 
     mme/    llava_mme.jsonl (LLaVA), MME_Benchmark_release_version/ (the authors':
             TASK/[questions_answers_YN/]*.txt and pictures), or eval_tool/Your_Results/TASK.txt
-            for the labels
+            for the labels (eval_tool itself can be given as labels too)
 
 A sub-task scores its accuracy plus the accuracy of whole pairs. `perception` (ten tasks, at most
 2000) and `cognition` (four, at most 800) are on the official scale; `total` is the sum over all
@@ -20,7 +20,14 @@ import numpy as np
 
 from vflan.config import folder_name
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, metrics
-from vflan.evaluation.benchmarks.files import SHORT, bare_question, mme_rows, pictures_in, read_rows
+from vflan.evaluation.benchmarks.files import (
+    SHORT,
+    bare_question,
+    mme_rows,
+    pictures_in,
+    read_rows,
+    read_text,
+)
 from vflan.evaluation.benchmarks.pope import known, yes
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -37,7 +44,9 @@ def parse(answer: str, sample: dict | None = None) -> str:
 
 def gold(folder: Path) -> list[tuple[str, str, str, str]]:
     """(task, picture name without ending, question, answer) of MME's release or its TASK.txt."""
-    for name in (RELEASE, f"{RELEASE}/{RELEASE}", "eval_tool/Your_Results", "."):
+    if Path(folder).is_file():
+        return gold_of_task(Path(folder))
+    for name in (RELEASE, f"{RELEASE}/{RELEASE}", "eval_tool/Your_Results", "Your_Results", "."):
         root = Path(folder) / name
         entries = root.iterdir() if root.is_dir() else ()
         tasks = sorted(path for path in entries if path.name not in (RELEASE, "eval_tool"))
@@ -56,7 +65,7 @@ def gold_of_task(task: Path) -> list[tuple[str, str, str, str]]:
     texts = task / "questions_answers_YN"
     rows = []
     for path in sorted((texts if texts.is_dir() else task).glob("*.txt")):
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
+        for line in read_text(path).splitlines():
             cells = line.split("\t")
             if len(cells) == 2:
                 rows.append((task.name, path.stem, cells[0], cells[1].strip()))
@@ -95,7 +104,8 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
                 "label": right.get((task, stem, bare_question(row["text"]))),
                 "image": image(row["image"]),
                 "category": task,
-                "aliases": [f"{task}/{stem}"],
+                # LLaVA's answers have the ending of the picture, result files have none.
+                "aliases": [f"{task}/{stem}{ending}" for ending in ("", ".jpg", ".png")],
             }
         )
     return samples
@@ -149,8 +159,14 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
 def upload(samples: list[dict], answers: list[str], folder: Path) -> None:
     """MME's result folder with one TASK.txt a task, as its calculation.py reads it.
 
-    Columns: file, question, right answer, answer.
+    Columns: file, question, right answer, answer. ValueError for a question without picture or
+    label, because both are columns.
     """
+    if lacking := [s["question_id"] for s in samples if not (s["image"] and s["label"])]:
+        raise ValueError(
+            f"mme: {len(lacking)} questions have no picture or no label (first: {lacking[0]}): its "
+            "result files need both."
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
     for task in dict.fromkeys(s["category"] for s in samples):
         lines = []
@@ -180,4 +196,5 @@ MME = Benchmark(
     find_unpaired=find_unpaired,
     blind=yes,
     upload=upload,
+    upload_name="mme_upload",
 )

@@ -4,6 +4,9 @@
              rows with image_1 as a file name in images/; answer_dict_val.json (the authors') for
              labels that the questions lack
 
+To score, the folder of SUBJECT/output.json of the authors' script will do, as questions and as
+answers.
+
 Answers are parsed as in the authors' script, with one exception. Where it finds no option, the
 script picks one at random; here that answer is wrong, so that a score can be repeated. LLaVA-1.5
 sees only the first picture. The paper does not name its split. The values that it prints for other
@@ -113,8 +116,12 @@ def right(answer: str, sample: dict) -> bool:
 
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
-    """The questions of the hub's parquet files, or of a json of their rows."""
-    files = sorted(path.rglob("validation-*.parquet")) if path.is_dir() else [path]
+    """The questions of the hub's parquet files, of a json of their rows, or of the script's
+    SUBJECT/output.json.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.rglob("validation-*.parquet")) or sorted(path.glob("*/output.json"))
     data = [row for file in files for row in rows_of(file)]
     image = pictures_in(path if path.is_dir() else path.parent, "images")
     answer_file = find(labels, "answer_dict_val.json")
@@ -122,11 +129,11 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
     samples = []
     for row in data:
         answer = gold.get(row["id"], {})
-        options = row.get("options") or []
+        options = row.get("options") or list((row.get("index2ans") or {}).values())
         options = ast.literal_eval(options) if isinstance(options, str) else list(options)
         kind = row.get("question_type", answer.get("question_type", "multiple-choice"))
         label = answer.get("ground_truth", row.get("ground_truth", row.get("answer")))
-        if kind == "open" and str(label).startswith("["):
+        if kind != "multiple-choice" and str(label).startswith("["):
             # A list of right answers, unless the answer itself begins with a bracket.
             with suppress(ValueError, SyntaxError):
                 label = ast.literal_eval(label)

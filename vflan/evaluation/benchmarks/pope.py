@@ -44,7 +44,8 @@ def parse(answer: str, sample: dict | None = None) -> str:
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
     """LLaVA's questions with the labels of the authors' three files."""
     image = pictures_in(path.parent, "val2014", "images")
-    files = [labels] if labels.is_file() else sorted(labels.glob("coco_pope_*.json"))
+    names = "coco_pope_*.json", "coco_pope_*.json.gz"
+    files = [labels] if labels.is_file() else sorted(f for n in names for f in labels.glob(n))
     if not files:
         raise FileNotFoundError(
             f"{labels}/coco_pope_random.json, _popular and _adversarial are not there: POPE's "
@@ -59,8 +60,10 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
                 f"{SHA256[file.name]}.",
                 stacklevel=2,
             )
-        category = file.stem.rsplit("_", 1)[1] if file.stem.startswith("coco_pope_") else None
-        for row in read_rows(file):
+        stem = file.name.split(".")[0]
+        category = stem.rsplit("_", 1)[1] if stem.startswith("coco_pope_") else None
+        rows = read_rows(file)
+        for row in rows if isinstance(rows, list) else [rows]:
             label_of[category, row["image"], bare_question(row["text"])] = row["label"]
     samples = []
     for row in read_rows(path):

@@ -52,7 +52,7 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
                 text=question(data[id]) + LETTER,
                 image=f"{id}/image.png" if data[id].get("image") else None,
             )
-            for id in chosen
+            for id in map(str, chosen)
         ]
         problems = data
     else:
@@ -72,11 +72,10 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
         file = find(labels, "problems.json")
         problems = read_rows(file) if file and file != path else {}
     for row in rows:
-        problem = problems.get(str(row["question_id"]))
-        if problem and isinstance(problem.get("answer"), int):
-            row["label"] = (
-                LETTERS[problem["answer"]] if 0 <= problem["answer"] < len(LETTERS) else None
-            )
+        number = problems.get(str(row["question_id"]), {}).get("answer")
+        if number is not None:
+            # A number, or its digits.
+            row["label"] = dict(zip("01234", LETTERS)).get(str(number))
         samples.append(
             row | {"image": image(row["image"]), "category": "image" if row["image"] else "text"}
         )

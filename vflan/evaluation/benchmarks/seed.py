@@ -70,6 +70,7 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
 
 def by_authors(q: dict) -> dict:
     """A question of the authors' file as a sample."""
+    by_number = {str(number): name for number, name in TYPES.items()}
     options = "".join(
         f"\n{x}. {q[f'choice_{x.lower()}']}" for x in "ABCD" if f"choice_{x.lower()}" in q
     )
@@ -77,7 +78,7 @@ def by_authors(q: dict) -> dict:
         question_id=q["question_id"],
         text=f"{q.get('question', '')}{options}{LETTER}",
         label=q["answer"],
-        category=TYPES.get(q["question_type_id"], str(q["question_type_id"])),
+        category=by_number.get(str(q["question_type_id"]), str(q["question_type_id"])),
         data_type=q["data_type"],
     )
 
@@ -130,4 +131,5 @@ SEED = Benchmark(
     known=known,
     missing="wrong",
     upload=upload,
+    upload_name="seed_upload.jsonl",
 )

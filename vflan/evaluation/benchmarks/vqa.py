@@ -9,9 +9,11 @@ The score is the soft accuracy of the VQA challenge.
     textvqa/  llava_textvqa_val_v051_ocr.jsonl (LLaVA), TextVQA_0.5.1_val.json, train_images/
 
 The labels of the VQAv2 and VizWiz test sets are on a server. `upload` writes the file that it
-takes, and only the share of answers 'unanswerable' is scored here. In VQAv2 a missing answer is
-uploaded as '' and is wrong, as in LLaVA's script. The scripts of the other two stop or skip it, so
-there it is left out and counted.
+takes, and only the share of answers 'unanswerable' is scored here. VQAv2's server wants an answer
+to every question of test2015, of which test-dev is a part; LLaVA's list of them is
+llava_vqav2_mscoco_test2015.jsonl. In VQAv2 a missing answer is uploaded as '' and is wrong, as in
+LLaVA's script. The scripts of the other two stop or skip it, so there it is left out and counted.
+TextVQA's labels are public, so a question without them cannot be scored.
 """
 
 from __future__ import annotations
@@ -98,6 +100,11 @@ def known(sample: dict) -> bool:
         or isinstance(sample["answers"], list)
         and len(sample["answers"]) == 10
     )
+
+
+def known_here(sample: dict) -> bool:
+    """`known`, for a benchmark whose labels are public."""
+    return "answers" in sample and known(sample)
 
 
 def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
@@ -217,36 +224,37 @@ def upload_vqav2(
 ) -> None:
     """EvalAI's json: a list of {question_id, answer}.
 
-    every: the question file of all of test2015 (llava_vqav2_mscoco_test2015.jsonl). The server also
-    needs its other ids, which get ''; test-std is then near 0.
+    every: the question file of all of test2015, LLaVA's or the authors'. The server also needs its
+    other ids, which get ''; test-std is then near 0. ValueError if it lacks a question that was
+    answered.
     """
     answer_of = {s["question_id"]: normalize(a or "") for s, a in zip(samples, answers)}
-    ids = (
-        [q["question_id"] for q in read_rows(every)]
-        if every
-        else [s["question_id"] for s in samples]
-    )
-    write_json(
-        path,
-        [
-            {
-                "question_id": int(id) if str(id).isdigit() else id,
-                "answer": answer_of.get(str(id), ""),
-            }
-            for id in ids
-        ],
-    )
+    ids = list(answer_of)
+    if every:
+        ids = [str(q["question_id"]) for q in listed(read_rows(every), "questions")]
+        if others := answer_of.keys() - set(ids):
+            raise ValueError(
+                f"{every} lacks {len(others)} of the questions that were answered (first: "
+                f"{min(others)}): it is not the list of their whole test set."
+            )
+    rows = [
+        {"question_id": int(id) if id.isdigit() else id, "answer": answer_of.get(id, "")}
+        for id in ids
+    ]
+    write_json(path, rows)
 
 
 def upload_vizwiz(samples: list[dict], answers: list[str], path: Path) -> None:
-    """VizWiz' json: a list of {image, answer}."""
-    write_json(
-        path,
-        [
-            {"image": Path(s["image"]).name, "answer": normalize(a or "")}
-            for s, a in zip(samples, answers)
-        ],
-    )
+    """VizWiz' json: a list of {image, answer}. ValueError for a question without a picture."""
+    if lacking := [s["question_id"] for s in samples if not s["image"]]:
+        raise ValueError(
+            f"VizWiz' file names a question by its picture, which question {lacking[0]} lacks."
+        )
+    rows = [
+        {"image": Path(s["image"]).name, "answer": normalize(a or "")}
+        for s, a in zip(samples, answers)
+    ]
+    write_json(path, rows)
 
 
 def write_json(path: Path, data: object) -> None:
@@ -275,6 +283,7 @@ VQAV2 = family(
     title="VQAv2",
     read=read_vqav2,
     upload=upload_vqav2,
+    upload_all=("llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json"),
     missing="wrong",
     paper="VQAv2",
     released=("llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_*_questions.json"),
@@ -293,6 +302,7 @@ TEXTVQA = family(
     "textvqa",
     title="TextVQA",
     read=read_textvqa,
+    known=known_here,
     paper="TextVQA",
     size=5000,
     released=("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
