@@ -40,8 +40,9 @@ SHIPPED_FILES = (
 # What can be computed again: Arrow tables, verdicts of judges, image features.
 CACHE = Path(os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache")
 
-# Fields that say how a run is watched, and do not change what comes out of it.
-_MONITORING = ("save_every", "evaluate_every", "trackers")
+# Fields that say how a run is watched or begun, and do not change what comes out of it.
+# `max_bad_share` only decides whether a run starts: a finished one stays as it is.
+_MONITORING = ("save_every", "evaluate_every", "trackers", "max_bad_share")
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL"}
 _WINDOWS_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)}
 

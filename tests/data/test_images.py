@@ -1,19 +1,34 @@
 """Images in folders, zips and parquet files: each is read, or the reason is reported."""
 
+import ast
 import io
 import os
+import subprocess
+import sys
 import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vflan.data import images
-from vflan.data.images import picture_bytes, picture_trouble, read_picture, stamp
+from vflan.data.images import (
+    OTHER_FORMAT,
+    as_rgb,
+    open_picture,
+    picture_bytes,
+    picture_trouble,
+    read_picture,
+    stamp,
+)
+from vflan.data.samples import load_samples, save_samples
+from vflan.data.validation import check
 
 
 def encoded(color="red", kind="PNG", size=(9, 9)):
@@ -277,3 +292,142 @@ def test_the_result_is_cached_until_the_file_changes(tmp_path, monkeypatch):
     assert picture_trouble(name).startswith("undecodable picture")
     name.unlink()
     assert picture_trouble(name).startswith("missing picture")
+
+
+# ------------------------------------------------------------------ formats that start a program
+
+POSTSCRIPT = b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n%%EOF\n"
+EPS = POSTSCRIPT.replace(b"3.0\n", b"3.0 EPSF-3.0\n", 1)
+# With the header of DOS: where the text begins, and how long it is.
+DOS_EPS = b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + len(EPS).to_bytes(4, "little")
+DOS_EPS = DOS_EPS.ljust(30, b"\0") + EPS
+OTHERS = {
+    "eps.jpg": EPS,
+    "dos.jpg": DOS_EPS,
+    "script.jpg": POSTSCRIPT,
+    "page.jpg": b"%PDF-1.4\n1 0 obj\n<< >>\nendobj\ntrailer\n<< >>\n%%EOF\n",
+    "icon.png": None,
+    "grey.jpg": b"P5 9 9 255\n" + bytes(81),
+}
+_WATCH = {"on": False, "seen": []}
+
+
+def _watch(event, arguments):
+    programs = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "pty.spawn"}
+    if _WATCH["on"] and (event in programs or event.startswith(("os.posix_spawn", "os.spawn"))):
+        _WATCH["seen"].append((event, arguments))
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """What starts a program while the test runs: every such call is noted, and refused."""
+
+    def refuse(*arguments, **_):
+        _WATCH["seen"].append(arguments)
+        raise AssertionError(f"a program was started: {arguments}")
+
+    for module, name in ((subprocess, "Popen"), (os, "posix_spawn"), (os, "system")):
+        monkeypatch.setattr(module, name, refuse)
+    # As in a fresh process, in which Pillow has not looked for Ghostscript yet.
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    _WATCH.update(on=True, seen=[])
+    yield _WATCH["seen"]
+    _WATCH["on"] = False
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_format_starts_no_program_whatever_its_name(tmp_path, name, programs):
+    data = encoded(kind="ICO", size=(16, 16)) if OTHERS[name] is None else OTHERS[name]
+    (tmp_path / name).write_bytes(data)
+    archive = zipped(tmp_path / "a.zip", {name: data})
+    pq.write_table(pa.table({"image": [data]}), tmp_path / "a.parquet")
+    for where in (tmp_path / name, f"{archive}::{name}", f"{tmp_path}/a.parquet::0"):
+        why = picture_trouble(where)
+        assert why.startswith("undecodable picture") and OTHER_FORMAT in why
+        with pytest.raises(OSError, match="undecodable picture"):
+            read_picture(where)
+    with pytest.raises(OSError, match=OTHER_FORMAT):
+        open_picture(tmp_path / name)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    rows = save_samples([{"image": name, "conversations": turns}], tmp_path / "rows.json")
+    report = check(load_samples(rows, tmp_path))
+    assert report.ok == 0 and OTHER_FORMAT in report.bad.reason.iloc[0]
+    assert programs == []
+
+
+def test_the_watch_sees_the_program_that_pillow_starts_for_an_eps(tmp_path, programs):
+    """Without FORMATS it would, so the test above would fail."""
+    with pytest.raises((AssertionError, OSError)):
+        Image.open(io.BytesIO(EPS)).load()
+    assert programs
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_the_content_decides_the_format_and_not_the_name(tmp_path, kind):
+    (tmp_path / "a.eps").write_bytes(encoded(kind=kind))
+    assert picture_trouble(tmp_path / "a.eps") == ""
+
+
+def test_pillow_opens_files_in_one_place_only():
+    """Every Image.open of the package, and every other function of Pillow's that opens a file."""
+    home, places = Path(images.__file__).parents[1], []
+    for path in sorted(home.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("Image.open", "PIL.open"):
+                places.append(path.relative_to(home).as_posix())
+            if isinstance(node, ast.Attribute) and node.attr in ("imread", "load_image"):
+                places.append(path.relative_to(home).as_posix())
+    assert places == ["data/images.py"]
+
+
+# -------------------------------------------------------------------- values wider than 8 bits
+
+
+@pytest.mark.parametrize(
+    "values, kind, expected",
+    [
+        (np.array([[0, 257, 40_000, 65_535]], np.uint16), "png", [0, 1, 156, 255]),
+        (np.array([[0, 257, 40_000, 65_535]], np.uint16), "tiff", [0, 1, 156, 255]),
+        (np.array([[0, 255]], np.uint16), "png", [0, 1]),  # dark: the type decides, not the picture
+        (np.array([[0, 100, 255]], np.int32), "tiff", [0, 100, 255]),
+        (np.array([[0, 25_700, 65_535]], np.int32), "tiff", [0, 100, 255]),
+        (np.array([[-100, 0, 100]], np.int32), "tiff", [0, 128, 255]),
+        (np.array([[0, 70_000]], np.int32), "tiff", [0, 255]),
+        (np.array([[0, 0.2, 1]], np.float32), "tiff", [0, 51, 255]),
+        (np.array([[0, 51, 200]], np.float32), "tiff", [0, 51, 200]),
+        (np.array([[-1, 0, 1]], np.float32), "tiff", [0, 128, 255]),
+        (np.array([[-3, -3]], np.float32), "tiff", [0, 0]),
+    ],
+)
+def test_wide_values_are_scaled_to_eight_bits_and_not_clipped(tmp_path, values, kind, expected):
+    file = tmp_path / f"wide.{kind}"
+    Image.fromarray(values).save(file)
+    with Image.open(file) as picture:
+        assert picture.mode.startswith(("I", "F"))
+        shown = as_rgb(picture)
+    assert np.asarray(shown)[0, :, 1].tolist() == expected
+    assert np.array_equal(np.asarray(read_picture(file)), np.asarray(shown))
+    assert shown.mode == "RGB"
+
+
+def test_two_wide_pictures_are_no_copies_of_one_another(tmp_path):
+    ramp = np.arange(300, 30_300, dtype=np.uint16).reshape(150, 200)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    rows = []
+    for number, values in enumerate((ramp, ramp[::-1], ramp + 30_000, ramp.astype(np.float32))):
+        name = f"{number}.{'tiff' if values.dtype == np.float32 else 'png'}"
+        Image.fromarray(np.ascontiguousarray(values)).save(tmp_path / name)
+        rows.append({"image": name, "conversations": turns})
+    report = check(load_samples(save_samples(rows, tmp_path / "rows.json"), tmp_path))
+    # The last one has the values of the first, and 32 bits: within 0 to 65,535 they mean the same.
+    assert report.ok == 4 and report.duplicates.rows.tolist() == [[3]]
+
+
+def test_a_float_picture_with_a_value_that_is_no_number_is_bad(tmp_path):
+    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "a.tiff")
+    Image.fromarray(np.array([[0, np.inf]], np.float32)).save(tmp_path / "b.tiff")
+    for name in ("a.tiff", "b.tiff"):
+        assert "a pixel is not a number" in picture_trouble(tmp_path / name)

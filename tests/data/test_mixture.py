@@ -304,3 +304,22 @@ def test_a_diverse_choice_takes_rows_of_every_cluster(tmp_path):
     assert {"0", "1", "2"} <= set(by_picture["id"])
     with pytest.raises(ValueError, match="there are 100 samples"):
         diverse(samples, 101)
+
+
+def test_a_diverse_choice_may_contain_bad_rows(tmp_path):
+    odd = [[], None, [{"from": "gpt", "value": None}], [{"from": "gpt", "value": ["x"]}], "text"]
+    rows = [{"id": i, "conversations": turns} for i, turns in enumerate([TURNS] * 9 + odd)]
+    samples = load_samples(save(tmp_path, rows), None)
+    assert len(diverse(samples, 6, clusters=3)) == 6
+    by_hand = Dataset.from_list(rows[:9] + [{"id": 9, "conversations": None}] + rows[11:12])
+    assert len(diverse(by_hand, 4, clusters=2)) == 4
+
+
+def test_a_file_without_rows_is_named(uneven, tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    none = str(tmp_path / "none.json")
+    for changes in ({"samples": none}, {"samples": none, "num_samples": 3}):
+        with pytest.raises(ValueError, match="none.json holds no rows, so there is nothing"):
+            recipe_samples(replace(recipe(tmp_path), **changes))
+    with pytest.raises(ValueError, match="none.json holds no rows"):
+        recipe_samples(recipe(tmp_path, more_samples=(none,)))

@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
+from vflan.data import formats
 from vflan.data import samples as room
 from vflan.data.images import picture_trouble, read_picture
 from vflan.data.samples import load_samples, save_samples
@@ -60,7 +61,7 @@ def unread(monkeypatch):
     def refuse(*args):
         raise AssertionError("the samples file was read again")
 
-    return lambda: [monkeypatch.setattr(room, name, refuse) for name in ("_json", "_parquet")]
+    return lambda: monkeypatch.setattr(room, "read_rows", refuse)
 
 
 def texts(samples):
@@ -105,7 +106,17 @@ def test_malformed_rows_are_kept_and_reported_by_check(tmp_path):
     ]
     odd += [
         row(image=image)
-        for image in (3, ["ok.png"], {"a": 1}, "", ".", "a\0b", "x" * 5000, "\ud800.png", "ok.png/")
+        for image in (
+            3,
+            ["ok.png", "b.png"],
+            {"a": 1},
+            "",
+            ".",
+            "a\0b",
+            "x" * 5000,
+            "\ud800.png",
+            "ok.png/",
+        )
     ]
     odd += [
         row(conversations=[ASK, {"from": "gpt", "value": "half \udc00 pair"}]),
@@ -128,7 +139,7 @@ def test_malformed_rows_are_kept_and_reported_by_check(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
 def test_a_file_may_be_cut_into_blocks_anywhere(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(room, "_BLOCK", block)
+    monkeypatch.setattr(formats, "_BLOCK", block)
     draw = random.Random(block)
     values = ["", "é漢\U0001f600", 'a "b" \\ \n\t', "\u2028", "x" * 90, "] , [", "<image>"]
     rows = [
@@ -141,12 +152,12 @@ def test_a_file_may_be_cut_into_blocks_anywhere(tmp_path, monkeypatch, block):
     ]:
         path = tmp_path / "rows.json"
         path.write_text("\ufeff \n" + json.dumps(rows, **layout) + "\n\n", encoding="utf-8")
-        assert [one for some, _ in room._json(path) for one in some] == rows
+        assert [one for some, _ in formats._json(path) for one in some] == rows
         if "indent" not in layout:
             path.write_text(
                 "\r\n".join(json.dumps(one, **layout) for one in rows), encoding="utf-8"
             )
-            assert [one for some, _ in room._json(path) for one in some] == rows
+            assert [one for some, _ in formats._json(path) for one in some] == rows
 
 
 @pytest.mark.parametrize("block", [1, 50, 1 << 20])
@@ -169,7 +180,7 @@ def test_a_file_may_be_cut_into_blocks_anywhere(tmp_path, monkeypatch, block):
 def test_a_broken_file_is_an_error_with_the_place_and_what_to_do(
     tmp_path, monkeypatch, cache, block, text, where
 ):
-    monkeypatch.setattr(room, "_BLOCK", block)
+    monkeypatch.setattr(formats, "_BLOCK", block)
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(ValueError) as trouble:
@@ -180,6 +191,41 @@ def test_a_broken_file_is_an_error_with_the_place_and_what_to_do(
         and "again" in str(trouble.value)
     )
     assert not list(cache.glob("*.arrow")) and not list(cache.glob("*.part"))
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}])
+def test_an_object_that_holds_rows_gives_them(tmp_path, layout):
+    rows = [row(id=str(i), task_name=f"t{i}") for i in range(9)]
+    expected = load_samples(make(tmp_path, *rows)).to_list()
+    by_id = {one["id"]: {key: one[key] for key in one if key != "id"} for one in rows}
+    for held in ({"data": rows}, {"version": "1", "n": {"a": 9}, "data": rows}, by_id):
+        path = tmp_path / "held.json"
+        path.write_text(json.dumps(held, **layout))
+        assert load_samples(path, tmp_path / "images").to_list() == expected
+    path.write_text(json.dumps(rows[0], **layout))
+    assert load_samples(path, tmp_path / "images").to_list() == expected[:1]
+    path.write_text(json.dumps({"data": []}, **layout))
+    assert len(load_samples(path)) == 0
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [
+        (None, "null"),
+        (5, "a number"),
+        ("rows", "text"),
+        ({}, "an object with nothing in it"),
+        ({"id": 1, "image": "x.png"}, "an object with id, image"),
+        ({"train": [row()], "test": [row()]}, "an object with 2 lists, train, test"),
+        ({"a": {"b": 1}, "c": {}}, "an object with a, c"),
+        ({"data": ["a.png"]}, "an object with data"),
+    ],
+)
+def test_a_json_value_without_rows_is_named(tmp_path, held, said):
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps(held, indent=1))
+    with pytest.raises(ValueError, match=f"held.json holds {said}; a list of rows is needed"):
+        load_samples(path)
 
 
 def test_a_truncated_file_a_binary_file_and_a_missing_file_are_errors(tmp_path):
@@ -222,15 +268,15 @@ def test_a_killed_conversion_leaves_no_half_table_and_does_not_import_torch(tmp_
     child = """
 import sys, time
 from pathlib import Path
-from vflan.data import samples as room
-room._BLOCK, room.CACHE, whole = 4096, Path(sys.argv[2]), room._json
+from vflan.data import formats, samples as room
+formats._BLOCK, room.CACHE, whole = 4096, Path(sys.argv[2]), room.read_rows
 def slow(path):
     for number, part in enumerate(whole(path)):
         if number == 5:
             print("torch" in sys.modules, flush=True)
             time.sleep(600)
         yield part
-room._json = slow
+room.read_rows = slow
 room.load_samples(sys.argv[1])
 """
     process = subprocess.Popen(
@@ -378,6 +424,42 @@ def test_parquet_files_with_image_names_and_with_image_bytes_open(tmp_path):
     assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_a_parquet_column_of_lists_gives_the_one_image_or_the_reason(tmp_path, column):
+    make(tmp_path)
+    colors = ["red", "lime", "blue"]
+    hub = [{"bytes": png(color), "path": None} for color in colors]
+    lists = [[hub[0]], [], [hub[1], hub[2]], None, [hub[2]], [{"bytes": None, "path": "ok.png"}]]
+    rows = [
+        {"id": str(i), column: each, "conversations": [ASK, SAY]} for i, each in enumerate(lists)
+    ]
+    parquet(tmp_path / "hub.parquet", rows, row_group_size=4)
+    samples = load_samples(tmp_path / "hub.parquet")
+    shown = [image and read_picture(image).getpixel((0, 0)) for image in samples["image"]]
+    assert shown == [(255, 0, 0), None, None, None, (0, 0, 255), (0, 0, 0)]
+    report = check(samples)
+    lack = "image token without a picture"
+    assert dict(zip(report.bad.row, report.bad.reason)) == {
+        1: lack,
+        2: "a row has one picture: this one has 2",
+        3: lack,
+    }
+    for given in (lambda color: [png(color)], lambda color: ["ok.png"]):
+        some = [{column: given(color), "conversations": [ASK, SAY]} for color in colors]
+        parquet(tmp_path / "more.parquet", some)
+        assert check(load_samples(tmp_path / "more.parquet")).ok == 3
+
+
+def test_parquet_with_messages_a_system_text_and_a_video_is_read_or_named(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"messages": chat, "video": video, "system": "Be brief."} for video in (None, b"film")]
+    parquet(tmp_path / "chat.parquet", rows)
+    report = check(samples := load_samples(tmp_path / "chat.parquet"))
+    assert texts(samples)[0][:2] == ["Hi", "Hello"]
+    assert report.repaired.reason.tolist() == ["left out: the row's own system text"]
+    assert report.bad.reason.tolist() == ["video in the row: only pictures and text are trained on"]
+
+
 def test_a_broken_parquet_file_other_columns_and_several_splits_are_errors(
     tmp_path,
 ):
@@ -435,3 +517,13 @@ def test_the_released_zip_is_read_if_the_folder_was_not_unpacked(tmp_path):
         archive.write(tmp_path / "images" / "ok.png", "images_191/ok.png")
     samples = load_samples(path, tmp_path / "images_191")
     assert samples[0]["image"].endswith("image_191.zip::ok.png") and check(samples).ok == 1
+
+
+def test_an_image_that_is_no_name_is_saved_as_it_is(tmp_path):
+    rows = [row(image=["ok.png"]), row(image=["a.png", "b.png"])]
+    save_samples(rows, make(tmp_path), tmp_path / "images")
+    report = check(samples := load_samples(tmp_path / "rows.json"))
+    assert report.bad.reason.tolist() == ["a row has one picture: this one has 2"]
+    # The reason is part of the table, and stays with the row.
+    again = load_samples(save_samples(samples, tmp_path / "again.json", tmp_path / "images"))
+    assert check(again).bad.to_dict() == report.bad.to_dict()

@@ -15,7 +15,7 @@ from PIL import Image
 from vflan.config import Recipe
 from vflan.data import validation
 from vflan.data.conversation import encode, expand
-from vflan.data.samples import load_samples
+from vflan.data.samples import load_samples, save_samples
 from vflan.data.validation import check
 from vflan.training.batching import prepare
 
@@ -72,7 +72,7 @@ def reason(folder, **changes):
         ([ASK, {"from": "bot", "value": "x"}], "unknown role", "unknown role"),
         ([ASK, {"value": "x"}], "unknown role", "unknown role"),
         ([ASK, {"from": "gpt", "value": " \n"}], "empty answer", "empty answer"),
-        ([ASK, {"from": "gpt", "value": None}], "empty answer", "empty answer"),
+        ([ASK, {"from": "gpt", "value": None}], "a turn without text", "a turn without text"),
         (
             [{"from": "human", "value": "What?"}, SAY],
             "picture without an image token",
@@ -124,6 +124,40 @@ def test_a_picture_outside_the_folder_is_bad_even_when_it_exists(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "../images-too/x.png"):
         assert reason(tmp_path, image=name).startswith("path outside"), name
     assert reason(tmp_path, image="../images/ok.png") == "fine"
+
+
+def test_a_folder_link_at_the_top_of_the_images_folder_is_the_users_word(tmp_path):
+    """As for COCO on another disk; no other link may lead out of the images folder."""
+    make(tmp_path)
+    images, disk = tmp_path / "images", tmp_path / "disk"
+    (disk / "train2017").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    for folder in (disk, disk / "train2017", tmp_path / "secret"):
+        Image.new("RGB", (9, 9)).save(folder / "x.png")
+    (images / "gqa").mkdir()
+    links = {
+        images / "coco": disk,
+        images / "gqa" / "images": tmp_path / "secret",
+        images / "picture.png": tmp_path / "secret" / "x.png",
+        images / "gqa" / "picture.png": tmp_path / "secret" / "x.png",
+        disk / "out": tmp_path / "secret",
+        disk / "out.png": tmp_path / "secret" / "x.png",
+        disk / "same.png": disk / "train2017" / "x.png",
+    }
+    for link, target in links.items():
+        os.symlink(target, link)
+    for name in ("coco/x.png", "coco/train2017/x.png", "coco/same.png", "./coco//x.png"):
+        assert reason(tmp_path, image=name) == "fine", name
+    outside = ["gqa/images/x.png", "picture.png", "gqa/picture.png", "coco/out/x.png"]
+    outside += ["coco/out.png", "coco/../secret/x.png", "coco/../../secret/x.png"]
+    outside += [str(disk / "x.png"), "../disk/x.png"]
+    for name in outside:
+        assert reason(tmp_path, image=name).startswith("path outside the images folder"), name
+    # The row keeps the name that it had, so that it can be saved and read again.
+    samples = load_samples(make(tmp_path, row(image="coco/train2017/x.png")))
+    assert samples[0]["image"] == str(images / "coco" / "train2017" / "x.png")
+    save_samples(samples, tmp_path / "again.json", images)
+    assert json.loads((tmp_path / "again.json").read_text())[0]["image"] == "coco/train2017/x.png"
 
 
 def test_rows_that_can_be_repaired_are_kept_and_reported(tmp_path):

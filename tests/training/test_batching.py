@@ -1,5 +1,6 @@
 """Batches: every row once, packed without a leak; the tower runs once a picture."""
 
+import base64
 import errno
 import json
 from pathlib import Path
@@ -216,6 +217,35 @@ def test_an_answer_cut_at_max_length_is_counted_and_listed_as_check_lists_it(mix
         for row in listed
     )
     assert data.bad == len(report.bad) and data.lengths.max() == recipe.max_length
+
+
+def test_a_refusal_names_rows_and_reasons_shortly(recipe, tmp_path):
+    rows = json.loads(Path(recipe.samples).read_text())
+    picture = base64.b64encode(bytes(range(256)) * 800).decode()
+    for number, row in enumerate(rows[:3]):
+        row |= {"image": "/9j/" + picture, "id": number}
+    rows[3] |= {"id": "i" * 100_000, "image": "gone.png"}
+    Path(recipe.samples).write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="4 of 32 samples are bad") as refused:
+        prepared(recipe, tmp_path)
+    said = str(refused.value)
+    assert said.count("base64 in place of a name") == 3 and len(said) < 2000
+    assert "row 3 (iii" in said and "missing picture" in said
+    Path(recipe.samples).write_text("[]")
+    with pytest.raises(ValueError, match="holds no rows"):
+        prepared(recipe, tmp_path)
+
+
+def test_a_finished_run_is_reused_when_more_bad_rows_are_allowed(recipe):
+    """`max_bad_share` decides whether a run starts, so the finished arms of a sweep stay."""
+    small = vflan.replace(recipe, max_steps=1)
+    run = vflan.train(small)
+    before = (run.folder / "done.json").stat().st_mtime_ns
+    again = vflan.train(vflan.replace(small, max_bad_share=0.5))
+    assert again.folder == run.folder
+    assert (again.folder / "done.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds another recipe's run"):
+        vflan.train(vflan.replace(small, max_bad_share=0.5, lr=1e-3))
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))

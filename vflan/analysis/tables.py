@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from vflan.analysis.plots.reference import TITLES, UNITS, Scores, headline, printed
 from vflan.config import ROOT
+from vflan.data.images import open_picture
 from vflan.evaluation.benchmarks import BENCHMARKS
 
 # Pages with generated tables, each between <!-- NAME:begin --> and <!-- NAME:end -->.
@@ -35,7 +35,7 @@ COSTS = {
 
 def caption(picture: Path) -> str:
     """A figure's description in the PNG, else in captions.json, else its file name in words."""
-    with Image.open(picture) as image:
+    with open_picture(picture) as image:
         description = getattr(image, "text", {}).get("Description")
     known = json.loads(CAPTIONS.read_text(encoding="utf-8")).get(picture.stem)
     kinds = {"fig": "Figure", "table": "Table"}

@@ -8,6 +8,8 @@ mismatch").
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 IMAGE = "<image>"
+# A turn whose role begins so is no turn: the rest of the role says why its row cannot be used. In
+# this way a table of four columns carries what was wrong with a row in the file.
+TROUBLE = "trouble: "
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -52,17 +57,27 @@ class Audit(NamedTuple):
 def audit(conversations: list[dict]) -> Audit:
     """Split a conversation into (question, answer) pairs; keep what is sound and name the rest.
 
-    `<image>` always moves to the front of the first pair that is kept. ValueError says why nothing
-    can be trained on: wrong order or role, `<image>` in the wrong place, or no answer.
+    `<image>` always moves to the front of the first pair that is kept, and a system text, in the
+    first or last turn, is left out: the template has its own. ValueError says why nothing can be
+    trained on: wrong order or role, `<image>` in the wrong place, a turn without text, or no
+    answer.
     """
     if not conversations:
         raise ValueError("no turns")
     turns, dropped = list(conversations), []
+    for turn in turns:
+        if str(turn.get("from")).startswith(TROUBLE):
+            raise ValueError(turn["from"].removeprefix(TROUBLE))
+    while turns and "system" in (turns[0].get("from"), turns[-1].get("from")):
+        turns.pop(0 if turns[0].get("from") == "system" else -1)
+        dropped = ["the row's own system text"]
     for number, turn in enumerate(turns, 1):
         if turn.get("from") not in ("human", "gpt"):
-            raise ValueError(f"unknown role {turn.get('from')!r} in turn {number}")
-    if turns[0]["from"] == "gpt":
-        turns, dropped = turns[1:], ["the first turn, an answer without a question"]
+            raise ValueError(f"unknown role {repr(turn.get('from')):.80} in turn {number}")
+        if as_text(turn.get("value")) is None:
+            raise ValueError(without_text(turn, number))
+    if turns and turns[0]["from"] == "gpt":
+        turns, dropped = turns[1:], [*dropped, "the first turn, an answer without a question"]
     if turns and turns[-1]["from"] == "human":
         turns, dropped = turns[:-1], [*dropped, "the last turn, a question without an answer"]
     if not turns:
@@ -71,7 +86,7 @@ def audit(conversations: list[dict]) -> Audit:
     for turn, role in zip(turns, ["human", "gpt"] * len(turns)):
         if turn["from"] != role:
             raise ValueError(f"wrong order: two {turn['from']} turns in a row")
-    texts = [turn.get("value") or "" for turn in turns]
+    texts = [as_text(turn["value"]) for turn in turns]
     questions, answers = texts[::2], texts[1::2]
     if any(IMAGE in answer for answer in answers):
         raise ValueError("image token in an answer")
@@ -90,6 +105,31 @@ def audit(conversations: list[dict]) -> Audit:
     if not pairs:
         raise ValueError("empty answer")
     return Audit(pairs, any(IMAGE in text for text in texts), dropped)
+
+
+def as_text(value: object) -> str | None:
+    """A turn's value as text, numbers and true/false as json writes them; None for all else."""
+    if isinstance(value, str):
+        return value
+    # NaN is how pandas writes null.
+    is_number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+    return json.dumps(value) if is_number else None
+
+
+def kind_of(value: object) -> str:
+    """What a json value is, in words for a message."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    words = {str: "text", list: "a list", dict: "an object", float: "a number", int: "a number"}
+    return "NaN" if value != value else words.get(type(value), f"of type {type(value).__name__}")
+
+
+def without_text(turn: dict, number: int, key: str = "value") -> str:
+    """Why turn `number` has no text: what stands under `key` is none, or nothing stands there."""
+    if key in turn:
+        return f"a turn without text: the {key} of turn {number} is {kind_of(turn[key])}"
+    keys = f"{', '.join(map(str, turn)):.80}" or "nothing"
+    return f"a turn without text: turn {number} has no {key}, only {keys}"
 
 
 def encode(

@@ -1,7 +1,9 @@
 """Images: one string names an image in a folder, in a zip or in a parquet file.
 
-`image_resolver` makes these strings from the names in a samples file; `read_picture` reads one, or
+`image_names.py` makes these strings from the names in a samples file; `read_picture` reads one, or
 says why it cannot be read; `views` shrinks one to a few pixels that tell whether two may be alike.
+`open_picture` is the only place in vflan that lets Pillow open a file, and `eight_bits` the only
+one that scales wider values.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import posixpath
 import re
 import stat
 import threading
@@ -17,10 +18,11 @@ import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -34,6 +36,10 @@ MAX_MEMBER_BYTES = 1 << 28
 THIN = 300
 # An image in a container: groups are the container, its kind, and what is inside.
 INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+# The formats that Pillow may try, whatever a file is called. All its others stay closed: some start
+# a program (EPS and PDF start Ghostscript), and a file of that kind needs only the name x.jpg.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+OTHER_FORMAT = "not a JPEG, PNG, GIF, WebP, BMP or TIFF picture"
 _SUFFIXES = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
 
 # Side of a view in pixels, and what is cropped from each side, as a share of width and height.
@@ -42,15 +48,61 @@ SIDE, CROP = 8, 0.05
 WHOLE, INNER = (0.0, 0.0, 1.0, 1.0), (CROP, CROP, 1 - CROP, 1 - CROP)
 
 
+def open_picture(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """The image in a file of one of FORMATS, told by its content; its pixels are not decoded yet.
+
+    UnidentifiedImageError, an OSError, if it is of another format.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(OTHER_FORMAT) from None
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """`picture` itself, or mode L with 0 to 255 where its values are wider (modes I;16, I and F).
+
+    Pillow's `convert` would clip such values at 255, so that most pictures become white and equal.
+    16 bits are divided by 257, the range of their type, as Pillow reads 16-bit colours. The types
+    of I and F say nothing: these values belong to the smallest of the usual ranges that holds them
+    all, 0 to 1 (F only), 0 to 255 or 0 to 65,535, and else their own range becomes 0 to 255.
+    ValueError: a value is no number.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture, np.float32)  # (height, width)
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(high - low):
+        raise ValueError("a pixel is not a number")
+    usual = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
+    fitting = [top for top in usual if low >= 0 and high <= top]
+    low, high = (0, fitting[0]) if fitting else (low, high)
+    scaled = (values - low) * (255 / ((high - low) or 1))
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """The image as training sees its colours: RGB, without palette and transparency."""
+    return eight_bits(picture).convert("RGB")
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """`text` for a message: of a long one its beginning, and how long it is."""
+    return text if len(text) <= most else f"{text[: most // 5]}... ({len(text):,} characters)"
+
+
 def read_picture(name: str | os.PathLike) -> Image.Image:
     """The image as RGB. Palette and transparency are converted, rotation tags ignored (as LLaVA).
+
+    Wider values than 8 bits are scaled, see `eight_bits`.
 
     `name` is a path, `/x/pictures.zip::member` or `/x/part.parquet::row`. OSError: the image cannot
     be used, with the reason that `picture_trouble` gives.
     """
     data = picture_bytes(name)
+    name = shortened(os.fspath(name))
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with open_picture(io.BytesIO(data)) as picture:
             if not all(picture.size):
                 raise ValueError("empty")
             short, long = sorted(picture.size)
@@ -59,11 +111,9 @@ def read_picture(name: str | os.PathLike) -> Image.Image:
             # Pillow's limit is for the image itself; training pads it to a square.
             if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
-            return picture.convert("RGB")
+            return as_rgb(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OSError(f"too many pixels: {name} ({error})") from None
-    except UnidentifiedImageError:
-        raise OSError(f"undecodable picture: {name}") from None
     # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for broken files.
     except Exception as error:
         message = str(error).lower()
@@ -75,9 +125,11 @@ def picture_bytes(name: str | os.PathLike) -> bytes:
     """The image's file, not decoded. OSError: with the reason that `picture_trouble` gives."""
     name = os.fspath(name)
     if name.startswith(OUTSIDE):
-        raise OSError(f"path outside the images folder: {name.removeprefix(OUTSIDE)}")
+        outside = shortened(name.removeprefix(OUTSIDE))
+        raise OSError(f"path outside the images folder: {outside}")
+    path, name = name, shortened(name)
     try:
-        source = _find(name)
+        source = _find(path)
         data = source[1]() if source else None
     # A damaged zip member raises one of these, also if only its checksum is wrong.
     except (EOFError, zlib.error, zipfile.BadZipFile) as error:
@@ -126,77 +178,6 @@ def resize_box(picture: Image.Image, box, side: int, how: Image.Resampling) -> I
     box = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
     gap = 3.0 if how == Image.Resampling.BOX else None
     return picture.resize((side, side), how, box=box, reducing_gap=gap)
-
-
-# ------------------------------------------------------------------- names in a samples file
-
-
-def images_root(path: Path, images: str | os.PathLike | None) -> Path:
-    """The folder or zip that image names are relative to."""
-    folder = path if path.is_dir() else path.parent
-    zips, beside = list(folder.glob("image*.zip")), folder / "images"
-    if images is None:
-        images = beside if beside.is_dir() else zips[0] if len(zips) == 1 else folder
-    elif not Path(images).exists() and len(zips) == 1 and Path(images).suffix != ".zip":
-        # The folder that a recipe names was never unpacked: read the zip in its place.
-        images = zips[0]
-    root = Path(images).resolve()
-    if _is_zip(root) and not zipfile.is_zipfile(root):
-        lack = "not a whole zip archive" if root.exists() else "no such archive"
-        raise ValueError(f"{root}: {lack}; download it again, or name its unpacked folder.")
-    return root
-
-
-def _is_zip(root: Path) -> bool:
-    return root.suffix.lower() == ".zip" and not root.is_dir()
-
-
-def image_resolver(root: Path) -> Callable[[str], str]:
-    """A function from an image name in the file to the string that `read_picture` takes.
-
-    A name that leaves the folder or zip gets the prefix OUTSIDE, and is never opened.
-    """
-    if not _is_zip(root):
-        return _folder_resolver(os.path.join(root, ""))
-
-    def resolve(name):
-        member = posixpath.normpath(name)
-        leaves = member in (".", "..") or member.startswith(("/", "../"))
-        return f"{OUTSIDE}{name}" if leaves else f"{root}::{member}"
-
-    return resolve
-
-
-def _folder_resolver(base: str) -> Callable[[str], str]:
-    """`_resolver` for a folder; `base` is its real path and ends in a slash."""
-
-    # Following links for each image is slow on a network disk: list each folder once instead.
-    @lru_cache(maxsize=1 << 16)
-    def real_path_and_links(folder):
-        real, links = os.path.realpath(folder), ()
-        if os.path.join(real, "").startswith(base):
-            try:
-                with os.scandir(real) as entries:
-                    links = {entry.name for entry in entries if entry.is_symlink()}
-            except OSError:
-                pass  # no such folder: its images will be reported as missing
-        return real, links
-
-    def resolve(name):
-        if "\0" in name:
-            return base + name  # no file can have this name: it will be reported as missing
-        # `save_samples` writes an image in a zip or parquet file of this folder as container::name.
-        inside = INSIDE.fullmatch(name) if "::" in name else None
-        path = os.path.join(base, inside[1] if inside else name)
-        folder, file = os.path.split(path)
-        real, links = real_path_and_links(folder)
-        is_plain = file not in links and file not in ("", ".", "..")
-        path = os.path.join(real, file) if is_plain else os.path.realpath(path)
-        if not path.startswith(base):
-            return f"{OUTSIDE}{name}"
-        return f"{path}::{inside[3]}" if inside else path
-
-    return resolve
 
 
 # ------------------------------------------------------------------------- finding an image
@@ -336,7 +317,8 @@ def _pictures_of(path: str, mtime_ns: int, size: int, group: int):
     metadata = _row_groups(path, mtime_ns, size)[0]
     # Without Arrow's threads, because they do not exist in a forked process.
     with pq.ParquetFile(path, metadata=metadata, memory_map=True, pre_buffer=False) as file:
-        column = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+        name = picture_column(file.schema_arrow.names)
+        column = file.read_row_group(group, columns=[name], use_threads=False)[name]
     return column if not pa.types.is_struct(column.type) else pc.struct_field(column, "bytes")
 
 
@@ -346,7 +328,15 @@ def _embedded(path: str, mtime_ns: int, size: int, row: int) -> bytes | None:
         if row >= starts[-1]:
             return None
         group = bisect_right(starts, row) - 1
-        return _pictures_of(path, mtime_ns, size, group)[row - starts[group]].as_py()
+        value = _pictures_of(path, mtime_ns, size, group)[row - starts[group]].as_py()
+    # A list, of which `load_samples` accepts only those with one image.
+    value = next(filter(None, value), None) if isinstance(value, list) else value
+    return value.get("bytes") if isinstance(value, dict) else value
+
+
+def picture_column(names: Iterable[str]) -> str:
+    """Which column of a parquet file holds the images."""
+    return "images" if "images" in names and "image" not in names else "image"
 
 
 def _renew_lock() -> None:

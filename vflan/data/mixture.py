@@ -16,6 +16,8 @@ from vflan.config import resolve
 from vflan.data.samples import load_samples
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vflan.config import Recipe
 
 
@@ -95,7 +97,9 @@ def diverse(
 
     if num_samples > len(samples):
         raise ValueError(f"num_samples={num_samples}, but there are {len(samples)} samples.")
-    texts = [" ".join(turn["value"] for turn in turns) for turns in samples["conversations"][:]]
+    # A bad row may lack a text, or turns: it counts as the text that it has.
+    many = [[turn or {} for turn in turns or ()] for turns in samples["conversations"][:]]
+    texts = [" ".join(turn.get("value") or "" for turn in turns) for turns in many]
     tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[^\s.,?!]+")
     words = tfidf.fit_transform(texts)  # (samples, terms)
     svd = TruncatedSVD(min(64, words.shape[1] - 1), random_state=seed)
@@ -116,8 +120,11 @@ def diverse(
 
 
 def recipe_samples(recipe: Recipe) -> Dataset:
-    """The rows a recipe trains on, bad ones included: its samples, drawn, and its further files."""
-    samples = load_samples(resolve(recipe.samples), resolve(recipe.images))
+    """The rows a recipe trains on, bad ones included: its samples, drawn, and its further files.
+
+    ValueError: one of the files holds no rows.
+    """
+    samples = _some_rows(recipe.samples, resolve(recipe.samples), resolve(recipe.images))
     shares = {"temperature": recipe.temperature, "weights": recipe.weights or None}
     is_shared = any(value is not None for value in shares.values())
     if is_shared or recipe.num_tasks or recipe.per_task or recipe.exclude:
@@ -214,7 +221,14 @@ def _more_samples(recipe: Recipe) -> Iterator[tuple[str, Dataset, int | None]]:
         file = resolve(name)
         beside = file.parent / "images"
         images = beside if beside.is_dir() else resolve(recipe.images)
-        yield name, load_samples(file, images), int(count) if count else None
+        yield name, _some_rows(name, file, images), int(count) if count else None
+
+
+def _some_rows(name: str, file: Path, images: Path) -> Dataset:
+    samples = load_samples(file, images)
+    if not len(samples):
+        raise ValueError(f"{name} holds no rows, so there is nothing to train on.")
+    return samples
 
 
 def _excluded_tasks(exclude: Iterable[str], tasks: Iterable[str]) -> set[str]:

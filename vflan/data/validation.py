@@ -34,7 +34,7 @@ ROWS, PICTURES = 1000, 256
 _FIELDS = [("file", "V16"), ("pixels", "V16"), ("views", np.uint8, (2, SIDE, SIDE, 3))]
 FINGERPRINT = np.dtype(_FIELDS)
 # In CACHE; the number is the version of the format.
-CACHE_FILE = "pictures-1.sqlite"
+CACHE_FILE = "pictures-2.sqlite"
 
 
 @dataclass(frozen=True)

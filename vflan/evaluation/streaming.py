@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from vflan.data.conversation import expand, prompt_ids
-from vflan.data.images import read_picture
+from vflan.data.images import as_rgb, read_picture
 
 if TYPE_CHECKING:
     import os
@@ -127,7 +127,7 @@ def tower_view(processor: LlavaProcessor, image: Picture) -> Image.Image:
 
 
 def _read(image: Picture) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_picture(image)
+    return as_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
 
 
 def _inputs(model, processor, text, image, template, before=()) -> dict[str, torch.Tensor]:

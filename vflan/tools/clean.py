@@ -11,9 +11,9 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
-from PIL import Image
 
 from vflan import config
+from vflan.data.images import as_rgb, open_picture
 from vflan.tools.stable import tag
 
 # The largest committed notebook in bytes: GitHub shows a larger one slowly, and its diffs hurt.
@@ -71,7 +71,7 @@ def shrink_pictures(notebook: NotebookNode, quality: int, scale: float) -> Noteb
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     for data in (output.get("data", {}) for output in outputs):
         for kind in {"image/png", "image/jpeg"} & data.keys():
-            picture = Image.open(io.BytesIO(base64.b64decode(data[kind]))).convert("RGB")
+            picture = as_rgb(open_picture(io.BytesIO(base64.b64decode(data[kind]))))
             size = round(scale * picture.width), round(scale * picture.height)
             buffer = io.BytesIO()
             # subsampling would mix the colours of neighbouring pixels

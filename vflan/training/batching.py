@@ -15,6 +15,7 @@ import torch
 
 from vflan.config import Recipe, replace, shown, write_json
 from vflan.data.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, encode_many, expand
+from vflan.data.images import shortened
 from vflan.data.mixture import mixture_record, recipe_samples
 from vflan.data.validation import check, cut
 from vflan.models import image_features
@@ -194,7 +195,9 @@ def _join(rows):
 
 
 def _too_many_bad(recipe, total, bad, names, listing):
-    examples = "".join(f"\n  row {row} ({names[row]}): {bad[row]}" for row in sorted(bad)[:5])
+    # Names and reasons come from the file, and may be as long as a picture in base64.
+    first = ((row, shortened(names[row]), shortened(bad[row], 600)) for row in sorted(bad)[:5])
+    examples = "".join(f"\n  row {row} ({name}): {reason}" for row, name, reason in first)
     return (
         f"{len(bad)} of {total} samples are bad, more than max_bad_share={recipe.max_bad_share} "
         f"allows; all are listed in {shown(listing)}.{examples}"

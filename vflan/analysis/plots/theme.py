@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from vflan.analysis.claims import READ
 from vflan.config import output_folder, resolve
 from vflan.config import shown as shown_path
+from vflan.data.images import open_picture
 
 if TYPE_CHECKING:
     from IPython.display import Code
@@ -50,7 +51,6 @@ def committed_figure(name: str, preset: str = "tiny_frozen") -> None:
     """Display a figure of the long form from figures/, or print that it does not exist yet."""
     from IPython.display import Image as Display
     from IPython.display import display
-    from PIL import Image
 
     path = resolve(f"figures/{preset}/{name}.png")
     if not path.exists():
@@ -59,7 +59,7 @@ def committed_figure(name: str, preset: str = "tiny_frozen") -> None:
     print(f"The committed long form, figures/{preset}/{name}.png:")
     READ.append(shown_path(path))
     # 640 pixels are as wide as a notebook's column; more would only make the notebook larger
-    with Image.open(path) as picture:
+    with open_picture(path) as picture:
         small = picture.convert("RGB").resize((640, 640 * picture.height // picture.width))
     small.save(buffer := io.BytesIO(), "JPEG", quality=85, subsampling=0)
     display(Display(buffer.getvalue(), format="jpeg"))

@@ -9,6 +9,7 @@ import ipywidgets as w
 import numpy as np
 from PIL import Image
 
+from vflan.data.images import as_rgb, open_picture
 from vflan.tools.widgets import elements
 
 ORANGE = "#D55E00"
@@ -23,7 +24,7 @@ def heat_map(image: Image.Image, weights, side: int = 240) -> Image.Image:
     opacity = np.uint8(190 * weights / max(weights.max(), 1e-9))
     nearest = Image.Resampling.NEAREST
     mask = Image.fromarray(opacity).resize((side, side), nearest)
-    image = image.convert("RGB").resize((side, side), nearest)
+    image = as_rgb(image).resize((side, side), nearest)
     return Image.composite(Image.new("RGB", image.size, ORANGE), image, mask)
 
 
@@ -113,7 +114,7 @@ class _Chat:
     def read_upload(self, _):
         for file in self.upload.value:
             try:
-                image = Image.open(io.BytesIO(file["content"])).convert("RGB")
+                image = as_rgb(open_picture(io.BytesIO(file["content"])))
             except Exception:  # Pillow raises many kinds
                 self.take(None, f"{file['name']} is no picture that can be opened")
             else:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from PIL import Image
 
-from vflan.data.images import read_picture
+from vflan.data.images import eight_bits, read_picture
 
 _TEMPLATES = FileSystemLoader(Path(__file__).parents[1] / "templates")
 _ENVIRONMENT = Environment(loader=_TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -39,8 +39,8 @@ def picture(image, side: int = 96) -> Markup:
         return Markup("(no picture)")
     name = "picture" if isinstance(image, Image.Image) else Path(image).name
     try:
-        image = image.copy() if isinstance(image, Image.Image) else read_picture(image)
-    except OSError:
+        image = eight_bits(image).copy() if isinstance(image, Image.Image) else read_picture(image)
+    except (OSError, ValueError):
         return escape(f"(cannot open {name})")
     is_small = max(image.size) < side
     image.thumbnail((side, side))  # a smaller picture stays as it is

@@ -1,0 +1,275 @@
+"""The rows of a samples file: a json array, json lines, an object that holds rows, or parquet.
+
+Each reader gives some rows at a time, so that a file of a gigabyte needs little memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vflan.data.conversation import kind_of
+from vflan.data.images import picture_column
+from vflan.data.rows import MEDIA, Resolved
+
+# Bytes of json read at a time; their rows become one batch of the table.
+_BLOCK = 1 << 23
+
+
+def read_rows(path: Path) -> Iterator[tuple[list, int]]:
+    """(some rows as json values, bytes read so far), again and again.
+
+    ValueError: the file is damaged, or holds no list of rows.
+    """
+    # By content, because files in the hub's cache may have no suffix.
+    with open(path, "rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    yield from _parquet(path) if is_parquet else _json(path)
+
+
+# ------------------------------------------------------------------------------------- json
+
+
+def _json(path: Path) -> Iterator[tuple[list, int]]:
+    """(some rows, bytes read so far) of a json array, of json lines, or of an object."""
+    with open(path, "rb") as file:
+        blocks = _blocks(file, path)
+        # The first character that is not space tells an array.
+        first = next((block for block in blocks if block.strip()), "")
+        if first.lstrip().startswith("["):
+            read = _array
+        elif not first or _is_lines(first):
+            read = _lines
+        else:
+            # One json value, or lines that are damaged or longer than a block.
+            read, first, blocks = _one_value, first + "".join(blocks), []
+        for rows in read(chain([first], blocks), path):
+            yield rows, file.tell()
+
+
+def _is_lines(block: str) -> bool:
+    """Whether a block begins with a json value on a line of its own, and more lines follow."""
+    line, _, rest = block.lstrip().partition("\n")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip())
+
+
+def _one_value(blocks: Iterable[str], path: Path) -> Iterator[list]:
+    """The rows in a file that is one json value: a row, or an object with one list of rows, or
+    {id: row}.
+
+    Unlike an array, it is held in memory as a whole. ValueError: it is something else.
+    """
+    text = "".join(blocks)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        yield from _lines([text], path)
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {kind_of(value)}; a list of rows is needed.")
+    rows = _rows_of(value, path)
+    # Some at a time, because an Arrow array of texts ends at two gigabytes.
+    yield from (rows[start : start + 4096] for start in range(0, len(rows), 4096))
+
+
+def _rows_of(value: dict, path: Path) -> list:
+    lists = [name for name, inside in value.items() if isinstance(inside, list)]
+    if _is_row(value):
+        return [value]
+    if len(lists) == 1 and all(isinstance(row, dict) for row in value[lists[0]]):
+        return value[lists[0]]
+    if value and all(isinstance(row, dict) and _is_row(row) for row in value.values()):
+        return [{"id": name} | row for name, row in value.items()]
+    names = f"{', '.join(lists if len(lists) > 1 else value):.200}" or "nothing in it"
+    what = f"{len(lists)} lists, {names}" if len(lists) > 1 else names
+    raise ValueError(f"{path} holds an object with {what}; a list of rows is needed.")
+
+
+def _is_row(value: dict) -> bool:
+    return "conversations" in value or "messages" in value
+
+
+def _blocks(file, path: Path) -> Iterator[str]:
+    """The text of a file in blocks; a character that two blocks share comes with the second."""
+    decoder, block = codecs.getincrementaldecoder("utf-8-sig")(), b"-"
+    while block:
+        block = file.read(_BLOCK)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            position = file.tell() - len(error.object) + error.start
+            problem = f"byte {position} is not UTF-8 text; download it again."
+            raise ValueError(f"{path} is not whole: {problem}") from None
+
+
+_skip_space = re.compile(r"[ \t\r\n]*").match  # what json allows between values
+# What an array expects after a character: {(expected now, character): expected next}.
+_NEXT = {
+    ("[", "["): "value or ]",
+    ("value or ]", "]"): "end",
+    (", or ]", ","): "value",
+    (", or ]", "]"): "end",
+}
+
+
+def _array(blocks: Iterable[str], path: Path) -> Iterator[list]:
+    """The elements of a json array, a list for each block of text.
+
+    json.load would hold the whole file and all its objects in memory. Here only an element that is
+    cut by the end of a block is kept, and parsed again with the next block.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text, at, expected = "", 0, "["
+    start, line = 0, 1  # position of `text` in the file
+    for block in chain(blocks, [None]):
+        is_last = block is None
+        start, line = start + at, line + text.count("\n", 0, at)
+        text, at, rows = text[at:] + (block or ""), 0, []
+        try:
+            while (at := _skip_space(text, at).end()) < len(text):
+                mark = text[at]
+                if expected == "value" or expected == "value or ]" and mark != "]":
+                    row, end = decode(text, at)
+                    if end == len(text) and not is_last and not isinstance(row, dict | list | str):
+                        break  # a number may go on in the next block
+                    rows.append(row)
+                    at, expected = end, ", or ]"
+                elif (expected, mark) in _NEXT:
+                    at, expected = at + 1, _NEXT[expected, mark]
+                else:
+                    problem = "Extra data" if expected == "end" else f"Expecting {expected}"
+                    raise json.JSONDecodeError(problem, text, at)
+            if is_last and expected != "end":
+                raise json.JSONDecodeError(f"Expecting {expected}", text, at)
+        except (ValueError, RecursionError) as error:
+            where = getattr(error, "pos", at)
+            # An error near the end of the block, or an open string, may end with the next block.
+            is_cut = where > len(text) - 16 or str(error).startswith("Unterminated")
+            if is_last or not is_cut:
+                problem = getattr(error, "msg", error)
+                where = f"line {line + text.count(chr(10), 0, where)}, character {start + where}"
+                message = f"{path} is not whole json ({problem}: {where}); download it again."
+                raise ValueError(message) from None
+        yield rows
+
+
+def _lines(blocks: Iterable[str], path: Path) -> Iterator[list]:
+    """The rows of json lines. Only \\n ends a line: answers may hold U+2028."""
+    rest, number = "", 0
+    for block in chain(blocks, ["\n"]):
+        *lines, rest = (rest + block).split("\n")
+        rows = []
+        for line in lines:
+            number += 1
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                problem = f"line {number} is not json ({getattr(error, 'msg', error)})"
+                raise ValueError(f"{path}, {problem}; download or write it again.") from None
+        yield rows
+
+
+# ---------------------------------------------------------------------------------- parquet
+
+
+def _parquet(path: Path) -> Iterator[tuple[list, int]]:
+    """(some rows, bytes read so far); an image inside the file is named by its row, not read."""
+    import pyarrow.parquet as pq
+
+    size, number = path.stat().st_size, 0
+    try:
+        with pq.ParquetFile(path) as file:
+            types = {field.name: field.type for field in file.schema_arrow}
+            columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
+            if columns.isdisjoint(["conversations", "messages"]):
+                problem = f"has no column conversations, only {', '.join(types)}"
+                raise ValueError(f"{path} {problem}; give a set in LLaVA's form.")
+            image = picture_column(types)
+            read = _listed_images if _is_list(types.get(image)) else _images
+            for group in range(file.num_row_groups):
+                for rows, images in read(file, group, image, sorted(columns)):
+                    for row, (name, is_inside) in zip(rows, images):
+                        row["image"] = Resolved(f"{path}::{number}") if is_inside else name
+                        number += 1
+                    yield rows, size * number // file.metadata.num_rows
+    except pa.ArrowInvalid as error:
+        problem = f"{path} is not a whole parquet file ({error}); download it again."
+        raise ValueError(problem) from None
+
+
+def _is_list(kind: pa.DataType | None) -> bool:
+    checks = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    return kind is not None and any(check(kind) for check in checks)
+
+
+def _images(file, group: int, image: str, columns: list[str]) -> Iterator[tuple[list, Iterator]]:
+    """(some rows, (name, whether the image is in the file) of each), of one row group.
+
+    The column `image` is a name, the bytes of the file, or the hub's struct of bytes and path.
+    """
+    leaves = {file.schema.column(i).path for i in range(len(file.schema))}
+    is_bytes = image in leaves and _is_binary(file.schema_arrow.field(image).type)
+    data = image if is_bytes else f"{image}.bytes"
+    names = [leaf for leaf in (image, f"{image}.path") if leaf in leaves and leaf != data]
+    embedded = _is_embedded(file, group, data) if data in leaves else repeat(False)
+    # A video may stand in a row of its own: few rows at a time.
+    step = 64 if {*MEDIA} & {*columns} else 4096
+    for batch in file.iter_batches(step, [group], [*columns, *names]):
+        rows = batch.to_pylist()
+        given = [row.pop(image, None) for row in rows]
+        paths = [each.get("path") if isinstance(each, dict) else each for each in given]
+        yield rows, zip(paths, embedded)
+
+
+def _listed_images(file, group: int, image: str, columns: list[str]) -> Iterator[tuple]:
+    """`_images` where the column is a list. It has to be read to know how long each list is."""
+    for batch in file.iter_batches(64, [group], [*columns, image]):
+        rows = batch.to_pylist()
+        yield rows, [_only_image(row.pop(image, None)) for row in rows]
+
+
+def _only_image(given: list | None) -> tuple[list[str], bool]:
+    """(the names in a list of images, whether its one image is in the file)."""
+    names, data = [], []
+    for each in filter(None, given or ()):
+        name, inside = (
+            (each.get("path"), each.get("bytes")) if isinstance(each, dict) else (each, None)
+        )
+        if isinstance(name, bytes):
+            name, inside = None, name
+        if name or inside:
+            names.append(name or "a picture")
+            data.append(inside)
+    return names, len(data) == 1 and bool(data[0])
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_embedded(file, group: int, data: str) -> Iterator[bool]:
+    """Whether each row of a row group holds the bytes of its image in the column `data`."""
+    metadata = file.metadata.row_group(group)
+    columns = map(metadata.column, range(metadata.num_columns))
+    statistics = next(c for c in columns if c.path_in_schema == data).statistics
+    nulls = statistics.null_count if statistics and statistics.has_null_count else None
+    # The statistics usually answer for the whole group; else the images have to be read.
+    if nulls in (0, metadata.num_rows):
+        yield from repeat(nulls == 0, metadata.num_rows)
+        return
+    for batch in file.iter_batches(64, [group], [data]):
+        column = batch.column(0)
+        is_struct = pa.types.is_struct(column.type)
+        column = pc.struct_field(column, "bytes") if is_struct else column
+        yield from column.is_valid().to_pylist()
