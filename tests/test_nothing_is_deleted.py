@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vflan
-from vflan import io
+from vflan import io, world
 from vflan.config import folder_name
 from vflan.training import run as runs
 from vflan.training import trainer
@@ -319,3 +319,25 @@ def test_whole_folder_never_overwrites_anything(tmp_path, target):
 def test_a_name_for_answers_cannot_lead_outside_the_folder(tmp_path, name):
     with pytest.raises(ValueError, match="one plain folder name"):
         vflan.evaluate(None, model=object(), name=name)
+
+
+def test_files_laid_into_a_mini_world_while_it_is_built_again_stay(tmp_path, monkeypatch):
+    def write(folder, **_):
+        (folder / "captions.json").write_text("[]")
+
+    def write_while_a_user_works(folder, **_):
+        write(folder)
+        if folder.name == ".samples.new":
+            (tmp_path / "samples" / "thesis.txt").write_text("three years of work")
+
+    for name in ("write_samples", "write_benchmarks", "write_twins"):
+        monkeypatch.setattr(world, name, write)
+    world.build(tmp_path, seed=1)
+    monkeypatch.setattr(world, "write_samples", write_while_a_user_works)
+    with pytest.raises(FileExistsError, match="thesis.txt.*Nothing was deleted"):
+        world.build(tmp_path, seed=2)
+    assert (tmp_path / "samples" / "thesis.txt").read_text() == "three years of work"
+    (tmp_path / "samples" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    monkeypatch.setattr(world, "write_samples", write)
+    world.build(tmp_path, seed=2)
+    assert '"seed": 2' in (tmp_path / "samples" / "built.json").read_text()

@@ -113,6 +113,8 @@ def build(
                 write(fresh, **sizes)
                 (fresh / "built.json").write_text(json.dumps(sizes))
                 if (folder / name).exists():
+                    # Again: writing takes minutes, and files may have been laid in meanwhile.
+                    _refuse_foreign(folder / name)
                     (folder / name).rename(old)
                 (fresh / MARK).unlink()
                 fresh.rename(folder / name)
