@@ -282,6 +282,90 @@ def test_bad_lines_are_counted_in_packed_files_and_in_parts(released, command, t
     assert "2_0.jsonl:2, 2_1.jsonl:2" in command.err
 
 
+@pytest.mark.parametrize("change", [with_mark, with_carriage_returns, packed, with_commas])
+def test_reviews_that_were_saved_again_score_the_same(released, command, put, change):
+    questions = put("lb/questions.jsonl", [{"question_id": i, "text": "?"} for i in (1, 2)])
+    rows = [{"question_id": 1, "tuple": ["8", "6"]}, {"question_id": 2, "content": "8, 2\nBad."}]
+    reviews = put("r.jsonl", rows)
+    reviews.write_bytes(change(reviews.read_text()))
+    scores = command("llava_bench", questions=questions, reviews=reviews)
+    assert scores["score"] == 50 and scores["n"] == 2
+    paths, _ = released("mm_vet")
+    marks = put("marks.csv", "question_id,score\nv1_1,1.0\nv1_2,0.5\n")
+    text = marks.read_text()
+    marks.write_bytes(change(text.replace("\n", ",\n") if change is with_commas else text))
+    assert command("mm_vet", **paths | {"reviews": marks})["total"] == 75
+
+
+def test_reviews_that_are_not_there_or_of_another_benchmark_are_named(released, refused, put):
+    questions = put("lb/questions.jsonl", [{"question_id": 1, "text": "?"}])
+    missing = questions.parent / "none.jsonl"
+    sentence = refused("llava_bench", questions=questions, reviews=missing)
+    assert f"{missing} is not there" in sentence
+    reviews = put("r.jsonl", [{"question_id": 1, "tuple": [8, 6]}])
+    sentence = refused("llava_bench", questions=questions, reviews=reviews, model="one")
+    assert "is about one model" in sentence
+    bad = put("bad.json", '["a", "b"]')
+    assert "bad.json is damaged" in refused("llava_bench", questions=questions, reviews=bad)
+    paths, _ = released("gqa")
+    assert "has no judge" in refused("gqa", **paths | {"reviews": reviews})
+
+
+# Benchmarks whose labels are in the question file: {name: ({file: content}, right answers)}
+LABELLED = {
+    "textocr": (
+        {
+            "TextOCR_0.1_val.json": {
+                "imgs": {"a": {"file_name": "a.jpg"}},
+                "imgToAnns": {"a": ["a_1"]},
+                "anns": {"a_1": {"utf8_string": "STOP"}},
+            }
+        },
+        {"a": "It says stop."},
+    ),
+    "wit": (
+        {
+            "wit.tsv": "language\timage_url\tcaption_reference_description\n"
+            "en\thttp://x/y.jpg\tThe Eiffel Tower\n"
+        },
+        {0: "The Eiffel Tower"},
+    ),
+    "miniimagenet": (
+        {
+            "test.csv": "filename,label\na.jpg,n01\nb.jpg,n02\n",
+            "words.txt": "n01\thouse finch, linnet\nn02\tSt. Bernard\n",
+        },
+        {0: "house finch", 1: "St. Bernard"},
+    ),
+    "heldin": (
+        {"questions.jsonl": [{"question_id": i, "text": "?", "label": i} for i in (3, 4)]},
+        {3: "3.", 4: 4},
+    ),
+    "mmbench": (
+        {
+            "dev.tsv": "index\tquestion\tA\tB\tanswer\timage\tcategory\n"
+            "7\tWhich?\tx\ty\tB\taGVs\tc\n"
+        },
+        {"7": "B"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize(
+    "change", [with_mark, with_carriage_returns, packed, with_commas, with_an_empty_line]
+)
+def test_a_labelled_question_file_that_was_saved_again_scores_the_same(command, put, name, change):
+    files, answers = LABELLED[name]
+    paths = [put(f"{name}/{file}", content) for file, content in files.items()]
+    for path in paths:
+        path.write_bytes(change(path.read_text()))
+    rows = [{"question_id": id, "text": text} for id, text in answers.items()]
+    scores = command(name, questions=paths[0], answers=put("a.jsonl", rows))
+    assert scores[BENCHMARKS[name].headline] == 100
+    assert set(scores["problems"].values()) == {0}
+
+
 def test_a_damaged_line_of_answers_is_counted_where_a_judge_could_be_meant(released, command):
     paths, _ = released("mm_vet")
     paths["answers"].write_text(paths["answers"].read_text() + "\n{half")
