@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import posixpath
 import signal
 import subprocess
 import sys
@@ -381,9 +382,12 @@ OUTSIDE = [
 def test_a_download_writes_only_inside_its_folder(shards, tmp_path, path, reason):
     """Whatever the hub lists: the path must be plain names, on Windows too."""
     path = path.format(tmp=str(tmp_path).lstrip("/")) if "{tmp}" in path else path
-    shards.files["x.sh"] = b"evil"
-    # In the set, a name of `..` has to match too.
-    shards.lies["x.sh"] = {"path": path if path.endswith(".sh") else f"{path}/.sh"}
+    # A name like `..` has to match the set's pattern.
+    path = path if path.endswith(".sh") else f"{path}/.sh"
+    shards.files[path] = b"evil"
+    # The hub sends the file too, also where the client shortens its address.
+    address = posixpath.normpath(f"/datasets/{shards.repo}/resolve/{COMMIT}/{path}")
+    shards.answers[address] = lambda request: shards.send(request, 200, b"evil")
     refused(tmp_path, reason, "nothing was downloaded", error=ValueError)
     assert shards.log == []
 
