@@ -327,3 +327,19 @@ def test_a_question_without_a_picture_has_no_place_in_some_files(asked, refused,
     rows = [{"question_id": "7", "text": "?", "label": "yes", "answers": ["yes"] * 10} | row]
     asked(name, {"questions.jsonl": rows}, ["yes"])
     assert "picture" in refused(name)
+
+
+def test_answers_of_a_model_that_is_no_run_need_the_folder_of_the_benchmarks(
+    asked, tmp_path, capsys, monkeypatch
+):
+    """A served or a released model: its weights are neither looked for nor downloaded."""
+    asked("gqa", GQA, ["Yes.", "No."])
+    assert main(["upload", "gqa", "--run", str(tmp_path / "run")]) == 1
+    assert "is no run of ours: give --folder" in capsys.readouterr().err
+    assert main(["upload", "gqa", "--run", str(tmp_path / "none")]) == 1
+    assert "holds no answers" in capsys.readouterr().err
+    monkeypatch.setattr("vflan.evaluation.released_model.output_path", lambda _: tmp_path / "run")
+    given = ["--run", "someone/a-model-of-the-hub", "--folder", str(tmp_path / "benchmarks")]
+    assert main(["upload", "gqa", *given]) == 0
+    written = tmp_path / "run" / "answers" / "testdev_balanced_predictions.json"
+    assert capsys.readouterr().out.strip() == str(written)

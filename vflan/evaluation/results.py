@@ -18,6 +18,7 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import labelled
 from vflan.evaluation.benchmarks.files import find
 from vflan.evaluation.evaluator import load_benchmark, open_run, score_interval
+from vflan.evaluation.released_model import ReleasedModel
 from vflan.evaluation.stats import paired
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def write_upload(
     # The server scores the answers, so that even MM-Vet needs no judge here.
     test, run = BENCHMARKS[benchmark], _open_answers(run)
     if not (folder or run.recipe):
-        raise ValueError("These answers are of no run of ours: give the folder of the benchmarks.")
+        raise ValueError(f"{run.folder} is no run of ours: give --folder, that of the benchmarks.")
     folder = resolve(folder or run.recipe.benchmarks)
     samples = test.load(folder)
     texts = _read_texts(run, benchmark, samples, name, complete=not allow_missing)
@@ -116,12 +117,16 @@ def write_upload(
 
 
 def _open_answers(run: AnyRun):
-    """A run, or what has its `folder`: a folder that holds answers but no run (a served model)."""
-    if isinstance(run, (str, os.PathLike)):
-        folder = resolve(run)
-        if (folder / "answers").is_dir() and not (folder / "recipe.json").is_file():
+    """A run, or what has its `folder`: the answers of a served or a released model.
+
+    Such a model is not opened: its weights would be looked for, or downloaded.
+    """
+    if not isinstance(run, (str, os.PathLike)) or (resolve(run) / "recipe.json").is_file():
+        return open_run(run)
+    for folder in (resolve(run), ReleasedModel(str(run)).folder):
+        if (folder / "answers").is_dir():
             return SimpleNamespace(folder=folder, recipe=None)
-    return open_run(run)
+    raise FileNotFoundError(f"{run} holds no answers: vflan.evaluate asks the questions.")
 
 
 def _all_questions(test: Benchmark, here: Path, samples: list[dict], given: Folder) -> Path | None:
