@@ -638,6 +638,27 @@ def test_the_token_goes_to_no_other_host(shards, tmp_path, monkeypatch):
     assert set(shards.tokens) == {"Bearer hf_mine"} and other.tokens == [None] * 3
 
 
+def test_a_token_that_the_hub_repeats_is_not_shown(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    told = {"X-Error-Message": "no, hf_mine may not " + "x" * 5000}
+    shards.answers[TREE] = lambda request: shards.send(request, 403, b"[1]", told)
+    with pytest.raises(ConnectionError, match="403 Forbidden: no, ... may not") as error:
+        fetch("vision_flan", tmp_path)
+    assert "hf_mine" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("address", ["hub.invalid", "http://[", "ftp://127.0.0.1", "http://a b/"])
+def test_an_endpoint_that_is_no_address_is_an_error_in_one_sentence(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    refused(tmp_path, "cannot be reached", "HF_ENDPOINT", error=ConnectionError)
+
+
+def test_offline_nothing_is_asked(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(tmp_path, "HF_HUB_OFFLINE is set", error=ConnectionError)
+    assert shards.tokens == []
+
+
 def test_two_fetches_into_one_folder_do_not_mix(hub, tmp_path):
     with (
         module.FileLock(tmp_path / ".fetch.lock"),

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import httpx2
 from filelock import FileLock, Timeout
-from huggingface_hub import constants, errors, hf_hub_url
+from huggingface_hub import constants, errors, get_token, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 from vflan.config import output_path, shown
@@ -102,6 +102,8 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
     # HTTPError is the base of all network errors.
     except (errors.OfflineModeIsEnabled, errors.HTTPError, httpx2.InvalidURL, Refused) as error:
         reason = str(error).strip().split("\n")[0]
+        # A server may repeat what it was sent, at any length.
+        reason = reason.replace(get_token() or "\n", "...")[:200]
         how = f"{kept}: check the network (or name a mirror in HF_ENDPOINT) and fetch again."
         raise ConnectionError(
             f"{endpoint} cannot be reached, or broke off ({reason}). {how}"
