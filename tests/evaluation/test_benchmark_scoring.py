@@ -413,6 +413,13 @@ def test_answers_without_labels_are_no_success(released, refused, tmp_path, name
     assert "labels" in sentence or "label in" in sentence
 
 
+def test_questions_that_all_lack_labels_are_told_when_they_are_loaded(put, tmp_path):
+    file, asked, *_ = RELEASED["textvqa"]
+    put(f"textvqa/{file}", asked)
+    with pytest.warns(UserWarning, match="textvqa: all questions have no usable label"):
+        BENCHMARKS["textvqa"].load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
 def test_a_test_set_without_labels_says_where_its_score_is(
     released, command, refused, tmp_path, name

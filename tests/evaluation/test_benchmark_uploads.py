@@ -13,7 +13,10 @@ from vflan.__main__ import main
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.files import LETTER, SHORT, UNSURE, read_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*questions, the released")  # test files are small
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*questions, the released"),  # test files are small
+    pytest.mark.filterwarnings("ignore:.*no usable label"),  # labels are on the server
+]
 
 
 @pytest.fixture(autouse=True)

@@ -277,10 +277,11 @@ class Benchmark:
             )
         samples = self.questions(path)
         unscored = [s["question_id"] for s in samples if not self.known(s)]
-        if 0 < len(unscored) < len(samples):
+        if unscored:
+            count = "all" if len(unscored) == len(samples) else len(unscored)
             warnings.warn(
-                f"{self.name}: {len(unscored)} questions have no usable label and will not be "
-                f"scored (first: {unscored[0]}).",
+                f"{self.name}: {count} questions have no usable label and will not be scored "
+                f"(first: {unscored[0]}).",
                 stacklevel=2,
             )
         return samples
