@@ -4,8 +4,8 @@ Scores a file of answers, from any model, with the files that the benchmark's au
 released. Prints one json object: the metrics in percent (MME's points on their own scale), the
 number `n` of questions scored, and `problems`: how many answers are missing, belong to no question
 (unknown), occur twice (duplicate) or are empty, how many labels are unknown, and how many lines are
-no json. Their ids are listed on stderr. Of several runs of a judge, in one file or several, the mean
-is printed, with `runs` and their standard deviation `std`.
+no json. Their ids are listed on stderr. Of several runs of a judge, in one file or several, the
+mean is printed, with `runs` and their standard deviation `std`.
 """
 
 from __future__ import annotations
