@@ -38,9 +38,9 @@ def read_rows(path: str | Path, na: bool = False) -> list | dict:
 
     What other programs do to a file on its way changes nothing: a byte order mark, gzip (whatever
     the file is called), \\r\\n, a comma after the last row or after each line, empty rows of a
-    table. Cells of tables are strings. With `na`, empty cells and N/A, null, None ... become '', as pandas
-    (and so the official scripts) read them by default. UnreadableFile names the file, and the line
-    that cannot be read.
+    table. Cells of tables are strings. With `na`, empty cells and N/A, null, None ... become '', as
+    pandas (and so the official scripts) read them by default. UnreadableFile names the file, and
+    the line that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
