@@ -1,4 +1,7 @@
-"""What pyproject.toml cannot say: a wheel also holds the files from outside the package that vflan reads (`SHIPPED_FILES`)."""
+"""Adds files from outside the package to a wheel: those that vflan reads (`SHIPPED_FILES`).
+
+pyproject.toml cannot say that.
+"""
 
 import shutil
 import sys
@@ -14,7 +17,10 @@ from vflan.config import SHIPPED_FILES  # noqa: E402
 
 
 class BuildWithShippedFiles(build_py):
-    """Copies them to vflan/shipped in the wheel. An editable install reads the clone's own, so nothing is copied."""
+    """Copies the files to vflan/shipped in the wheel.
+
+    An editable install reads those of the clone, so nothing is copied.
+    """
 
     def run(self):
         super().run()

@@ -1,12 +1,13 @@
-"""Feeds broken, odd and hostile input to the public functions and asks of each one what became of it.
+"""Feeds broken, odd and hostile input to the public functions and checks how each one reacts.
 
-    python -m bench.bad_input                 # at least 10,000 inputs, into bench/results/bad_input.json
+    python -m bench.bad_input    # at least 10,000 inputs, into bench/results/bad_input.json
     python -m bench.bad_input --share 0.05 --families pictures
 
-An input is accounted for if it was taken (and what came out is sound), if it was named with its reason (a row of
-`check`'s report, the words of `picture_trouble`), or if it was refused by an error that our code raised on purpose: a
-`raise` of ours, one sentence. An error that Python or a library raised in the middle of our work is not accounted for;
-neither is what takes over ten seconds, nor what a picture or an archive outside its folder, or code in a pickle, got done.
+An input is accounted for if it was taken (and what came out is sound), if it was named with its
+reason (a row of `check`'s report, the words of `picture_trouble`), or if it was refused by an error
+that our code raised on purpose: a `raise` of ours, one sentence. An error that Python or a library
+raised in the middle of our work is not accounted for; neither is what takes over ten seconds, nor
+what a picture or an archive outside its folder, or code in a pickle, got done.
 """
 
 import argparse
@@ -51,9 +52,44 @@ from vflan.world.twins import TWINS, write_twins  # noqa: E402
 SECONDS, GIGABYTES = 10, 3.0
 OURS = str(Path(vflan.__file__).parent)
 SECRET = "the secret of another folder"
-ODD = [None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", " ", "\0", "\ud83d", "é" * 50, "x" * 100_000,
-       [], {}, [[]], [None], {"from": "gpt"}, "../secret.png", "/etc/passwd", "<image>", "<image>\n<image>", "</s>", "‮",
-       "http://localhost/x.png", "::", "a.zip::b", "a.parquet::x", "-1", "nan", "\x1b[31m", "%s%n", "🙂", "<script>"]  # fmt: skip
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    " ",
+    "\0",
+    "\ud83d",
+    "é" * 50,
+    "x" * 100_000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"from": "gpt"},
+    "../secret.png",
+    "/etc/passwd",
+    "<image>",
+    "<image>\n<image>",
+    "</s>",
+    "‮",
+    "http://localhost/x.png",
+    "::",
+    "a.zip::b",
+    "a.parquet::x",
+    "-1",
+    "nan",
+    "\x1b[31m",
+    "%s%n",
+    "🙂",
+    "<script>",
+]
 
 
 class TooLong(BaseException):
@@ -102,11 +138,16 @@ def on_purpose(trouble):
 def in_words(trouble):
     frames = traceback.extract_tb(trouble.__traceback__)
     ours = next((f for f in reversed(frames) if f.filename.startswith(OURS)), frames[-1])
-    return f"{type(trouble).__name__}: {str(trouble)[:120]!r} in {Path(ours.filename).name}:{ours.lineno} {ours.name}"
+    return (
+        f"{type(trouble).__name__}: {str(trouble)[:120]!r} in "
+        f"{Path(ours.filename).name}:{ours.lineno} {ours.name}"
+    )
 
 
 def twisted(value, draw, depth=0):
-    """A copy of a json value with one thing in it changed: a key lost, a value of another kind, text cut or doubled."""
+    """A copy of a json value with one thing in it changed: a key lost, a value of another kind,
+    text cut or doubled.
+    """
     if depth and draw.random() < 0.3 or not isinstance(value, (dict, list)) or not value:
         if isinstance(value, str) and draw.random() < 0.5:
             at = draw.randrange(len(value) + 1)
@@ -158,11 +199,13 @@ def damaged(data, draw):
     return bytes(data[:at]) + draw.randbytes(draw.randrange(1, 300))
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def records(draw, folder, n):
-    """Rows of a samples file, forty changed ones in a file; and files that are themselves damaged."""
+    """Rows of a samples file, forty changed ones in a file; and files that are themselves
+    damaged.
+    """
     path = make_squares(folder)
     make_backbones(folder)
     tokenizer = load_tokenizer(recipe_in(folder))
@@ -207,11 +250,13 @@ def records(draw, folder, n):
         yield partial(checked, file, len(many))
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def pictures(draw, folder, n):
-    """Picture files: damaged, of every mode and format, misnamed, animated, rotated, thin, empty, and bombs."""
+    """Picture files: damaged, of every mode and format, misnamed, animated, rotated, thin, empty,
+    and bombs.
+    """
     folder.mkdir(parents=True)
     make_backbones(folder)
     processors = [
@@ -219,9 +264,17 @@ def pictures(draw, folder, n):
         for a in ("pad", "crop")
     ]
     noise = Image.frombytes("RGB", (40, 30), random.Random(1).randbytes(3600))
-    kinds = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "GIF": ("P", "L"),
-             "WEBP": ("RGB", "RGBA"), "BMP": ("RGB", "1", "P"), "TIFF": ("RGB", "CMYK", "F", "I;16", "LAB"), "PPM": ("RGB", "L"),
-             "ICO": ("RGBA",), "TGA": ("RGB",)}  # fmt: skip
+    kinds = {
+        "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+        "JPEG": ("RGB", "L", "CMYK"),
+        "GIF": ("P", "L"),
+        "WEBP": ("RGB", "RGBA"),
+        "BMP": ("RGB", "1", "P"),
+        "TIFF": ("RGB", "CMYK", "F", "I;16", "LAB"),
+        "PPM": ("RGB", "L"),
+        "ICO": ("RGBA",),
+        "TGA": ("RGB",),
+    }
     sound = []
     for kind, modes in kinds.items():
         for mode in modes:
@@ -306,16 +359,30 @@ def png(width, height):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def archives(draw, folder, n):
-    """Zips and parquet parts of pictures: members that point elsewhere, links, bombs, locks; and damaged ones."""
+    """Zips and parquet parts of pictures: members that point elsewhere, links, bombs, locks; and
+    damaged ones.
+    """
     path = make_squares(folder)
     rows = json.loads(path.read_text())[:4]
     picture = (folder / "images" / "0.png").read_bytes()
-    hostile = ["../secret.png", "../../secret.png", "/etc/hostname", "x/../../secret.png", "C:\\secret.png", "link.png", "bomb.png",
-               "dir/", "..", "․․/secret.png", "a\0b.png", "0.png"]  # fmt: skip
+    hostile = [
+        "../secret.png",
+        "../../secret.png",
+        "/etc/hostname",
+        "x/../../secret.png",
+        "C:\\secret.png",
+        "link.png",
+        "bomb.png",
+        "dir/",
+        "..",
+        "․․/secret.png",
+        "a\0b.png",
+        "0.png",
+    ]
     shutil.rmtree(folder / "images")
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -344,28 +411,71 @@ def archives(draw, folder, n):
         target.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
 def benchmarks(draw, folder, n):
-    """Question files of every benchmark in our format, some as released; read by `load` and by the command that scores."""
+    """Question files of every benchmark in our format, some as released; read by `load` and by the
+    command that scores.
+    """
     (folder / "images").mkdir(parents=True)
     with redirect_stdout(io.StringIO()):
         write_twins(folder, seed=5, questions=0.2)
     picture = base64.b64encode((next((folder / "images").iterdir())).read_bytes()).decode()
     released = {
-        "pope": {"llava_pope_test.jsonl": [{"question_id": i, "image": "a.jpg", "text": "Is it?", "category": "random"} for i in range(2)],
-                 "coco/coco_pope_random.json": [{"question_id": i, "label": "yes", "text": "Is it?"} for i in range(2)]},
-        "mmbench": {"mmbench_dev_20230712.tsv": "index\tquestion\tA\tB\tanswer\tcategory\tl2-category\tsplit\timage\n"
-                    f"0\tWhat?\tred\tblue\tA\tcolour\tattr\tdev\t{picture}\n1\tWho?\tme\tyou\tB\tcolour\tattr\tdev\t{picture}\n"},
-        "scienceqa": {"llava_test_CQM-A.json": [{"id": "1", "image": "1.png", "conversations": [
-                          {"from": "human", "value": "<image>\nWhat?\nA. a\nB. b"}, {"from": "gpt", "value": "A"}]}],
-                      "problems.json": {"1": {"choices": ["a", "b"], "answer": 0, "subject": "natural science", "grade": "grade1",
-                                              "image": "image.png", "hint": "", "question": "What?"}}, "pid_splits.json": {"test": ["1"]}},
-        "vizwiz": {"llava_test.jsonl": [{"question_id": i, "image": f"VizWiz_test_{i}.jpg", "text": "what?"} for i in range(2)]},
-        "textocr": {"TextOCR_0.1_val.json": {"imgs": {"a": {"file_name": "train/a.jpg"}}, "anns": {"a_1": {"utf8_string": "stop"}},
-                                             "imgToAnns": {"a": ["a_1"]}}},
-    }  # fmt: skip
+        "pope": {
+            "llava_pope_test.jsonl": [
+                {"question_id": i, "image": "a.jpg", "text": "Is it?", "category": "random"}
+                for i in range(2)
+            ],
+            "coco/coco_pope_random.json": [
+                {"question_id": i, "label": "yes", "text": "Is it?"} for i in range(2)
+            ],
+        },
+        "mmbench": {
+            "mmbench_dev_20230712.tsv": "index\tquestion\tA\tB\tanswer\tcategory\tl2-category"
+            "\tsplit\timage\n"
+            f"0\tWhat?\tred\tblue\tA\tcolour\tattr\tdev\t{picture}\n"
+            f"1\tWho?\tme\tyou\tB\tcolour\tattr\tdev\t{picture}\n"
+        },
+        "scienceqa": {
+            "llava_test_CQM-A.json": [
+                {
+                    "id": "1",
+                    "image": "1.png",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nWhat?\nA. a\nB. b"},
+                        {"from": "gpt", "value": "A"},
+                    ],
+                }
+            ],
+            "problems.json": {
+                "1": {
+                    "choices": ["a", "b"],
+                    "answer": 0,
+                    "subject": "natural science",
+                    "grade": "grade1",
+                    "image": "image.png",
+                    "hint": "",
+                    "question": "What?",
+                }
+            },
+            "pid_splits.json": {"test": ["1"]},
+        },
+        "vizwiz": {
+            "llava_test.jsonl": [
+                {"question_id": i, "image": f"VizWiz_test_{i}.jpg", "text": "what?"}
+                for i in range(2)
+            ]
+        },
+        "textocr": {
+            "TextOCR_0.1_val.json": {
+                "imgs": {"a": {"file_name": "train/a.jpg"}},
+                "anns": {"a_1": {"utf8_string": "stop"}},
+                "imgToAnns": {"a": ["a_1"]},
+            }
+        },
+    }
     for name, files in released.items():
         for file, content in files.items():
             home = folder / "released" / name / file
@@ -461,17 +571,29 @@ def answers(draw, folder, n):
         yield partial(read, name, said)
 
 
-# ------------------------------------------------------------------------------------------------- recipes and presets
+# ------------------------------------------------------------------------------ recipes and presets
 
 
 def recipe_in(folder):
-    return Recipe(name="run", stage="base", vision_tower=str(folder / "vision_tower"), language_model=str(folder / "language_model"),
-                  samples=str(folder / "samples.json"), images=str(folder / "images"), runs=str(folder / "runs"),
-                  tune=("projector", "language_model"), global_batch=8, micro_batch=4, max_steps=2)  # fmt: skip
+    return Recipe(
+        name="run",
+        stage="base",
+        vision_tower=str(folder / "vision_tower"),
+        language_model=str(folder / "language_model"),
+        samples=str(folder / "samples.json"),
+        images=str(folder / "images"),
+        runs=str(folder / "runs"),
+        tune=("projector", "language_model"),
+        global_batch=8,
+        micro_batch=4,
+        max_steps=2,
+    )
 
 
 def recipes(draw, folder, n):
-    """Fields of a recipe: unknown, of another type, out of range. One that is taken must come back from its json."""
+    """Fields of a recipe: unknown, of another type, out of range. One that is taken must come back
+    from its json.
+    """
     values = recipe_in(folder).to_dict()
     names = sorted(values)
 
@@ -522,7 +644,7 @@ def presets(draw, folder, n):
         yield partial(read, f"tiny{number}" if number % 20 == 19 else path, more)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class Hostile:
@@ -536,13 +658,15 @@ class Hostile:
 
 
 def checkpoints(draw, folder, n):
-    """A finished run and a projector file: damaged, changed, with files lost, or with code in them."""
+    """A finished run and a projector file: damaged, changed, with files lost, or with code in
+    them.
+    """
     make_squares(folder)
     make_backbones(folder)
     with redirect_stderr(io.StringIO()):
         run = vflan.train(recipe_in(folder))
     proof = folder / "code ran"
-    from vflan.models.llava import save_projector
+    from vflan.models.weights import save_projector
 
     projector = save_projector(run.load_model(), folder / "mm_projector.bin")
     kept = folder / "copy"
@@ -597,8 +721,15 @@ def checkpoints(draw, folder, n):
 
 
 FAMILIES = {  # and how many inputs of each
-    records: 3000, pictures: 3000, archives: 120, benchmarks: 1800, answers: 1500, recipes: 1200, presets: 120, checkpoints: 360,
-}  # fmt: skip
+    records: 3000,
+    pictures: 3000,
+    archives: 120,
+    benchmarks: 1800,
+    answers: 1500,
+    recipes: 1200,
+    presets: 120,
+    checkpoints: 360,
+}
 
 
 def main():
@@ -622,8 +753,11 @@ def main():
             if family.__name__ not in asked.families:
                 continue
             found, began = Counter(), time.monotonic()
-            for call in family(random.Random(f"{family.__name__} {asked.seed}"), Path(scratch) / family.__name__,
-                                     max(1, round(number * asked.share))):  # fmt: skip
+            for call in family(
+                random.Random(f"{family.__name__} {asked.seed}"),
+                Path(scratch) / family.__name__,
+                max(1, round(number * asked.share)),
+            ):
                 at = time.monotonic()
                 verdict, words = outcome(call)
                 slowest = max(slowest, time.monotonic() - at)
@@ -632,7 +766,8 @@ def main():
                     odd[f"{verdict}: {words}"] += 1
             counts[family.__name__] = dict(found)
             print(
-                f"{family.__name__:12} {sum(found.values()):6} {dict(found)} {time.monotonic() - began:.0f} s",
+                f"{family.__name__:12} {sum(found.values()):6} {dict(found)} "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
     shutil.rmtree(os.environ["VFLAN_CACHE"], ignore_errors=True)

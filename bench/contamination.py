@@ -1,17 +1,20 @@
-"""How well copies of evaluation pictures are found among training pictures, how often others are taken for copies, how fast.
+"""How well copies of evaluation pictures are found among training pictures, and how fast.
 
-    python -m bench.contamination                 # into bench/results/data.json, about 15 minutes on two cores
-    python -m bench.contamination --pictures 500  # a quick look, not written down
+    python -m bench.contamination                 # into bench/results/data.json, about 15
+                                                  # minutes on two cores
+    python -m bench.contamination --pictures 500  # a quick look, nothing is written
 
-The thresholds of vflan/data/decontamination.py were chosen on the mini world of seed 0, with an eye on the real samples; here they are
-measured on the mini world of another seed. Of the real samples, where they are at hand, every second one is evaluated on and
-copied, the others are training pictures of no copy; they are the same ones that were looked at then.
+The thresholds of vflan/data/decontamination.py were chosen on the mini world of seed 0, with an eye
+on the real samples; here they are measured on the mini world of another seed. Of the real samples,
+where they are at hand, every second one is evaluated on and copied, the others are training
+pictures of no copy; they are the same ones that were looked at then.
 
-Recall: of evaluation pictures copied into a training set (JPEG at quality 30; half the width and height; 5 % cut off at each
-of the four sides), the share that `check` reports as a copy of that picture; the lowest of the three kinds, over the copies of the
-mini world and of the real samples together. False alarms: the share of training pictures that are no copy and are reported.
-Minutes: 186,000 pictures at the rate of one thread here, times 8; an extrapolation, nothing ran on 8 cores. It counts the time of
-this process on the processor, from pictures in the page cache.
+Recall: of evaluation pictures copied into a training set (JPEG at quality 30; half the width and
+height; 5 % cut off at each of the four sides), the share that `check` reports as a copy of that
+picture; the lowest of the three kinds, over the copies of the mini world and of the real samples
+together. False alarms: the share of training pictures that are no copy and are reported. Minutes:
+186,000 pictures at the rate of one thread here, times 8; an extrapolation, nothing ran on 8 cores.
+It counts the time of this process on the processor, from pictures in the page cache.
 """
 
 import argparse
@@ -133,7 +136,9 @@ def quality(folder: Path, world: Path, seed: int, pictures: int | None):
 
 
 def rate(folder: Path):
-    """Pictures a second of one thread: the real samples, or generated 640 x 480 JPEGs; read from the page cache."""
+    """Pictures a second of one thread: the real samples, or generated 640 x 480 JPEGs; read from
+    the page cache.
+    """
     if REAL.is_dir():
         names, what = [str(p) for p in sorted(REAL.iterdir())], "the real samples"
     else:
@@ -150,13 +155,11 @@ def rate(folder: Path):
         Path(name).read_bytes()
     best = 0
     for attempt in range(3):
-        validation.CACHE = (
-            folder / f"cache-{attempt}"
-        )  # nothing is remembered from the attempt before
-        start = (
-            time.process_time()
-        )  # of this process alone: others that share the machine do not count
-        validation.look_at(names, threads=1)
+        # Nothing is remembered from the attempt before.
+        validation.CACHE = folder / f"cache-{attempt}"
+        # Of this process alone: others that share the machine do not count.
+        start = time.process_time()
+        validation.fingerprints(names, threads=1)
         best = max(best, len(names) / (time.process_time() - start))
     megapixels = np.mean([np.prod(Image.open(name).size) for name in names]) / 1e6
     return best, dict(
@@ -167,7 +170,9 @@ def rate(folder: Path):
 
 
 def search_minutes():
-    """Finding candidates for SIZE pictures among EVALUATION ones, on one thread, from a part of them."""
+    """Finding candidates for SIZE pictures among EVALUATION ones, on one thread, from a part of
+    them.
+    """
     draw = np.random.default_rng(0)
     mine, others = (draw.integers(0, 256, (n, 2, 8, 8, 3), np.uint8) for n in (4000, EVALUATION))
     start = time.process_time()
@@ -211,7 +216,8 @@ def main():
         "recall_by_kind": {k: round(float(v), 4) for k, v in recall.items()},
     }
     notes["extrapolated"] = (
-        f"{SIZE} pictures at the rate of one thread here times 8, and {search:.1f} min to search {EVALUATION} evaluation pictures "
+        f"{SIZE} pictures at the rate of one thread here times 8, and {search:.1f} min to search "
+        f"{EVALUATION} evaluation pictures "
         "for like ones, not divided; opening the like ones again is not in it"
     )
     command = " ".join(

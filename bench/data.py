@@ -1,14 +1,17 @@
-"""What opening Vision-Flan's full 1,664,261 records costs, beside json.load in the same run.
+"""What it costs to open Vision-Flan's full 1,664,261 records, compared with json.load.
 
-    python -m bench.data                      # full size, into bench/results/data.json (about ten minutes, 3 GB of disk)
-    python -m bench.data --rows 100000        # a rehearsal: prints the figures and what they would be at full size
+    python -m bench.data                  # full size, into bench/results/data.json
+                                          # (about ten minutes, 3 GB of disk)
+    python -m bench.data --rows 100000    # a trial: prints the numbers, scaled to full size
 
-The file is made here, seeded, in the form of vision_flan.json: 187 tasks of one written instruction each, one turn, short
-answers, about 590 bytes a record as the released file has. Each figure comes from a fresh process, whose peak is the kernel's own
-(VmHWM). The pictures are not there: opening looks at names only.
+The file is made here, seeded, in the form of vision_flan.json: 187 tasks of one written instruction
+each, one turn, short answers, about 590 bytes a record as the released file has. Each figure comes
+from a fresh process, whose peak is the kernel's own (VmHWM). The pictures are not there: opening
+looks at names only.
 
-open_rss_mb is the peak once the table is open. Reading then maps pages of the table, which belong to the page cache and are shared:
-thousand_rows_rss_mb counts them (64 KB to 1 MB around each look, as the kernel likes), its note _anon_mb is what the process owns.
+open_rss_mb is the peak once the table is open. Reading then maps pages of the table, which belong
+to the page cache and are shared: thousand_rows_rss_mb counts them (64 KB to 1 MB around each look,
+as the kernel likes), its note _anon_mb is what the process owns.
 """
 
 import argparse
@@ -37,8 +40,11 @@ CHECKS = {
     "json_load_rss_mb": ("MB", None, None),
 }
 GROW = ("convert_seconds", "json_load_seconds")  # with the rows
-WORDS = "the a of in on is are which what image picture shown object color category following label choose correct answer".split()
-WORDS += "people animal street vehicle indoor outdoor left right between describe question options given based text scene".split()
+WORDS = (
+    "the a of in on is are which what image picture shown object color category following label "
+    "choose correct answer people animal street vehicle indoor outdoor left right between describe "
+    "question options given based text scene"
+).split()
 WORDS += "café naïve Zürich façade".split()  # names in the answers are not all ASCII
 
 
@@ -88,7 +94,9 @@ def baseline(path):
 
 
 def opening(path, together=None):
-    """Open, then read 1,000 random rows. With `together`, a barrier, wait before measuring until all have done so."""
+    """Open, then read 1,000 random rows. With `together`, a barrier, wait before measuring until
+    all have done so.
+    """
     start = time.perf_counter()
     from vflan.data.samples import load_samples
 
@@ -121,7 +129,9 @@ def opening(path, together=None):
 
 
 def mapped():
-    """MB that this process maps (rss) and its part of them when shared pages are divided among their users (pss); the table's apart."""
+    """MB that this process maps (rss) and its part of them when shared pages are divided among
+    their users (pss); the table's apart.
+    """
     found, table = dict.fromkeys(("rss", "pss", "table_rss", "table_pss"), 0), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
@@ -138,7 +148,9 @@ def _sharing(path, together, queue):
 
 
 def eight(path):
-    """The sums of `mapped` over eight processes that hold the file open at once, none of them the child of another that did."""
+    """The sums of `mapped` over eight processes that hold the file open at once, none of them the
+    child of another that did.
+    """
     fresh = multiprocessing.get_context("spawn")
     together, queue = fresh.Barrier(8, timeout=300), fresh.Queue()
     children = [fresh.Process(target=_sharing, args=(path, together, queue)) for _ in range(8)]
@@ -169,7 +181,7 @@ def main():
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument(
         "--folder",
-        help="where the generated file goes for the time of the run (default: the temporary folder)",
+        help="for the generated file, which is deleted at the end (default: the temporary folder)",
     )
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,13 @@
-"""What the two commands cost here: `make demo` and `make test` in a fresh clone of the last commit; and is it clean after them.
+"""What `make demo` and `make test` cost here, in a fresh clone of the last commit.
 
     python -m bench.demo                      # everything, into bench/results/demo.json
     python -m bench.demo --only demo_minutes demo_peak_gb
 
-Installing is timed on its own (setup_minutes): it depends on the network more than on us. Peak memory is that of the
-process tree, sampled twice a second; pages that processes share count once for each, so the truth is a little lower.
+The clone must also be clean after them.
+
+Installing is timed on its own (setup_minutes): it depends on the network more than on us. Peak
+memory is that of the process tree, sampled twice a second; pages that processes share count once
+for each, so the truth is a little lower.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from bench.record import matmul_gflops, write
-from vflan.tools.notebooks import Watch
+from vflan.tools.watch import Watch
 
 HOME = Path(__file__).resolve().parent.parent
 # name: (unit, at least, at most); the rate has no target, it says what the minutes were measured on
@@ -32,7 +35,9 @@ CHECKS = {
 
 
 def command(target, folder, log):
-    """Run `make target` in `folder` and return its Watch; a failure ends the benchmark with the end of the log."""
+    """Run `make target` in `folder` and return its Watch; a failure ends the benchmark with the end
+    of the log.
+    """
     environment = {
         key: value for key, value in os.environ.items() if key not in ("VFLAN_HOME", "VIRTUAL_ENV")
     }
@@ -49,8 +54,10 @@ def command(target, folder, log):
 
 
 def measure(names, keep=None):
-    """The values of the named checks. demo and test run in a fresh clone (in `keep`, if given), so that nothing is left over
-    from before; `again_minutes` is a second `make demo`, after a first one in the same clone."""
+    """The values of the named checks. demo and test run in a fresh clone (in `keep`, if given), so
+    that nothing is left over from before; `again_minutes` is a second `make demo`, after a first
+    one in the same clone.
+    """
     values = {}
     if "matmul_gflops" in names:
         values["matmul_gflops"] = matmul_gflops()

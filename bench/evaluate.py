@@ -3,13 +3,14 @@
     python -m bench.evaluate                 # everything, into bench/results/evaluate.json
     python -m bench.evaluate --share 0.05    # a twentieth of the questions, to see that it runs
 
-Beside answer() runs what LLaVA's own scripts and most harnesses do: for each question open and prepare the picture, then
-Hugging Face's generate() with batch 1, greedy. Same model, same questions, same processor, same limit on new tokens, one
-thread. The model is a Base of the mini world after a short training (or --run FOLDER), so that its answers end as trained
-answers do. Three sets of questions:
+Beside answer() runs what LLaVA's own scripts and most harnesses do: for each question open and
+prepare the picture, then Hugging Face's generate() with batch 1, greedy. Same model, same
+questions, same processor, same limit on new tokens, one thread. The model is a Base of the mini
+world after a short training (or --run FOLDER), so that its answers end as trained answers do. Three
+sets of questions:
 
-- POPE-shaped: 17.8 yes/no questions a picture, as POPE has (8,910 on 500);
-- single: every mini-world benchmark picture that has held-in, held-out or forgetting questions, one question each;
+- POPE-shaped: 17.8 yes/no questions a picture, as POPE has (8,910 on 500); - single: every
+mini-world benchmark picture that has held-in, held-out or forgetting questions, one question each;
 - all: all questions of all mini-world benchmarks (only whether the answers are equal).
 """
 
@@ -59,9 +60,14 @@ def one_by_one(model, processor, questions, max_new_tokens):
             more["pixel_values"] = pixels.to(model.device, model.dtype)
         ids = torch.tensor([ids], device=model.device)
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **more,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **more,
+        )
         said.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return said
 
@@ -142,20 +148,30 @@ def pope_shaped(pictures, seed=SEED):
     rng, rows = random.Random(seed), []
     for i, path in enumerate(pictures):
         many = int((i + 1) * PER_PICTURE) - int(i * PER_PICTURE)
-        rows += [{"image": path, "text": f"Is there a {thing} in the picture? Answer yes or no."}
-                 for thing in rng.sample(things, many)]  # fmt: skip
+        rows += [
+            {"image": path, "text": f"Is there a {thing} in the picture? Answer yes or no."}
+            for thing in rng.sample(things, many)
+        ]
     return rows
 
 
 def body_of_576(processor, questions):
-    """A random model with LLaVA's 576 picture tokens (336 px, patches of 14) and the mini world's language model."""
+    """A random model with LLaVA's 576 picture tokens (336 px, patches of 14) and the mini world's
+    language model.
+    """
     torch.manual_seed(SEED)
     recipe = preset("tiny").base
     from vflan.models.llava import load_model
 
     text = load_model(recipe).config.text_config
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-                              image_size=336, patch_size=14)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
+    )
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -166,9 +182,8 @@ def body_of_576(processor, questions):
     old = pictures.size, pictures.crop_size
     pictures.size, pictures.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
     try:
-        speedup, notes = compared(
-            model, processor, questions, 2
-        )  # POPE's answers are one token and the end
+        # POPE's answers are one token and the end.
+        speedup, notes = compared(model, processor, questions, 2)
     finally:
         pictures.size, pictures.crop_size = old
     return {"speedup": round(speedup, 1)} | notes
@@ -223,7 +238,9 @@ def measure(run, share):
 
 
 def bf16(model, processor, questions):
-    """The same comparison in half precision, where near ties may fall either way; bf16 is emulated on most CPUs."""
+    """The same comparison in half precision, where near ties may fall either way; bf16 is emulated
+    on most CPUs.
+    """
     half = model.to(torch.bfloat16)
     pairs = list(
         zip(together(half, processor, questions, 16), one_by_one(half, processor, questions, 16))

@@ -1,12 +1,13 @@
-"""Does to long work what long work meets, starts it again, and compares what comes out with work that nothing happened to.
+"""Interrupts long work with faults, starts it again, and compares it with undisturbed work.
 
     python -m bench.faults                       # over 200 faults, into bench/results/faults.json
     python -m bench.faults --share 0.1 --kinds kill full_disk
 
-Each piece of work runs in a process of its own, in a folder of its own, and writes down what came out: hashes of files,
-rows, weights and losses bit by bit, scores. A fault is survived if no half file was taken for a whole one on the way, what
-stopped said why in one sentence, and the work, begun again, ends with the same as work that nothing happened to.
-Disks that fill up and folders that cannot be written are small tmpfs mounts, which need root.
+Each piece of work runs in a process of its own, in a folder of its own, and writes down what came
+out: hashes of files, rows, weights and losses bit by bit, scores. A fault is survived if no half
+file was taken for a whole one on the way, what stopped said why in one sentence, and the work,
+begun again, ends with the same as work that nothing happened to. Disks that fill up and folders
+that cannot be written are small tmpfs mounts, which need root.
 """
 
 import argparse
@@ -38,17 +39,30 @@ from vflan import config, world
 from vflan.config import replace, write_json
 from vflan.evaluation.judge import EndpointJudge
 from vflan.tools import notebooks as book
-from vflan.training.checkpointing import found
+from vflan.training.checkpointing import list_checkpoints
 from vflan.training.run import Run
 from vflan.world.twins import write_twins
 
 PATIENCE = 300  # seconds that any piece of work may take
-SENTENCES = ("disk is full", "No space left", "not enough room", "Read-only", "read-only", "cannot be written", "already",
-             "another process", "another fetch", "is being", "free")  # fmt: skip
+SENTENCES = (
+    "disk is full",
+    "No space left",
+    "not enough room",
+    "Read-only",
+    "read-only",
+    "cannot be written",
+    "already",
+    "another process",
+    "another fetch",
+    "is being",
+    "free",
+)
 
 
 class Workshop:
-    """What all work shares, and the pieces of work: each takes a folder and returns what came out, as json."""
+    """What all work shares, and the pieces of work: each takes a folder and returns what came out,
+    as json.
+    """
 
     def __init__(self, folder):
         self.folder = folder
@@ -85,8 +99,13 @@ class Workshop:
         threading.Thread(
             target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
         ).start()
-        os.environ |= dict(HF_ENDPOINT=self.hub.endpoint, NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1",
-                           OPENAI_BASE_URL=self.server.url, OPENAI_API_KEY="none")  # fmt: skip
+        os.environ |= dict(
+            HF_ENDPOINT=self.hub.endpoint,
+            NO_PROXY="127.0.0.1",
+            HF_HUB_DISABLE_XET="1",
+            OPENAI_BASE_URL=self.server.url,
+            OPENAI_API_KEY="none",
+        )
 
     def reply(self, body, number):
         time.sleep(self.slow if number % 3 else 0.004)
@@ -170,7 +189,10 @@ class Workshop:
         notebooks = home / "notebooks"
         notebooks.mkdir(exist_ok=True)
         for name in ("01_one", "02_two"):
-            text = "import time\nfor i in range(5):\n    time.sleep(0.05)\nprint(open('x').read() if False else 'done')"
+            text = (
+                "import time\nfor i in range(5):\n    time.sleep(0.05)\nprint(open('x').read() "
+                "if False else 'done')"
+            )
             cells = [
                 new_code_cell('preset = "tiny"\nchanges = {}', metadata={"tags": ["parameters"]}),
                 new_code_cell(text),
@@ -179,9 +201,9 @@ class Workshop:
             for number, cell in enumerate(notebook.cells):
                 cell.id = f"{name}-{number}"
             nbformat.write(notebook, notebooks / f"{name}.ipynb")
-        book.ROOT = config.ROOT = home
+        config.ROOT = home
         os.chdir(home)
-        book.press("tiny", notebooks=notebooks)
+        book.run_notebooks("tiny", notebooks=notebooks)
         pressed = [
             nbformat.read(path, 4)
             for path in sorted((home / "runs/tiny/notebooks").glob("*.ipynb"))
@@ -200,9 +222,8 @@ class Workshop:
 
     def export(self, home):
         folder = home / "out"
-        if (
-            not folder.exists()
-        ):  # an export is there whole or not at all; one that is there is not written again
+        # An export is there whole or not at all; one that is there is not written again.
+        if not folder.exists():
             self.run.export(folder)
         return {
             str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
@@ -223,7 +244,9 @@ def digest(path):
 
 
 def start(shop, work, home, shift=0.0):
-    """The id of a new process that does the work in `home` and, at the end, writes what came out into home.json."""
+    """The id of a new process that does the work in `home` and, at the end, writes what came out
+    into home.json.
+    """
     child = os.fork()
     if child:
         return child
@@ -254,7 +277,9 @@ def start(shop, work, home, shift=0.0):
 
 
 def end(child, patience=PATIENCE):
-    """The exit status; a child that is still there after `patience` seconds is killed, and that is an error."""
+    """The exit status; a child that is still there after `patience` seconds is killed, and that is
+    an error.
+    """
     until = time.monotonic() + patience
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -303,7 +328,7 @@ def struck(shop, work, home, draw, length, what=signal.SIGKILL):
     return end(child, 30) != 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def kill(shop, work, home, draw, expected, length):
@@ -332,7 +357,7 @@ def mounted(home, size):
 
 
 def full_disk(shop, work, home, draw, expected, length, room):
-    """A disk with a part of the room that the work needs; then with enough."""
+    """A disk that fills up during the work; then enough free space."""
     mounted(home, max(16_384, int(room * draw.uniform(0.05, 0.9))))
     try:
         hit = bool(end(start(shop, work, home)))
@@ -346,7 +371,7 @@ def full_disk(shop, work, home, draw, expected, length, room):
 
 
 def read_only(shop, work, home, draw, expected, length):
-    """A folder that lost its right to be written to, half-way."""
+    """A folder that becomes read-only during the work."""
     mounted(home, "512m")
     try:
         struck(shop, work, home, draw, length)
@@ -362,7 +387,9 @@ def read_only(shop, work, home, draw, expected, length):
 
 
 def two_at_once(shop, work, home, draw, expected, length):
-    """The same work twice in the same folder at the same time: each is done, waits, or refuses in a sentence."""
+    """The same work twice in the same folder at the same time: each is done, waits, or refuses in a
+    sentence.
+    """
     first = start(shop, work, home)
     time.sleep(draw.uniform(0, length / 2))
     second = start(shop, work, home)
@@ -393,14 +420,14 @@ def clock_moved(shop, work, home, draw, expected, length):
 def damaged_checkpoint(shop, work, home, draw, expected, length):
     """Killed after a checkpoint; then a file of the newest one is cut off, changed or lost."""
     child, folder = start(shop, work, home), home / "runs" / "mine"
-    while not found(folder):
+    while not list_checkpoints(folder):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.3))
     os.killpg(child, signal.SIGKILL)
     end(child)
-    newest = found(folder)
+    newest = list_checkpoints(folder)
     if newest:
         file = draw.choice([path for path in newest[0].rglob("*") if path.is_file()])
         file.write_bytes(damaged(file.read_bytes(), draw)) if draw.random() < 0.8 else file.unlink()
@@ -409,7 +436,7 @@ def damaged_checkpoint(shop, work, home, draw, expected, length):
 
 
 def slow_judge(shop, work, home, draw, expected, length):
-    """A judge that takes longer than anyone waits for, on two replies of three; later it answers."""
+    """A judge that times out on two of three replies; later it answers."""
     shop.slow = 0.7
     try:
         code = end(start(shop, work, home))
@@ -422,15 +449,19 @@ def slow_judge(shop, work, home, draw, expected, length):
 
 
 def kernel(shop, work, home, draw, expected, length):
-    """Interrupt Kernel in a notebook that trains; the same cell again, in the same kernel."""
+    """Interrupt Kernel while a notebook trains; then the same cell again in the same kernel."""
     from jupyter_client.manager import start_new_kernel
 
     home.mkdir()
     write_json(
         home / "recipe.json", replace(shop.recipe, name="mine", runs=str(home / "runs")).to_dict()
     )
-    cell = (f"import json, vflan\nrecipe = vflan.Recipe(**json.load(open({str(home / 'recipe.json')!r})))\n"
-            "run = vflan.train(recipe)\nprint(json.dumps([run.summary['parts'], list(run.metrics().loss)]))")  # fmt: skip
+    cell = (
+        "import json, vflan\nrecipe = "
+        f"vflan.Recipe(**json.load(open({str(home / 'recipe.json')!r})))\n"
+        "run = vflan.train(recipe)\nprint(json.dumps([run.summary['parts'], "
+        "list(run.metrics().loss)]))"
+    )
     manager, client = start_new_kernel(kernel_name="python3")
     try:
         asked = client.execute(cell)
@@ -452,9 +483,8 @@ def kernel(shop, work, home, draw, expected, length):
         while reply := client.execute_interactive(cell, timeout=PATIENCE, output_hook=hear)[
             "content"
         ]:
-            if (
-                reply["status"] != "aborted"
-            ):  # a kernel turns down what reaches it just after an error: press again
+            # A kernel turns down what reaches it just after an error: press again.
+            if reply["status"] != "aborted":
                 break
         if reply["status"] != "ok":
             raise AssertionError(f"the cell, run again: {reply['ename']}: {reply['evalue']}")
@@ -467,17 +497,36 @@ def kernel(shop, work, home, draw, expected, length):
 
 
 KINDS = {  # fault: (how it is done, {work: how often})
-    "kill": (kill, dict(fetch=15, convert=12, check=12, train=14, train_lora=10, train_on_a_slow_disk=10, train_with_two=4,
-                        evaluate=16, judge=12, press=8, build=10, export=8, sweep=4)),
+    "kill": (
+        kill,
+        dict(
+            fetch=15,
+            convert=12,
+            check=12,
+            train=14,
+            train_lora=10,
+            train_on_a_slow_disk=10,
+            train_with_two=4,
+            evaluate=16,
+            judge=12,
+            press=8,
+            build=10,
+            export=8,
+            sweep=4,
+        ),
+    ),
     "interrupt": (interrupt, dict(train=6, evaluate=6, check=4, convert=4, fetch=4)),
     "kernel": (kernel, dict(train=3)),
-    "full_disk": (full_disk, dict(train=5, evaluate=5, convert=3, check=2, fetch=3, build=3, export=3)),
+    "full_disk": (
+        full_disk,
+        dict(train=5, evaluate=5, convert=3, check=2, fetch=3, build=3, export=3),
+    ),
     "read_only": (read_only, dict(train=3, evaluate=3, convert=2, check=2, fetch=2)),
     "two_at_once": (two_at_once, dict(train=4, evaluate=3, convert=3, check=2, fetch=3, build=3)),
     "clock_moved": (clock_moved, dict(train=4, evaluate=3, convert=2, check=2, fetch=2)),
     "damaged_checkpoint": (damaged_checkpoint, dict(train=8, train_lora=4)),
     "slow_judge": (slow_judge, dict(judge=4)),
-}  # fmt: skip
+}
 
 
 def main():
@@ -493,9 +542,17 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         shop = Workshop(scratch / "shop")
-        rows = [{"id": path.stem, "image": path.name, "conversations": [
-                    {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "that"}]}
-                for path in sorted((shop.folder / "questions" / "images").iterdir())]  # fmt: skip
+        rows = [
+            {
+                "id": path.stem,
+                "image": path.name,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat?"},
+                    {"from": "gpt", "value": "that"},
+                ],
+            }
+            for path in sorted((shop.folder / "questions" / "images").iterdir())
+        ]
         vflan.save_samples(rows, shop.folder / "questions" / "pictures.json")
         straight = {}
         for kind in asked.kinds:
@@ -541,9 +598,9 @@ def main():
                 )
     checks = {
         "faults": ("faults", 200, None),
-        "lost": ("faults that lost something or were not told in a sentence", None, 0),
+        "lost": ("faults that lost something or did not end in a clear sentence", None, 0),
         **{
-            kind: (f"faults: {strike.__doc__.split('.')[0].strip()}", 1, None)
+            kind: (f"faults: {' '.join(strike.__doc__.split('.')[0].split())}", 1, None)
             for kind, (strike, _) in KINDS.items()
         },
     }

@@ -1,15 +1,16 @@
 """One command measures a rented GPU: does it work, how fast is it, how much memory does it take.
 
     python -m bench.gpu            # on a GPU: at most 8 minutes, into bench/results/gpu.json
-    python -m bench.gpu --dry      # on a CPU, tiny shapes, about two minutes: does the script itself run
+    python -m bench.gpu --dry      # on a CPU, tiny shapes, two minutes: does the script itself run
 
-It needs PyTorch, transformers, peft and accelerate, and nothing else: no weights, no data set, no network. The 7B model has
-random weights that are made on the device. What only some steps need (datasets, bitsandbytes) is imported where it is used;
-`--packages FOLDER` puts a folder with them on the path. A step that fails, or that outlasts its time box, is recorded with its
-reason, and the next one begins. Every figure is written the moment it is known, to $OUT/gpu.json where OUT is set.
+It needs PyTorch, transformers, peft and accelerate, and nothing else: no weights, no data set, no
+network. The 7B model has random weights that are made on the device. What only some steps need
+(datasets, bitsandbytes) is imported where it is used; `--packages FOLDER` puts a folder with them
+on the path. A step that fails, or that outlasts its time box, is recorded with its reason, and the
+next one begins. Every figure is written the moment it is known, to $OUT/gpu.json where OUT is set.
 
-MFU is the share of the measured bf16 matmul rate that went into the arithmetic which the rows need and no more (bench.train.work):
-recomputed activations and padding do not count.
+MFU is the share of the measured bf16 matmul rate that went into the arithmetic which the rows need
+and no more (bench.train.work): recomputed activations and padding do not count.
 """
 
 import argparse
@@ -69,7 +70,9 @@ class Figures:
     """What is known so far, in the form of every bench's record, on disk after every figure."""
 
     def __init__(self, path, about, card):
-        """Figures of an earlier call on the same kind of card stay until they are measured again."""
+        """Figures of an earlier call on the same kind of card stay until they are measured
+        again.
+        """
         self.path, self.about, self.rows, self.notes = path, about, {}, dict(failed={})
         kept = HOME / "bench" / "results" / "gpu.json"
         old = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -176,15 +179,23 @@ class Bench:
         # the processor is that of 336 pixels and 32,000 words; the weights are made on the device
         rows = 24 if dry else 128
         recipe = real_lengths(folder / "real", rows, "words_only")
-        self.recipe = replace(recipe, precision="bf16", global_batch=rows // 4, micro_batch=2,
-                              max_bad_share=0.1, pack_tokens=2048 if dry else 8192)  # fmt: skip
+        self.recipe = replace(
+            recipe,
+            precision="bf16",
+            global_batch=rows // 4,
+            micro_batch=2,
+            max_bad_share=0.1,
+            pack_tokens=2048 if dry else 8192,
+        )
         self._processor = models.load_processor(self.recipe)
         self.samples = json.loads((folder / "real" / "samples.json").read_text())
 
-    # ------------------------------------------------------------------------------------------------- shared
+    # --------------------------------------------------------------------------------------- shared
 
     def model(self, layers=None, width=None, bits=16, dtype=None):
-        """A LLaVA-1.5 of the 7B shape (or of fewer layers, or narrower), random weights, made on the device."""
+        """A LLaVA-1.5 of the 7B shape (or of fewer layers, or narrower), random weights, made on
+        the device.
+        """
         import torch
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
@@ -192,12 +203,26 @@ class Bench:
 
         small = dict(layers=2, width=64) if self.dry else dict(layers=32, width=4096)
         layers, width = layers or small["layers"], width or small["width"]
-        text = LlamaConfig(vocab_size=32_001, hidden_size=width, intermediate_size=11008 * width // 4096,
-                           num_hidden_layers=layers, num_attention_heads=max(2, width // 128),
-                           max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+        text = LlamaConfig(
+            vocab_size=32_001,
+            hidden_size=width,
+            intermediate_size=11008 * width // 4096,
+            num_hidden_layers=layers,
+            num_attention_heads=max(2, width // 128),
+            max_position_embeddings=4096,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         eye = (2, 32) if self.dry else (24, 1024) if width == 4096 else (4, 256)
-        vision = CLIPVisionConfig(hidden_size=eye[1], intermediate_size=4 * eye[1], num_hidden_layers=eye[0],
-                                  num_attention_heads=max(2, eye[1] // 64), image_size=336, patch_size=14)  # fmt: skip
+        vision = CLIPVisionConfig(
+            hidden_size=eye[1],
+            intermediate_size=4 * eye[1],
+            num_hidden_layers=eye[0],
+            num_attention_heads=max(2, eye[1] // 64),
+            image_size=336,
+            patch_size=14,
+        )
         config = models._llava_config(
             vision, text, self.processor().tokenizer.convert_tokens_to_ids("<image>")
         )
@@ -242,43 +267,59 @@ class Bench:
         start, text = np.concatenate([[0], np.cumsum(lengths)]), np.dtypes.StringDType()
         learned = np.concatenate(learned)
         return Data(
-            ids=np.array([row["id"] for row in samples], dtype=text), tokens=np.concatenate(tokens), learned=learned,
-            start=start, pictures=np.array(list(numbers), dtype=text), picture=picture,
+            ids=np.array([row["id"] for row in samples], dtype=text),
+            tokens=np.concatenate(tokens),
+            learned=learned,
+            start=start,
+            pictures=np.array(list(numbers), dtype=text),
+            picture=picture,
             lengths=lengths + (wide - 1) * (picture >= 0),
-            supervised=np.add.reduceat(learned, start[:-1], dtype=np.int64), image_tokens=wide,
-            image_token_id=config.image_token_id, packed=packs(self.recipe),
-        )  # fmt: skip
+            supervised=np.add.reduceat(learned, start[:-1], dtype=np.int64),
+            image_tokens=wide,
+            image_token_id=config.image_token_id,
+            packed=packs(self.recipe),
+        )
 
     def trained(self, recipe, model, warm=2):
-        """(useful tokens/s, MFU, peak GB) of vflan's own training of a model in memory; the first steps are not timed."""
+        """(useful tokens/s, MFU, peak GB) of vflan's own training of a model in memory; the first
+        steps are not timed.
+        """
         import torch
 
         import vflan
         from bench.train import work
         from vflan.models import llava as models
-        from vflan.training.batching import plan
+        from vflan.training.batching import batch_order
         from vflan.training.run import Run
 
         vflan.train  # noqa: B018 - reads the module of that name
         module, data = sys.modules["vflan.training.trainer"], self.data(model.config)
         shapes = model.config.vision_config, model.config.text_config
-        swaps = [(models, "load_model", lambda *_: model), (models, "load_processor", lambda *_: self.processor()),
-                 (module, "prepare", lambda *_, **__: data),
-                 # hashing 13 GB on one core, thrice, is not what is measured; nor is writing them
-                 (models, "fingerprint", lambda weights: "not hashed here"),
-                 (Run, "finish", lambda run, *_, **__: (run.folder / "done.json").write_text("{}"))]  # fmt: skip
+        swaps = [
+            (models, "load_model", lambda *_: model),
+            (models, "load_processor", lambda *_: self.processor()),
+            (module, "prepare", lambda *_, **__: data),
+            # hashing 13 GB on one core, thrice, is not what is measured; nor is writing them
+            (models, "fingerprint", lambda weights: "not hashed here"),
+            (Run, "finish", lambda run, *_, **__: (run.folder / "done.json").write_text("{}")),
+        ]
         recipe = recipe.__class__(**{**recipe.__dict__, "name": f"gpu-{time.time_ns()}"})
         with patched(swaps):
             run = vflan.train(recipe)
-        metrics, batches = run.metrics(), plan(data, recipe)
+        metrics, batches = run.metrics(), batch_order(data, recipe)
         rows = [row for step in batches[warm:] for row in step]
         seconds = metrics.seconds.iloc[-1] - metrics.seconds.iloc[warm - 1]
         rate = data.lengths[rows].sum() / seconds
         flops = work(data, rows, recipe, shapes) / seconds
         peak = float(metrics.peak_gb.max()) if torch.cuda.is_available() else None
-        note = dict(steps=len(batches) - warm, rows=len(rows), seconds=round(float(seconds), 2),
-                    ends_s=metrics.seconds.round(1).tolist(),
-                    fill=round(float(metrics.fill.mean()), 3), tflops=round(flops / 1e12, 1))  # fmt: skip
+        note = dict(
+            steps=len(batches) - warm,
+            rows=len(rows),
+            seconds=round(float(seconds), 2),
+            ends_s=metrics.seconds.round(1).tolist(),
+            fill=round(float(metrics.fill.mean()), 3),
+            tflops=round(flops / 1e12, 1),
+        )
         return (
             float(rate),
             float(flops / 1e12 / self.rate) if self.rate else float("nan"),
@@ -286,10 +327,12 @@ class Bench:
             note,
         )
 
-    # --------------------------------------------------------------------------------------------------- steps
+    # ---------------------------------------------------------------------------------------- steps
 
     def matmul(self):
-        """The rate that all shares are of: a bf16 product of 8192 x 8192 (dry: fp32, 512), the median of 30."""
+        """The rate that all shares are of: a bf16 product of 8192 x 8192 (dry: fp32, 512), the
+        median of 30.
+        """
         import torch
 
         n = 512 if self.dry else 8192
@@ -322,12 +365,21 @@ class Bench:
         from vflan.config import replace
 
         base, sets = vflan.preset("tiny").base, self.world / "samples"
-        recipe = replace(base, name=name, runs=str(self.folder / "runs"), samples=str(sets / "flan.json"),
-                         images=str(sets / "images"), max_bad_share=0.5, **changes)  # fmt: skip
+        recipe = replace(
+            base,
+            name=name,
+            runs=str(self.folder / "runs"),
+            samples=str(sets / "flan.json"),
+            images=str(sets / "images"),
+            max_bad_share=0.5,
+            **changes,
+        )
         return vflan.train(recipe)
 
     def packed(self):
-        """Packed rows against the same rows one by one: loss and gradients, fp32 and bf16, 4 layers."""
+        """Packed rows against the same rows one by one: loss and gradients, fp32 and bf16, 4
+        layers.
+        """
         import torch
 
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -341,8 +393,8 @@ class Bench:
         import torch
 
         from vflan.config import replace
+        from vflan.models.image_features import Pictures
         from vflan.models.loss import Learner
-        from vflan.training.batching import Pictures
 
         recipe = replace(self.recipe, precision="fp32" if dtype == torch.float32 else "bf16")
         model = self.model(
@@ -380,8 +432,9 @@ class Bench:
         )
 
     def ways(self):
-        """Where a step's time goes, on layers of 7B's width: forward, backward and optimiser of one packed row, by attention,
-        compiled or not, with or without recomputing activations."""
+        """Where a step's time goes, on layers of 7B's width: forward, backward and optimiser of one
+        packed row, by attention, compiled or not, with or without recomputing activations.
+        """
         layers = 2 if self.dry else 8
         table = self.figures.notes["ways"] = []
         for kind, attention, compiled, recompute in WAYS:
@@ -411,8 +464,9 @@ class Bench:
         import vflan.training.trainer  # noqa: F401
         from vflan.config import replace
         from vflan.models import llava as models
+        from vflan.models.image_features import Pictures
         from vflan.models.loss import Learner
-        from vflan.training.batching import Pictures, pack
+        from vflan.training.batching import pack
 
         changes = dict(gradient_checkpointing=recompute, compile=compiled and not self.dry)
         changes |= dict(LORA) if kind != "full" else dict(optimizer=self.optimizer())
@@ -459,9 +513,17 @@ class Bench:
             round(torch.cuda.max_memory_allocated() / 1e9, 1) if torch.cuda.is_available() else None
         )
         first = round(times["forward"][0] + times["backward"][0], 1)
-        return dict(kind=kind, attention=model.model.language_model.config._attn_implementation, compiled=compiled,
-                    recompute=recompute, layers=layers, positions=ready[0][0][0].numel(), ms=ms, gb=peak,
-                    first_pass_s=first)  # fmt: skip
+        return dict(
+            kind=kind,
+            attention=model.model.language_model.config._attn_implementation,
+            compiled=compiled,
+            recompute=recompute,
+            layers=layers,
+            positions=ready[0][0][0].numel(),
+            ms=ms,
+            gb=peak,
+            first_pass_s=first,
+        )
 
     def answers(self):
         """Batched answers of the mini world against one by one."""
@@ -493,7 +555,9 @@ class Bench:
             )
 
     def full(self):
-        """All of 7B's language model. On one card of 80 GB weights and moments are 16-bit (fp32 masters are 81 GB)."""
+        """All of 7B's language model. On one card of 80 GB weights and moments are 16-bit (fp32
+        masters are 81 GB).
+        """
         from vflan.config import replace
 
         recipe = replace(self.recipe, optimizer=self.optimizer(), **self.how)
@@ -536,7 +600,9 @@ class Bench:
         self.figures.put(f"{name}_gb", peak, **{name: note | more})
 
     def evaluation(self):
-        """Questions/s at 7B: POPE's shape (17.8 questions a picture) batched and one at a time, and one question a picture."""
+        """Questions/s at 7B: POPE's shape (17.8 questions a picture) batched and one at a time, and
+        one question a picture.
+        """
         import torch
 
         from bench.evaluate import one_by_one, pope_shaped, together
@@ -588,7 +654,9 @@ class Bench:
         self.figures.put("resume_error", error)
 
     def baseline(self):
-        """Hugging Face's Trainer on the same rows: LoRA, padded, micro-batches of 2, as bench.train has it on a CPU."""
+        """Hugging Face's Trainer on the same rows: LoRA, padded, micro-batches of 2, as bench.train
+        has it on a CPU.
+        """
         import bench.train as train
         from vflan.config import replace
 
@@ -619,7 +687,9 @@ LORA = dict(lora_r=128, lora_alpha=256, lora_dropout=0.05, lr=2e-4)
 
 
 def thrifty():
-    """A `freeze` after which what learns stays in the weights' own dtype, in place of fp32 master weights."""
+    """A `freeze` after which what learns stays in the weights' own dtype, in place of fp32 master
+    weights.
+    """
     import torch
 
     from vflan.models import llava as models
@@ -634,15 +704,25 @@ def thrifty():
 
 
 def quantise(module, dtype):
-    """Put nf4 layers in place of the linear ones, one after the other, so that only one is there in both forms."""
+    """Put nf4 layers in place of the linear ones, one after the other, so that only one is there in
+    both forms.
+    """
     import bitsandbytes as bnb
     from torch import nn
 
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            # Made without a weight of its own: to draw one on the CPU for each layer takes a minute.
-            layer = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
-                                      quant_type="nf4", compress_statistics=True, device="meta")  # fmt: skip
+            # Made without a weight of its own: to draw one on the CPU for each layer takes a
+            # minute.
+            layer = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=False,
+                compute_dtype=dtype,
+                quant_type="nf4",
+                compress_statistics=True,
+                device="meta",
+            )
             layer.weight = bnb.nn.Params4bit(
                 child.weight.data, requires_grad=False, quant_type="nf4"
             )
@@ -675,9 +755,8 @@ def guards():
         sys.modules["datasets"] = lacking
     from transformers import PreTrainedModel
 
-    if not hasattr(
-        PreTrainedModel, "activation_checkpointing_enable"
-    ):  # its name before transformers 5.2x
+    # Its name before transformers 5.2x.
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
         PreTrainedModel.activation_checkpointing_enable = (
             PreTrainedModel.gradient_checkpointing_enable
         )
@@ -730,8 +809,11 @@ def main():
         card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
         memory = round(torch.cuda.mem_get_info()[1] / 1e9, 1) if torch.cuda.is_available() else None
         cpu = machine()
-        about = dict(machine=cpu | dict(cpu=f"{card} beside {cpu['cpu']}"), versions=versions(),
-                     command="python -m bench.gpu")  # fmt: skip
+        about = dict(
+            machine=cpu | dict(cpu=f"{card} beside {cpu['cpu']}"),
+            versions=versions(),
+            command="python -m bench.gpu",
+        )
         figures = Figures(Path(out) if out else default, about, "" if options.dry else card)
         figures.notes |= dict(card=card, gpu_memory_gb=memory, seed=SEED)
         started, bench = time.monotonic(), Bench(figures, Path(folder), options.dry)

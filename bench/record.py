@@ -1,4 +1,4 @@
-"""How a bench writes down what it measured: bench/results/NAME.json, with the machine, the versions and the commit."""
+"""Writes what a bench measured to bench/results/NAME.json, with machine, versions and commit."""
 
 import json
 import os
@@ -13,10 +13,12 @@ RESULTS = HOME / "bench" / "results"
 
 
 def write(name, checks, values, command, **notes):
-    """Write `values` into results/NAME.json and print them; figures of an earlier run on this machine stay if not measured now.
+    """Write `values` to results/NAME.json and print them.
 
-    checks: {figure: (unit, at least or None, at most or None)}, in the order of the file. A value of None is a figure that
-    could not be measured here: its row says "not measured". `notes` (seeds, sizes, what was compared) stand in the record.
+    Numbers of an earlier run on this machine stay if they were not measured now. checks: {figure:
+    (unit, at least or None, at most or None)}, in the order of the file. None as a value means that
+    it could not be measured here; its row says "not measured". notes: seeds, sizes, what was
+    compared.
     """
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -41,9 +43,8 @@ def write(name, checks, values, command, **notes):
     }
     record = {"machine": here, "versions": versions, "command": command}
     record |= {"notes": notes} if notes else {}
-    others = [
-        figure for figure in rows if figure not in checks
-    ]  # of another bench that writes into the same file
+    # Of another bench that writes into the same file.
+    others = [figure for figure in rows if figure not in checks]
     record["checks"] = [rows[figure] for figure in [*checks, *others] if figure in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -100,7 +101,9 @@ def machine():
 
 
 def matmul_gflops(n=1024, seconds=2.0):
-    """The rate of an n x n fp32 matrix product on one thread: the best of what `seconds` allow, in GFLOPS."""
+    """The rate of an n x n fp32 matrix product on one thread: the best of what `seconds` allow, in
+    GFLOPS.
+    """
     import torch
 
     threads = torch.get_num_threads()

@@ -1,12 +1,15 @@
-"""Kills training runs at random moments, starts them again, and compares the weights with those of a run never killed.
+"""Kills training runs at random moments, starts them again, and compares their weights.
 
     python -m bench.resume                # into bench/results/resume.json
     python -m bench.resume --kills 5 --pairs 0
 
-A small random LLaVA in fp32 on a CPU; rows with and without a picture, several epochs, held-out rows looked at on the way;
-half of the runs tune in full, half with LoRA and dropout. Four kinds of kill, all SIGKILL: at any moment of a run; while a
-checkpoint is being written (the disk made slow, so that there is such a moment); one of two processes; and the process
-that started the two. At last a disk (a small tmpfs, which needs root) that fills up in the middle of a checkpoint.
+The comparison is with the weights of a run that was never killed.
+
+A small random LLaVA in fp32 on a CPU; rows with and without a picture, several epochs, held-out
+rows looked at on the way; half of the runs tune in full, half with LoRA and dropout. Four kinds of
+kill, all SIGKILL: at any moment of a run; while a checkpoint is being written (the disk made slow,
+so that there is such a moment); one of two processes; and the process that started the two. At last
+a disk (a small tmpfs, which needs root) that fills up in the middle of a checkpoint.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import vflan
 from bench.record import write
 from tests.conftest import make_backbones, make_squares
 from vflan.config import Recipe
-from vflan.training.checkpointing import found
+from vflan.training.checkpointing import list_checkpoints
 from vflan.training.run import Run
 
 WAYS = {"full": {}, "lora": dict(lora_r=4, lora_alpha=8, lora_dropout=0.3)}
@@ -63,7 +66,9 @@ def make_recipe(folder):
 
 
 def start(recipe, processes=1, slow_disk=0.0):
-    """The id of a new process that trains the recipe; forked, so that it need not import everything anew."""
+    """The id of a new process that trains the recipe; forked, so that it need not import everything
+    anew.
+    """
     child = os.fork()
     if child:
         return child
@@ -120,8 +125,8 @@ def kill_while_writing(recipe, draw, length):
         draw.randrange(1, 12),
     )
     while not (
-        len(found(recipe.folder))
-        and int(found(recipe.folder)[0].name[5:]) >= 5 * whole
+        len(list_checkpoints(recipe.folder))
+        and int(list_checkpoints(recipe.folder)[0].name[5:]) >= 5 * whole
         and part.exists()
     ):
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -133,9 +138,14 @@ def kill_while_writing(recipe, draw, length):
 
 
 def kill_of_two(recipe, draw, whom):
-    """Kill one of the two workers, or the process that started them, some time after the first checkpoint."""
+    """Kill one of the two workers, or the process that started them, some time after the first
+    checkpoint.
+    """
     child, after = start(recipe, processes=2), draw.randrange(5, 60, 5)
-    while not (found(recipe.folder) and int(found(recipe.folder)[0].name[5:]) >= after):
+    while not (
+        list_checkpoints(recipe.folder)
+        and int(list_checkpoints(recipe.folder)[0].name[5:]) >= after
+    ):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.01)
@@ -156,8 +166,9 @@ def kill_of_two(recipe, draw, whom):
 
 
 def full_disk(recipe, folder):
-    """1 if a run on a disk that fills up ends in one sentence, keeps its last checkpoint and, given room, ends as one that never
-    stopped; 0 if not; None if no small disk can be had here."""
+    """1 if a run on a disk that fills up ends in one sentence, keeps its last checkpoint and, given
+    room, ends as one that never stopped; 0 if not; None if no small disk can be had here.
+    """
     disk = folder / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -172,7 +183,7 @@ def full_disk(recipe, folder):
         failed = end(start(recipe))
         said = log.read_text() if log.exists() else ""
         sentence = [line for line in said.splitlines() if "disk is full" in line]
-        kept = found(recipe.folder)
+        kept = list_checkpoints(recipe.folder)
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         run, _ = train(recipe)
         print(sentence[-1] if sentence else said[-500:], flush=True)
@@ -223,7 +234,8 @@ def main():
             equal = same(train(mine, 1 if way in WAYS else 2)[0], whole)
             kills, identical, counts[kind] = kills + 1, identical + equal, counts.get(kind, 0) + 1
             print(
-                f"{number:3} {kind:8} {way:10} killed after step {at:3}: {'identical' if equal else 'DIFFERENT'}",
+                f"{number:3} {kind:8} {way:10} killed after step {at:3}: "
+                f"{'identical' if equal else 'DIFFERENT'}",
                 flush=True,
             )
         filled = full_disk(recipe, Path(folder))

@@ -1,16 +1,18 @@
-"""What the training loop is worth: `vflan.train` beside the plain baseline, on the same rows, model and machine.
+"""How fast `vflan.train` is, compared with a plain baseline on the same rows, model and machine.
 
     python -m bench.train                 # on the CPU, into bench/results/train.json
     python -m bench.train --tiny          # toy sizes, to try the code; nothing is written
 
 GPUs are measured by bench.gpu.
 
-The baseline is what one would write without us: Hugging Face's `Trainer` around `LlavaForConditionalGeneration`, a padding
-collator, pictures read by two workers, and LLaVA-1.5's sampler (batches of one modality, lengths dealt evenly). It is given
-our token ids, so tokenising costs neither of the two anything. Each run is a process of its own, ours and the baseline's
-in turn; the speed-up is the median over the pairs. Useful tokens: all that are not padding, a picture's positions among them.
-The clock runs from the first look at a picture to the end of the last step. Peak memory: the most that the process ever
-had resident (imports included, the baseline's workers not), on a GPU the most that PyTorch had allocated.
+The baseline is what one would write without us: Hugging Face's `Trainer` around
+`LlavaForConditionalGeneration`, a padding collator, pictures read by two workers, and LLaVA-1.5's
+sampler (batches of one modality, lengths dealt evenly). It is given our token ids, so tokenising
+costs neither of the two anything. Each run is a process of its own, ours and the baseline's in
+turn; the speed-up is the median over the pairs. Useful tokens: all that are not padding, a
+picture's positions among them. The clock runs from the first look at a picture to the end of the
+last step. Peak memory: the most that the process ever had resident (imports included, the
+baseline's workers not), on a GPU the most that PyTorch had allocated.
 """
 
 import argparse
@@ -46,24 +48,25 @@ CHECKS = {
 SEED = 0
 VOCABULARY = 32_000
 TINY = dict(hidden=32, layers=2, wide=64, heads=2, tower=(3, 32, 48, 12))
-# tower: layers, width, pixels, pixels of a patch; 336 / 14 gives 576 positions a picture, as in LLaVA-1.5
+# tower: layers, width, pixels, pixels of a patch; 336 / 14 gives 576 positions a picture, as in
+# LLaVA-1.5; "words_only" has a tower only because its processor needs one
 BODIES = {
     "small": dict(hidden=256, layers=4, wide=688, heads=4, tower=(3, 128, 336, 14)),
     "larger": dict(hidden=384, layers=6, wide=1024, heads=6, tower=(4, 192, 336, 14)),
     "tiny": TINY,
-    "words_only": dict(
-        hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)
-    ),  # for its processor
+    "words_only": dict(hidden=32, layers=1, wide=64, heads=2, tower=(1, 32, 336, 14)),
 }
 
 
-# ---------------------------------------------------------------------------------------------- what is trained on
+# ------------------------------------------------------------------------------- what is trained on
 
 
 def lengths(n, seed=SEED):
-    """A mix like LLaVA-1.5's: per row whether it has a picture, and (question words, answer words) of its turns.
+    """A mix like LLaVA-1.5's: per row whether it has a picture, and (question words, answer words)
+    of its turns.
 
-    40 % ask one thing and get a short answer, 54 % have several turns or a long answer, 6 % are text only, up to 2,048 tokens.
+    40 % ask one thing and get a short answer, 54 % have several turns or a long answer, 6 % are
+    text only, up to 2,048 tokens.
     """
     draw, rows = np.random.default_rng(seed), []
     for kind in draw.choice(3, n, p=[0.40, 0.54, 0.06]):
@@ -86,7 +89,9 @@ def lengths(n, seed=SEED):
 
 
 def real_lengths(folder, rows, body):
-    """A Recipe over synthetic rows of those lengths: random words of a 32,000-word vocabulary, a photograph-sized JPEG each."""
+    """A Recipe over synthetic rows of those lengths: random words of a 32,000-word vocabulary, a
+    photograph-sized JPEG each.
+    """
     from PIL import Image
 
     draw, samples = np.random.default_rng(SEED), []
@@ -127,7 +132,9 @@ def real_lengths(folder, rows, body):
 
 
 def make_body(folder, hidden, layers, wide, heads, tower):
-    """Folders of a random CLIP tower and Llama of this shape, with a tokenizer that knows 32,000 words."""
+    """Folders of a random CLIP tower and Llama of this shape, with a tokenizer that knows 32,000
+    words.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -213,7 +220,8 @@ def mini_world(folder, rows):
         path = resolve(base.samples).with_name(f"{stage}.json")
         if not path.is_file():
             sys.exit(
-                f"{path.relative_to(HOME)} is not there: run notebooks/01_data_exploration.ipynb first."
+                f"{path.relative_to(HOME)} is not there: run notebooks/01_data_exploration.ipynb "
+                "first."
             )
         mix += json.loads(path.read_text())
     folder.mkdir(parents=True)
@@ -225,16 +233,18 @@ def mini_world(folder, rows):
     )
 
 
-# ---------------------------------------------------------------------------------------- the two runs, a process each
+# --------------------------------------------------------------------- the two runs, a process each
 
 
 def ours(recipe):
-    """Data, when each step of `vflan.train` ended (seconds from the start of its loop), the rows of each, and the run."""
+    """Data, when each step of `vflan.train` ended (seconds from the start of its loop), the rows of
+    each, and the run.
+    """
     import torch
 
     import vflan
     from vflan.models import llava as models
-    from vflan.training.batching import plan
+    from vflan.training.batching import batch_order
 
     module, kept = import_module("vflan.training.trainer"), []
     module.prepare = lambda *arguments, prepare=module.prepare, **more: (
@@ -245,7 +255,7 @@ def ours(recipe):
             folder
         ).mkdir()  # 13 GB that nobody reads
     run = vflan.train(recipe)
-    batches = [rows.tolist() for rows in plan(kept[0], recipe)]
+    batches = [rows.tolist() for rows in batch_order(kept[0], recipe)]
     return kept[0], run.metrics().seconds.tolist(), batches, run
 
 
@@ -266,7 +276,9 @@ def loaded(recipe):
 
 
 def baseline(recipe, order=None):
-    """The same for the baseline, and its model; with `order` it takes the rows in this order in place of its sampler's."""
+    """The same for the baseline, and its model; with `order` it takes the rows in this order in
+    place of its sampler's.
+    """
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -276,9 +288,8 @@ def baseline(recipe, order=None):
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
     model.config.use_cache = model.config.text_config.use_cache = False
-    model._hf_peft_config_loaded = bool(
-        recipe.lora_r
-    )  # else Trainer takes a 4-bit model for one that cannot learn
+    # Else Trainer takes a 4-bit model for one that cannot learn.
+    model._hf_peft_config_loaded = bool(recipe.lora_r)
     share, times = recipe.global_batch // recipe.micro_batch, []
     order = llava_order(data, recipe.micro_batch, share) if order is None else order
 
@@ -347,8 +358,10 @@ def baseline(recipe, order=None):
 
 
 def llava_order(data, batch, world, seed=SEED):
-    """LLaVA-1.5's sampler in our words: stretches of one modality as large as a global batch, in each of them the rows dealt
-    to the micro-batches, longest first to the one with least, by the number of text tokens (a picture counts nothing)."""
+    """LLaVA-1.5's sampler in our words: stretches of one modality as large as a global batch, in
+    each of them the rows dealt to the micro-batches, longest first to the one with least, by the
+    number of text tokens (a picture counts nothing).
+    """
     draw, whole, rest = np.random.default_rng(seed), [], []
     text = data.lengths - (data.image_tokens - 1) * (data.picture >= 0)
     for rows in (np.flatnonzero(data.picture >= 0), np.flatnonzero(data.picture < 0)):
@@ -368,7 +381,9 @@ def llava_order(data, batch, world, seed=SEED):
 
 
 def child(kind, recipe, warm):
-    """Train once and say how it went, as json on the last line; the first `warm` steps are not timed."""
+    """Train once and say how it went, as json on the last line; the first `warm` steps are not
+    timed.
+    """
     from vflan.training.metrics import peak_gb
 
     data, ends, steps, left = ours(recipe) if kind == "ours" else baseline(recipe)
@@ -398,10 +413,12 @@ def padded_fill(data, steps, recipe):
 
 
 def work(data, rows, recipe, shapes=None):
-    """The floating-point operations that these rows need and no more: 2 a weight and position forward, 2 for the gradient of
-    the inputs, 2 for that of the weights (LoRA: of the adapters only); the head at learned positions, the tower once and
-    forward only, attention within a conversation and to the left. Recomputing and padding are not work. shapes: the
-    configurations of tower and language model; None: those of the recipe."""
+    """The floating-point operations that these rows need and no more: 2 a weight and position
+    forward, 2 for the gradient of the inputs, 2 for that of the weights (LoRA: of the adapters
+    only); the head at learned positions, the tower once and forward only, attention within a
+    conversation and to the left. Recomputing and padding are not work. shapes: the configurations
+    of tower and language model; None: those of the recipe.
+    """
     from vflan.models import llava as models
 
     tower, body = shapes or models.shapes(recipe)
@@ -444,11 +461,13 @@ def start(kind, recipe, warm=0, folder=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 
 
 def beside(recipe, repeats, gflops, warm=0):
-    """(speed-up, memory ratio, what to note) of ours over the baseline: `repeats` runs of each, in turn."""
+    """(speed-up, memory ratio, what to note) of ours over the baseline: `repeats` runs of each, in
+    turn.
+    """
     runs = {"ours": [], "baseline": []}
     for _ in range(repeats):
         for kind, found in runs.items():
@@ -480,14 +499,17 @@ def beside(recipe, repeats, gflops, warm=0):
 
 
 def fills(rows=8192, batch=128, budget=8192):
-    """How full packed rows are on the bench's length mix: against the widest of each step (the figure) and the budget; and
-    how full padded micro-batches of 16 are, in our order and in LLaVA's."""
+    """How full packed rows are on the bench's length mix: against the widest of each step (the
+    figure) and the budget; and how full padded micro-batches of 16 are, in our order and in
+    LLaVA's.
+    """
     from types import SimpleNamespace
 
-    from vflan.training.batching import pack, plan
+    from vflan.training.batching import batch_order, pack
 
     mix = lengths(rows)
-    # the template's own words: 36 before the first question, 3 around each later one, an end token for each answer
+    # the template's own words: 36 before the first question, 3 around each later one, an end token
+    # for each answer
     size = np.array(
         [36 + 576 * seen + sum(5 + q + a for q, a in turns) for seen, turns in mix]
     ).clip(max=2048)
@@ -498,7 +520,7 @@ def fills(rows=8192, batch=128, budget=8192):
     )
     padded = replace(packed, packing="padded")
     widest = slots = useful = 0
-    for step in plan(data, packed):
+    for step in batch_order(data, packed):
         groups = pack(size[step], budget)
         useful += size[step].sum()
         slots += len(groups) * budget
@@ -510,7 +532,7 @@ def fills(rows=8192, batch=128, budget=8192):
         budget=budget,
         mean_length=round(float(size.mean()), 1),
         against_the_budget=round(float(useful / slots), 4),
-        padded_in_our_order=round(padded_fill(data, plan(data, padded), padded), 4),
+        padded_in_our_order=round(padded_fill(data, batch_order(data, padded), padded), 4),
         padded_in_llavas_order=round(padded_fill(data, theirs, padded), 4),
         padding_in_packed_rows=0,
     )
@@ -518,10 +540,12 @@ def fills(rows=8192, batch=128, budget=8192):
 
 
 def packed_error(recipe, rows=6):
-    """The largest difference between a packed row and its conversations one by one: of the mean loss and of its gradients."""
+    """The largest difference between a packed row and its conversations one by one: of the mean
+    loss and of its gradients.
+    """
     from vflan.models import llava as models
+    from vflan.models.image_features import Pictures
     from vflan.models.loss import Learner
-    from vflan.training.batching import Pictures
 
     model, processor, data = loaded(recipe)
     models.freeze(model, recipe)
@@ -549,8 +573,8 @@ def losses(recipe, model, processor, data, rows):
     import torch
 
     from vflan.data.images import read_picture
+    from vflan.models.image_features import Pictures
     from vflan.models.loss import Learner
-    from vflan.training.batching import Pictures
 
     with torch.no_grad():
         mine = total = 0.0
@@ -569,13 +593,15 @@ def losses(recipe, model, processor, data, rows):
 
 
 def equal_losses(recipe, steps=6):
-    """The two losses on the same rows before training, and after the same steps; what is left of the difference is rounding."""
+    """The two losses on the same rows before training, and after the same steps; what is left of
+    the difference is rounding.
+    """
     import vflan
-    from vflan.training.batching import plan
+    from vflan.training.batching import batch_order
 
     recipe = replace(recipe, name="equal", schedule="constant", warmup_ratio=0.0, max_steps=steps)
     model, processor, data = loaded(recipe)
-    rows, order = list(range(16)), [int(row) for step in plan(data, recipe) for row in step]
+    rows, order = list(range(16)), [int(row) for step in batch_order(data, recipe) for row in step]
     first = losses(recipe, model, processor, data, rows)
     mine = vflan.train(recipe).load_model()
     *_, theirs = baseline(recipe, order)

@@ -1,10 +1,11 @@
 #!/bin/bash
-# The three stages of a preset on one or several machines that share the project folder; the same line on each of them:
+# Train the three stages of a preset on one or several machines that share the project folder.
+# Run the same line on each machine:
 #
-#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/torchrun.sh full_13b        # and NODE_RANK=1 on the other
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/torchrun.sh full_13b   # NODE_RANK=1 on the other
 #
-# NPROC_PER_NODE: GPUs of a machine. What follows goes to examples/train.py. A killed run, started again, goes on from its
-# last checkpoint if the recipe has save_every.
+# NPROC_PER_NODE is the number of GPUs of a machine. All arguments go to examples/train.py. If the recipe
+# has save_every, a killed run continues from its last checkpoint when it is started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \

@@ -1,9 +1,9 @@
-"""The three stages of a preset in as many processes as torchrun has started; in one, without it.
+"""Train the three stages of a preset, in the processes that torchrun started, or in this one.
 
     python examples/train.py tiny
     examples/torchrun.sh full_13b --changes '{"save_every": 500}'
 
-A finished stage is read, not trained again, so the same line goes on where a job ended.
+A finished stage is loaded, not trained again, so the same command continues a job that ended early.
 """
 
 import argparse
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--changes", type=json.loads, default={}, help="Recipe fields for all three stages, as JSON"
     )
-    asked = parser.parse_args()
-    run, recipes = None, vflan.preset(asked.preset, **asked.changes)
-    for recipe in recipes:
+    arguments = parser.parse_args()
+    run = None
+    for recipe in vflan.preset(arguments.preset, **arguments.changes):
         run = vflan.train(recipe, init=run)

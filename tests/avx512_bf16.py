@@ -1,6 +1,6 @@
-"""A processor with AVX512-BF16, played on any other.
+"""Simulates a processor with AVX512-BF16.
 
-On such a one bitsandbytes lays 4-bit weights out anew to answer with them.
+On such a processor bitsandbytes changes the layout of 4-bit weights for inference.
 """
 
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 @contextmanager
 def avx512_bf16(monkeypatch):
-    """Layers made in here take this for such a processor. On one that is, nothing is changed."""
+    """Layers made inside see such a processor. On a real one nothing changes."""
     if bitsandbytes.functional.has_avx512bf16():
         yield
         return
@@ -29,7 +29,7 @@ def _product(x, packed, shape, scales, code, blocksize):
     Like the kernel it rounds to bf16 and has no derivative.
     """
     rows, columns = shape
-    # 32 rows go together: first the lower halves of 32 bytes, then the upper ones, column by column
+    # Each group of 32 rows stores, column by column, the lower halves of 32 bytes, then the upper.
     halves = packed.reshape(-1, 32)
     numbers = torch.cat([halves & 15, halves >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
     numbers = numbers.transpose(1, 2).reshape(rows, columns)

@@ -1,4 +1,4 @@
-"""A local server that speaks the chat-completions protocol, as kindly or as badly as a test wants."""
+"""A local server for the chat-completions protocol, whose replies a test chooses."""
 
 import json
 import threading
@@ -26,7 +26,10 @@ def said(text, model="served-v1", finish="stop"):
 
 
 class ChatServer(ThreadingHTTPServer):
-    """`reply(body, number)` -> body, or (status, body), or (status, body, headers); a body that is a str goes out as it is."""
+    """reply(body, number) -> body, or (status, body), or (status, body, headers).
+
+    A body that is a str is sent unchanged; others are sent as JSON.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -78,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(reply) -> a running ChatServer that the environment points to; waiting between tries is cut to milliseconds."""
+    """serve(reply) -> a running ChatServer that the environment variables point to.
+
+    The waits between retries take milliseconds.
+    """
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.002)
     started = []

@@ -1,4 +1,4 @@
-"""Tiny random backbones and a handful of coloured squares: enough for every road test, made in a second, no network."""
+"""Fixtures: tiny random backbones and coloured squares, made in a second and without network."""
 
 import atexit
 import json
@@ -9,12 +9,11 @@ import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-# whatever the shell says: spinning OpenMP threads make busy machines ten times slower, and the
-# children that some tests fork wait for ever for threads that only their parent has
+# Spinning OpenMP threads make busy machines ten times slower, and the children that some tests fork
+# would wait forever for threads that only their parent has.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(
-    prefix="vflan-cache-"
-)  # what the tests open leaves nothing in data/cache
+# The tests leave nothing in data/cache.
+os.environ["VFLAN_CACHE"] = tempfile.mkdtemp(prefix="vflan-cache-")
 
 import pytest
 from filelock import FileLock
@@ -27,7 +26,10 @@ COLOURS = ["red", "green", "blue", "yellow"]
 
 @pytest.fixture(scope="session")
 def shared():
-    """A folder beside the repository with reference data that may not be published; without it these tests are skipped."""
+    """A folder beside the repository with reference data that may not be published.
+
+    Tests that need it are skipped without it.
+    """
     if not SHARED.is_dir():
         pytest.skip(f"needs the folder {SHARED.name} beside the repository")
     return SHARED
@@ -35,15 +37,15 @@ def shared():
 
 @pytest.fixture
 def alone(tmp_path_factory):
-    """For a test that starts two training processes: no other such test runs beside it, in whichever worker it is."""
-    # with pytest-xdist this is the folder that all workers of one run have in common
+    """For tests that start two training processes: only one of them runs at a time."""
+    # With pytest-xdist, this is the folder that all workers of one run share.
     with FileLock(tmp_path_factory.getbasetemp().parent / "two_processes.lock"):
         yield
 
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
-    """Folders of a random CLIP tower and a random Llama with a byte-fallback BPE tokenizer, named as in a Recipe."""
+    """Folders of a random CLIP tower and a random Llama with byte-fallback BPE, by Recipe field."""
     folder = tmp_path_factory.mktemp("backbones")
     make_backbones(folder)
     return {
@@ -141,7 +143,7 @@ def make_backbones(folder, width=32, layers=2, seed=0):
 
 
 def serve(handler):
-    """(server, its address): a local HTTP server that answers in the background and keeps quiet."""
+    """(server, its address): a local HTTP server in the background that logs nothing."""
     handler.log_message = lambda *_: None
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -151,7 +153,7 @@ def serve(handler):
 
 @pytest.fixture
 def squares(tmp_path):
-    """Path of a samples file: 32 coloured squares, question and answer, with their pictures in `images` beside it."""
+    """The samples file of 32 coloured squares; their pictures are in `images` beside it."""
     return make_squares(tmp_path)
 
 
@@ -183,7 +185,7 @@ def make_squares(folder, rows=32):
 
 @pytest.fixture
 def recipe(backbones, squares, tmp_path):
-    """A small recipe over the squares; its runs go to a folder of this test."""
+    """A small recipe over the squares; its runs go to a temporary folder."""
     from vflan.config import Recipe
 
     return Recipe(

@@ -1,4 +1,7 @@
-"""The bench for GPUs runs on a CPU at tiny shapes, writes each figure when it is known, and outlives a step that fails."""
+"""The benchmark for GPUs on a CPU, at tiny shapes.
+
+It writes each figure when it is known, and goes on after a step that fails.
+"""
 
 import json
 import sys
@@ -11,7 +14,7 @@ from bench import gpu
 
 @pytest.fixture
 def dry(tmp_path, monkeypatch):
-    """Run some steps dry; returns the record, and the exit's message."""
+    """dry("step", ...) runs steps on the CPU and returns the record and the exit's message."""
     monkeypatch.setenv("VFLAN_CACHE", str(tmp_path / "cache"))
 
     def run(*steps):
@@ -24,15 +27,15 @@ def dry(tmp_path, monkeypatch):
     return run
 
 
-def test_the_steps_run_dry_and_their_figures_stand_in_the_record(dry):
+def test_steps_run_on_a_cpu_and_their_figures_are_recorded(dry):
     record, code = dry("matmul", "packed", "full", "evaluation")
-    found = {row["name"]: row for row in record["checks"]}
+    rows = {row["name"]: row for row in record["checks"]}
     assert code == 0 and record["notes"]["failed"] == {}
-    assert found["packed_error_fp32"]["holds"] and found["full_tokens_s"]["value"] > 0
-    assert found["evaluate_speedup"]["value"] > 1 and found["full_gb"]["value"] == "not measured"
+    assert rows["packed_error_fp32"]["holds"] and rows["full_tokens_s"]["value"] > 0
+    assert rows["evaluate_speedup"]["value"] > 1 and rows["full_gb"]["value"] == "not measured"
 
 
-def test_a_step_that_fails_or_takes_too_long_does_not_end_the_rest(dry, monkeypatch):
+def test_after_a_step_that_fails_or_takes_too_long_the_others_run(dry, monkeypatch):
     def late(bench):
         bench.figures.put("tiny_works", 1)
         time.sleep(60)
@@ -47,7 +50,7 @@ def test_a_step_that_fails_or_takes_too_long_does_not_end_the_rest(dry, monkeypa
     assert code == "Steps that failed: tiny, packed."
 
 
-def test_without_datasets_and_with_an_older_transformers_it_still_imports(monkeypatch):
+def test_it_imports_without_datasets_and_with_an_older_transformers(monkeypatch):
     from transformers import PreTrainedModel
 
     monkeypatch.setitem(sys.modules, "datasets", None)

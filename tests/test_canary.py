@@ -1,7 +1,7 @@
-"""A canary: tokens, pixels, logits and the first losses of the tiny recipe are what they were.
+"""Tokens, pixels, logits and the first losses of the tiny recipe have not changed.
 
-It fails when an upgrade of a library, or a change of ours, moves a number that everything else rests on. If the change is
-meant, write the new numbers down and say why in CHANGELOG.md:
+A failure means that a new library version, or a change of ours, moved a number that everything else
+depends on. If that was intended, store the new numbers and say why in CHANGELOG.md:
 
     python -m tests.test_canary
 """
@@ -22,16 +22,22 @@ from vflan.config import replace
 from vflan.models.llava import load_model, load_processor, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+
+
+def turns_of(*texts):
+    """A conversation whose texts alternate between human and model."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
 TURNS = [
-    [{"from": "human", "value": "<image>\nWhat is the color of the star?"}, {"from": "gpt", "value": "red"}],
-    [{"from": "human", "value": "Is it  there?\n<image>"}, {"from": "gpt", "value": "Yes, it is.\n\n  Twice: 3.5 é 🙂"},
-     {"from": "human", "value": ""}, {"from": "gpt", "value": "no"}],
-    [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "hello </s> <image"}],
-]  # fmt: skip
+    turns_of("<image>\nWhat is the color of the star?", "red"),
+    turns_of("Is it  there?\n<image>", "Yes, it is.\n\n  Twice: 3.5 é 🙂", "", "no"),
+    turns_of("Say hello.", "hello </s> <image"),
+]
 
 
 def cpu():
-    """What decides the last bits of a sum: the processor and its vector instructions."""
+    """The processor and its vector instructions, which decide the last bits of a sum."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -60,7 +66,7 @@ def golden():
 
 
 def measure(folder):
-    """Everything that the canary watches, of the committed tiny backbones and a small mini world."""
+    """All numbers of this test, from the committed tiny backbones and a small mini world."""
     built = world.build(folder, seed=3, captions=96, per_kind=2, conversations=40, questions=0.05)
     recipes = {}
     for stage in vflan.preset("tiny"):
@@ -73,13 +79,13 @@ def measure(folder):
     tokenizer, model = load_tokenizer(base), load_model(base)
     picture = world.render(scene(0))
     wide = picture.resize((90, 31))
-    found = {"cpu": cpu(), "torch": torch.__version__, "tokens": [], "pixels": {}, "losses": {}}
+    measured = {"cpu": cpu(), "torch": torch.__version__, "tokens": [], "pixels": {}, "losses": {}}
     for turns in TURNS:
         ids, labels = vflan.encode(turns, tokenizer)
-        found["tokens"].append([ids, labels])
+        measured["tokens"].append([ids, labels])
     for ratio in ("pad", "crop"):
         prepare = load_processor(replace(base, image_aspect_ratio=ratio)).image_processor
-        found["pixels"][ratio] = [
+        measured["pixels"][ratio] = [
             digest(prepare([p], return_tensors="pt")["pixel_values"].numpy())
             for p in (picture, wide)
         ]
@@ -88,12 +94,12 @@ def measure(folder):
         text="USER: <image>\nWhat is it? ASSISTANT:", images=picture, return_tensors="pt"
     )
     with torch.inference_mode():
-        found["logits"] = model(**ready).logits[0, -1, ::40].tolist()
+        measured["logits"] = model(**ready).logits[0, -1, ::40].tolist()
     start = None
     for stage, recipe in recipes.items():
         start = vflan.train(recipe, init=start)
-        found["losses"][stage] = list(start.metrics().loss)
-    return found
+        measured["losses"][stage] = list(start.metrics().loss)
+    return measured
 
 
 def test_the_tokens_are_the_same(now, golden):
@@ -111,16 +117,17 @@ def test_the_logits_are_the_same(now, golden):
 def test_the_first_losses_of_each_stage_are_the_same(now, golden):
     """To four digits on every processor.
 
-    Written down on an Intel with AVX512; an AMD with AVX2, or with no vector instructions, is off
-    by a millionth at most. A hundred times that is allowed, a tenth of what the next test sees.
+    They were stored on an Intel with AVX512. An AMD with AVX2, or with no vector instructions,
+    differs by a millionth at most. A hundred times that is allowed, a tenth of what the next test
+    detects.
     """
     assert now["losses"].keys() == golden["losses"].keys() == {"projector", "base", "chat"}
     for stage, losses in golden["losses"].items():
         np.testing.assert_allclose(now["losses"][stage], losses, rtol=1e-4, err_msg=stage)
 
 
-def test_the_canary_can_die(now, golden):
-    """A token, a pixel or a loss that moves by a thousandth is seen."""
+def test_a_changed_pixel_or_loss_is_detected(now, golden):
+    """A loss that moves by a thousandth fails the test above."""
     assert hashlib.sha256(b"other").hexdigest()[:16] not in golden["pixels"]["pad"]
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(

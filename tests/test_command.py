@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vflan.__main__ import main, spelled_out
-from vflan.evaluation import evaluator
+from vflan.__main__ import app, main, spelled_out
+from vflan.evaluation import results
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from vflan.evaluation import evaluator
         (["tiny", "--notebooks"], ["tiny", "--notebooks"]),
     ],
 )
-def test_papermills_way_of_writing_is_read(written, read):
+def test_the_syntax_of_papermill_is_read(written, read):
     assert spelled_out(written) == read
 
 
@@ -30,16 +30,44 @@ def test_an_option_without_its_value_runs_nothing(capsys):
     assert "--notebooks" in capsys.readouterr().err
 
 
-def test_a_runs_answers_become_the_servers_file(tmp_path, monkeypatch):
-    kept = SimpleNamespace(samples=[{"question_id": "7"}, {"question_id": "8"}]), ["Red.", None]
-    monkeypatch.setattr(evaluator, "_kept_answers", lambda *_: kept)
-    path = evaluator.write_upload("gqa", SimpleNamespace(folder=tmp_path), out=tmp_path / "up.json")
+def write_answers(folder, name, samples, texts):
+    """Questions and cached answers in `folder`, which is then the run and has the benchmarks."""
+    (folder / name).mkdir()
+    (folder / "answers").mkdir()
+    rows = [dict(i=i, answer=text, finish="stop") for i, text in enumerate(texts)]
+    for path, some in (
+        (folder / name / "questions.jsonl", samples),
+        (folder / "answers" / f"{name}.jsonl", [{"model": "the header"}, *rows]),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return SimpleNamespace(folder=folder, recipe=SimpleNamespace(benchmarks=str(folder)))
+
+
+def test_a_runs_answers_become_the_servers_file(tmp_path):
+    samples = [dict(question_id=i, text="what?", label="red") for i in "78"]
+    run = write_answers(tmp_path, "gqa", samples, ["Red.", ""])
+    path = results.write_upload("gqa", run, out=tmp_path / "up.json")
     assert json.loads(path.read_text()) == [
         {"questionId": "7", "prediction": "red"},
         {"questionId": "8", "prediction": ""},
     ]
 
 
+def test_an_upload_needs_no_judge(tmp_path):
+    """The server of MM-Vet judges the answers itself."""
+    samples = [dict(question_id="v1_0", text="what?", label="red", category="rec")]
+    run = write_answers(tmp_path, "mm_vet", samples, ["Red."])
+    path = results.write_upload("mm_vet", run)
+    assert path == tmp_path / "answers" / "mm_vet_upload.json"
+    assert json.loads(path.read_text()) == {"v1_0": "Red."}
+
+
 def test_a_benchmark_without_a_server_is_refused(capsys):
     assert main(["upload", "pope", "--run", "runs/none"]) == 1
     assert "There is no upload file for 'pope'" in capsys.readouterr().err
+
+
+def test_each_command_says_what_it_does(capsys):
+    for command in app.registered_commands:
+        assert main([command.name, "--help"]) == 0
+        assert f"vflan {command.name}" in capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""The printed numbers and the task names: complete, unambiguous, and honest about what is not known."""
+"""The papers' numbers and the task names: complete, unambiguous, marked where not confirmed."""
 
 import re
 
-from vflan.analysis.plots import paper, paper_tasks, printed, released_tasks
+from vflan.analysis.plots import paper, paper_tasks, printed, task_list
 
 
 def rows(item, column="MMB", source="vision-flan"):
@@ -71,7 +71,7 @@ def test_what_nobody_confirmed_is_marked_so():
 
 
 def test_all_205_names_of_the_site_are_listed_once():
-    tasks = released_tasks()
+    tasks = task_list()
     site = tasks[tasks.in_site == "yes"]
     assert len(site) == 205 and site.task_name.is_unique and (site.task_name != "").all()
     assert (site.source == "MultiInstruct").sum() == 26
@@ -91,13 +91,13 @@ def test_the_papers_188_tasks_fall_into_25_categories_of_three_groups():
 
 
 def test_the_sources_agree_with_the_names():
-    tasks = released_tasks()
+    tasks = task_list()
     for row in tasks[tasks.task_name.str.contains("+", regex=False)].itertuples():
         assert row.source in (re.split(r"\+", row.task_name)[0], "CAT2000")
 
 
 def test_flags_and_licences_are_known_words():
-    tasks = released_tasks()
+    tasks = task_list()
     flags = tasks["flags"].str.split()  # tasks.flags is pandas' own
     assert set(flags.explode().dropna()) == {"benchmark", "overlaps", "faces"}
     assert set(tasks.licence) - {""} <= {
@@ -115,7 +115,7 @@ def test_flags_and_licences_are_known_words():
 
 
 def test_a_source_has_one_licence_and_the_facts_are_in_the_table():
-    tasks = released_tasks()
+    tasks = task_list()
     by_source = tasks[tasks.source != "MultiInstruct"].groupby("source").licence
     assert (by_source.nunique() == 1).all()
     licence = by_source.first()

@@ -1,4 +1,4 @@
-"""The notebooks as files: shape, prose, size. And two of them run on real records where those are at hand."""
+"""The notebooks as files: shape, prose, size; two of them run on real records if present."""
 
 import ast
 import re
@@ -10,7 +10,8 @@ import pytest
 
 from vflan import world
 from vflan.config import ROOT
-from vflan.tools.notebooks import LIMIT, find_notebooks
+from vflan.tools.clean import LIMIT
+from vflan.tools.notebooks import find_notebooks
 
 NOTEBOOKS = find_notebooks(ROOT / "notebooks")
 
@@ -37,9 +38,8 @@ def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
     assert tagged == [1], "papermill needs one cell tagged parameters, right after the title"
     values = {}
     for line in ast.parse(notebook.cells[1].source).body:
-        values[line.targets[0].id] = ast.literal_eval(
-            line.value
-        )  # a derived value would not follow an override
+        # a derived value would not follow an override
+        values[line.targets[0].id] = ast.literal_eval(line.value)
     assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
 
 
@@ -86,9 +86,10 @@ def test_what_the_paper_says_stands_apart_and_is_answered(notebook):
 def test_the_long_notebooks_read_what_is_committed_and_train_one_small_arm(path):
     nb = nbformat.read(path, 4)
     assert 'live = "small"' in nb.cells[1].source
-    first, last = (next(i for i, cell in enumerate(nb.cells) if text in cell.source)
-                   for text in ("claims.shown_verdicts(claims.committed(", "vflan.sweep("))  # fmt: skip
-    assert first < last, "the committed verdicts come before anything is trained"
+    cells = [cell.source for cell in nb.cells]
+    verdicts = next(i for i, text in enumerate(cells) if "shown_verdicts(claims.committed" in text)
+    training = next(i for i, text in enumerate(cells) if "vflan.sweep(" in text)
+    assert verdicts < training, "the committed verdicts come before anything is trained"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
@@ -120,12 +121,12 @@ def test_it_is_small_enough_for_github(path):
     assert path.stat().st_size < LIMIT
 
 
-# -------------------------------------------------------------------------------------------------- on the real records
+# ---------------------------------------------------------------------- on real records
 
 
 @pytest.fixture
 def records(shared, monkeypatch):
-    """The path of real records with pictures; the kernel imports this checkout, and one thread is enough."""
+    """The path of real records with pictures, for a kernel with this checkout and one thread."""
     path = shared / "vision_flan_samples" / "annotation.json"
     if not path.is_file():
         pytest.skip("needs shared/vision_flan_samples beside the repository")

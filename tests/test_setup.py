@@ -1,4 +1,4 @@
-"""pyproject.toml, the lock files and all that sets vflan up somewhere say the same thing; the examples start what they say."""
+"""pyproject.toml, lock files, containers and wheels agree with each other; the examples run."""
 
 import ast
 import csv
@@ -29,7 +29,7 @@ LOCK = (HOME / "requirements.lock").read_text().splitlines()
 
 
 def locked():
-    """Name -> the versions the lock holds for it (several where they depend on the Python version)."""
+    """{name: its versions in the lock}, several where they depend on the Python version."""
     versions = {}
     for line in LOCK:
         requirement = Requirement(line)
@@ -39,11 +39,11 @@ def locked():
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
 def test_the_lock_holds_every_dependency_in_an_allowed_version(line):
-    wanted = Requirement(line)
-    pins = locked()[canonicalize_name(wanted.name)]
+    requirement = Requirement(line)
+    pins = locked()[canonicalize_name(requirement.name)]
     for pin in pins:
         (exact,) = pin
-        assert exact.operator == "==" and wanted.specifier.contains(exact.version)
+        assert exact.operator == "==" and requirement.specifier.contains(exact.version)
 
 
 def test_the_lock_serves_every_machine():
@@ -209,11 +209,13 @@ def test_importing_reading_checking_and_planning_need_nothing_that_windows_lacks
     )
 
 
-def test_presets_are_shipped_with_the_package():
-    assert sorted(p.name for p in (HOME / "vflan/presets").glob("*.py")) != []
-    assert tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "package-data"
-    ] == {"vflan": ["presets/*.py", "*.pyi", "py.typed"]}
+def package_data():
+    """The files of the package that are not Python: templates, tables, type stubs."""
+    return {
+        path.relative_to(HOME).as_posix()
+        for path in (HOME / "vflan").rglob("*.*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and "shipped" not in path.parts
+    }
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_an_installed_environment_is_not_installed_again(tmp_path):
     )
 
 
-# ----------------------------------------------------------------- containers, Binder, several machines: the same files
+# ------------------------------------------------ containers, Binder, several machines
 
 
 def python_versions():
@@ -321,14 +323,18 @@ def shell(folder, name, body):
 
 
 def test_a_slurm_job_starts_torchrun_on_every_node_with_one_address(tmp_path):
-    """srun is played by a loop over two nodes, Python by a script that writes down what it was given."""
+    """A loop over two nodes stands in for srun, a script that records its arguments for Python."""
     shell(
         tmp_path,
         "scontrol",
         'test "$1 $2 $3" = "show hostnames node[0-1]" && printf "node0\\nnode1\\n"',
     )
     shell(tmp_path, "srun", 'for id in 0 1; do SLURM_NODEID=$id "$@"; done')
-    shell(tmp_path, "python", f'printf "%s\\x1f" "$@" >> {tmp_path}/said; echo >> {tmp_path}/said')
+    shell(
+        tmp_path,
+        "python",
+        f'printf "%s\\x1f" "$@" >> {tmp_path}/started; echo >> {tmp_path}/started',
+    )
     slurm = dict(
         SLURM_JOB_NODELIST="node[0-1]",
         SLURM_JOB_ID="123456",
@@ -340,17 +346,18 @@ def test_a_slurm_job_starts_torchrun_on_every_node_with_one_address(tmp_path):
         | slurm
         | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=str(tmp_path / "python"))
     )
-    asked = ["full_13b", "--changes", '{"save_every": 500, "name": "a b"}']
-    subprocess.run(["bash", "examples/slurm.sbatch", *asked], cwd=HOME, env=env, check=True)
+    arguments = ["full_13b", "--changes", '{"save_every": 500, "name": "a b"}']
+    subprocess.run(["bash", "examples/slurm.sbatch", *arguments], cwd=HOME, env=env, check=True)
     started = [
-        line.rstrip("\x1f").split("\x1f") for line in (tmp_path / "said").read_text().splitlines()
+        line.rstrip("\x1f").split("\x1f")
+        for line in (tmp_path / "started").read_text().splitlines()
     ]
     assert len(started) == 2
     for rank, line in enumerate(started):
         options = dict(zip(line[2:12:2], line[3:12:2]))
         assert line[:2] == ["-m", "torch.distributed.run"] and line[12:] == [
             "examples/train.py",
-            *asked,
+            *arguments,
         ]
         address = {"--master_addr": "node0", "--master_port": "23456"}
         assert (
@@ -374,8 +381,10 @@ def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_
         "from vflan.config import Preset, Recipe\n"
         f"values = {values | dict(global_batch=4, micro_batch=2)!r}\n"
         "def preset():\n"
-        "    projector = Recipe(name='projector', stage='projector', template='plain', **values | dict(tune=('projector',)))\n"
-        "    return Preset(projector, *(Recipe(name=name, stage=name, **values) for name in ('base', 'chat')))\n"
+        "    first = dict(name='projector', stage='projector', template='plain')\n"
+        "    first['tune'] = ('projector',)\n"
+        "    stages = [Recipe(name=name, stage=name, **values) for name in ('base', 'chat')]\n"
+        "    return Preset(Recipe(**values | first), *stages)\n"
     )
     env = os.environ | dict(
         NPROC_PER_NODE="2", MASTER_PORT=str(free_port), PYTHON=sys.executable, PYTHONPATH=str(HOME)
@@ -390,8 +399,8 @@ def test_torchruns_example_trains_the_three_stages_in_two_processes(recipe, tmp_
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     started = subprocess.Popen(command, cwd=HOME, env=env, start_new_session=True, **pipes)
     try:
-        told, _ = started.communicate(timeout=600)
-        assert started.returncode == 0, told[-3000:]
+        output, _ = started.communicate(timeout=600)
+        assert started.returncode == 0, output[-3000:]
     finally:  # also when it hangs: no process stays behind
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
@@ -411,7 +420,7 @@ def free_port():
         return held.getsockname()[1]
 
 
-# ------------------------------------------------------------------------- installed: a wheel works outside of a clone
+# ------------------------------------------------ installed: a wheel works outside of a clone
 
 USE = """
 import json, os, subprocess, sys
@@ -434,7 +443,7 @@ print(json.dumps({
     "claims": len(claims.ledger()),
     "verdicts": len(claims.committed("06")),
     "printed": len(plots.paper()),
-    "tasks": len(plots.released_tasks()),
+    "tasks": len(plots.task_list()),
     "notebooks": len(find_notebooks(resolve("notebooks"))),
     "figure": resolve("figures/tiny_frozen/selection.png").is_file(),
     "tower": recipes.projector.vision_tower,
@@ -470,7 +479,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(source, tmp_path_factory):
-    """A folder in which vflan is installed from a wheel; the other packages are those of this environment."""
+    """A folder with vflan installed from a wheel; other packages come from this environment."""
     made, folder = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site-packages")
     pip = [sys.executable, "-m", "pip"]
     offline = ["--quiet", "--no-deps", "--no-index"]
@@ -480,6 +489,13 @@ def site(source, tmp_path_factory):
     (wheel,) = made.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(folder), str(wheel)], check=True)
     return folder
+
+
+def test_a_wheel_holds_presets_and_all_files_that_are_not_python(site):
+    data = package_data()
+    assert {"vflan/__init__.pyi", "vflan/tools/templates/model_card.md"} <= data
+    presets = {f"vflan/presets/{path.name}" for path in (HOME / "vflan/presets").glob("*.py")}
+    assert presets and {name for name in data | presets if not (site / name).is_file()} == set()
 
 
 def files_below(folder):
@@ -502,38 +518,39 @@ def test_an_installed_package_reads_its_own_files_and_writes_to_the_working_dire
     site, tmp_path
 ):
     before = files_below(site)
-    seen = json.loads(run_installed(site, tmp_path, USE))
+    report = json.loads(run_installed(site, tmp_path, USE))
     assert files_below(site) == before  # nothing was written, changed or deleted there
-    assert Path(seen["root"]) == Path(seen["of a child"]) == tmp_path
-    assert Path(seen["shipped"]) == site / "vflan" / "shipped"
-    assert Path(seen["of the package"]) == site / "vflan" / "shipped" / seen["tower"]
-    assert Path(seen["run"]) == tmp_path / "runs" / "tiny" / "projector" and seen["steps"] == 2
+    assert Path(report["root"]) == Path(report["of a child"]) == tmp_path
+    assert Path(report["shipped"]) == site / "vflan" / "shipped"
+    assert Path(report["of the package"]) == site / "vflan" / "shipped" / report["tower"]
+    assert Path(report["run"]) == tmp_path / "runs" / "tiny" / "projector" and report["steps"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"data", "runs"}
     made = {path.name for path in (tmp_path / "data" / "tiny").iterdir()} - {".building.lock"}
     assert made == {"samples", "benchmarks", "benchmarks_more"}
     rows = {"claims": "claims", "printed": "paper", "tasks": "tasks"}
     for name, table in rows.items():
         with (HOME / "data" / f"{table}.csv").open(encoding="utf-8", newline="") as file:
-            assert seen[name] == len(list(csv.DictReader(file))), table
-    assert seen["verdicts"] and seen["figure"] and seen["notebooks"] == 8
-    assert not seen["commit"]  # also when the working directory is a repository of somebody else
+            assert report[name] == len(list(csv.DictReader(file))), table
+    assert report["verdicts"] and report["figure"] and report["notebooks"] == 8
+    assert not report["commit"]  # also when the working directory is a repository of somebody else
 
 
 def test_vflan_home_says_where_an_installed_package_writes(site, tmp_path):
-    code = "from vflan.config import CACHE, ROOT, output_path; print(ROOT, CACHE, output_path('runs'), sep='|')"
-    said = run_installed(site, tmp_path, code, VFLAN_HOME="my project").split("|")
+    code = "from vflan.config import CACHE, ROOT, output_path as of; "
+    code += "print(ROOT, CACHE, of('runs'), sep='|')"
+    printed = run_installed(site, tmp_path, code, VFLAN_HOME="my project").split("|")
     home = tmp_path / "my project"
-    assert list(map(Path, said)) == [home, home / "data" / "cache", home / "runs"]
+    assert list(map(Path, printed)) == [home, home / "data" / "cache", home / "runs"]
 
 
 def test_a_clone_is_its_own_project_folder(tmp_path):
     code = "from vflan.config import ROOT, SHIPPED; print(ROOT, SHIPPED, sep='|')"
-    said = run_installed(HOME, tmp_path, code).split("|")
-    assert list(map(Path, said)) == [HOME, HOME]
+    printed = run_installed(HOME, tmp_path, code).split("|")
+    assert list(map(Path, printed)) == [HOME, HOME]
 
 
 def test_a_source_archive_holds_all_that_a_wheel_is_built_from(source, tmp_path):
-    """MANIFEST.in and SHIPPED_FILES name the same files: an archive built from the one gives the other."""
+    """MANIFEST.in and SHIPPED_FILES name the same files: the archive has all that a wheel needs."""
     build = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
     subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True
@@ -541,12 +558,12 @@ def test_a_source_archive_holds_all_that_a_wheel_is_built_from(source, tmp_path)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = {
+    needed = {
         file.relative_to(source).as_posix()
         for pattern in SHIPPED_FILES
-        for found in source.glob(pattern)
-        for file in ([found] if found.is_file() else found.rglob("*"))
+        for path in source.glob(pattern)
+        for file in ([path] if path.is_file() else path.rglob("*"))
         if file.is_file()
     }
-    assert wanted and wanted <= held, sorted(wanted - held)
-    assert {"setup.py", "pyproject.toml", "vflan/presets/tiny.py"} <= held
+    assert needed and needed <= held, sorted(needed - held)
+    assert {"setup.py", "pyproject.toml", "vflan/presets/tiny.py"} | package_data() <= held

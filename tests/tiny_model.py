@@ -1,4 +1,4 @@
-"""A random Llava of 32 channels with a word tokenizer, five pictures, and a run around it: what evaluating is tested on."""
+"""For tests of evaluation: a random LLaVA of width 32, a word tokenizer, five pictures, a run."""
 
 import json
 from types import SimpleNamespace
@@ -38,9 +38,13 @@ def tiny_tokenizer():
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+    )
 
 
 def tiny_model(tokenizer, seed=2):
@@ -59,9 +63,8 @@ def tiny_model(tokenizer, seed=2):
     )
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] *= (
-            2  # about half of the answers end by themselves
-        )
+        # About half of the answers end by themselves.
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2
     return model
 
 
@@ -89,7 +92,7 @@ def questions(tiny, n=40):
 
 
 def by_generate(model, processor, row, max_new_tokens):
-    """(text, finish): one question through Hugging Face's own generate(), picture and all, batch 1."""
+    """(text, finish) of one question, by Hugging Face's own generate()."""
     tokenizer = processor.tokenizer
     ids, more = list(prompt_ids(row["text"], tokenizer, has_image=bool(row["image"]))), {}
     if row["image"]:
@@ -113,7 +116,7 @@ def by_generate(model, processor, row, max_new_tokens):
 
 
 class TinyRun:
-    """What evaluate() needs of a Run: a folder with weights, a recipe, a model; it counts how often that is loaded."""
+    """As much of a Run as evaluate() needs; `loaded` counts how often its model was loaded."""
 
     def __init__(self, folder, tiny, seed=0):
         self.folder, self.tiny, self.loaded = folder, tiny, 0
@@ -131,10 +134,10 @@ class TinyRun:
 
 
 def write_pope(folder, pictures):
-    """Twelve POPE questions over five pictures in `folder`/pope; `pictures` is the folder of 0.png to 4.png."""
+    """Write twelve POPE questions to `folder`/pope; `pictures` is the folder of 0.png to 4.png."""
     (folder / "pope").mkdir(parents=True)
     (folder / "images").symlink_to(pictures)
-    asked = [
+    objects = [
         ("star", "yes", "random"),
         ("circle", "no", "random"),
         ("red star", "yes", "popular"),
@@ -148,7 +151,7 @@ def write_pope(folder, pictures):
             "label": label,
             "category": category,
         }
-        for i, (w, label, category) in enumerate(asked * 3)
+        for i, (w, label, category) in enumerate(objects * 3)
     ]
     (folder / "pope" / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
 

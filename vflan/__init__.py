@@ -1,7 +1,7 @@
-"""Vision-Flan and its two-stage visual instruction tuning (Xu et al., 2024), from raw samples to figures.
+"""Vision-Flan and its two-stage visual instruction tuning (Xu et al., 2024).
 
-The public names stand in `__init__.pyi`, where editors find them. Each is imported on first use, so that `import vflan`
-takes milliseconds and the figures need no torch.
+The public names are listed in `__init__.pyi`, where editors find them. Each is imported on first
+use, so that `import vflan` takes milliseconds and the figures need no torch.
 """
 
 import lazy_loader

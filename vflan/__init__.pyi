@@ -20,7 +20,8 @@ from .training.run import Run
 from .training.trainer import train
 
 __all__ = [
-    "preset", "Recipe", "replace", "load_samples", "save_samples", "mix", "diverse", "llava_mixture", "check", "fetch",
-    "encode", "load_model", "parts", "swap_part", "Run", "plan", "train", "answer", "ServedModel", "evaluate", "sweep",
-    "Arm", "Swap", "BENCHMARKS", "plots", "world", "stats", "judge", "widgets", "claims",
+    "preset", "Recipe", "replace", "load_samples", "save_samples", "mix", "diverse",
+    "llava_mixture", "check", "fetch", "encode", "load_model", "parts", "swap_part", "Run",
+    "plan", "train", "answer", "ServedModel", "evaluate", "sweep", "Arm", "Swap", "BENCHMARKS",
+    "plots", "world", "stats", "judge", "widgets", "claims",
 ]  # fmt: skip

@@ -1,127 +1,83 @@
-"""A recipe: everything that decides a training run, in one frozen dataclass; presets are three of them."""
+"""A Recipe holds everything that decides a training run; a preset is three of them.
+
+This file also knows the project folder, and reads and writes the small JSON files of runs.
+"""
 
 import ast
 import dataclasses
 import difflib
+import html
 import json
 import os
 import runpy
 import subprocess
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
+
+from vflan.recipe_rules import check_fields
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel holds copies of the files below in vflan/shipped (setup.py); a clone has no such folder.
 INSTALLED = (_PACKAGE / "shipped").is_dir()
-# Where the files that come with vflan are read from. Nothing is ever written below it, unless it is ROOT, the clone.
+# Files that come with vflan are read from here. Only in a clone is anything written below it.
 SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
-# The project folder: relative paths of recipes start here, and everything is written below it. An installed package takes
-# the working directory at import, never site-packages; a clone is its own project folder, wherever Python was started.
-ROOT = (
-    Path(os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED))
-    .expanduser()
-    .absolute()
-)
+# The project folder: relative paths start here, and everything is written below it. A clone is its
+# own project folder; an installed package takes the working directory at import.
+_HOME = os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED)
+ROOT = Path(_HOME).expanduser().absolute()
 if INSTALLED:
     # Child processes and notebook kernels start in other working directories, and must agree.
     os.environ["VFLAN_HOME"] = str(ROOT)
 # Files and whole folders that come with vflan: patterns, relative to SHIPPED.
 SHIPPED_FILES = (
-    "data/*.csv",
-    "data/README.md",
-    "data/results",
-    "data/tiny/backbones.json",
-    "data/tiny/language_model",
-    "data/tiny/second_language_model",
-    "data/tiny/vision_tower",
-    "figures/vflan.mplstyle",
-    "figures/tiny_frozen",
-    "notebooks",
+    *("data/*.csv", "data/README.md", "data/results", "data/tiny/backbones.json"),
+    *("data/tiny/language_model", "data/tiny/second_language_model", "data/tiny/vision_tower"),
+    *("figures/vflan.mplstyle", "figures/tiny_frozen", "notebooks"),
 )
-CACHE = Path(
-    os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache"
-)  # what can be made again: Arrow tables, verdicts, features
+# What can be computed again: Arrow tables, verdicts of judges, image features.
+CACHE = Path(os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache")
 
-_CHOICES = {
-    "stage": ("projector", "base", "chat"),
-    "template": ("plain", "vicuna_v1"),
-    "image_aspect_ratio": ("pad", "crop"),
-    "bits": (16, 8, 4),
-    "schedule": ("cosine", "constant"),
-    "optimizer": ("adamw", "adamw_8bit"),
-    "precision": ("fp32", "bf16"),
-    "packing": ("auto", "packed", "padded"),
-    "loss_average": ("tokens", "micro_batches"),
-    "sharding": ("auto", "none", "fsdp2", "zero2", "zero3"),
-}
-_TRACKERS = ("tensorboard", "wandb", "trackio")
-_WATCHING = (
-    "save_every",
-    "evaluate_every",
-    "trackers",
-)  # what is seen of a run, not what comes out of it
-_RESERVED = {
-    "CON",
-    "PRN",
-    "AUX",
-    "NUL",
-    *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)),
-}
-_AT_LEAST = dict(
-    num_tasks=1, per_task=1, num_samples=1, max_steps=1, global_batch=1, micro_batch=1, max_length=2
-)
-_AT_LEAST |= dict(
-    lr=0,
-    projector_lr=0,
-    epochs=0,
-    warmup_ratio=0,
-    weight_decay=0,
-    max_grad_norm=0,
-    lora_r=0,
-    save_every=0,
-)
-_AT_LEAST |= dict(
-    lora_alpha=0, lora_dropout=0, max_bad_share=0, seed=0, pack_tokens=2, temperature=0.1
-)
-_AT_LEAST |= dict(heldout_rows=0, evaluate_every=0)
+# Fields that say how a run is watched, and do not change what comes out of it.
+_MONITORING = ("save_every", "evaluate_every", "trackers")
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL"}
+_WINDOWS_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One training stage. Paths are relative to the project folder (`ROOT`; `resolve`), absolute, or hub ids."""
+    """One training stage. A path is relative to the project folder `ROOT`, absolute, or a hub id.
 
-    name: str  # the run folder is `runs`/`name`
-    stage: str  # what it makes: projector | base | chat
+    ValueError says in one sentence which value is impossible, or which two contradict each other.
+    """
+
+    name: str  # of the run folder, `runs`/`name`
+    stage: str  # projector, base or chat: what the run makes
     vision_tower: str
     language_model: str
-    samples: str  # LLaVA json
-    images: str  # folder that the samples' pictures are relative to
-    runs: str  # folder of run folders
-    benchmarks: str = ""
+    samples: str  # training data as LLaVA JSON
+    images: str  # the folder that the paths of its pictures are relative to
+    runs: str  # the folder of all run folders
+    benchmarks: str = ""  # the folder of all benchmarks
     template: str = "vicuna_v1"  # the projector stage uses `plain`: picture, caption, newline
     image_aspect_ratio: str = "pad"  # `crop` in the projector stage, as LLaVA-1.5 really did
-    num_tasks: int | None = None  # of `samples`; None: all
-    per_task: int | None = None
-    exclude: tuple[
-        str, ...
-    ] = ()  # tasks left out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces
-    num_samples: int | None = None  # a random subset of `samples`, after the three above
-    temperature: float | None = (
-        None  # the tasks share `num_samples` in proportion to n ** (1 / temperature)
-    )
-    task_weights: tuple[
-        str, ...
-    ] = ()  # or to weights, "task=2"; a task that is not named has weight 1
-    more_samples: tuple[
-        str, ...
-    ] = ()  # further sample files mixed in; "file.json#1000" takes 1000 random rows of it
-    tune: tuple[str, ...] = (
-        "projector",
-    )  # which parts learn; the vision tower never does (paper, section 3)
-    bits: int = 16  # 8 and 4: the language model is quantised (LoRA is then needed to tune it)
-    lora_r: int = 0  # 0: the language model is tuned in full
+    num_tasks: int | None = None  # how many tasks of `samples` to take; None: all
+    per_task: int | None = None  # samples of each task
+    # Tasks to leave out, by name or by flag of data/tasks.csv: benchmark, overlaps, faces.
+    exclude: tuple[str, ...] = ()
+    num_samples: int | None = None  # a random subset of `samples`, after the three fields above
+    # How the tasks share `num_samples`: in proportion to n ** (1 / temperature), or to weights
+    # such as "task=2". A task that is not named has weight 1.
+    temperature: float | None = None
+    task_weights: tuple[str, ...] = ()
+    # Further sample files to mix in; "file.json#1000" takes 1000 random rows of it.
+    more_samples: tuple[str, ...] = ()
+    # Which parts learn. The vision tower never does (paper, section 3).
+    tune: tuple[str, ...] = ("projector",)
+    bits: int = 16  # 8 or 4 quantises the language model; LoRA is then needed to tune it
+    lora_r: int = 0  # LoRA's rank; 0: the language model is tuned in full
     lora_alpha: float = 0
     lora_dropout: float = 0.0
     lr: float = 1e-3
@@ -132,106 +88,44 @@ class Recipe:
     max_grad_norm: float = 0.0  # 0: no clipping, as published
     optimizer: str = "adamw"
     epochs: float = 1.0
-    max_steps: int | None = None  # when given it decides, not `epochs`
-    global_batch: int = 16  # samples an optimiser step, over all processes
-    micro_batch: int = 16  # samples a forward pass of one process
-    max_length: int = 2048  # tokens, the picture's included
-    packing: str = (
-        "auto"  # several conversations in a row: on CUDA (auto), always (packed), never (padded)
-    )
-    pack_tokens: int | None = (
-        None  # the most tokens in a packed row, which replaces micro_batch; None: max_length
-    )
-    loss_average: str = "tokens"  # each learned token of a global batch weighs the same; LLaVA averages micro_batches
-    feature_cache: bool = (
-        False  # keep the vision tower's features on disk (1.2 MB a picture at 7B) for later runs
-    )
+    max_steps: int | None = None  # takes the place of `epochs` where it is given
+    global_batch: int = 16  # samples of an optimiser step, over all processes
+    micro_batch: int = 16  # samples of a forward pass of one process
+    max_length: int = 2048  # tokens of a conversation, the picture's included
+    # Whether several conversations share a row: on CUDA (auto), always (packed), never (padded).
+    packing: str = "auto"
+    # Tokens of a packed row at most, in place of micro_batch; None: max_length.
+    pack_tokens: int | None = None
+    # `tokens`: each learned token of a global batch weighs the same. LLaVA averages micro_batches.
+    loss_average: str = "tokens"
+    # Keep the vision tower's features on disk for later runs (1.2 MB a picture at 7B).
+    feature_cache: bool = False
     precision: str = "fp32"
     gradient_checkpointing: bool = False
-    compile: bool = False  # the language model's layers by torch.compile: a minute more at the start, faster steps on a GPU
+    # torch.compile for the language model: a minute more at the start, faster steps on a GPU.
+    compile: bool = False
     seed: int = 0
-    sharding: str = "auto"  # over several processes; auto: fsdp2 for full tuning on GPUs, else each holds the whole model
+    # Over several processes. auto: fsdp2 for full tuning on GPUs, else each holds the whole model.
+    sharding: str = "auto"
     save_every: int = 0  # steps between checkpoints to resume from; 0: none
-    heldout_rows: int = 0  # rows never trained on: their loss a task, and answers to a few of them
-    evaluate_every: int = 0  # steps between looks at the held-out rows; 0: one look, at the end
-    trackers: tuple[
-        str, ...
-    ] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written in any case
-    max_bad_share: float = 0.01  # more bad rows than this and the run does not start
+    # Rows never trained on: their loss is measured by task, and a few of them are answered.
+    heldout_rows: int = 0
+    evaluate_every: int = 0  # steps between measurements on held-out rows; 0: one, at the end
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio, beside metrics.jsonl
+    max_bad_share: float = 0.01  # the run does not start if a larger share of its rows is bad
 
     def __post_init__(self):
         for name, field in _FIELDS.items():
             value = getattr(self, name)
-            many = field.type == tuple[str, ...]
-            if many and isinstance(value, (str, list)):  # lists come from json and from notebooks
+            # JSON and notebooks give lists, or one text in place of a list of one.
+            if field.type == tuple[str, ...] and isinstance(value, (str, list)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-            if many and not (isinstance(value, tuple) and all(map(_is_text, value))):
-                raise ValueError(f"{name}={value!r}: a list of texts is needed.")
-            if field.type is str and not _is_text(value):
-                raise ValueError(f"{name}={value!r}: some text is needed.")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: True or False is needed.")
-        for field, known in _CHOICES.items():
-            if getattr(self, field) not in known:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(str, known))}."
-                )
-        for field, least in _AT_LEAST.items():
-            value = getattr(self, field)
-            if value is None and _FIELDS[field].default is None:
-                continue
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not least <= value < 1e18
-            ):
-                raise ValueError(f"{field}={value!r}: a number of at least {least} is needed.")
-            if "int" in str(_FIELDS[field].type) and value != int(value):
-                raise ValueError(f"{field}={value!r}: a whole number is needed.")
+        check_fields(self)
         folder_name(self.name)
-        if not self.tune or not set(self.tune) <= {"projector", "language_model"}:
-            raise ValueError(
-                f"tune={self.tune}: name projector, language_model or both; the vision tower stays frozen."
-            )
-        if "language_model" in self.tune and self.bits < 16 and not self.lora_r:
-            raise ValueError(
-                f"bits={self.bits}: a quantised language model learns only through LoRA; set lora_r (64, say)."
-            )
-        if (self.temperature or self.weights) and not self.num_samples:
-            raise ValueError(
-                "temperature and task_weights share out rows: say with num_samples how many."
-            )
-        if self.temperature and self.weights:
-            raise ValueError(
-                "temperature and task_weights both decide the shares: give one of them."
-            )
-        if self.lora_r and "language_model" not in self.tune:
-            raise ValueError(
-                f"lora_r={self.lora_r}: LoRA tunes the language model; add it to tune or set lora_r=0."
-            )
-        if self.pack_tokens and self.pack_tokens < self.max_length:
-            raise ValueError(
-                f"pack_tokens={self.pack_tokens} is below max_length={self.max_length}, so the longest conversation would not fit; "
-                "raise it or lower max_length."
-            )
-        if self.sharding not in ("auto", "none") and (
-            self.bits < 16 or self.optimizer == "adamw_8bit"
-        ):
-            raise ValueError(
-                f"sharding={self.sharding!r}: quantised weights and the 8-bit optimiser cannot be shared out over processes; "
-                "set sharding='none', or bits=16 and optimizer='adamw'."
-            )
-        if not set(self.trackers) <= set(_TRACKERS):
-            raise ValueError(f"trackers={self.trackers}: choose among {', '.join(_TRACKERS)}.")
-        if self.evaluate_every and not self.heldout_rows:
-            raise ValueError(
-                f"evaluate_every={self.evaluate_every} has nothing to look at; set heldout_rows too."
-            )
-        if self.lora_r and not self.lora_alpha:
-            raise ValueError(
-                f"lora_alpha is 0: LoRA would do nothing; {2 * self.lora_r} (twice lora_r) is usual."
-            )
+
+    def _repr_html_(self) -> str:
+        return _html_table([self])
 
     @property
     def folder(self) -> Path:
@@ -241,28 +135,25 @@ class Recipe:
     @property
     def weights(self) -> dict[str, float]:
         """`task_weights` as numbers."""
-        return dict(map(_weight, self.task_weights))
+        return dict(map(_task_weight, self.task_weights))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as recipe.json holds them: tuples become lists."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Recipe":
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The recipe of a recipe.json; ValueError for a field that Recipe does not have."""
-        _known(values)
-        if lacking := [name for name in _FIELDS if name not in DEFAULTS and name not in values]:
-            raise ValueError(f"A recipe needs {', '.join(lacking)}; recipe.json lacks it.")
+        _check_names(values)
+        if missing := [name for name in _FIELDS if name not in DEFAULTS and name not in values]:
+            raise ValueError(f"A recipe needs {', '.join(missing)}; recipe.json lacks it.")
         return cls(**values)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
-DEFAULTS = {
-    name: field.default
-    for name, field in _FIELDS.items()
-    if field.default is not dataclasses.MISSING
-}
-DEFAULTS = json.loads(json.dumps(DEFAULTS))  # as they stand in a recipe.json
+_OPTIONAL = [field for field in _FIELDS.values() if field.default is not dataclasses.MISSING]
+# As they stand in a recipe.json, with lists for tuples.
+DEFAULTS = json.loads(json.dumps({field.name: field.default for field in _OPTIONAL}))
 
 
 class Preset(NamedTuple):
@@ -272,92 +163,119 @@ class Preset(NamedTuple):
     base: Recipe
     chat: Recipe
 
+    def _repr_html_(self) -> str:
+        return _html_table(self)
 
-def one_recipe(recipe) -> None:
-    """TypeError, with what to write, where a whole preset or something else stands in place of a recipe."""
+
+def _html_table(recipes) -> str:
+    """A column for each recipe, and a row for each field that differs from its default in one."""
+    columns = [recipe.to_dict() for recipe in recipes]
+    lines = [["stage", *(column.pop("stage") for column in columns)]]
+    for name in columns[0]:
+        values = [column[name] for column in columns]
+        if name not in DEFAULTS or any(value != DEFAULTS[name] for value in values):
+            joined = [", ".join(value) if isinstance(value, list) else value for value in values]
+            lines.append([name, *joined])
+    cells = ["".join(f"<td>{html.escape(str(text))}</td>" for text in line) for line in lines]
+    rows = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><caption>All other fields have their defaults.</caption>{rows}</table>"
+
+
+def one_recipe(recipe: Any) -> None:
+    """Raise TypeError, with what to write, where a preset or something else is no recipe."""
     if isinstance(recipe, Preset):
         raise TypeError(
-            "This is a preset, three recipes: give one of them, preset.projector, preset.base or preset.chat."
+            "This is a preset, three recipes: give one of them, "
+            "preset.projector, preset.base or preset.chat."
         )
     if not isinstance(recipe, Recipe):
         raise TypeError(
-            f"This takes a vflan.Recipe, not {type(recipe).__name__}; vflan.preset('tiny').base is one."
+            f"This takes a vflan.Recipe, not {type(recipe).__name__}; "
+            "vflan.preset('tiny').base is one."
         )
 
 
-def replace(recipe: Recipe, **changes) -> Recipe:
+def replace(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some fields changed; a sweep is plain Python around it."""
-    _known(changes)
+    _check_names(changes)
     return dataclasses.replace(recipe, **changes)
 
 
 def for_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with another seed, under a name that tells: `base` is the run of seed 0, `base-seed1` of seed 1."""
-    return replace(
-        recipe, seed=seed, name=recipe.name if seed == 0 else f"{recipe.name}-seed{seed}"
-    )
+    """The recipe with another seed: `base` names the run of seed 0, `base-seed1` that of seed 1."""
+    name = recipe.name if seed == 0 else f"{recipe.name}-seed{seed}"
+    return replace(recipe, seed=seed, name=name)
 
 
-def preset(name: str, changes: dict | str = "{}", /, **more) -> Preset:
-    """The three recipes of a preset: a name in `vflan/presets`, or the path of a .py file that defines `preset()`.
+def preset(name: str, changes: dict[str, Any] | str = "{}", /, **more: Any) -> Preset:
+    """The three recipes of a preset.
 
-    `changes` and `more` are Recipe fields and go to all three stages. `changes` may be a text, as `papermill -p` passes it.
+    name: a file of `vflan/presets`, or the path of a .py file that defines `preset()`.
+    changes, more: Recipe fields, for all three stages. `changes` may be JSON text, as
+    `papermill -p` passes it.
     """
     changes = read_changes(changes) | more
     for field in {"name", "stage"} & changes.keys():
         raise ValueError(
-            f"{field}={changes[field]!r}: the three stages cannot share one; change it with replace()."
+            f"{field}={changes[field]!r}: the three stages cannot share one; "
+            "change it with replace()."
         )
-    if str(name).endswith(".py"):
-        path = Path(name) if Path(name).exists() else resolve(name)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{name}: no such preset file; copy one of vflan/presets and point to it."
-            )
-        try:
-            make = runpy.run_path(str(path)).get("preset")
-        except (Exception, SystemExit) as trouble:  # it is code of somebody's own
-            raise ValueError(
-                f"{name} cannot be run: {type(trouble).__name__}: {trouble}"
-            ) from trouble
-        if not callable(make):
-            raise ValueError(
-                f"{name} defines no preset(); see vflan/presets/tiny.py for the shape."
-            )
-    elif name in (known := preset_names()):
-        make = import_module(f"vflan.presets.{name}").preset
-    else:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"There is no preset {name!r}{hint}; known ones are {', '.join(known)}, or give a .py file of your own."
-        )
+    make_preset = _preset_file(name) if str(name).endswith(".py") else _known_preset(name)
     try:
-        recipes = list(make())
-    except (Exception, SystemExit) as trouble:
-        raise ValueError(
-            f"preset() of {name} fails: {type(trouble).__name__}: {trouble}"
-        ) from trouble
+        recipes = list(make_preset())
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"preset() of {name} fails: {type(error).__name__}: {error}") from error
     if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ValueError(
-            f"preset() of {name} must return three recipes: projector, base, chat; see vflan/presets/tiny.py."
+            f"preset() of {name} must return three recipes: projector, base, chat; "
+            "see vflan/presets/tiny.py."
         )
     return Preset(*(replace(recipe, **changes) for recipe in recipes))
 
 
-def read_changes(changes: dict | str | None) -> dict:
-    """Recipe fields and their values, from a dict or from its text; ValueError for a field that Recipe does not have."""
+def _preset_file(name: str) -> Callable:
+    """The function `preset` of a .py file."""
+    path = Path(name) if Path(name).exists() else resolve(name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{name}: no such preset file; copy one of vflan/presets and point to it."
+        )
+    try:
+        make_preset = runpy.run_path(str(path)).get("preset")
+    # It is the user's code, and may fail in any way.
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(make_preset):
+        raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
+    return make_preset
+
+
+def _known_preset(name: str) -> Callable:
+    """The function `preset` of a file in vflan/presets."""
+    known = preset_names()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"There is no preset {name!r}{hint}; known ones are {', '.join(known)}, "
+            "or give a .py file of your own."
+        )
+    return import_module(f"vflan.presets.{name}").preset
+
+
+def read_changes(changes: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Recipe fields and their values, from a dict or its text; ValueError for an unknown field."""
     if isinstance(changes, str):
         text, changes = changes, read_value(changes or "{}")
         if isinstance(changes, str):
             raise ValueError(f"changes={text!r} is no json; write it as '{{\"max_steps\": 40}}'.")
     changes = {} if changes is None else changes
-    _known(changes)
+    _check_names(changes)
     return changes
 
 
-def read_value(text: str):
-    """The value that a text shows, in json or as Python writes it; the text itself where it shows none."""
+def read_value(text: str) -> Any:
+    """The value of a text in JSON or Python syntax; the text itself if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -367,67 +285,69 @@ def read_value(text: str):
 
 
 def preset_names() -> list[str]:
-    return sorted(
-        p.stem for p in (Path(__file__).parent / "presets").glob("*.py") if p.stem != "__init__"
-    )
+    """The presets that come with vflan."""
+    names = {path.stem for path in (_PACKAGE / "presets").glob("*.py")}
+    return sorted(names - {"__init__"})
 
 
-def differences(old: dict, new: dict) -> str:
-    """The fields that make two recipes (as dicts) two runs, one line each; a field that one lacks has its default."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The fields that make two recipes (as dicts) two runs, one line each.
+
+    A field that one of them lacks has its default.
+    """
     old, new = (json.loads(json.dumps({**DEFAULTS, **values})) for values in (old, new))
-    keys = [key for key in {**old, **new} if key not in _WATCHING]
-    return "\n".join(
-        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    )
+    names = [name for name in {**old, **new} if name not in _MONITORING]
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    return "\n".join(f"  {name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
 
 
 def folder_name(name: str, what: str = "name") -> str:
-    """`name`, if it is one plain folder name on every system; else ValueError, which says what is wrong with it.
+    """`name`, if it is a plain folder name on every system; else ValueError says why it is not.
 
-    Letters of any script are welcome. Not allowed: path separators, `.` and `..`, control and
+    Letters of any script are allowed. Not allowed: path separators, `.` and `..`, control and
     direction characters, what Windows drops or reserves, over 100 characters or 200 bytes.
     """
-    trouble = None
+    problem = None
     if not isinstance(name, str) or not name:
-        trouble = "some text is needed"
+        problem = "some text is needed"
     elif bad := next((c for c in name if c in '/\\:*?"<>|' or not c.isprintable()), None):
-        trouble = f"it holds the character {ascii(bad)}"
+        problem = f"it holds the character {ascii(bad)}"
     elif name != name.strip() or name.startswith(".") or name.endswith("."):
-        trouble = "it begins or ends with a dot or a space"
+        problem = "it begins or ends with a dot or a space"
     elif len(name) > 100 or len(name.encode()) > 200:
-        trouble = f"it has {len(name)} characters ({len(name.encode())} bytes), more than 100 (200)"
-    elif name.split(".")[0].rstrip().upper() in _RESERVED:
-        trouble = "Windows reserves it"
-    if trouble:
+        problem = f"it has {len(name)} characters ({len(name.encode())} bytes), more than 100 (200)"
+    elif name.split(".")[0].rstrip().upper() in _WINDOWS_DEVICES:
+        problem = "Windows reserves it"
+    if problem:
         raise ValueError(
-            f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {trouble}."
+            f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {problem}."
         )
     return name
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """The absolute path to read a recipe's path from: a relative one below `ROOT`, or, when it is not there and comes
-    with vflan (`SHIPPED_FILES`), below `SHIPPED`. Write to `output_path` instead.
+    """The absolute path to read from. To write, take `output_path`.
+
+    A relative path starts at `ROOT`. If nothing is there and the file comes with vflan
+    (`SHIPPED_FILES`), it starts at `SHIPPED`.
     """
     path = Path(path).expanduser()
-    own = ROOT / path
-    if ROOT == SHIPPED or own.exists() or not _is_shipped(path):
-        return own
+    in_project = ROOT / path
+    if ROOT == SHIPPED or in_project.exists() or not _is_shipped(path):
+        return in_project
     return SHIPPED / path
 
 
 def output_path(path: str | os.PathLike) -> Path:
-    """The absolute path to write to: a relative one below `ROOT`, never among the files that come with vflan."""
+    """The absolute path to write to: a relative one starts at `ROOT`, never among shipped files."""
     return ROOT / Path(path).expanduser()
 
 
 def _is_shipped(path: PurePath) -> bool:
-    """Whether a relative path is matched by `SHIPPED_FILES`, or lies in a folder that is."""
+    """Whether `SHIPPED_FILES` matches a relative path, or a folder above it."""
     if path.is_absolute() or ".." in path.parts:
         return False
-    # fnmatch's * also matches a slash, so the depths have to agree as well
+    # fnmatch's * also matches a slash, so the depths have to agree as well.
     return any(
         fnmatchcase(place.as_posix(), pattern) and len(place.parts) == pattern.count("/") + 1
         for place in (path, *path.parents)
@@ -436,9 +356,10 @@ def _is_shipped(path: PurePath) -> bool:
 
 
 def output_folder(album: str | os.PathLike, kind: str) -> Path:
-    """The folder `figures` or `results` of what the notebooks make, in runs/<album>; it is made where it is missing.
+    """The folder runs/<album>/<kind> of what notebooks write; it is made if it is missing.
 
-    album: the name of a preset, or a folder of runs: `resolve(p.base.runs)`, which `changes` may have set.
+    album: the name of a preset, or a folder of runs: `resolve(p.base.runs)`, which `changes` may
+    have set. kind: figures or results.
     """
     folder = resolve("runs") / album / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,12 +367,12 @@ def output_folder(album: str | os.PathLike, kind: str) -> Path:
 
 
 def shown(path: Path) -> str:
-    """A path as a person should read it: relative to the project folder when it lies there."""
+    """A path for messages: relative to the project folder if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def read_json(path: Path) -> dict:
-    """What a json file of ours holds, {} where there is none; ValueError for one that is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that vflan wrote, {} if there is no file; ValueError if damaged."""
     if not path.is_file():
         return {}
     try:
@@ -465,8 +386,8 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_json(path: Path, value) -> None:
-    """Whole or not at all: a reader never sees half a file."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file by renaming, so that a reader never sees half a file."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -476,19 +397,20 @@ def write_json(path: Path, value) -> None:
 
 
 def commit() -> str:
-    """The commit of vflan's clone, `+` behind it where tracked files were changed since; empty for an installed package."""
+    """The clone's commit, with `+` if tracked files have changed; "" where there is no clone."""
+    # An installed package lies in no repository of ours, even if the working directory is in one.
     if INSTALLED:
-        return ""  # the working directory may lie in a repository too, but in somebody else's
+        return ""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=SHIPPED, capture_output=True, text=True)
-    except OSError:  # no git here
+        return subprocess.run(command, cwd=SHIPPED, capture_output=True, text=True).stdout.strip()
+    # This machine has no git.
+    except OSError:
         return ""
-    return told.stdout.strip()
 
 
 def weights_source(path: str) -> str:
-    """A folder when it is there, else the hub id; a folder of ours that is missing is an error, not a download."""
+    """A folder if it exists, else a hub id. FileNotFoundError for what can only be a folder."""
     if resolve(path).exists():
         return str(resolve(path))
     if Path(path).is_absolute() or path.startswith(("data/", "runs/", ".")) or path.count("/") > 1:
@@ -498,29 +420,21 @@ def weights_source(path: str) -> str:
     return path
 
 
-def _weight(entry: str) -> tuple[str, float]:
+def _task_weight(entry: str) -> tuple[str, float]:
     task, equals, weight = entry.rpartition("=")
     try:
         return task, float(weight if equals else "")
     except ValueError:
-        raise ValueError(
-            f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example."
-        ) from None
+        problem = f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example."
+        raise ValueError(problem) from None
 
 
-def _is_text(value) -> bool:
-    """Whether a value can stand in a recipe.json as text: half a surrogate pair cannot, and no path holds a null byte."""
-    return (
-        isinstance(value, str)
-        and "\0" not in value
-        and not any("\ud800" <= c <= "\udfff" for c in value)
-    )
-
-
-def _known(names) -> None:
+def _check_names(names) -> None:
+    """Raise ValueError for a name that is no field of Recipe, with the closest one."""
     if not isinstance(names, dict):
+        kind = type(names).__name__
         raise ValueError(
-            f"A recipe is a table of fields and values, not {type(names).__name__}; see vflan/presets."
+            f"A recipe is a table of fields and values, not {kind}; see vflan/presets."
         )
     for name in names:
         if name not in _FIELDS:

@@ -1,13 +1,14 @@
-"""What may be deleted: only what vflan wrote. Every deletion of a folder in this package goes through this file.
+"""Deletes only what vflan wrote. Every deletion of a folder in this package goes through this file.
 
-A run folder is known by its recipe.json and by the names that vflan writes into it; a folder that is
-written whole (an export, a set of the mini world) is built beside its place, under a mark of its own.
-Links are never followed: a link is somebody's, and what it points to is never touched.
+A run folder is known by its recipe.json and by the names that vflan writes into it. A folder that
+is written whole (an export, a set of the mini world) is built beside its place, in a folder with a
+mark of its own. Links are never followed: a user made them, so their targets are never touched.
 """
 
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from vflan.config import shown
 
-# All that vflan, and the libraries that it calls, write into a run folder, as patterns of `foreign`.
+# Everything that vflan, and the libraries that it calls, write into a run folder. The patterns are
+# those of `foreign`.
 MODEL = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -25,7 +27,8 @@ MODEL = (
 )
 CHECKPOINT = ("checkpoint.json", ".checkpoint.json.*", "[0-9]*.pt", "zero/*")
 CHECKPOINTS = tuple(f"{step}/{name}" for step in ("step-[0-9]*", ".part") for name in CHECKPOINT)
-BEGINNING = (".lock", ".recipe.json.*", ".init.json.*")  # may be there before recipe.json is
+# These may exist before recipe.json does.
+BEGINNING = (".lock", ".recipe.json.*", ".init.json.*")
 RUN = (
     *BEGINNING,
     *(f"{name}.json" for name in ("recipe", "init", "mixture", "done")),
@@ -38,25 +41,26 @@ RUN = (
     *(f"checkpoints/{name}" for name in CHECKPOINTS),
 )
 
-MARK = ".vflan"  # in a folder that is being written: it is ours, and whoever holds its lock writes
+# The lock file in a folder that vflan is writing. It shows that the folder is ours.
+MARK = ".vflan"
 
 
-def foreign(folder: Path, ours) -> list[str]:
-    """The paths inside `folder`, relative to it, that no pattern of `ours` matches; links are foreign.
+def foreign(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """The relative paths inside `folder` that no pattern matches; links are always foreign.
 
-    A pattern is `fnmatch`'s on the whole relative path, in which `*` also stands for `/`. Folders
-    count only if they are empty: a folder is ours when the files in it are.
+    A pattern is matched by `fnmatch` on the whole relative path, so that `*` also matches `/`.
+    Folders count only if they are empty: a folder is ours when the files in it are.
     """
-    found, todo = [], [folder]
-    while todo:
-        with os.scandir(todo.pop()) as entries:
+    names, folders = [], [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 name = Path(entry.path).relative_to(folder).as_posix()
                 if entry.is_dir(follow_symlinks=False):
-                    todo.append(Path(entry.path))
-                elif entry.is_symlink() or not any(fnmatch(name, pattern) for pattern in ours):
-                    found.append(name)
-    return sorted(found)
+                    folders.append(Path(entry.path))
+                elif entry.is_symlink() or not any(fnmatch(name, each) for each in patterns):
+                    names.append(name)
+    return sorted(names)
 
 
 def named(files: list[str]) -> str:
@@ -66,51 +70,45 @@ def named(files: list[str]) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; one sentence if a file, or a link that leads nowhere, is in the way."""
+    """Make a folder and its parents; NotADirectoryError names a file or broken link in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        above = (
-            path
-            for path in (folder, *folder.parents)
-            if os.path.lexists(path) and not path.is_dir()
-        )
-        where = shown(next(above, folder))
+        paths = [path for path in (folder, *folder.parents) if os.path.lexists(path)]
+        blocking = next((path for path in paths if not path.is_dir()), folder)
         raise NotADirectoryError(
-            f"{where} is no folder, but one is needed there: move it away, or choose another name."
+            f"{shown(blocking)} is no folder, but one is needed there: "
+            "move it away, or choose another name."
         ) from None
 
 
-def clear(path: Path, ours) -> None:
-    """Delete what vflan wrote at `path`; whatever else is there is set aside under a new name, and reported."""
+def clear(path: Path, patterns: Iterable[str]) -> None:
+    """Delete what vflan wrote at `path`; anything else there is renamed and reported."""
     if not os.path.lexists(path):
         return
-    if path.is_symlink() or not path.is_dir() or foreign(path, ours):
+    if path.is_symlink() or not path.is_dir() or foreign(path, patterns):
         set_aside(path)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file, folder or link to the first free `NAME.old-N` beside it, say so, and return where it is now."""
+    """Rename a file, folder or link to the first free `NAME.old-N`, report and return that path."""
     number = 1
-    while os.path.lexists(kept := path.with_name(f"{path.name}.old-{number}")):
+    while os.path.lexists(new_path := path.with_name(f"{path.name}.old-{number}")):
         number += 1
-    path.rename(kept)
-    print(
-        f"{shown(path)} is not what vflan writes there: it is now {kept.name}, nothing was deleted.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return kept
+    path.rename(new_path)
+    message = f"{shown(path)} is not what vflan writes there: it is now {new_path.name}"
+    print(f"{message}, nothing was deleted.", file=sys.stderr, flush=True)
+    return new_path
 
 
 @contextmanager
-def whole_folder(folder: Path, part: Path):
-    """A new folder `part` to write in; it becomes `folder` at the end, or is deleted if anything fails.
+def whole_folder(folder: Path, part: Path) -> Iterator[Path]:
+    """A new folder `part` to write in; it becomes `folder` at the end, or is deleted on an error.
 
-    `folder` must not be there, or be empty. What a killed process left in `part` is deleted if it
-    bears our mark and nobody writes there. FileExistsError names what is in the way.
+    `folder` must be missing or empty. What a killed process left in `part` is deleted if it has our
+    mark and no process is writing there. FileExistsError names what is in the way.
     """
     if folder.is_symlink() or folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{shown(folder)} is a file or a link; name a new folder.")
@@ -130,12 +128,10 @@ def whole_folder(folder: Path, part: Path):
 
 
 def _delete_left_over(part: Path) -> None:
-    if (
-        part.is_symlink()
-        or not part.is_dir()
-        or any(part.iterdir())
-        and not (part / MARK).is_file()
-    ):
+    """Delete the unfinished folder of a killed process."""
+    is_folder = part.is_dir() and not part.is_symlink()
+    is_ours = is_folder and ((part / MARK).is_file() or not any(part.iterdir()))
+    if not is_ours:
         raise FileExistsError(
             f"{shown(part)} is in the way, and vflan did not mark it as its own: "
             "look at it, and move it away or delete it."
@@ -144,6 +140,5 @@ def _delete_left_over(part: Path) -> None:
         with FileLock(part / MARK, timeout=0):
             shutil.rmtree(part)
     except Timeout:
-        raise FileExistsError(
-            f"{shown(part)} is being written by another process; wait for it."
-        ) from None
+        problem = f"{shown(part)} is being written by another process; wait for it."
+        raise FileExistsError(problem) from None

@@ -12,7 +12,7 @@ from vflan.evaluation.evaluator import COLUMNS
 
 
 def scores(*rows):
-    """(run, seed, benchmark, metric, value, half of the interval, majority) -> a table as evaluate makes it."""
+    """A table like evaluate's; row: (run, seed, benchmark, metric, value, margin, majority)."""
     return pd.DataFrame(
         [[r, b, m, v, v - h, v + h, 100, s, z, "", 0] for r, s, b, m, v, h, z in rows],
         columns=COLUMNS,

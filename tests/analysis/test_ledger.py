@@ -6,6 +6,7 @@ import pytest
 
 from vflan import claims, config
 from vflan.evaluation.benchmarks.benchmark import Metric
+from vflan.evaluation.evaluator import COLUMNS
 
 
 def metric(rng, right, pictures=60, each=3):
@@ -20,7 +21,7 @@ def metric(rng, right, pictures=60, each=3):
 
 
 def items(effect, seeds=5, spread=0.0, noise=0):
-    """items() of two runs, `new` and `old`, that differ by `effect` and, from seed to seed, by `spread`."""
+    """items() of two runs, `new` and `old`: `effect` apart, with `spread` between seeds."""
     rng = np.random.default_rng(noise)
     shift = rng.normal(0, spread, seeds)
     found = {}
@@ -31,8 +32,8 @@ def items(effect, seeds=5, spread=0.0, noise=0):
 
 
 def claim(direction="above", smallest=3.0, comparison="new - old"):
-    row = dict(claim="1", statement="more is better", item="", comparison=comparison, metric="x:accuracy", notebook="",
-               direction=direction, smallest=smallest, either_way="")  # fmt: skip
+    row = dict(claim="1", statement="more is better", comparison=comparison, metric="x:accuracy")
+    row |= dict(direction=direction, smallest=smallest, item="", notebook="", either_way="")
     return pd.DataFrame([row])
 
 
@@ -77,7 +78,7 @@ def test_below_says_that_an_effect_is_surely_small_and_over_that_it_is_surely_la
 
 
 def test_weakly_is_between():
-    """The uncorrected interval says yes, that for many claims no: found by lowering the effect step by step."""
+    """Lowering the effect step by step finds one that only the uncorrected interval confirms."""
     seen = [
         judge(items(effect, spread=0.05, noise=1)).verdict for effect in np.linspace(0.3, 0.0, 31)
     ]
@@ -86,7 +87,7 @@ def test_weakly_is_between():
 
 
 def test_false_alarms_are_as_rare_as_promised():
-    """No effect, seeds that differ: of many ledgers at most about 1 in 40 a claim says `holds weakly` (2.5 % above zero)."""
+    """Without an effect about 1 verdict in 40 is `holds weakly` (2.5 % lie above zero)."""
     said = [judge(items(0.0, spread=0.05, noise=n), smallest=0.0).verdict for n in range(100)]
     assert sum(v != claims.NOT for v in said) <= 7
     assert said.count(claims.HOLDS) <= 2
@@ -101,7 +102,7 @@ def test_the_interval_covers_the_truth():
 
 
 def test_pairing_takes_out_what_is_hard_for_both():
-    """Two runs that err on the same pictures: their difference is known far better than either score."""
+    """The difference of runs that fail on the same pictures is surer than either score."""
     rng = np.random.default_rng(0)
     hard = np.repeat(rng.random(60) < 0.5, 3)
     right = {}
@@ -180,8 +181,8 @@ def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
 
 def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    scores = pd.DataFrame([["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]],
-                          columns="run benchmark metric value low high n seed baseline judge problems".split())  # fmt: skip
+    row = ["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]
+    scores = pd.DataFrame([row], columns=COLUMNS)
     short, long = (claims.verdicts(items(0.3), range(n), claim(), rounds=50) for n in (1, 5))
     claims.publish("tiny_frozen", long, scores)
     claims.publish("tiny", short, scores, changes={"lr": 1, "runs": "runs/a trial"})

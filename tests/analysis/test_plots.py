@@ -1,4 +1,4 @@
-"""Figures: legible, honest about intervals and unknown numbers, and safe with whatever text a model says."""
+"""Figures: readable, with intervals, honest about unconfirmed numbers, safe with any text."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vflan import config, plots
+from vflan.analysis.claims import VERDICTS
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.stats import bootstrap
 
@@ -48,12 +49,15 @@ def marks(ax, marker):
     return [line.get_xdata()[0] for line in ax.lines if line.get_marker() == marker]
 
 
-def test_plots_come_without_torch():
-    code = "import sys, vflan.analysis.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+def test_importing_all_plots_imports_neither_torch_nor_transformers():
+    code = "import sys; from vflan.analysis.plots import *; assert table2 and gallery and save; "
+    code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 
-def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, monkeypatch):
+def test_saving_a_figure_twice_gives_the_same_bytes_and_a_large_svg_is_deleted(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(config, "ROOT", tmp_path)
     fig, ax = plt.subplots()
     ax.plot([1, 2])
@@ -67,7 +71,7 @@ def test_a_figure_is_saved_twice_the_same_and_a_heavy_svg_is_dropped(tmp_path, m
     assert first.exists() and not first.with_suffix(".svg").exists()
 
 
-def test_odd_text_is_drawn_as_it_is(tmp_path):
+def test_text_with_markup_is_drawn_literally(tmp_path):
     Image.new("RGB", (48, 48), "red").save(tmp_path / "x.png")
     odd = "costs $5 <b>& \\frac{1}{0}$ {x} %s \u2603"
     sample = {"image": str(tmp_path / "x.png"), "task_name": "a_$_task", "conversations": [
@@ -79,7 +83,7 @@ def test_odd_text_is_drawn_as_it_is(tmp_path):
     assert "$5" in shown and "(nothing)" in shown
 
 
-def test_a_lost_picture_is_said_and_one_in_a_zip_is_shown(tmp_path):
+def test_a_missing_picture_shows_the_reason_and_one_in_a_zip_is_drawn(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(tmp_path / "a.png", "a.png")
@@ -96,11 +100,17 @@ def test_long_texts_are_cut_with_an_ellipsis():
     assert plots.wrap("", 9) == "" and plots.wrap("a\n\nb", 9) == "a\nb"
 
 
-def test_a_right_short_answer_is_bold():
+def test_an_answer_that_equals_the_label_is_bold():
     question = {"image": None, "text": "What color?", "label": "red", "category": "x"}
     fig = plots.before_after([question], {"base": ["Red."], "chat": ["It is red."]})
     weight = {t.get_text(): t.get_weight() for t in fig.findobj(matplotlib.text.Text)}
     assert weight["Red."] == "bold" and weight["It is red."] != "bold"
+
+
+def test_a_question_without_a_label_can_be_shown():
+    fig = plots.before_after([{"image": None, "text": "Describe it."}], {"base": [""]})
+    weight = {t.get_text(): t.get_weight() for t in fig.findobj(matplotlib.text.Text)}
+    assert "Describe it." in weight and weight["(nothing)"] != "bold"
 
 
 def test_learned_tokens_are_orange_and_the_picture_is_one_blue_box():
@@ -114,10 +124,10 @@ def test_learned_tokens_are_orange_and_the_picture_is_one_blue_box():
 
 
 def test_source_shows_the_real_code():
-    assert "def bootstrap(values" in plots.source(bootstrap).data
+    assert "def bootstrap(" in plots.source(bootstrap).data
 
 
-def test_table_2_shows_the_papers_value_in_grey_and_what_is_unconfirmed_hollow(scores):
+def test_table_2_shows_the_papers_value_in_grey_hollow_where_it_is_not_confirmed(scores):
     fig = plots.table2(scores[scores.run.isin(["projector", "base", "chat"])])
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
     assert marks(axes["MMBench"], "D") == [69.8, 67.6]
@@ -163,7 +173,7 @@ def test_curves_have_a_point_for_every_amount_and_name_their_lines(scores):
 
 def test_bubbles_do_not_overlap_and_their_area_is_the_number_of_tasks():
     radii = np.sqrt(np.array([25, 21, 9, 5, 3, 3, 1]) / np.pi)
-    at = plots.packed(radii)
+    at = plots.pack_circles(radii)
     gaps = np.linalg.norm(at[:, None] - at, axis=-1) - radii - radii[:, None]
     assert gaps[~np.eye(len(radii), dtype=bool)].min() > -1e-6
     fig = plots.task_bubbles(plots.paper_tasks())
@@ -184,10 +194,12 @@ def test_a_loss_curve_is_drawn_for_every_run():
 
 
 def test_colours_stay_apart_for_colour_blind_readers():
-    """Simulated deuteranopia (Vienot 1999, linear RGB): no two of the first four colours come near each other."""
+    """Simulated deuteranopia (Vienot 1999, linear RGB) keeps the first four colours distinct."""
     rgb = np.array([matplotlib.colors.to_rgb(c) for c in plots.COLORS[:4]]) ** 2.2
-    seen = rgb @ np.array([[0.29275, 0.29275, -0.02234], [0.70725, 0.70725, 0.02234], [0, 0, 1]])
-    apart = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(4, 1)]
+    simulated = rgb @ np.array(
+        [[0.29275, 0.29275, -0.02234], [0.70725, 0.70725, 0.02234], [0, 0, 1]]
+    )
+    apart = np.linalg.norm(simulated[:, None] - simulated, axis=-1)[np.triu_indices(4, 1)]
     assert apart.min() > 0.1
 
 
@@ -197,36 +209,46 @@ def test_packed_rows_show_every_conversation_and_the_padding():
     bars = [
         path for group in ax.collections for path in group.get_paths() if len(path.vertices) >= 4
     ]
-    assert (
-        len(bars) == 3 * 3 + 2
-    )  # read, picture and learned of each conversation; padding after each row
+    # read, picture and learned parts of three conversations, and padding after each of two rows
+    assert len(bars) == 3 * 3 + 2
     assert ax.get_xlim() == (0, 12)
 
 
 def verdict_rows(*rows):
-    from vflan.analysis.claims import VERDICTS
+    cells = [
+        [claim, f"statement {claim}", "a - b", "x:y", n, effect, low, high, 3.0, verdict]
+        for claim, n, effect, low, high, verdict in rows
+    ]
+    return pd.DataFrame(cells, columns=VERDICTS)
 
-    return pd.DataFrame([[c, f"statement {c}", "a - b", "x:y", n, e, low, high, 3.0, v] for c, n, e, low, high, v in rows],
-                        columns=VERDICTS)  # fmt: skip
 
-
-def test_the_ledger_shows_every_claim_with_interval_and_verdict_and_the_long_form_beside():
-    found = verdict_rows(
+def test_the_forest_plot_shows_each_claim_with_its_interval_verdict_and_the_long_form():
+    measured = verdict_rows(
         ("1", 5, 9.0, 4.0, 14.0, "holds"), ("1a", 1, 2.0, np.nan, np.nan, "not enough runs")
     )
     long = verdict_rows(("1a", 5, -3.0, -6.0, 1.0, "does not hold at this scale"))
-    fig = plots.ledger(found, long)
-    said = " ".join(texts(fig))
-    assert (
-        "1  statement 1" in said
-        and "1a" in said
-        and "committed long form" in said
-        and "not enough runs" in said
-    )
+    fig = plots.forest_plot(measured, long)
+    text = " ".join(texts(fig))
+    for part in ("1  statement 1", "1a", "committed long form", "not enough runs"):
+        assert part in text
     ax = fig.axes[0]
     assert sorted(marks(ax, "o")) == [-3.0, 2.0, 9.0]
     spans = [tuple(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2]
     assert (4.0, 14.0) in spans and (-6.0, 1.0) in spans
+
+
+def test_categories_show_the_mean_of_their_kinds_for_each_stage():
+    kinds = {"red": 10, "blue": 30, "cat": 50}
+    rows = [
+        [run, "heldin", f"accuracy/{kind}", value + shift, 20.0]
+        for run, shift in (("base", 0), ("base-seed1", 2), ("chat", 20))
+        for kind, value in kinds.items()
+    ]
+    scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "baseline"])
+    ax = plots.categories(scores, ["heldin"], {"red": "color", "blue": "color"}).axes[0]
+    lines = {line.get_label(): dict(zip(line.get_ydata(), line.get_xdata())) for line in ax.lines}
+    assert lines["base"] == {"color": 21, "cat": 51} and lines["chat"] == {"color": 40, "cat": 70}
+    assert set(lines["majority answer"].values()) == {20}
 
 
 def test_affinity_is_the_gain_over_the_start_by_category():
@@ -247,8 +269,8 @@ def test_affinity_is_the_gain_over_the_start_by_category():
 
 
 def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
-    heldout = pd.DataFrame([[s, t, 1.0 / (s + 1), 5] for s in (0, 10) for t in ("a", "b", "c", "all")],
-                           columns=["step", "task", "loss", "tokens"])  # fmt: skip
+    rows = [[s, t, 1.0 / (s + 1), 5] for s in (0, 10) for t in ("a", "b", "c", "all")]
+    heldout = pd.DataFrame(rows, columns=["step", "task", "loss", "tokens"])
     fig = plots.learning_curves(heldout, {"a": "one", "b": "one", "c": "two"})
     panels = [ax for ax in fig.axes if ax.lines]
     assert [(ax.get_title(loc="left") or ax.get_title(), len(ax.lines)) for ax in panels] == [
@@ -257,6 +279,6 @@ def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
     ]
 
 
-def test_a_committed_figure_that_is_not_there_is_said(capsys):
-    plots.committed("affinity", "no such preset")
+def test_a_committed_figure_that_does_not_exist_is_reported(capsys):
+    plots.committed_figure("affinity", "no such preset")
     assert "make paper" in capsys.readouterr().out

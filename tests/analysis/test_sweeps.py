@@ -1,4 +1,4 @@
-"""Sweeps: arms train and answer side by side, what is finished is read, and a mistake is named before anything runs."""
+"""Sweeps: arms run in parallel, finished ones are read, and mistakes show before training."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import vflan
-from vflan.analysis.sweeps import longest_first, rows_of
+from vflan.analysis.sweeps import estimated_rows, longest_first
 from vflan.config import replace, write_json
 
 
@@ -19,8 +19,8 @@ def small(recipe, tmp_path):
     folder = tmp_path / "benchmarks"
     (folder / "heldin").mkdir(parents=True)
     (folder / "images").symlink_to(tmp_path / "images")
-    rows = [dict(question_id=str(i), image=f"{i}.png", text="What color is it?", label="red", category="color")
-            for i in range(8)]  # fmt: skip
+    question = dict(text="What color is it?", label="red", category="color")
+    rows = [question | dict(question_id=str(i), image=f"{i}.png") for i in range(8)]
     (folder / "heldin" / "questions.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )
@@ -34,8 +34,11 @@ def small(recipe, tmp_path):
 
 def test_arms_are_trained_asked_and_read_again(small, monkeypatch):
     projector, base, _ = small
-    arms = {"projector": vflan.Arm(projector), "few": vflan.Arm(replace(base, name="few", num_tasks=2), init="projector"),
-            "few/old-projector": vflan.Swap("few", "projector", "projector")}  # fmt: skip
+    arms = {
+        "projector": vflan.Arm(projector),
+        "few": vflan.Arm(replace(base, name="few", num_tasks=2), init="projector"),
+        "few/old-projector": vflan.Swap("few", "projector", "projector"),
+    }
     done = vflan.sweep(arms, [0, 3], jobs=1)
     assert {(r.run, r.seed) for r in done.scores.itertuples()} == {
         (a, s) for a in arms for s in (0, 3)
@@ -82,7 +85,7 @@ def test_the_processes_that_train_an_arm_answer_for_it_too(small, monkeypatch):
         asked.append(num_processes)
         return real(run, num_processes, *more)
 
-    monkeypatch.setattr(sys.modules["vflan.evaluation.evaluator"], "working", working)
+    monkeypatch.setattr(sys.modules["vflan.evaluation.parallel"], "working", working)
     two = vflan.sweep({"projector": vflan.Arm(projector)}, jobs=1, num_processes=2)
     kept = two.runs["projector", 0].folder / "answers" / "heldin.jsonl"
     answers = sorted(kept.read_text().splitlines()[1:])
@@ -94,21 +97,24 @@ def test_the_processes_that_train_an_arm_answer_for_it_too(small, monkeypatch):
     assert list(one.scores.value) == list(two.scores.value)
 
 
-def test_what_has_most_work_behind_it_begins_first(small):
-    _, base, _ = small
+def test_the_longest_critical_path_starts_first():
     waiting = {"short": [], "first": [], "second": ["first"], "third": ["second"], "long": []}
     rows = {"short": 2, "first": 1, "second": 1, "third": 5, "long": 4}
-    assert longest_first(list(waiting), waiting, rows) == [
-        "first",
-        "second",
-        "third",
-        "long",
-        "short",
-    ]
-    of = {name: rows_of(vflan.Arm(replace(base, **fields))) - 1_000 for name, fields in {
-        "steps": dict(max_steps=5, global_batch=4), "spread": dict(num_tasks=3, per_task=10, epochs=2.0, max_steps=None),
-        "some": dict(num_samples=40, max_steps=None), "all": dict(max_steps=None)}.items()}  # fmt: skip
-    assert (of["steps"], of["spread"], of["some"]) == (20, 60, 40) and of["all"] > 10_000
+    order = ["first", "second", "third", "long", "short"]
+    assert longest_first(waiting, rows) == order
+
+
+def test_the_rows_of_an_arm_come_from_its_recipe(small):
+    _, base, _ = small
+    whole = replace(base, max_steps=None)
+
+    def rows(recipe, **fields):
+        return estimated_rows(vflan.Arm(replace(recipe, **fields))) - 1_000
+
+    assert rows(base, max_steps=5, global_batch=4) == 20
+    assert rows(whole, num_tasks=3, per_task=10, epochs=2.0) == 60
+    assert rows(whole, num_samples=40) == 40
+    assert rows(whole) > 10_000
 
 
 def test_an_arm_that_fails_is_named_and_what_was_done_stays(small, tmp_path):
@@ -124,7 +130,8 @@ SCRIPT = """
 import json, sys, vflan
 if __name__ == "__main__":
     recipe = vflan.Recipe(**json.load(open(sys.argv[1])))
-    vflan.sweep({"endless": vflan.Arm(recipe), "other": vflan.Arm(vflan.replace(recipe, name="other"))}, benchmarks=(), jobs=2)
+    other = vflan.replace(recipe, name="other")
+    vflan.sweep({"endless": vflan.Arm(recipe), "other": vflan.Arm(other)}, benchmarks=(), jobs=2)
 """
 
 
@@ -146,7 +153,8 @@ def test_a_sweep_that_is_killed_leaves_no_process_behind(small, tmp_path):
     begun = psutil.Process(sweep.pid).children(recursive=True)
     try:
         assert (endless.folder / "metrics.jsonl").exists() and len(begun) >= 3
-        sweep.kill()  # as a machine short of memory does; a train of 100,000 steps would go on for hours
+        # a machine short of memory kills like this; 100,000 steps would train for hours
+        sweep.kill()
         assert psutil.wait_procs(begun, timeout=30)[1] == []
     finally:
         for process in begun:
@@ -165,6 +173,9 @@ def test_mistakes_are_named_before_anything_is_trained(small):
         vflan.sweep({"one": vflan.Arm(base), "two": vflan.Arm(replace(base, lr=2 * base.lr))})
     with pytest.raises(ValueError, match="start from each other"):
         vflan.sweep({"x": vflan.Arm(base, init="y"), "y": vflan.Arm(projector, init="x")})
+    with pytest.raises(ValueError, match="start from each other: a, b"):
+        swaps = {"a": vflan.Swap("b", "projector", "x"), "b": vflan.Swap("a", "projector", "x")}
+        vflan.sweep({"projector": first} | swaps)
     with pytest.raises(ValueError, match="vision_tower.*projector"):
         vflan.sweep({"projector": first, "odd": vflan.Swap("projector", "tower", "projector")})
     assert not projector.folder.exists()

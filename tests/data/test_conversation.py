@@ -1,3 +1,4 @@
+import doctest
 import json
 
 import pytest
@@ -22,14 +23,14 @@ def turns(*texts):
 
 
 def learned(tokenizer, ids, labels):
-    """The supervised stretches as text."""
-    stretches, last = [], IGNORE_INDEX
+    """The text of each run of learned tokens."""
+    runs, last = [], IGNORE_INDEX
     for label in labels:
         if label != IGNORE_INDEX:
-            stretches = [*stretches, []] if last == IGNORE_INDEX else stretches
-            stretches[-1].append(label)
+            runs = [*runs, []] if last == IGNORE_INDEX else runs
+            runs[-1].append(label)
         last = label
-    return [tokenizer.decode(stretch).strip() for stretch in stretches]
+    return [tokenizer.decode(run).strip() for run in runs]
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +42,18 @@ def tokenizer(backbones):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """The mini world's, which begins every stretch of text with a space, as the older Vicunas' does."""
+    """The mini world's, which begins every text with a space, as that of the older Vicunas does."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny" / "language_model")
+
+
+def test_the_example_of_encode_is_true(tiny_tokenizer):
+    names = {"encode": encode, "tokenizer": tiny_tokenizer}
+    (example,) = doctest.DocTestFinder().find(encode, globs=names)
+    assert len(example.examples) == 4
+    result = doctest.DocTestRunner().run(example)
+    assert result.failed == 0 and result.attempted == 4
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -87,7 +96,7 @@ def test_the_image_moves_to_the_front_of_its_question(tokenizer):
     )
 
 
-def test_generation_starts_from_exactly_what_training_saw(tokenizer):
+def test_generation_starts_from_the_ids_that_training_saw(tokenizer):
     for text, image in (
         ("<image>\nWhat color is it?", True),
         ("What is a square?", False),
@@ -104,15 +113,15 @@ def test_generation_starts_from_exactly_what_training_saw(tokenizer):
 
 
 @pytest.mark.parametrize("mark", ["<image>\n", ""])
-def test_a_later_question_is_generated_from_what_training_saw_of_the_conversation(tokenizer, mark):
-    said = [
+def test_a_later_answer_is_generated_from_the_ids_that_training_saw_before_it(tokenizer, mark):
+    pairs = [
         (f"{mark}What color is it?", "red"),
         ("Is it a square?", "a blue square"),
         ("And here?", "a red one"),
     ]
-    ids, labels = encode(turns(*(text for pair in said for text in pair)), tokenizer)
-    for turn, (question, answer) in enumerate(said):
-        prompt = prompt_ids(question, tokenizer, has_image=bool(mark), before=said[:turn])
+    ids, labels = encode(turns(*(text for pair in pairs for text in pair)), tokenizer)
+    for turn, (question, answer) in enumerate(pairs):
+        prompt = prompt_ids(question, tokenizer, has_image=bool(mark), before=pairs[:turn])
         assert ids[: len(prompt)] == prompt and tokenizer.decode(prompt[-1:]) == "ASSISTANT:"
         rest = [
             i
@@ -122,7 +131,7 @@ def test_a_later_question_is_generated_from_what_training_saw_of_the_conversatio
         assert tokenizer.decode(rest).strip().startswith(answer)
 
 
-def test_the_system_text_leads_once(tokenizer):
+def test_the_system_text_is_at_the_start_once(tokenizer):
     ids, _ = encode(turns("What?", "red", "And?", "blue"), tokenizer)
     assert tokenizer.decode(ids).count(SYSTEM) == 1
 
@@ -138,21 +147,19 @@ def test_the_system_text_leads_once(tokenizer):
     ],
     ids=["answer first", "question last", "empty answer", "role name inside", "end token inside"],
 )
-def test_where_the_reference_throws_a_sample_away_what_is_sound_is_kept(
-    tokenizer, conversation, kept
-):
+def test_the_sound_part_of_a_sample_that_the_reference_drops_is_kept(tokenizer, conversation, kept):
     ids, labels = encode(conversation, tokenizer)
     assert learned(tokenizer, ids, labels) == kept
-    assert ids.count(IMAGE_TOKEN_INDEX) == 1  # the picture stays, also when its question goes
-    assert ids.count(tokenizer.eos_token_id) == len(
-        kept
-    )  # an end token that a person wrote is text
+    # The image stays, also if its question is left out.
+    assert ids.count(IMAGE_TOKEN_INDEX) == 1
+    # An end token that a person wrote is text.
+    assert ids.count(tokenizer.eos_token_id) == len(kept)
     assert bool(audit(conversation).dropped) == (
         len(kept) < len(conversation) / 2 or conversation[0]["from"] == "gpt"
     )
 
 
-def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
+def test_a_conversation_with_nothing_to_learn_is_an_error_with_the_reason(tokenizer):
     for conversation, why in (
         (turns("What?"), "wrong order"),
         (turns("What?", " "), "empty answer"),
@@ -171,7 +178,7 @@ def test_a_conversation_without_anything_to_learn_says_why(tokenizer):
             encode(conversation, tokenizer, "plain")
 
 
-def test_the_chat_template_gives_trainings_ids_in_one_pass(tokenizer, tiny_tokenizer):
+def test_the_chat_template_tokenised_at_once_gives_the_ids_of_training(tokenizer, tiny_tokenizer):
     for spelling in (tokenizer, tiny_tokenizer):
         ids, labels = encode(
             turns("<image>\nWhat color is it?", "a red square", "Is it big?", "no"), spelling
@@ -195,7 +202,7 @@ def test_the_chat_template_gives_trainings_ids_in_one_pass(tokenizer, tiny_token
         ]
 
 
-def test_expand_widens_the_picture_in_ids_and_labels_alike(tokenizer):
+def test_expand_widens_the_image_in_ids_and_in_labels(tokenizer):
     ids, labels = expand([1, IMAGE_TOKEN_INDEX, 5, 6], [-100, -100, -100, 6], 3, image_token_id=9)
     assert (ids, labels) == ([1, 9, 9, 9, 5, 6], [-100] * 5 + [6])
     assert expand([1, 5], [-100, 5], 3, 9) == ([1, 5], [-100, 5])
@@ -203,7 +210,7 @@ def test_expand_widens_the_picture_in_ids_and_labels_alike(tokenizer):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=20), min_size=2, max_size=6), st.booleans())
-def test_any_text_gives_labels_that_copy_the_ids_and_one_end_token_a_turn(tokenizer, texts, image):
+def test_for_any_text_labels_copy_the_ids_and_each_turn_has_one_end_token(tokenizer, texts, image):
     texts = [text.replace("<image>", "") for text in texts[: len(texts) // 2 * 2]]
     texts[0] = "<image>" * image + texts[0]
     try:

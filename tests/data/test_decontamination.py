@@ -7,7 +7,8 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 
 from vflan.data import decontamination, validation
-from vflan.data.decontamination import Fine, candidates, distance, question_keys, views
+from vflan.data.decontamination import Fine, candidates, distance, question_keys
+from vflan.data.images import views
 from vflan.data.validation import check
 
 
@@ -58,24 +59,24 @@ def samples(folder, *pictures, question="What is it?"):
     return Dataset.from_list(rows)
 
 
-def asked(folder, *pictures, text="Which one?"):
+def benchmark(folder, *pictures, text="Which one?"):
     questions = []
     for number, picture in enumerate(pictures):
-        picture.save(folder / f"asked{number}.png")
+        picture.save(folder / f"benchmark{number}.png")
         questions.append(
-            dict(question_id=f"q{number}", image=str(folder / f"asked{number}.png"), text=text)
+            dict(question_id=f"q{number}", image=str(folder / f"benchmark{number}.png"), text=text)
         )
     return {"mme": questions}
 
 
-def found(report):
+def matches(report):
     columns = ["row", "benchmark", "question_id", "kind"]
     return [tuple(line) for line in report.contamination[columns].itertuples(index=False)]
 
 
-def test_copies_are_found_and_told_apart(tmp_path):
-    against = asked(tmp_path, scene(0), scene(1))
-    shutil.copy(tmp_path / "asked0.png", tmp_path / "copy")
+def test_each_kind_of_copy_is_found(tmp_path):
+    against = benchmark(tmp_path, scene(0), scene(1))
+    shutil.copy(tmp_path / "benchmark0.png", tmp_path / "copy")
     data = samples(
         tmp_path,
         ("other.png", scene(9), {}),
@@ -85,9 +86,9 @@ def test_copies_are_found_and_told_apart(tmp_path):
         ("crop.png", crop(scene(1)), {}),
         ("file.png", scene(0), {}),
     )
-    shutil.copy(tmp_path / "asked0.png", tmp_path / "file.png")
+    shutil.copy(tmp_path / "benchmark0.png", tmp_path / "file.png")
     report = check(data, against=against)
-    assert found(report) == [
+    assert matches(report) == [
         (1, "mme", "q0", "same pixels"),
         (2, "mme", "q0", "near picture"),
         (3, "mme", "q0", "near picture"),
@@ -104,11 +105,11 @@ def test_copies_are_found_and_told_apart(tmp_path):
     )  # nothing is removed by itself
 
 
-def test_a_training_picture_of_which_the_benchmark_shows_a_crop_is_found_too(tmp_path):
+def test_a_training_image_whose_crop_is_in_a_benchmark_is_found(tmp_path):
     report = check(
-        samples(tmp_path, ("whole.png", scene(3), {})), against=asked(tmp_path, crop(scene(3)))
+        samples(tmp_path, ("whole.png", scene(3), {})), against=benchmark(tmp_path, crop(scene(3)))
     )
-    assert found(report) == [(0, "mme", "q0", "near picture")]
+    assert matches(report) == [(0, "mme", "q0", "near picture")]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -120,18 +121,20 @@ def test_two_pictures_that_differ_in_one_small_object_are_not_copies(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_crop_is_placed_to_a_fraction_of_a_pixel(seed):
+def test_the_frame_of_a_crop_is_exact_to_a_fraction_of_a_pixel(seed):
     for share in (0.03, 0.035, 0.05, 0.06):
         assert distance(Fine(scene(seed, 192)), Fine(crop(scene(seed, 192), share))) < 0.7, share
 
 
-def test_flat_pictures_are_compared_exactly_only(tmp_path):
+def test_only_exact_copies_of_flat_images_are_found(tmp_path):
     white, cream = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), (254, 254, 254))
     data = samples(tmp_path, ("a.png", cream, {}), ("b.bmp", white, {}))
-    assert found(check(data, against=asked(tmp_path, white))) == [(1, "mme", "q0", "same pixels")]
+    assert matches(check(data, against=benchmark(tmp_path, white))) == [
+        (1, "mme", "q0", "same pixels")
+    ]
 
 
-def test_candidates_are_the_most_alike_views_and_no_others(monkeypatch):
+def test_candidates_are_the_most_similar_views_and_no_others(monkeypatch):
     draw = np.random.default_rng(0)
     others = draw.integers(0, 256, (50, 2, 8, 8, 3), np.uint8)
     near = others[draw.integers(0, 50, 300)] + draw.normal(0, 10, (300, 2, 8, 8, 3))
@@ -139,23 +142,23 @@ def test_candidates_are_the_most_alike_views_and_no_others(monkeypatch):
     monkeypatch.setattr(decontamination, "LIKE", 110.0)  # so that there are more than CANDIDATES
     gaps = np.sqrt(((mine[:, None, 0].astype(float) - others[None, :, 0]) ** 2).mean((2, 3, 4)))
     slow = {(i, int(j)) for i in range(300) for j in np.argsort(gaps[i])[:8] if gaps[i, j] <= 110}
-    fast = list(decontamination._like(mine[:, 0], others[:, 0]))
+    fast = list(decontamination._similar(mine[:, 0], others[:, 0]))
     assert {(i, j) for i, j, _ in fast} == slow and len(fast) == len(slow) > 1000
     assert max(abs(gap - gaps[i, j]) for i, j, gap in fast) < 0.01
 
 
-def test_the_same_question_on_the_same_picture_is_named_with_its_id(tmp_path):
-    against = asked(tmp_path, scene(0))
+def test_the_same_question_on_the_same_image_is_reported_with_its_id(tmp_path):
+    against = benchmark(tmp_path, scene(0))
     against["mme"].append(
         dict(against["mme"][0], question_id="own", text="What is it? Answer yes or no.")
     )
     report = check(samples(tmp_path, ("a.jpg", scene(0), dict(quality=60))), against=against)
-    assert found(report) == [(0, "mme", "own", "same question on it")]
+    assert matches(report) == [(0, "mme", "own", "same question on it")]
 
 
-def test_questions_alone_are_listed_apart_and_contaminate_nothing(tmp_path):
+def test_equal_questions_about_other_images_are_listed_but_are_no_contamination(tmp_path):
     text = "How many people are standing to the left of the red bus?"
-    against = asked(tmp_path, scene(0), scene(1), text=text)
+    against = benchmark(tmp_path, scene(0), scene(1), text=text)
     data = samples(
         tmp_path,
         ("a.png", scene(8), {}),
@@ -213,7 +216,7 @@ def test_questions_alone_are_listed_apart_and_contaminate_nothing(tmp_path):
         ("", "<image>", False),
     ],
 )
-def test_questions_are_alike_up_to_form_and_one_word_of_eight(one, other, alike):
+def test_questions_are_equal_up_to_form_and_one_word_of_eight(one, other, alike):
     assert bool(question_keys(one) & question_keys(other)) is alike
 
 
@@ -226,7 +229,7 @@ def test_a_folder_of_benchmarks_is_read_as_evaluation_reads_it(tmp_path):
     ]
     (tmp_path / "bench" / "pope" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = check(samples(tmp_path, ("a.png", scene(0), {})), against=tmp_path / "bench")
-    assert found(report) == [(0, "pope", "0", "same file")]
+    assert matches(report) == [(0, "pope", "0", "same file")]
     assert (
         len(report.unread) == 1
         and "1.png" in report.unread[0]
@@ -234,12 +237,12 @@ def test_a_folder_of_benchmarks_is_read_as_evaluation_reads_it(tmp_path):
     )
 
 
-def test_a_folder_without_benchmarks_is_an_error_that_says_what_is_looked_for(tmp_path):
+def test_a_folder_without_benchmarks_is_an_error_that_names_the_expected_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no benchmark .*pope"):
         check(samples(tmp_path, ("a.png", scene(0), {})), against=tmp_path)
 
 
-def test_text_only_rows_and_questions_compare_by_their_words(tmp_path):
+def test_text_only_rows_are_compared_by_their_questions(tmp_path):
     turns = [{"from": "human", "value": "Name a fruit"}, {"from": "gpt", "value": "fig"}]
     data = Dataset.from_list([dict(id="1", image=None, task_name="t", conversations=turns)])
     report = check(data, against={"facts": [dict(question_id=1, text="Name a fruit.")]})

@@ -1,4 +1,4 @@
-"""Downloading from the hub, against a server on this machine that speaks the hub's protocol."""
+"""Downloading from the hub, with a server on this machine that speaks the hub's protocol."""
 
 import errno
 import hashlib
@@ -28,16 +28,13 @@ JSON = json.dumps([{"id": "é"}]).encode()
 
 
 class Hub:
-    """A stand-in for the hub: dataset info, the file tree, and files behind `resolve` (large ones behind a redirect)."""
+    """A stand-in for the hub: dataset info, file tree, and files (large ones after a redirect)."""
 
     def __init__(self, files, repo=REPO):
         self.files, self.repo, self.served, self.log = files, repo, dict(files), []
-        self.cuts, self.stall_at, self.gated, self.down = (
-            [],
-            None,
-            False,
-            None,
-        )  # cuts: byte positions, each used once
+        # Byte positions at which the connection breaks, each once.
+        self.cuts = []
+        self.stall_at, self.gated, self.down = None, False, None
         self.stalled = threading.Event()
         hub = self
 
@@ -91,12 +88,12 @@ class Hub:
             }
             return self.send(request, 302, b"", headers | more)
         data, start = self.served[name], 0
-        if asked := request.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        if byte_range := request.headers.get("Range"):
+            start = int(byte_range.removeprefix("bytes=").rstrip("-"))
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if request.command == "GET":
             self.log.append((name, start))
-        self.send(request, 206 if asked else 200, data[start:], headers, start)
+        self.send(request, 206 if byte_range else 200, data[start:], headers, start)
 
     def send(self, request, status, data, headers=None, start=0):
         request.send_response(status)
@@ -129,9 +126,8 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.time.sleep", lambda seconds: None
-    )  # between two tries
+    # The client waits between two tries.
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -142,10 +138,8 @@ def names(folder):
 
 
 def assert_whole(folder):
-    assert names(folder) == [
-        "annotation_191-task_1k.json",
-        "image_191-task_1k.zip",
-    ]  # and no part of anything
+    # No partial file is left.
+    assert names(folder) == ["annotation_191-task_1k.json", "image_191-task_1k.zip"]
     assert (folder / "annotation_191-task_1k.json").read_bytes() == JSON
     assert (folder / "image_191-task_1k.zip").read_bytes() == ZIP
 
@@ -161,7 +155,7 @@ def test_a_set_is_fetched_whole_and_only_what_vflan_reads(hub, tmp_path):
     assert_whole(tmp_path / "new" / "folder")
 
 
-def test_what_is_there_is_not_fetched_again(hub, tmp_path):
+def test_files_that_exist_are_not_fetched_again(hub, tmp_path):
     fetch("vision_flan_191", tmp_path)
     (tmp_path / "annotation_191-task_1k.json").unlink()
     hub.log.clear()
@@ -170,25 +164,25 @@ def test_what_is_there_is_not_fetched_again(hub, tmp_path):
     assert_whole(tmp_path)
 
 
-def test_a_connection_that_breaks_once_is_taken_up_where_it_broke(hub, tmp_path):
+def test_after_a_broken_connection_the_download_continues_where_it_stopped(hub, tmp_path):
     hub.cuts = [15 * 2**20]
     fetch("vision_flan_191", tmp_path)
     assert [start for name, start in hub.log if name.endswith(".zip")] == [0, 10 * 2**20]
     assert_whole(tmp_path)
 
 
-def test_a_connection_that_keeps_breaking_is_one_sentence_and_the_next_call_goes_on(hub, tmp_path):
+def test_a_connection_that_keeps_breaking_is_an_error_and_the_next_call_continues(hub, tmp_path):
     hub.cuts = [15 * 2**20] * 20
-    with pytest.raises(ConnectionError, match="broke off.*is kept.*fetch again") as said:
+    with pytest.raises(ConnectionError, match="broke off.*is kept.*fetch again") as error:
         fetch("vision_flan_191", tmp_path)
-    assert "\n" not in str(said.value) and not (tmp_path / "image_191-task_1k.zip").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "image_191-task_1k.zip").exists()
     hub.cuts, hub.log[:] = [], []
     fetch("vision_flan_191", tmp_path)
     assert hub.log == [("image_191-task_1k.zip", 10 * 2**20)]
     assert_whole(tmp_path)
 
 
-def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(hub, tmp_path):
+def test_a_killed_fetch_continues_and_its_partial_file_is_never_used(hub, tmp_path):
     hub.stall_at = 15 * 2**20
     command = [
         sys.executable,
@@ -217,7 +211,7 @@ def test_a_killed_fetch_is_continued_and_its_half_file_is_never_taken_for_whole(
 
 
 @pytest.mark.parametrize("name", ["annotation_191-task_1k.json", "image_191-task_1k.zip"])
-def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name, capsys):
+def test_a_file_with_a_corrupt_byte_is_fetched_again(hub, tmp_path, name, capsys):
     fetch("vision_flan_191", tmp_path)
     damaged = bytearray(hub.files[name])
     damaged[len(damaged) // 2] ^= 1
@@ -225,7 +219,7 @@ def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name,
     hub.log.clear()
     fetch("vision_flan_191", tmp_path)
     assert hub.log == [(name, 0)]
-    # it may be somebody's own file, an edited one for instance: it is kept, and that is said
+    # It may be the user's own file, an edited one for instance: it is kept and reported.
     assert (
         tmp_path / f"{name}.old-1"
     ).read_bytes() == damaged and ".old-1" in capsys.readouterr().err
@@ -233,7 +227,7 @@ def test_a_corrupt_byte_is_found_and_the_file_fetched_again(hub, tmp_path, name,
     assert_whole(tmp_path)
 
 
-def test_a_damaged_half_is_not_continued_for_ever(hub, tmp_path):
+def test_a_damaged_partial_file_is_fetched_from_the_start(hub, tmp_path):
     (entry,) = (entry for entry in hub.tree() if "lfs" in entry)
     part = tmp_path / f".image_191-task_1k.zip.{entry['lfs']['oid'][:12]}.part"
     part.write_bytes(b"?" * 2**20)
@@ -242,7 +236,7 @@ def test_a_damaged_half_is_not_continued_for_ever(hub, tmp_path):
     assert_whole(tmp_path)
 
 
-def test_a_download_killed_just_before_its_end_needs_no_further_byte(hub, tmp_path):
+def test_a_download_killed_just_before_its_end_fetches_nothing_more(hub, tmp_path):
     (entry,) = (entry for entry in hub.tree() if "lfs" in entry)
     (tmp_path / f".image_191-task_1k.zip.{entry['lfs']['oid'][:12]}.part").write_bytes(ZIP)
     fetch("vision_flan_191", tmp_path)
@@ -250,21 +244,21 @@ def test_a_download_killed_just_before_its_end_needs_no_further_byte(hub, tmp_pa
     assert_whole(tmp_path)
 
 
-def test_what_arrives_damaged_is_refused(hub, tmp_path):
+def test_a_file_that_arrives_damaged_is_an_error(hub, tmp_path):
     hub.served["annotation_191-task_1k.json"] = JSON[:-1] + b"}"
     with pytest.raises(OSError, match="annotation_191-task_1k.json arrived damaged"):
         fetch("vision_flan_191", tmp_path)
     assert names(tmp_path) == []
 
 
-def test_an_unknown_set_is_answered_with_the_closest(tmp_path):
+def test_an_unknown_set_is_an_error_that_names_the_closest(tmp_path):
     with pytest.raises(
         ValueError, match="no set 'vision_flan_192'; the closest is 'vision_flan_191'"
     ):
         fetch("vision_flan_192", tmp_path)
 
 
-def test_no_network_is_one_sentence(monkeypatch, tmp_path):
+def test_no_network_is_an_error_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(
@@ -273,9 +267,7 @@ def test_no_network_is_one_sentence(monkeypatch, tmp_path):
         fetch("vision_flan_191", tmp_path)
 
 
-def test_a_hub_that_is_down_a_set_that_is_gone_and_a_file_that_is_gone_are_told_apart(
-    hub, tmp_path
-):
+def test_a_hub_that_is_down_a_missing_set_and_a_missing_file_have_different_errors(hub, tmp_path):
     hub.down = 500
     with pytest.raises(ConnectionError, match="500"):
         fetch("vision_flan_191", tmp_path)
@@ -284,7 +276,7 @@ def test_a_hub_that_is_down_a_set_that_is_gone_and_a_file_that_is_gone_are_told_
         fetch("vision_flan_191", tmp_path)
     hub.repo = REPO
     del hub.files["image_191-task_1k.zip"]
-    with pytest.raises(FileNotFoundError, match="holds no image_191-task_1k.zip any more"):
+    with pytest.raises(FileNotFoundError, match="no longer holds image_191-task_1k.zip"):
         fetch("vision_flan_191", tmp_path)
 
 
@@ -294,28 +286,31 @@ def test_a_set_behind_a_licence_says_where_to_accept_it(hub, tmp_path):
         fetch("vision_flan_191", tmp_path)
 
 
-def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_fetched(
+    hub, tmp_path, monkeypatch
+):
     usage = type("usage", (), {"free": 20 * 10**6})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="needs 0.0 GB more .*make room, or give another folder"):
+    with pytest.raises(
+        OSError, match="needs 0.0 GB more .*free some space, or give another folder"
+    ):
         fetch("vision_flan_191", tmp_path)
     assert hub.log == []
-    (entry,) = (
-        entry for entry in hub.tree() if "lfs" in entry
-    )  # most of it is there: the rest has room
+    # Most of it is there, and the rest fits.
+    (entry,) = (entry for entry in hub.tree() if "lfs" in entry)
     (tmp_path / f".image_191-task_1k.zip.{entry['lfs']['oid'][:12]}.part").write_bytes(
         ZIP[: 10 * 2**20]
     )
     fetch("vision_flan_191", tmp_path)
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_sentence(hub, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_is_an_error_in_one_sentence(hub, tmp_path, monkeypatch):
     def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "http_get", full)
     with pytest.raises(
-        OSError, match="is full. What has come so far is kept: make room and fetch again"
+        OSError, match="is full. What has been downloaded is kept: free some space and fetch again"
     ):
         fetch("vision_flan_191", tmp_path)
 
@@ -323,17 +318,17 @@ def test_a_disk_that_fills_up_on_the_way_is_one_sentence(hub, tmp_path, monkeypa
 def test_two_fetches_into_one_folder_do_not_mix(hub, tmp_path):
     with (
         module.FileLock(tmp_path / ".fetch.lock"),
-        pytest.raises(OSError, match="another fetch is at work"),
+        pytest.raises(OSError, match="another fetch is running"),
     ):
         fetch("vision_flan_191", tmp_path)
 
 
-def test_nothing_is_drawn_where_nobody_watches(hub, tmp_path, capfd):
+def test_no_bar_is_drawn_without_a_terminal(hub, tmp_path, capfd):
     fetch("vision_flan_191", tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_command_lists_the_sets_and_ends_with_one_sentence(capsys):
+def test_the_command_lists_the_sets_and_an_error_is_one_sentence(capsys):
     assert main(["download", "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(SETS) and REPO in listed[0]

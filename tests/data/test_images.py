@@ -1,4 +1,4 @@
-"""Pictures in folders, zips and parquet files: each is read, or named with its reason."""
+"""Images in folders, zips and parquet files: each is read, or the reason is reported."""
 
 import io
 import os
@@ -26,16 +26,14 @@ def encoded(color="red", kind="PNG", size=(9, 9)):
 
 
 def zipped(path, members, utf8=True):
-    """A zip of {name: bytes}; without `utf8` it does not say in which code its names are, as many tools write it."""
+    """A zip of {name: bytes}; without `utf8` it does not declare its encoding (as many tools)."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     if not utf8:
         data = bytearray(path.read_bytes())
-        for mark, flags in (
-            (b"PK\3\4", 7),
-            (b"PK\1\2", 9),
-        ):  # the second byte of the flags, which holds the UTF-8 bit
+        # The second byte of the flags holds the UTF-8 bit.
+        for mark, flags in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
             at = data.find(mark)
             while at >= 0:
                 data[at + flags] &= ~8
@@ -48,10 +46,11 @@ def pixel(name):
     return read_picture(name).getpixel((0, 0))
 
 
-def test_a_palette_picture_and_a_rotated_one_become_what_llava_makes_of_them(tmp_path):
+def test_palettes_are_converted_and_rotation_tags_are_ignored_as_in_llava(tmp_path):
     Image.new("P", (4, 2)).save(tmp_path / "palette.gif")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees: LLaVA does not
+    # Rotate by 90 degrees: LLaVA does not.
+    exif[0x0112] = 6
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
     for name in ("palette.gif", "turned.jpg"):
         picture = read_picture(tmp_path / name)
@@ -59,7 +58,7 @@ def test_a_palette_picture_and_a_rotated_one_become_what_llava_makes_of_them(tmp
 
 
 @pytest.mark.parametrize(
-    "written, asked",
+    "written, requested",
     [
         ("a.jpg", "a.gif"),
         ("a.png", "a.jpg"),
@@ -73,20 +72,20 @@ def test_a_palette_picture_and_a_rotated_one_become_what_llava_makes_of_them(tmp
         ("Caf#U00e9.jpg", "Caf\u00e9.gif"),  # two at once
     ],
 )
-def test_a_lost_picture_is_found_under_the_name_that_tools_gave_it(tmp_path, written, asked):
+def test_a_missing_image_is_found_under_a_name_that_tools_gave_it(tmp_path, written, requested):
     (tmp_path / written).write_bytes(encoded())
     archive = zipped(tmp_path / "pictures.zip", {written: encoded("blue")})
-    assert pixel(str(tmp_path / asked)) == (255, 0, 0) and pixel(f"{archive}::{asked}") == (
+    assert pixel(str(tmp_path / requested)) == (255, 0, 0) and pixel(f"{archive}::{requested}") == (
         0,
         0,
         255,
     )
-    assert picture_trouble(str(tmp_path / asked)) == "" and stamp(tmp_path / asked) == stamp(
-        tmp_path / written
-    )
+    assert picture_trouble(str(tmp_path / requested)) == "" and stamp(
+        tmp_path / requested
+    ) == stamp(tmp_path / written)
 
 
-def test_a_picture_that_is_there_is_never_exchanged_for_a_namesake(tmp_path):
+def test_an_image_that_exists_is_never_replaced_by_one_with_another_suffix(tmp_path):
     for kind, color in (("jpg", "white"), ("png", "blue"), ("gif", "red")):
         (tmp_path / f"a.{kind}").write_bytes(encoded(color))
     assert [pixel(str(tmp_path / f"a.{kind}")) for kind in ("png", "gif")] == [
@@ -95,14 +94,14 @@ def test_a_picture_that_is_there_is_never_exchanged_for_a_namesake(tmp_path):
     ]
 
 
-def test_a_namesake_that_is_a_link_is_not_taken(tmp_path):
+def test_a_link_is_not_used_for_a_missing_image(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "secret.png").write_bytes(encoded())
     os.symlink(tmp_path / "secret.png", tmp_path / "images" / "a.png")
     assert picture_trouble(str(tmp_path / "images" / "a.jpg")).startswith("missing picture")
 
 
-def test_each_trouble_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, monkeypatch):
+def test_each_reason_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, monkeypatch):
     whole = encoded(None, "JPEG", (64, 64))
     large, text = encoded("red", "PNG", (100, 100)), b"not a picture"
     members = {
@@ -141,7 +140,7 @@ def test_each_trouble_begins_with_its_kind_in_a_folder_and_in_a_zip(tmp_path, mo
 
 @pytest.mark.parametrize("utf8", [True, False])
 def test_the_released_zip_is_read_in_place(tmp_path, utf8):
-    """One top folder that the annotation does not name, names that are not ASCII, and not a file unpacked."""
+    """With a top folder that the annotation does not name and names that are not ASCII."""
     names = [f"images_191task_1k/{name}" for name in ("task_0_a.jpg", "WIT+x_1_Müller_漢.png")]
     archive = zipped(
         tmp_path / "image_191-task_1k.zip",
@@ -159,7 +158,7 @@ def test_the_released_zip_is_read_in_place(tmp_path, utf8):
     ]
 
 
-def test_a_damaged_member_costs_that_picture_only(tmp_path):
+def test_a_damaged_member_affects_only_its_image(tmp_path):
     archive = zipped(
         tmp_path / "a.zip", {f"{i}.png": encoded(None, size=(40, 40)) for i in range(3)}
     )
@@ -183,17 +182,15 @@ def test_a_damaged_member_costs_that_picture_only(tmp_path):
     "size, kind",
     [((1, 301), "too thin"), ((60000, 1), "too thin"), ((14000, 100), "too many pixels")],
 )
-def test_a_line_of_pixels_and_a_band_that_would_fill_the_memory_are_refused(tmp_path, size, kind):
-    """Scaling the short side of 1 x 60,000 to 336, or padding 14,000 x 100 to a square, takes gigabytes."""
+def test_very_thin_and_very_wide_images_are_refused(tmp_path, size, kind):
+    """Scaling 1 x 60,000 to a short side of 336, or padding 14,000 x 100, takes gigabytes."""
     Image.new("RGB", size).save(tmp_path / "a.png")
     assert picture_trouble(tmp_path / "a.png").startswith(kind)
     Image.new("RGB", (1, 300)).save(tmp_path / "b.png")
     assert picture_trouble(tmp_path / "b.png") == ""
 
 
-def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures(
-    tmp_path, monkeypatch
-):
+def test_a_broken_zip_an_encrypted_member_and_a_zip_bomb_are_reported(tmp_path, monkeypatch):
     (tmp_path / "text.zip").write_text("no zip")
     archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})
     assert picture_trouble(f"{tmp_path}/text.zip::a.png").split(":")[0] == "truncated picture"
@@ -206,7 +203,7 @@ def test_a_zip_that_is_none_an_encrypted_one_and_a_bomb_are_undecodable_pictures
     assert "encrypted" in picture_trouble(f"{locked}::a.png")
 
 
-def test_the_contents_of_a_zip_are_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+def test_the_index_of_a_zip_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     archive, opened = (
         zipped(tmp_path / "a.zip", {"a.png": encoded("red"), "b.png": encoded("red")}),
         [],
@@ -230,11 +227,12 @@ def test_the_contents_of_a_zip_are_read_once_and_again_when_it_changes(tmp_path,
     assert pixel(f"{archive}::a.png") == (0, 0, 255) and stamp(f"{archive}::a.png") != before
 
 
-def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
+def test_a_zip_opened_before_a_fork_works_in_both_processes(tmp_path):
     members = {f"{i}.png": encoded((i, 0, 0), size=(60, 60)) for i in range(100)}
     archive = zipped(tmp_path / "a.zip", members)
     assert pixel(f"{archive}::7.png") == (7, 0, 0)
-    images._lock.acquire()  # as if another thread opened an archive in the moment of the fork
+    # As if another thread opened an archive at the moment of the fork.
+    images._lock.acquire()
     child = os.fork()
     if child == 0:
         os._exit(
@@ -250,7 +248,7 @@ def test_a_zip_opened_before_a_fork_serves_both_sides_at_once(tmp_path):
     hung.cancel()
 
 
-def test_a_picture_is_read_from_its_row_of_a_parquet_file(tmp_path):
+def test_an_image_is_read_from_its_row_of_a_parquet_file(tmp_path):
     rows = [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(10)] + [
         None,
         {"bytes": None, "path": "x.png"},
@@ -268,7 +266,7 @@ def test_a_picture_is_read_from_its_row_of_a_parquet_file(tmp_path):
     assert picture_trouble(f"{part}::0").startswith("undecodable picture")
 
 
-def test_a_verdict_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+def test_the_result_is_cached_until_the_file_changes(tmp_path, monkeypatch):
     name = tmp_path / "a.png"
     name.write_bytes(encoded())
     assert picture_trouble(name) == ""

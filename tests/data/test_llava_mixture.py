@@ -1,4 +1,4 @@
-"""LLaVA-1.5's construction rules, one by one, and the published row counts from stand-ins of the published sizes."""
+"""LLaVA-1.5's rules one by one, and the published row counts from inputs of the same sizes."""
 
 import json
 from collections import Counter
@@ -52,15 +52,15 @@ def region(image, phrase="a hat"):
     }
 
 
-def talk(*said, **row):
-    roles = ("human", "gpt") * len(said)
+def talk(*texts, **row):
+    roles = ("human", "gpt") * len(texts)
     return {
         "id": "s",
-        "conversations": [{"from": r, "value": v} for r, v in zip(roles, said)],
+        "conversations": [{"from": r, "value": v} for r, v in zip(roles, texts)],
     } | row
 
 
-def said(row):
+def texts_of(row):
     return [turn["value"] for turn in row["conversations"]]
 
 
@@ -71,60 +71,62 @@ def test_all_questions_of_a_picture_become_one_conversation_with_the_prompt_in_t
         )
     )
     assert [row["image"] for row in rows] == ["b.jpg", "a.jpg"]
-    assert said(rows[0]) == ["<image>\n1?\nIn a word.", "a", "2?", "two"]
+    assert texts_of(rows[0]) == ["<image>\n1?\nIn a word.", "a", "2?", "two"]
     assert (rows[0]["id"], rows[0]["task_name"]) == ("b", "gqa")
 
 
-def test_a_okvqa_stands_once_for_each_choice_with_the_options_rotated():
+def test_a_okvqa_has_a_row_for_each_choice_with_the_options_rotated():
     rows = list(a_okvqa([choice("x.jpg"), choice("x.jpg", right=3)]))
     prompt = "Answer with the option's letter from the given choices directly."
-    assert said(rows[0])[:2] == [f"<image>\nq\nA. red\nB. blue\nC. green\nD. black\n{prompt}", "B"]
-    assert said(rows[1])[0] == f"<image>\nq\nA. blue\nB. green\nC. black\nD. red\n{prompt}"
-    assert [said(row)[1::2] for row in rows] == [["B", "D"], ["A", "C"], ["D", "B"], ["C", "A"]]
+    assert texts_of(rows[0])[:2] == [
+        f"<image>\nq\nA. red\nB. blue\nC. green\nD. black\n{prompt}",
+        "B",
+    ]
+    assert texts_of(rows[1])[0] == f"<image>\nq\nA. blue\nB. green\nC. black\nD. red\n{prompt}"
+    assert [texts_of(row)[1::2] for row in rows] == [["B", "D"], ["A", "C"], ["D", "B"], ["C", "A"]]
     assert len({row["id"] for row in rows}) == 4
 
 
 def test_boxes_are_relative_to_the_padded_square_with_two_decimals():
     assert padded_box((64, 48, 320, 240), 640, 480) == "[0.10, 0.20, 0.60, 0.57]"
     assert padded_box((0, 0, 480, 640), 480, 640) == "[0.12, 0.00, 0.88, 1.00]"
-    assert (
-        padded_box((0, 0, 9.7, 5), 9, 5) == "[0.00, 0.22, 1.00, 0.78]"
-    )  # a box beyond the edge ends at it
+    # A box beyond the edge ends at the edge.
+    assert padded_box((0, 0, 9.7, 5), 9, 5) == "[0.00, 0.22, 1.00, 0.78]"
 
 
-def test_textcaps_shows_the_words_that_ocr_found_below_the_prompt():
+def test_textcaps_has_the_words_of_ocr_below_the_prompt():
     (row,) = llava_mixture(
         {"textcaps": [{"image": "t.jpg", "caption": "A sign.", "ocr_tokens": ["stop", "ALL"]}]}
     )
     prompt = "Provide a one-sentence caption for the provided image."
-    assert said(row) == [f"<image>\n{prompt}\nReference OCR token: stop, ALL", "A sign."]
+    assert texts_of(row) == [f"<image>\n{prompt}\nReference OCR token: stop, ALL", "A sign."]
 
 
-def test_refcoco_is_cut_into_segments_of_fewer_than_ten_turns_and_asks_both_ways():
+def test_refcoco_is_cut_into_segments_of_fewer_than_ten_pairs_and_asks_both_ways():
     rows = list(llava_mixture({"refcoco": [region("c.jpg", f"hat {n}") for n in range(23)]}))
     assert [len(row["conversations"]) // 2 for row in rows] == [9, 9, 5]
-    assert all(said(row)[0].startswith("<image>\nPlease provide") for row in rows)
-    asked = Counter(
-        text.removeprefix("<image>\n").split(":")[0] for row in rows for text in said(row)[::2]
+    assert all(texts_of(row)[0].startswith("<image>\nPlease provide") for row in rows)
+    kinds = Counter(
+        text.removeprefix("<image>\n").split(":")[0] for row in rows for text in texts_of(row)[::2]
     )
-    assert set(asked) == {
+    assert set(kinds) == {
         "Please provide a short description for this region",
         "Please provide the bounding box coordinate of the region this sentence describes",
     }
-    assert "hat 7" in " ".join(said(rows[0]))
+    assert "hat 7" in " ".join(texts_of(rows[0]))
 
 
 def test_visual_genome_keeps_ten_regions_of_a_picture_in_their_order():
     many, few = [region("v.jpg", f"{n:02}") for n in range(30)], [region("w.jpg")]
     rows = list(llava_mixture({"vg": many + few}))
-    phrases = [text[-2:] for text in said(rows[0])[::2]]
+    phrases = [text[-2:] for text in texts_of(rows[0])[::2]]
     assert (
         len(phrases) == 10
         and phrases == sorted(phrases)
         and phrases != [f"{n:02}" for n in range(10)]
     )
-    assert said(rows[1])[1] == "[0.10, 0.20, 0.60, 0.57]"
-    assert said(next(llava_mixture({"vg": many}, seed=1))) != said(rows[0])
+    assert texts_of(rows[1])[1] == "[0.10, 0.20, 0.60, 0.57]"
+    assert texts_of(next(llava_mixture({"vg": many}, seed=1))) != texts_of(rows[0])
 
 
 @pytest.mark.parametrize(
@@ -150,37 +152,37 @@ def test_an_invalid_sharegpt_conversation_is_left_out(row):
     assert list(sharegpt([row], Words())) == []
 
 
-def test_a_valid_sharegpt_conversation_stays_as_it_is():
+def test_a_valid_sharegpt_conversation_is_not_changed():
     (row,) = sharegpt([talk("html: <image>", "an <image> tag", model="GPT-4")], Words())
     assert (
-        said(row) == ["html: <image>", "an <image> tag"]
+        texts_of(row) == ["html: <image>", "an <image> tag"]
         and row["model"] == "GPT-4"
         and "image" not in row
     )
     (row,) = sharegpt([talk("", "hello", "q", "a", "left open")], Words())
-    assert said(row) == ["", "hello", "q", "a"]
+    assert texts_of(row) == ["", "hello", "q", "a"]
 
 
 def test_a_long_sharegpt_conversation_is_cut_not_split():
     words, pair = Words(), ("a " * 50, "b " * 100)
     (row,) = sharegpt([talk(*pair * 40)], words, max_length=500)
-    assert said(row) == [*pair * 3]  # the fourth would not fit
+    assert texts_of(row) == [*pair * 3]  # the fourth would not fit
     (row,) = sharegpt([talk("q", "b " * 5000, "q", "a")], words, max_length=500)
-    assert len(encode(row["conversations"], words)[0]) == 500 and len(said(row)) == 2
+    assert len(encode(row["conversations"], words)[0]) == 500 and len(texts_of(row)) == 2
 
 
-def test_llava_instruct_stays_as_it_is_but_for_the_folder_of_its_pictures():
+def test_llava_instruct_changes_only_the_folder_of_its_images():
     row = talk("<image>\nq", "a", image="000000033471.jpg")
     (out,) = llava_mixture({"llava_instruct": [row]})
     assert out == row | {"image": "coco/train2017/000000033471.jpg", "task_name": "llava_instruct"}
 
 
 def test_the_sources_own_files_become_records_and_rows(tmp_path):
-    asked = {"questions": [{"image_id": 9, "question": "q", "question_id": 1}]}
+    questions = {"questions": [{"image_id": 9, "question": "q", "question_id": 1}]}
     answers = [{"answer": answer} for answer in ("no", "yes", "yes")]
     book = {"questions": ["who?"], "answers": ["me"], "split": 1}
     published = {
-        "vqav2": (asked, {"annotations": [{"question_id": 1, "answers": answers}]}),
+        "vqav2": (questions, {"annotations": [{"question_id": 1, "answers": answers}]}),
         "gqa": ({"0": {"imageId": "77", "question": "q", "answer": "left", "isBalanced": True}},),
         "ocrvqa": ({"0071": book, "test": book | {"split": 3}},),
         "aokvqa": (
@@ -229,7 +231,7 @@ def test_the_sources_own_files_become_records_and_rows(tmp_path):
             file.write_text(json.dumps(content))
         sources[name] = records(name, *files)
     rows = list(llava_mixture(sources))
-    assert [(row["image"], said(row)[1]) for row in rows] == [
+    assert [(row["image"], texts_of(row)[1]) for row in rows] == [
         ("coco/train2017/000000000009.jpg", "yes"),
         ("gqa/images/77.jpg", "left"),
         ("ocr_vqa/images/0071.jpg", "me"),
@@ -242,7 +244,7 @@ def test_the_sources_own_files_become_records_and_rows(tmp_path):
         records("refcoco")
 
 
-def test_what_the_mixture_does_not_know_or_need_is_said():
+def test_an_unknown_source_and_a_missing_tokenizer_are_errors():
     with pytest.raises(ValueError, match="no source 'vqa'; the closest is 'vqav2'"):
         list(llava_mixture({"vqa": []}))
     with pytest.raises(ValueError, match="give the tokenizer"):
@@ -277,7 +279,7 @@ def test_inputs_of_the_published_sizes_give_the_published_row_counts():
         "textcaps": (
             {"image": f"{n}.jpg", "caption": "c", "ocr_tokens": ["x"]} for n in range(21_953)
         ),
-        # how many regions its pictures had is not published: any mixture of lengths whose segments add up
+        # The regions of its images are not published: any lengths whose segments add up.
         "refcoco": pictures(24_224, lambda n: 1 if n == 0 else 18 if n % 50 == 0 else 10, region),
         "vg": pictures(86_417, lambda n: 12 if n % 40 == 0 else 1, region),
     }

@@ -47,7 +47,7 @@ def test_mix_is_the_same_on_any_machine(six):
     assert ids(mix(six, 2, 3, seed=0)) == ["4", "22", "26", "34", "38", "50"]
 
 
-def test_mix_draws_tasks_and_samples_as_asked_and_larger_mixtures_hold_the_smaller(six):
+def test_mix_draws_the_given_numbers_and_a_larger_mixture_contains_the_smaller(six):
     small, large = mix(six, 2, 3, seed=1), mix(six, 4, 5, seed=1)
     assert len(small) == 6 and len(set(small["task_name"])) == 2
     assert set(small["id"]) < set(large["id"]) and len(large) == 20
@@ -89,14 +89,14 @@ def test_without_a_temperature_the_tasks_share_in_proportion_to_their_sizes(unev
     assert counts(mix(uneven, total=100)) == {"small": 1, "middle": 9, "large": 90}
 
 
-def test_temperature_evens_the_tasks_out(uneven):
+def test_a_higher_temperature_makes_the_shares_more_equal(uneven):
     shares = np.sqrt([10, 90, 900])
-    wanted = dict(
+    expected = dict(
         zip(["small", "middle", "large"], np.rint(43 * shares / shares.sum()).astype(int))
     )
     assert (
         counts(mix(uneven, total=43, temperature=2))
-        == wanted
+        == expected
         == {"small": 3, "middle": 10, "large": 30}
     )
     even = counts(mix(uneven, total=27, temperature=1e9))
@@ -133,7 +133,7 @@ def test_weights_decide_the_shares_and_zero_leaves_a_task_out(uneven):
     }
 
 
-def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
+def test_a_larger_total_contains_the_rows_of_a_smaller_one(uneven):
     for shares in ({"temperature": 3}, {"weights": {"small": 0.3}}, {}):
         drawn = [set(ids(mix(uneven, total=total, **shares))) for total in range(1, 60)]
         assert [len(rows) for rows in drawn] == list(range(1, 60))
@@ -141,7 +141,7 @@ def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
 
 
 @pytest.mark.parametrize(
-    "asked, said",
+    "arguments, message",
     [
         ({"temperature": 2}, "say with total= how many"),
         ({"total": 5, "temperature": 2, "weights": {"small": 1}}, "give one of them"),
@@ -160,9 +160,9 @@ def test_a_larger_total_holds_the_smaller_row_for_row(uneven):
         ({"exclude": ["small", "middle", "large"]}, "no task is left"),
     ],
 )
-def test_a_mixture_that_cannot_be_made_is_one_sentence(uneven, asked, said):
-    with pytest.raises(ValueError, match=said):
-        mix(uneven, **asked)
+def test_an_impossible_mixture_is_an_error_that_says_why(uneven, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mix(uneven, **arguments)
 
 
 def test_tasks_are_left_out_by_name_or_by_flag(tmp_path):
@@ -195,21 +195,21 @@ def recipe(folder, **changes):
     )
 
 
-def test_a_recipe_can_say_all_of_it(uneven, tmp_path):
+def test_a_recipe_can_set_all_of_it(uneven, tmp_path):
     make(tmp_path, {"chat": 5}, "more.json")
     more = (str(tmp_path / "more.json") + "#2",)
-    asked = recipe(
+    mixed = recipe(
         tmp_path, temperature=1e9, num_samples=30, exclude=("middle",), more_samples=more
     )
-    assert counts(recipe_samples(asked)) == {"small": 10, "large": 20, "chat": 2}
-    asked = recipe(tmp_path, task_weights=("large=2", "middle=0"), num_samples=15)
-    assert counts(recipe_samples(asked)) == {"small": 5, "large": 10}
+    assert counts(recipe_samples(mixed)) == {"small": 10, "large": 20, "chat": 2}
+    mixed = recipe(tmp_path, task_weights=("large=2", "middle=0"), num_samples=15)
+    assert counts(recipe_samples(mixed)) == {"small": 5, "large": 10}
     assert ids(recipe_samples(recipe(tmp_path, num_samples=9))) == ids(subset(uneven, 9))
-    assert Recipe.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    assert Recipe.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"temperature": 2}, "say with num_samples how many"),
         ({"task_weights": "VQAv2=2"}, "say with num_samples how many"),
@@ -219,12 +219,12 @@ def test_a_recipe_can_say_all_of_it(uneven, tmp_path):
         ({"temperature": 0, "num_samples": 3}, "temperature=0: a number of at least 0.1"),
     ],
 )
-def test_a_recipe_that_says_too_little_or_too_much_is_refused(tmp_path, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_recipe_with_missing_or_contradictory_values_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
         recipe(tmp_path, **changes)
 
 
-def test_a_run_that_an_older_vflan_wrote_is_the_same_recipe(tmp_path):
+def test_a_recipe_of_an_older_version_is_equal(tmp_path):
     new = recipe(tmp_path).to_dict()
     old = {
         key: value
@@ -235,45 +235,45 @@ def test_a_run_that_an_older_vflan_wrote_is_the_same_recipe(tmp_path):
     assert "exclude" in differences(old, new | {"exclude": ["faces"]})
 
 
-def test_the_record_says_what_was_drawn_to_the_last_row(uneven, tmp_path):
+def test_the_record_describes_every_row_that_was_drawn(uneven, tmp_path):
     make(tmp_path, {"chat": 5}, "more.json")
     (tmp_path / "images").mkdir()
     more = str(tmp_path / "more.json")
-    asked = recipe(tmp_path, per_task=20, num_samples=30, more_samples=(f"{more}#2", more))
-    record = mixture_record(asked, recipe_samples(asked))
+    mixed = recipe(tmp_path, per_task=20, num_samples=30, more_samples=(f"{more}#2", more))
+    record = mixture_record(mixed, recipe_samples(mixed))
     assert (
         record["rows"] == 37
         and sum(record["tasks"].values()) == 37
         and record["tasks"]["chat"] == 7
     )
     assert record["files"] == [
-        {"file": asked.samples, "rows": 30},
+        {"file": mixed.samples, "rows": 30},
         {"file": more, "rows": 2},
         {"file": more, "rows": 5},
     ]
     assert json.loads(json.dumps(record)) == record
-    for other in (replace(asked, seed=1), replace(asked, num_samples=29)):
+    for other in (replace(mixed, seed=1), replace(mixed, num_samples=29)):
         assert mixture_record(other, recipe_samples(other))["order"] != record["order"]
 
 
-def test_the_records_hash_knows_the_order_but_not_the_machine(six, tmp_path):
-    asked = recipe(tmp_path)
+def test_the_hash_of_the_record_depends_on_the_order_but_not_on_the_machine(six, tmp_path):
+    mixed = recipe(tmp_path)
     rows = [row | {"image": f"{row['id']}.png"} for row in six.to_list()]
     orders = []
     for folder in ("here", "there"):
         (tmp_path / folder / "images").mkdir(parents=True)
         samples = load_samples(save(tmp_path / folder, rows))
-        orders.append(mixture_record(asked, samples)["order"])
+        orders.append(mixture_record(mixed, samples)["order"])
         backwards = samples.select(range(59, -1, -1))
-        assert mixture_record(asked, backwards)["order"] != orders[-1]
-        assert mixture_record(asked, backwards.select(range(59, -1, -1)))["order"] == orders[-1]
+        assert mixture_record(mixed, backwards)["order"] != orders[-1]
+        assert mixture_record(mixed, backwards.select(range(59, -1, -1)))["order"] == orders[-1]
     assert orders[0] == orders[1]
     rows[7]["image"] = "other.png"
-    assert mixture_record(asked, load_samples(save(tmp_path / "here", rows)))["order"] != orders[0]
+    assert mixture_record(mixed, load_samples(save(tmp_path / "here", rows)))["order"] != orders[0]
 
 
-def test_a_diverse_choice_takes_something_of_every_cluster(tmp_path):
-    """Ninety of three kinds and ten of another: a random tenth holds about one of the rare ones, a diverse one its share."""
+def test_a_diverse_choice_takes_rows_of_every_cluster(tmp_path):
+    """90 rows of three kinds and 10 of another: a random tenth has about one of the rare ones."""
 
     def turns(q, a):
         return [{"from": "human", "value": q}, {"from": "gpt", "value": a}]

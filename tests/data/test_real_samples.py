@@ -1,4 +1,7 @@
-"""Real Vision-Flan records, one a task, with their pictures. They may not be published, so without them these tests are skipped."""
+"""Real Vision-Flan records with their images, one a task.
+
+They may not be published; without them these tests are skipped.
+"""
 
 import zipfile
 
@@ -19,7 +22,7 @@ def test_every_real_sample_passes_the_check(real):
     assert (report.rows, report.ok, len(report.repaired)) == (158, 158, 0), report
 
 
-def test_every_real_sample_passes_from_a_zip_that_is_not_unpacked(real, tmp_path):
+def test_every_real_sample_passes_the_check_from_a_zip(real, tmp_path):
     with zipfile.ZipFile(tmp_path / "image_191-task_1k.zip", "w") as archive:
         for picture in (real / "images").iterdir():
             archive.write(picture, f"images_191task_1k/{picture.name}")

@@ -35,7 +35,7 @@ def row(**changes):
     return {"id": "r", "image": "ok.png", "task_name": "t", "conversations": [ASK, SAY]} | changes
 
 
-def test_an_array_and_json_lines_load_alike(tmp_path):
+def test_an_array_and_json_lines_give_the_same_samples(tmp_path):
     rows = [
         row(id=1),
         row(id="two", image=None, conversations=[{"from": "human", "value": "line\u2028sep"}, SAY]),
@@ -48,14 +48,14 @@ def test_an_array_and_json_lines_load_alike(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The folder of tables, empty."""
+    """The folder of cached tables, empty."""
     monkeypatch.setattr(room, "CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "samples"
 
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Call it, and from then on reading a samples file is an error."""
+    """A function that makes reading a samples file an error from then on."""
 
     def refuse(*args):
         raise AssertionError("the samples file was read again")
@@ -73,8 +73,8 @@ def png(color="red"):
     return buffer.getvalue()
 
 
-def test_the_released_files_open_as_they_are(tmp_path):
-    """Rows as the five releases hold them: extra keys, no task name, no picture, ids that repeat, an empty answer."""
+def test_the_released_files_open_without_conversion(tmp_path):
+    """Rows as in the five releases: extra keys, no task, no image, equal ids, an empty answer."""
     last, hello = (
         {"from": "human", "value": "Name it.\n<image>"},
         {"from": "human", "value": "Hello"},
@@ -93,7 +93,7 @@ def test_the_released_files_open_as_they_are(tmp_path):
     assert (report.ok, list(report.bad.row), list(report.bad.reason)) == (4, [1], ["empty answer"])
 
 
-def test_rows_of_the_wrong_shape_are_kept_and_named(tmp_path):
+def test_malformed_rows_are_kept_and_reported_by_check(tmp_path):
     odd = [
         None,
         5,
@@ -127,7 +127,7 @@ def test_rows_of_the_wrong_shape_are_kept_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
-def test_blocks_may_cut_a_file_anywhere(tmp_path, monkeypatch, block):
+def test_a_file_may_be_cut_into_blocks_anywhere(tmp_path, monkeypatch, block):
     monkeypatch.setattr(room, "_BLOCK", block)
     draw = random.Random(block)
     values = ["", "é漢\U0001f600", 'a "b" \\ \n\t', "\u2028", "x" * 90, "] , [", "<image>"]
@@ -166,7 +166,7 @@ def test_blocks_may_cut_a_file_anywhere(tmp_path, monkeypatch, block):
         ("[" * 5000, "not whole json"),
     ],
 )
-def test_a_broken_file_is_an_error_that_says_where_and_what_to_do(
+def test_a_broken_file_is_an_error_with_the_place_and_what_to_do(
     tmp_path, monkeypatch, cache, block, text, where
 ):
     monkeypatch.setattr(room, "_BLOCK", block)
@@ -182,7 +182,7 @@ def test_a_broken_file_is_an_error_that_says_where_and_what_to_do(
     assert not list(cache.glob("*.arrow")) and not list(cache.glob("*.part"))
 
 
-def test_a_cut_off_file_and_one_that_is_not_text_are_errors_that_say_so(tmp_path):
+def test_a_truncated_file_a_binary_file_and_a_missing_file_are_errors(tmp_path):
     path = make(tmp_path, row(), row())
     path.write_text(path.read_text()[:-30])
     with pytest.raises(ValueError, match="not whole json"):
@@ -194,7 +194,7 @@ def test_a_cut_off_file_and_one_that_is_not_text_are_errors_that_say_so(tmp_path
         load_samples(tmp_path / "none.json")
 
 
-def test_a_second_open_reads_the_table_alone(tmp_path, cache, unread):
+def test_a_second_call_reads_only_the_table(tmp_path, cache, unread):
     path = make(tmp_path, row(id=1), row(id=2))
     first = load_samples(path)
     unread()
@@ -206,7 +206,7 @@ def test_a_second_open_reads_the_table_alone(tmp_path, cache, unread):
         load_samples(path)
 
 
-def test_a_changed_file_takes_the_place_of_its_table_and_other_images_make_another(tmp_path, cache):
+def test_a_changed_file_replaces_its_table_and_other_images_have_their_own_table(tmp_path, cache):
     path = make(tmp_path, row(id=1))
     old = load_samples(path)
     new = load_samples(make(tmp_path, row(id=2), row(id=3)))
@@ -217,7 +217,7 @@ def test_a_changed_file_takes_the_place_of_its_table_and_other_images_make_anoth
     assert load_samples(path)[0]["image"] == str(tmp_path / "images" / "ok.png")
 
 
-def test_a_kill_while_converting_leaves_no_half_table_and_none_of_it_needs_torch(tmp_path, cache):
+def test_a_killed_conversion_leaves_no_half_table_and_does_not_import_torch(tmp_path, cache):
     path = make(tmp_path, *[row(id=i) for i in range(500)])
     child = """
 import sys, time
@@ -243,13 +243,14 @@ room.load_samples(sys.argv[1])
     assert [file.stat().st_size > 4096 for file in cache.glob("*.part")] == [True] and not list(
         cache.glob("*.arrow")
     )
-    other = tmp_path / "other.json"  # a conversion of any file sweeps
+    # The conversion of any file deletes what the killed one left.
+    other = tmp_path / "other.json"
     other.write_text("[]")
     assert len(load_samples(other)) == 0 and not list(cache.glob("*.part"))
     assert load_samples(path)["id"][:] == [str(i) for i in range(500)]
 
 
-def test_of_several_openers_one_converts(tmp_path, cache, monkeypatch):
+def test_only_one_of_several_simultaneous_calls_converts(tmp_path, cache, monkeypatch):
     path, converted, convert = make(tmp_path, row(id=1)), [], room._convert
 
     def slow(*args):
@@ -283,17 +284,19 @@ def test_a_damaged_table_is_made_again(tmp_path, cache, damage):
     assert load_samples(path)["id"][:] == ["1", "2"] and table.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_is_said_once_and_costs_memory_only(tmp_path, monkeypatch):
+def test_without_a_writable_cache_the_samples_are_held_in_memory_with_one_warning(
+    tmp_path, monkeypatch
+):
     path = make(tmp_path, row(id=1), row(id=2))
     expected = load_samples(path).to_list()
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr(room, "CACHE", tmp_path / "file")
-    with pytest.warns(UserWarning, match="VFLAN_CACHE") as said:
+    with pytest.warns(UserWarning, match="VFLAN_CACHE") as warned:
         samples = load_samples(path)
-    assert len(said) == 1 and samples.to_list() == expected
+    assert len(warned) == 1 and samples.to_list() == expected
 
 
-def test_tables_are_mapped_and_stay_so_when_selected_joined_and_sent_to_another_process(tmp_path):
+def test_a_selected_joined_or_pickled_table_stays_memory_mapped(tmp_path):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(100)]))
     some = concatenate_datasets([samples.select(range(50, 60)), samples.select([3, 1])])
     assert some["id"][:] == [str(i) for i in (*range(50, 60), 3, 1)]
@@ -302,7 +305,7 @@ def test_tables_are_mapped_and_stay_so_when_selected_joined_and_sent_to_another_
     assert len(samples.filter(lambda one: one["id"] == "9")) == 1
 
 
-def test_pictures_may_lie_in_a_zip_beside_the_file(tmp_path):
+def test_images_may_be_in_a_zip_beside_the_file(tmp_path):
     rows = [
         row(image=name)
         for name in ("a.png", "Müller.png", "gone.png", "../a.png", "/a.png", "sub/../a.png")
@@ -338,7 +341,7 @@ def parquet(path, rows, **layout):
     pq.write_table(pa.Table.from_pylist(rows), path, **layout)
 
 
-def test_a_dataset_folder_of_several_parts_opens_with_its_pictures_inside(tmp_path, unread):
+def test_a_folder_of_parquet_files_opens_with_its_embedded_images(tmp_path, unread):
     colors = [(i, 0, 0) for i in range(7)]
     rows = [
         row(id=i, image={"bytes": png(color), "path": f"{i}.png"}) for i, color in enumerate(colors)
@@ -361,7 +364,7 @@ def test_a_dataset_folder_of_several_parts_opens_with_its_pictures_inside(tmp_pa
     assert load_samples(tmp_path).to_list() == samples.to_list()
 
 
-def test_the_hubs_own_writer_and_plain_columns_open_alike(tmp_path):
+def test_parquet_files_with_image_names_and_with_image_bytes_open(tmp_path):
     turns = {"conversations": [[ASK, SAY]] * 2}
     plain = Dataset.from_dict(turns | {"id": [1, 2], "image": ["ok.png", None], "model": ["", ""]})
     plain.to_parquet(make(tmp_path).with_name("plain.parquet"))
@@ -375,7 +378,7 @@ def test_the_hubs_own_writer_and_plain_columns_open_alike(tmp_path):
     assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_a_parquet_file_that_is_broken_foreign_or_of_several_splits_is_an_error_that_says_so(
+def test_a_broken_parquet_file_other_columns_and_several_splits_are_errors(
     tmp_path,
 ):
     parquet(tmp_path / "train-0.parquet", [{"question": "?"}])
@@ -407,7 +410,7 @@ def test_samples_survive_writing_and_reading(tmp_path):
     assert len(load_samples(tmp_path / "again.json")) == 3 and not list(tmp_path.glob(".again*"))
 
 
-def test_texture_tells_where_the_picture_stands_and_how_long_texts_are(tmp_path):
+def test_texture_reports_the_place_of_the_image_and_the_length_of_the_texts(tmp_path):
     def turns(question, *more):
         return [{"from": "human", "value": question}, {"from": "gpt", "value": "two words"}, *more]
 
@@ -419,14 +422,14 @@ def test_texture_tells_where_the_picture_stands_and_how_long_texts_are(tmp_path)
         row(conversations=[]),
         row(conversations=[ASK]),
     ]
-    found = room.texture(load_samples(make(tmp_path, *rows)))
-    assert list(found.image) == ["first", "last", "inside", "none", "none", "first"]
-    assert list(found.question) == [3, 3, 2, 1, 0, 1] and list(found.answer) == [2, 2, 2, 2, 0, 0]
-    assert list(found.turns) == [2, 4, 2, 2, 0, 1]
+    table = room.texture(load_samples(make(tmp_path, *rows)))
+    assert list(table.image) == ["first", "last", "inside", "none", "none", "first"]
+    assert list(table.question) == [3, 3, 2, 1, 0, 1] and list(table.answer) == [2, 2, 2, 2, 0, 0]
+    assert list(table.turns) == [2, 4, 2, 2, 0, 1]
     assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
 
 
-def test_the_released_zip_stands_in_for_a_folder_that_was_not_unpacked(tmp_path):
+def test_the_released_zip_is_read_if_the_folder_was_not_unpacked(tmp_path):
     path = make(tmp_path, row())
     with zipfile.ZipFile(tmp_path / "image_191.zip", "w") as archive:
         archive.write(tmp_path / "images" / "ok.png", "images_191/ok.png")

@@ -2,6 +2,8 @@ import io
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,7 @@ def reason(folder, **changes):
         ),
     ],
 )
-def test_a_bad_conversation_is_named_with_its_reason(tmp_path, turns, expected, kind):
+def test_a_bad_conversation_is_reported_with_its_reason(tmp_path, turns, expected, kind):
     report = check(load_samples(make(tmp_path, row(conversations=turns))))
     assert report.bad.reason.iloc[0].startswith(expected)
     assert report.reasons.to_dict() == {kind: 1}
@@ -94,7 +96,9 @@ def test_an_image_token_without_a_picture_is_bad(tmp_path):
     assert reason(tmp_path, image=None) == "image token without a picture"
 
 
-def test_missing_truncated_undecodable_and_oversized_pictures_are_told_apart(tmp_path, monkeypatch):
+def test_missing_truncated_undecodable_and_oversized_images_have_different_reasons(
+    tmp_path, monkeypatch
+):
     make(tmp_path)
     for kind in ("jpg", "png"):
         Image.effect_noise((64, 64), 90).save(tmp_path / "images" / f"whole.{kind}")
@@ -122,7 +126,7 @@ def test_a_picture_outside_the_folder_is_bad_even_when_it_exists(tmp_path):
     assert reason(tmp_path, image="../images/ok.png") == "fine"
 
 
-def test_what_can_be_repaired_is_kept_and_said(tmp_path):
+def test_rows_that_can_be_repaired_are_kept_and_reported(tmp_path):
     hello = {"from": "human", "value": "And?"}
     rows = [
         row(conversations=[SAY, ASK, SAY]),
@@ -142,7 +146,7 @@ def tokenizer_of(backbones):
     return AutoTokenizer.from_pretrained(backbones["language_model"])
 
 
-def test_an_answer_beyond_max_length_is_bad_and_one_that_is_cut_is_said(tmp_path, backbones):
+def test_an_answer_beyond_max_length_is_bad_and_one_that_is_cut_is_reported(tmp_path, backbones):
     samples = load_samples(make(tmp_path, row()))
     tokenizer = tokenizer_of(backbones)
     ids, labels = expand(*encode(samples[0]["conversations"], tokenizer), 4, 0)
@@ -177,7 +181,7 @@ def test_totals_add_up_by_task(tmp_path):
     )
 
 
-def test_the_same_content_under_another_name_is_a_duplicate_and_not_bad(tmp_path):
+def test_the_same_image_under_another_name_is_a_duplicate_and_not_bad(tmp_path):
     make(tmp_path)
     images = tmp_path / "images"
     Image.new("RGB", (9, 9)).save(images / "also.bmp")  # other bytes, same pixels
@@ -194,13 +198,13 @@ def test_the_same_content_under_another_name_is_a_duplicate_and_not_bad(tmp_path
     assert report.by_task.duplicates.tolist() == [2]
 
 
-def test_a_shared_picture_is_decoded_once_and_not_at_all_the_second_time(tmp_path, opened):
+def test_a_shared_image_is_decoded_once_and_not_again_by_the_second_check(tmp_path, opened):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(20_000)]))
     assert check(samples).ok == 20_000 and len(opened) == 1
     assert check(samples).ok == 20_000 and len(opened) == 1
 
 
-def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
+def test_an_image_that_changed_is_decoded_again(tmp_path, opened):
     samples = load_samples(make(tmp_path, row()))
     assert check(samples).ok == 1
     picture = Path(samples[0]["image"])
@@ -210,7 +214,7 @@ def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
     assert check(samples).ok == 1 and len(opened) == 3
 
 
-def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeypatch):
+def test_an_interrupted_check_continues_where_it_stopped(tmp_path, opened, monkeypatch):
     make(tmp_path)
     monkeypatch.setattr(validation, "PICTURES", 4)
     for i in range(12):
@@ -229,17 +233,17 @@ def test_a_check_that_was_cut_off_goes_on_where_it_was(tmp_path, opened, monkeyp
     assert check(samples).ok == 12 and len(opened) == 12 and len(set(opened)) == 12
 
 
-def test_a_broken_cache_is_made_again(tmp_path, cache):
+def test_a_broken_cache_is_replaced(tmp_path, cache):
     samples = load_samples(make(tmp_path, row()))
-    (cache / validation.SHELF).write_text(
+    (cache / validation.CACHE_FILE).write_text(
         "this is no database, and long enough to be taken for one" * 100
     )
     assert check(samples).ok == 1
-    with sqlite3.connect(cache / validation.SHELF) as shelf:
+    with sqlite3.connect(cache / validation.CACHE_FILE) as shelf:
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_the_check_goes_on(tmp_path, monkeypatch):
+def test_without_a_writable_cache_the_check_warns_and_continues(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, row()))
     (tmp_path / "file").touch()
     monkeypatch.setattr(validation, "CACHE", tmp_path / "file" / "cache")
@@ -247,14 +251,26 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_check_goes_on(tmp_path, 
         assert check(samples).ok == 1
 
 
-def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
+def test_training_imports_no_benchmark_and_no_judge():
+    """check compares with benchmarks only if `against` is given; training does not need them."""
+    code = "import sys, vflan.training.trainer; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    modules = set(loaded.stdout.split())
+    assert "vflan.data.validation" in modules
+    assert "vflan.data.decontamination" not in modules
+    assert not {name for name in modules if name.startswith("vflan.evaluation")}
+
+
+def test_rows_are_read_in_batches(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(50)]))
     monkeypatch.setattr(validation, "ROWS", 7)
     monkeypatch.setattr(Dataset, "__getitem__", lambda *_: pytest.fail("a whole column was read"))
     assert check(samples).ok == 50
 
 
-def test_the_table_in_a_notebook_obeys_no_html_of_the_samples(tmp_path):
+def test_the_table_in_a_notebook_escapes_html_in_the_samples(tmp_path):
     report = check(
         load_samples(make(tmp_path, row(id="<script>", task_name="<b>t</b>", image="<i>.png")))
     )
@@ -267,7 +283,7 @@ def test_the_table_in_a_notebook_obeys_no_html_of_the_samples(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------- whatever comes, every row is accounted for
+# -------------------------------------------------------- any file: every row is accounted for
 
 ODD_TEXTS = [
     "",

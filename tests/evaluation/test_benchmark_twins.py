@@ -1,4 +1,6 @@
-"""Each benchmark has its twin in the mini world: the right answers score 100, and its pictures are set aside."""
+"""Each benchmark has its twin in the mini world: the right answers score 100, and its pictures are
+set aside.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Each benchmark reads answers as its official script does, odd ones included, and scores them as it does."""
+"""Each benchmark reads answers as its official script does, odd ones included, and scores them as
+it does.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +32,7 @@ def question(label, category="a", image="x.png", text="?", number="1", **more):
     } | more
 
 
-# ------------------------------------------------------------------------------------------------------------- parsers
+# ------------------------------------------------------------------------------------------ parsers
 
 
 @pytest.mark.parametrize(
@@ -56,19 +58,44 @@ def test_pope_is_read_as_the_official_script_reads_it(answer, read):
 
 @pytest.mark.parametrize(
     "answer, read",
-    [("Yes", "yes"), ("yes, it is", "yes"), ("No.", "no"), ("a no", "no"), ("It is not", "other"), ("", "other"),
-     ("the answer is yes", "other"), ("ayes", "yes")],
-)  # fmt: skip
+    [
+        ("Yes", "yes"),
+        ("yes, it is", "yes"),
+        ("No.", "no"),
+        ("a no", "no"),
+        ("It is not", "other"),
+        ("", "other"),
+        ("the answer is yes", "other"),
+        ("ayes", "yes"),
+    ],
+)
 def test_mme_reads_the_first_four_characters(answer, read):
     assert BENCHMARKS["mme"].parse(answer, {}) == read
 
 
 @pytest.mark.parametrize(
     "answer, read",
-    [("b", "b"), ("B", "b"), ("B.", "b"), ("(b)", "b"), ("(b) blue", "b"), ("b) blue", "b"), ("B: blue", "b"),
-     ("blue", "b"), ("Blue.", "b"), ("The answer is (b).", "b"), ("Answer: B", "b"), ("It is blue, I think.", "b"),
-     ("red or blue", None), ("", None), ("e", None), ("a red star", "a"), ("purple", None), ("I see a ring", None)],
-)  # fmt: skip
+    [
+        ("b", "b"),
+        ("B", "b"),
+        ("B.", "b"),
+        ("(b)", "b"),
+        ("(b) blue", "b"),
+        ("b) blue", "b"),
+        ("B: blue", "b"),
+        ("blue", "b"),
+        ("Blue.", "b"),
+        ("The answer is (b).", "b"),
+        ("Answer: B", "b"),
+        ("It is blue, I think.", "b"),
+        ("red or blue", None),
+        ("", None),
+        ("e", None),
+        ("a red star", "a"),
+        ("purple", None),
+        ("I see a ring", None),
+    ],
+)
 def test_mmbench_reads_letters_and_options(answer, read):
     text = "What color is it? (a) red (b) blue (c) green (d) white"
     assert BENCHMARKS["mmbench"].parse(answer, {"text": text}) == read
@@ -91,11 +118,19 @@ def test_options_are_found_on_one_line_and_on_lines_of_their_own():
 
 @pytest.mark.parametrize(
     "answer, label, right",
-    [("The star is red.", "red", True), ("It is reddish.", "red", False), ("Blue. Not red.", "red", False),
-     ("Yes, there is.", "yes", True), ("There is no doubt, yes.", "no", False), ("No.", "no", True),
-     ("", "red", False), ("They are at a1, b2.", "a1, b2", True),
-     ("It shows 3.5 stars", "3.5", True), ("yes", "no", False)],
-)  # fmt: skip
+    [
+        ("The star is red.", "red", True),
+        ("It is reddish.", "red", False),
+        ("Blue. Not red.", "red", False),
+        ("Yes, there is.", "yes", True),
+        ("There is no doubt, yes.", "no", False),
+        ("No.", "no", True),
+        ("", "red", False),
+        ("They are at a1, b2.", "a1, b2", True),
+        ("It shows 3.5 stars", "3.5", True),
+        ("yes", "no", False),
+    ],
+)
 def test_lenient_matching_takes_whole_words_of_the_first_sentence(answer, label, right):
     assert lenient(answer, label) is right
 
@@ -112,7 +147,7 @@ def test_forgetting_gives_nothing_for_naming_every_class():
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 def test_accuracy_is_averaged_over_kinds_not_over_questions():
@@ -154,10 +189,13 @@ def test_mme_adds_accuracy_and_accuracy_of_whole_pairs():
 
 def test_mmbench_wants_every_rotation_right():
     texts = ["? (a) red (b) blue", "? (a) blue (b) red"]
-    samples = [question(label, "color", f"{q}.png", text, f"{q}_{k}")
-               for q in range(2) for k, (text, label) in enumerate(zip(texts, "ab"))]  # fmt: skip
+    samples = [
+        question(label, "color", f"{q}.png", text, f"{q}_{k}")
+        for q in range(2)
+        for k, (text, label) in enumerate(zip(texts, "ab"))
+    ]
     scores = BENCHMARKS["mmbench"].score(samples, ["a", "b", "a", "a"])
-    assert scores["accuracy"] == 50 and scores["single_pass"] == 75
+    assert scores["accuracy"] == 50 and scores["single_pass"] == 100
     assert (
         BENCHMARKS["mmbench"].baseline(samples)["accuracy"] == 0
     )  # one letter for all can never be circularly right
@@ -174,7 +212,7 @@ def test_missing_answers_are_an_error():
         BENCHMARKS["heldin"].score([question("red"), question("blue")], ["red"])
 
 
-# -------------------------------------------------------------------------------------------------------- open answers
+# ------------------------------------------------------------------------------------- open answers
 
 
 @pytest.mark.parametrize(
@@ -202,11 +240,17 @@ def test_colours_are_read_with_the_shape_they_belong_to(text, pairs):
 
 @pytest.mark.parametrize(
     "answer, long",
-    [("The picture shows a red star.", True), ("Yes, there is a star. It is red.", False), ("red star", False),
-     ("Red.", False), ("The picture shows a red star", False), ("", False),
-     ("There is a star! The star is quite red.", True),
-     ("a red star on a sand background.", False)],
-)  # fmt: skip
+    [
+        ("The picture shows a red star.", True),
+        ("Yes, there is a star. It is red.", False),
+        ("red star", False),
+        ("Red.", False),
+        ("The picture shows a red star", False),
+        ("", False),
+        ("There is a star! The star is quite red.", True),
+        ("a red star on a sand background.", False),
+    ],
+)
 def test_long_form_means_whole_sentences_with_a_verb(answer, long):
     assert is_long_form(answer) is long
 
@@ -226,8 +270,14 @@ def open_question(
 
 def test_the_judge_prefers_full_true_sentences_and_says_why():
     sample = open_question()
-    answers = ["The picture shows a red star and a blue circle.", "red star, blue circle",
-               "The picture shows a red star and a green ring.", "red star", "", "I like trains a lot."]  # fmt: skip
+    answers = [
+        "The picture shows a red star and a blue circle.",
+        "red star, blue circle",
+        "The picture shows a red star and a green ring.",
+        "red star",
+        "",
+        "I like trains a lot.",
+    ]
     marks = [RuleJudge(LEXICON).judge("?", sample["label"], a, sample) for a in answers]
     scores = [m.score for m in marks]
     assert scores[0] == 10 and scores == sorted(scores, reverse=True)[:1] + scores[1:]
@@ -259,18 +309,22 @@ def test_a_short_question_is_judged_by_what_it_asks_for():
         == 10
     )
     number = open_question(label="There are two objects in the picture.", category="conversation")
-    good, bad = (RuleJudge(LEXICON).judge("?", number["label"], a, number).score
-                 for a in ("There are two objects in the picture.", "I see many."))  # fmt: skip
+    good, bad = (
+        RuleJudge(LEXICON).judge("?", number["label"], a, number).score
+        for a in ("There are two objects in the picture.", "I see many.")
+    )
     assert good == 10 and bad < 3
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_questions_are_loaded_with_their_pictures(tmp_path):
     (tmp_path / "heldin").mkdir()
-    rows = [{"question_id": 7, "image": "x.png", "text": "?", "label": "red", "category": "a"},
-            {"question_id": 8, "text": "?", "label": "red"}]  # fmt: skip
+    rows = [
+        {"question_id": 7, "image": "x.png", "text": "?", "label": "red", "category": "a"},
+        {"question_id": 8, "text": "?", "label": "red"},
+    ]
     (tmp_path / "heldin" / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = BENCHMARKS["heldin"].load(tmp_path)
     assert first["image"] == str(tmp_path / "images" / "x.png") and first["question_id"] == "7"
@@ -286,7 +340,7 @@ def test_a_missing_folder_and_a_broken_row_say_what_to_do(tmp_path):
         BENCHMARKS["mme"].load(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- the released POPE
+# -------------------------------------------------------------------------------- the released POPE
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +361,11 @@ def test_released_answers_of_llava_13b_score_as_published(released):
     assert len(samples) == 8910
     scores = BENCHMARKS["pope"].score(samples, answers)
     assert {k: round(v, 2) for k, v in scores.items() if k.startswith("f1")} == {
-        "f1": 85.95, "f1/adversarial": 84.46, "f1/popular": 86.25, "f1/random": 87.14}  # fmt: skip
+        "f1": 85.95,
+        "f1/adversarial": 84.46,
+        "f1/popular": 86.25,
+        "f1/random": 87.14,
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*sha256 should be")

@@ -1,4 +1,4 @@
-"""A random model answers: batches must not change answers, kept answers must be the right ones, and nothing is lost."""
+"""A random model answers: batches change no answer, the right answers are cached, none is lost."""
 
 import json
 import math
@@ -21,24 +21,21 @@ from transformers.cache_utils import DynamicLayer
 
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 from vflan.evaluation import generation as answers
-from vflan.evaluation import parallel
-from vflan.evaluation.answer_cache import Answer, alone, keep_scores, read_rows
+from vflan.evaluation import parallel, results
+from vflan.evaluation.answer_cache import Answer, keep_scores, locked, read_rows
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.evaluator import (
     COLUMNS,
     LETTERS,
     allowed,
-    difference,
     evaluate,
-    judged_answers,
-    kept_items,
-    per_task,
 )
 from vflan.evaluation.generation import answer, answering, first_token
 from vflan.evaluation.judge import Judgement
+from vflan.evaluation.results import difference, judged_answers, kept_items, per_task
 
 FORK = multiprocessing.get_context("fork")  # a child of the test itself: it starts at once
-HOUSE = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
+EVALUATOR = sys.modules["vflan.evaluation.evaluator"]  # vflan.evaluate itself is the function
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +75,11 @@ def looks(monkeypatch):
 
     answers_look = answers.image_features
     monkeypatch.setattr(answers, "image_features", look)
-    monkeypatch.setattr(answers, "_SEEN", {})
+    monkeypatch.setattr(answers, "_FEATURES", {})
     return numbers
 
 
-# -------------------------------------------------------------------------------------------------------- answer()
+# ----------------------------------------------------------------------------------------- answer()
 
 
 def test_batched_answers_equal_those_of_generate_one_by_one(tiny):
@@ -106,7 +103,10 @@ def test_one_question_a_picture_equals_generate_too(tiny):
 
 
 def test_the_mini_world_answers_as_generate_does(tmp_path):
-    """Its committed backbones, a fresh projector, two questions of every kind of task, in fp32 (bench/evaluate.py asks them all)."""
+    """Committed backbones, a fresh projector, two questions of each kind of task, in fp32.
+
+    bench/evaluate.py asks all questions.
+    """
     import vflan
     from vflan.models.llava import load_model, load_processor
     from vflan.world.scene import render
@@ -159,7 +159,7 @@ def test_a_broken_picture_is_an_error_with_a_reason_and_the_others_are_answered(
     assert [said[i].text for i in range(20)] == [
         whole[i] if i not in (4, 9) else "" for i in range(20)
     ]
-    with pytest.raises(ValueError, match="2 questions were not answered.*picture"):
+    with pytest.raises(ValueError, match="2 questions have no answer.*picture"):
         answer(tiny.model, tiny.processor, rows, 3)
 
 
@@ -214,10 +214,10 @@ def test_only_letters_that_are_options_are_allowed(prompt, words):
     assert allowed(("yes", "no"), prompt) == ["yes", "no"]
 
 
-# ----------------------------------------------------------------------------------------------- what the tower saw is kept
+# --------------------------------------------------------------------- cached features of the tower
 
 
-def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks):
+def test_another_model_with_the_same_tower_encodes_no_picture_again(tiny, looks):
     rows = questions(tiny, 24)
     other = deepcopy(tiny.model)
     with torch.no_grad():
@@ -226,13 +226,13 @@ def test_another_model_with_the_same_tower_looks_at_no_picture_again(tiny, looks
     seen = sum(looks)
     second = answer(other, tiny.processor, rows, 8, 16)
     assert seen == len({row["image"] for row in rows} - {None}) == sum(looks) and second != first
-    answers._SEEN.clear()
+    answers._FEATURES.clear()
     assert (
         answer(other, tiny.processor, rows, 8, 16) == second
     )  # the very answers of one that looked itself
 
 
-def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
+def test_another_tower_or_another_preparation_encodes_pictures_again(tiny, looks):
     rows = questions(tiny, 8)
     answer(tiny.model, tiny.processor, rows, 2)
     seen, other, processor = sum(looks), deepcopy(tiny.model), deepcopy(tiny.processor)
@@ -244,9 +244,7 @@ def test_another_tower_and_another_preparation_look_themselves(tiny, looks):
     assert sum(looks) == 3 * seen
 
 
-def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
-    tiny, looks, tmp_path
-):
+def test_a_changed_picture_is_encoded_again_and_a_broken_one_is_never_cached(tiny, looks, tmp_path):
     files = sorted(tiny.folder.glob("*.png"))
     picture, broken = tmp_path / "one.png", tmp_path / "broken.png"
     picture.write_bytes(files[0].read_bytes())
@@ -254,26 +252,26 @@ def test_an_exchanged_picture_is_looked_at_again_and_a_broken_one_is_never_kept(
     answer(tiny.model, tiny.processor, rows, 2)
     picture.write_bytes(files[1].read_bytes() + b" ")
     answer(tiny.model, tiny.processor, rows, 2)
-    assert looks == [1, 1] and len(answers._SEEN) == 2
+    assert looks == [1, 1] and len(answers._FEATURES) == 2
     broken.write_bytes(b"no picture")
     said = dict(
         answering(tiny.model, tiny.processor, [*rows, {"text": "what ?", "image": str(broken)}], 2)
     )
-    assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._SEEN) == 2
+    assert said[1].finish == "error" and looks == [1, 1, 1] and len(answers._FEATURES) == 2
 
 
-def test_the_oldest_of_what_was_seen_gives_way(tiny, looks, monkeypatch):
+def test_the_oldest_features_are_dropped_first(tiny, looks, monkeypatch):
     answer(tiny.model, tiny.processor, questions(tiny, 12), 2, 1)
-    kept = list(answers._SEEN)
+    kept = list(answers._FEATURES)
     assert len(kept) > 2
     monkeypatch.setattr(
-        answers, "SEEN_BYTES", 2 * max(features.nbytes for features in answers._SEEN.values())
+        answers, "FEATURE_BYTES", 2 * max(some.nbytes for some in answers._FEATURES.values())
     )
-    answers.remember("newest", answers._SEEN[kept[-1]])
-    assert list(answers._SEEN) == [kept[-1], "newest"]
+    answers.cache_features("newest", answers._FEATURES[kept[-1]])
+    assert list(answers._FEATURES) == [kept[-1], "newest"]
 
 
-# ------------------------------------------------------------------------------------------------- benchmarks of a run
+# ------------------------------------------------------------------------------ benchmarks of a run
 
 
 def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
@@ -289,7 +287,7 @@ def test_scores_have_intervals_and_baselines_for_every_metric_and_category(run):
     assert pd.read_csv(run.folder / "scores.csv").shape == scores.shape
 
 
-def test_every_answer_is_kept_with_id_prompt_and_why_it_ended(run):
+def test_every_answer_is_cached_with_id_prompt_and_why_it_ended(run):
     evaluate(run)
     header, rows = lines(run.folder / "answers" / "pope.jsonl")
     assert (
@@ -309,7 +307,7 @@ def test_a_second_evaluation_reads_the_answers_and_loads_no_model_and_needs_no_p
     pd.testing.assert_frame_equal(first, second)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_stopped(run, monkeypatch):
     whole = evaluate(run)
     path = run.folder / "answers" / "pope.jsonl"
     kept = path.read_text().splitlines(keepends=True)
@@ -322,7 +320,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
         asked.extend(samples)
         return answering(model, processor, samples, *more)
 
-    monkeypatch.setattr(HOUSE, "answering", listening)
+    monkeypatch.setattr(EVALUATOR, "answering", listening)
     pd.testing.assert_frame_equal(evaluate(run), whole)
     assert len(asked) == 12 - 4
     assert len(lines(path)[1]) == 12
@@ -337,7 +335,7 @@ def slow(monkeypatch, after, pause=60.0):
             if number == after:
                 time.sleep(pause)
 
-    monkeypatch.setattr(HOUSE, "answering", answers)
+    monkeypatch.setattr(EVALUATOR, "answering", answers)
 
 
 def wait_for(path, rows):
@@ -359,7 +357,7 @@ def test_an_evaluation_that_is_killed_loses_no_answer(run, monkeypatch):
     wait_for(path, 1 + 5)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    monkeypatch.setattr(HOUSE, "answering", answering)
+    monkeypatch.setattr(EVALUATOR, "answering", answering)
     first = lines(path)[1][:5]
     pd.testing.assert_frame_equal(evaluate(run), whole)
     rows = lines(path)[1]
@@ -386,14 +384,14 @@ def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"i": 0}\n{"i": 1')
     assert read_rows(path) == [{"i": 0}] and path.read_text().endswith('{"i": 1')
-    with alone(path):
+    with locked(path):
         assert read_rows(path, mend=True) == [{"i": 0}] and path.read_text() == '{"i": 0}\n'
 
 
 def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
     odd = Answer("yes\u2028no\x85\u00e4\n", "stop")
     monkeypatch.setattr(
-        HOUSE, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
+        EVALUATOR, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
     )
     pd.testing.assert_frame_equal(evaluate(run), evaluate(run))
     assert read_rows(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
@@ -490,7 +488,7 @@ def test_pictures_that_are_all_missing_are_named_before_anything_is_asked(run, o
     for path in own_pictures.iterdir():
         path.unlink()
     with pytest.raises(
-        FileNotFoundError, match="None of the 5 pictures of pope is there; the first: .*0.png"
+        FileNotFoundError, match="None of the 5 pictures of pope exists; the first: .*0.png"
     ):
         evaluate(run)
     assert run.loaded == 0
@@ -518,9 +516,27 @@ def test_several_processes_give_the_same_answers(run, monkeypatch):
     )
 
 
+class ForgetfulRun(TinyRun):
+    """A run whose processes do not know the benchmarks that a notebook added."""
+
+    def load_model(self):
+        BENCHMARKS.pop("mine")
+        return super().load_model()
+
+
+def test_a_benchmark_added_at_run_time_is_answered_by_several_processes(run, monkeypatch):
+    whole = evaluate(run).value
+    monkeypatch.setattr(parallel, "START", "fork")
+    monkeypatch.setitem(BENCHMARKS, "mine", replace(BENCHMARKS["pope"], name="mine"))
+    (run.folder / "benchmarks" / "pope").rename(run.folder / "benchmarks" / "mine")
+    run.__class__ = ForgetfulRun
+    scores = evaluate(run, "mine", num_processes=2)
+    assert set(scores.benchmark) == {"mine"} and list(scores.value) == list(whole)
+
+
 def test_questions_on_one_picture_stay_in_one_process():
     asked = [{"image": f"{i % 4}.png" if i % 3 else None} for i in range(60)]
-    pieces = parallel.cut(asked, 7)
+    pieces = parallel.split_by_picture(asked, 7)
     assert sorted(sum(pieces, [])) == list(range(60)) and len(pieces) > 4
     for picture in {"0.png", "1.png", "2.png", "3.png"}:
         assert sum(any(asked[i]["image"] == picture for i in piece) for piece in pieces) == 1
@@ -535,17 +551,17 @@ def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
     monkeypatch.setattr(parallel, "START", "fork")
     run.__class__ = DyingRun
     with pytest.raises(
-        RuntimeError, match="answers so far are kept: call again to go on, with fewer processes"
+        RuntimeError, match="so far are cached: call again to continue, with fewer processes"
     ):
         evaluate(run, num_processes=2)
 
 
 def test_a_model_in_memory_cannot_be_shared(run, tiny):
-    with pytest.raises(ValueError, match="num_processes=1, please"):
+    with pytest.raises(ValueError, match="Set num_processes=1"):
         evaluate(run, model=tiny.model, name="x", num_processes=2)
 
 
-def test_a_swapped_model_is_kept_under_its_own_name(run, tiny):
+def test_a_swapped_models_answers_are_cached_under_its_own_name(run, tiny):
     own = evaluate(run)
     other = tiny_model(tiny.processor.tokenizer, seed=3)
     swapped = evaluate(run, "pope", model=other, name="tiny-run swapped")
@@ -566,7 +582,7 @@ def test_scores_written_before_judges_were_named_are_kept(run):
     assert list(kept.columns) == COLUMNS and len(kept) == 2 * len(old) and set(kept.problems) == {0}
 
 
-def test_unknown_benchmarks_and_missing_folders_are_named(run):
+def test_unknown_benchmarks_and_missing_folders_raise(run):
     with pytest.raises(ValueError, match="'popes'; known are "):
         evaluate(run, "popes")
     with pytest.raises(FileNotFoundError, match="01_data_exploration"):
@@ -581,7 +597,7 @@ def test_without_a_run_a_served_model_and_a_folder_are_needed():
         evaluate(None, "pope")
 
 
-def test_a_relative_folder_hangs_from_the_project_not_from_the_working_directory(
+def test_a_relative_folder_is_relative_to_the_project_not_to_the_working_directory(
     run, monkeypatch, tmp_path_factory
 ):
     monkeypatch.setattr("vflan.config.ROOT", run.folder)
@@ -600,7 +616,7 @@ def test_a_trained_run_is_evaluated_from_its_folder_alone(run, recipe):
     pd.testing.assert_frame_equal(evaluate(trained), scores)
 
 
-# ----------------------------------------------------------------------------------- tasks, pairs of runs, judges
+# --------------------------------------------------------------------- tasks, pairs of runs, judges
 
 
 def test_each_task_has_a_row_with_its_own_interval(run):
@@ -627,7 +643,7 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     def right(model, processor, samples, *more):
         return ((i, Answer(labels[s["text"]], "stop")) for i, s in enumerate(samples))
 
-    monkeypatch.setattr(HOUSE, "answering", right)
+    monkeypatch.setattr(EVALUATOR, "answering", right)
     best = evaluate(other).set_index("metric").value
     table = difference(other, run, "pope").set_index("metric")
     mine = {key: m.value() for key, m in kept_items(run, "pope")[0].items()}
@@ -695,8 +711,8 @@ def open_questions(run):
     folder = run.folder / "benchmarks" / "llava_bench"
     folder.mkdir()
     rows = [
-        {"question_id": str(i), "image": f"{i}.png", "text": "what is there ?", "label": "a red star", "category": c,
-         "facts": [["red", "star"]]}
+        {"question_id": str(i), "image": f"{i}.png", "text": "what is there ?",
+         "label": "a red star", "category": c, "facts": [["red", "star"]]}
         for i, c in enumerate(["conversation", "detail", "reasoning"])
     ]  # fmt: skip
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -744,7 +760,7 @@ def test_judged_answers_say_which_are_right_as_the_score_does(run):
     assert {row["benchmark"] for row in rows} == {"pope"} and not any(row["reason"] for row in rows)
 
 
-def test_a_judges_reason_is_told_with_its_marks_and_half_of_them_are_right(run):
+def test_a_judges_reason_has_its_points_and_half_of_them_count_as_right(run):
     class Judge:
         title = "strict 1"
 
@@ -762,13 +778,13 @@ def test_a_judges_reason_is_told_with_its_marks_and_half_of_them_are_right(run):
 def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
     rows = [dict(question_id="a", image="a.png", text="?", label="yes", category="color")]
     assert BENCHMARKS["mme"].items(rows, ["Yes"]) == {}
-    assert [HOUSE._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [
+    assert [results._is_right(BENCHMARKS["mme"], rows[0], text) for text in ("Yes", "no")] == [
         True,
         False,
     ]
 
 
-def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
+def test_new_scores_replace_old_ones_in_place(tmp_path):
     def table(**values):
         rows = [(run, "pope", "f1", value, 0, "", 0) for run, value in values.items()]
         return pd.DataFrame(
@@ -781,12 +797,12 @@ def test_scores_that_come_again_take_the_place_of_the_old(tmp_path):
     assert list(zip(kept.run, kept.value)) == [("a", 8), ("b", 9), ("c", 3), ("d", 4)]
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.fixture
 def living(monkeypatch):
-    """Bytes of keys and values that are alive `now`, and the `most` at a time, counted whenever a layer made some."""
+    """Bytes of keys and values that exist `now`, and the `most` at any time."""
     found, known = SimpleNamespace(most=0, now=0), set()
 
     def free(key, size):
@@ -852,7 +868,7 @@ def twins(tiny, folder, number):
 
 @pytest.mark.parametrize("tokens", [1, 12])
 @pytest.mark.parametrize("each", [1, 3, 20])
-def test_what_is_alive_stays_below_the_limit(tiny, living, tmp_path, tokens, each):
+def test_caches_stay_below_the_memory_limit(tiny, living, tmp_path, tokens, each):
     asked = [
         row | {"image": path} for path in twins(tiny, tmp_path, 16) for row in questions(tiny, each)
     ]
@@ -872,7 +888,7 @@ def test_answers_are_the_same_whatever_the_memory(tiny, limit):
 
 
 def failing(model, at, most=math.inf):
-    """Out of memory in the pass of number `at`, and in every pass of more than `most` rows; how to undo it."""
+    """A hook: out of memory in pass number `at`, and in every pass with more than `most` rows."""
     passes = iter(range(1 << 30))
 
     def fail(module, positional, named):
@@ -884,7 +900,7 @@ def failing(model, at, most=math.inf):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 7, 20])
-def test_where_memory_runs_out_half_as_much_is_asked_and_nothing_twice(tiny, at):
+def test_when_memory_runs_out_batches_are_halved_and_nothing_is_asked_twice(tiny, at):
     asked = questions(tiny, 40)
     whole = dict(answering(tiny.model, tiny.processor, asked, 6))
     hook = failing(tiny.model, at, most=math.inf)
@@ -908,7 +924,7 @@ def test_a_batch_becomes_as_small_as_it_has_to_be(tiny, most, living):
     assert living.now == 0, "what failed is still alive"
 
 
-def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
+def test_one_question_that_does_not_fit_raises_one_sentence(tiny):
     hook = failing(tiny.model, -1, most=0)
     try:
         with pytest.raises(RuntimeError, match="One question alone does not fit into the memory"):
@@ -921,7 +937,7 @@ def test_one_question_that_does_not_fit_is_said_in_one_sentence(tiny):
         hook.remove()
 
 
-def test_the_tower_looks_at_half_of_the_pictures_where_memory_runs_out(tiny, monkeypatch):
+def test_the_tower_encodes_half_of_the_pictures_when_memory_runs_out(tiny, monkeypatch):
     asked = questions(tiny, 20)
     whole = answer(tiny.model, tiny.processor, asked)
     real = answers.image_features
@@ -931,6 +947,38 @@ def test_the_tower_looks_at_half_of_the_pictures_where_memory_runs_out(tiny, mon
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(model, values)
 
-    monkeypatch.setattr(answers, "_SEEN", {})
+    monkeypatch.setattr(answers, "_FEATURES", {})
     monkeypatch.setattr(answers, "image_features", look)
     assert answer(tiny.model, tiny.processor, asked) == whole
+
+
+def test_a_question_that_nobody_answered_is_left_out_of_every_score(run):
+    """POPE reads an empty answer as yes, so questions without their pictures must not count."""
+    folder = run.folder / "benchmarks"
+    samples = BENCHMARKS["pope"].load(folder)
+    yes = [i for i, sample in enumerate(samples) if sample["label"] == "yes"]
+    replies = [
+        Answer("", "error", "gone") if i in yes else Answer("yes", "stop") for i in range(12)
+    ]
+    test = EVALUATOR.load_benchmark("pope", folder)
+    scores = EVALUATOR.score_answers("run", test, replies).set_index("metric")
+    assert scores.loc["accuracy", "value"] == 0 and scores.loc["accuracy", "n"] == 12 - len(yes)
+    assert set(scores.problems) == {len(yes)}
+    nobody = [Answer("", "error", "the endpoint is down")] * 12
+    with pytest.raises(ValueError, match="no question was answered.*the endpoint is down"):
+        EVALUATOR.score_answers("run", test, nobody)
+    assert run.loaded == 0
+
+
+def test_a_rotation_without_an_answer_takes_its_question_out():
+    text = "Which?\nA. cat\nB. dog"
+    rows = [
+        dict(question_id=str(q + k * 1_000_000), text=text, label="B", image=None, category="x")
+        | dict(rotation_of=str(q), exact=True)
+        for k in range(2)
+        for q in range(2)
+    ]
+    mmbench = BENCHMARKS["mmbench"]
+    test = EVALUATOR.LoadedBenchmark(mmbench, rows, rows, "greedy", None, {})
+    items, _ = test.measure(["B", "B", None, "B"])
+    assert items["accuracy"].value() == 100 and len(items["accuracy"].num) == 1

@@ -1,4 +1,4 @@
-"""Judges that are asked: what they are shown, how replies are read, and that a failure is never a score."""
+"""Models as judges: what they are shown, how replies are read, and that a failure is no score."""
 
 import json
 import time
@@ -14,20 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import metrics
 from vflan.evaluation.evaluator import evaluate
-from vflan.evaluation.judge import (
+from vflan.evaluation.judge import EndpointJudge, Judgement, LocalJudge, RuleJudge, judge_all, title
+from vflan.evaluation.judge_prompts import (
     GRADE,
     PAIR,
     YES_NO,
-    EndpointJudge,
-    Judgement,
-    LocalJudge,
-    RuleJudge,
-    judge_all,
     prompt_for,
     read_grade,
     read_pair,
     read_yes_no,
-    title,
 )
 
 SAMPLE = {
@@ -49,7 +44,7 @@ def ask(judge, answers, sample=SAMPLE):
     return judge_all(judge, [sample] * len(answers), answers)
 
 
-# --------------------------------------------------------------------------------------------------- reading replies
+# ---------------------------------------------------------------------------------- reading replies
 
 
 @pytest.mark.parametrize(
@@ -58,6 +53,21 @@ def ask(judge, answers, sample=SAMPLE):
         ("8 9\nThe second is better.", (9.0, 8.0)),
         ("8, 9", (9.0, 8.0)),
         ("\n 7.5 10 \nbecause 3 stars", (10.0, 7.5)),
+        ("8\n9", (9.0, 8.0)),
+        ("**8 9**", (9.0, 8.0)),
+        ("[8] [9]", (9.0, 8.0)),
+        ("8 9 because the second is better", (9.0, 8.0)),
+        ("Answer 1: 8\nAnswer 2: 9", (9.0, 8.0)),
+        ("Answer 1: 8 / Answer 2: 9", (9.0, 8.0)),
+        ("**Answer 2**: 9, **Answer 1**: 8", (9.0, 8.0)),
+        ("Assistant 1: 8/10\nAssistant 2: 9.5/10", (9.5, 8.0)),
+        ("Answer 1 is 7, Answer 2 is 8", (8.0, 7.0)),
+        ("8/10, 9/10", (9.0, 8.0)),
+        ("8/10", None),
+        ("Answer 1: 8", None),
+        ("Answer 1: 8\nAnswer 2: 9\nAnswer 1: 7", None),
+        ("1. The first is good. 2. The second is not.", None),
+        ("2024-01-02", None),
         ("8 9 10", None),
         ("8", None),
         ("0 9", None),
@@ -67,29 +77,33 @@ def ask(judge, answers, sample=SAMPLE):
         ("", None),
     ],
 )
-def test_a_pair_is_two_numbers_from_1_to_10_on_the_first_line_the_reference_first(reply, read):
+def test_a_pair_is_two_bare_numbers_on_the_first_line_or_one_for_each_label(reply, read):
     assert read_pair(reply) == read
 
 
 @pytest.mark.parametrize(
     "reply, read",
-    [("0.7", 0.7), ("1", 1), ("0.0\n", 0), ("1.0.", 1), ("0.5 since", 0.5), ("1.5", None), ("10", None), ("7/10", None),
-     ("1st", None), ("about 0.5", None), ("-0.5", None), ("", None)],
+    [("0.7", 0.7), ("1", 1), ("0.0\n", 0), ("1.0.", 1), ("0.5 since", 0.5), ("0,7", 0.7),
+     ("**0.8**", 0.8), ("50%", 0.5), ("0.5/1", 0.5), ("0.8/1.0", 0.8), ("7/10", 0.7),
+     ("1 out of 10", 0.1), ("1 of 2", 0.5), ("Score: 0.7", 0.7), ("1) wrong", None),
+     ("1. The answer misses it.", None), ("0.5-0.7", None), ("0.5 or 0.6", None), ("1/2/3", None),
+     ("1/0", None), ("1.5", None), ("10", None), ("1st", None), ("about 0.5", None),
+     ("-0.5", None), ("", None)],
 )  # fmt: skip
-def test_a_grade_is_a_number_from_0_to_1_at_the_beginning(reply, read):
-    assert read_grade(reply) == (None if read is None else (read, 1.0))
+def test_a_grade_from_0_to_1_or_in_its_own_scale_begins_the_reply(reply, read):
+    assert read_grade(reply) == (None if read is None else (pytest.approx(read), 1.0))
 
 
 @pytest.mark.parametrize(
     "reply, read",
-    [("Yes", 1), ("no.", 0), (" **Yes**, it is", 1), ("NO", 0), ("Not sure", None), ("yesterday", None), ("I say yes", None),
-     ("", None)],
+    [("Yes", 1), ("no.", 0), (" **Yes**, it is", 1), ("NO", 0), ("Not sure", None),
+     ("yesterday", None), ("I say yes", None), ("", None)],
 )  # fmt: skip
 def test_yes_or_no_is_the_first_word(reply, read):
     assert read_yes_no(reply) == (None if read is None else (float(read), 1.0))
 
 
-# ---------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 def test_the_judge_is_shown_context_question_reference_first_and_candidate_second():
@@ -111,7 +125,7 @@ def test_the_facts_of_a_mini_world_picture_are_its_context():
     )
 
 
-def test_the_benchmarks_own_rules_are_read_where_they_are_there(tmp_path):
+def test_the_benchmarks_own_rules_are_read_if_their_file_exists(tmp_path):
     assert prompt_for("llava_bench", tmp_path) is PAIR and prompt_for("mm_vet", tmp_path) is GRADE
     assert prompt_for("cifar10", tmp_path) is YES_NO
     (tmp_path / "llava_bench").mkdir()
@@ -131,10 +145,10 @@ def test_the_benchmarks_own_rules_are_read_where_they_are_there(tmp_path):
         prompt_for("llava_bench", tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------- endpoints
+# ---------------------------------------------------------------------------------------- endpoints
 
 
-def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_title(serve, judge):
+def test_an_endpoint_is_asked_at_temperature_0_and_its_version_is_in_the_title(serve, judge):
     server = serve(lambda body, n: said("Yes"))
     found = ask(judge, ["A red star is there."])
     assert found == [Judgement(1.0, "Yes", 1.0, "served-v1")]
@@ -150,7 +164,7 @@ def test_an_endpoint_is_asked_with_temperature_0_and_its_version_stands_in_the_t
     assert title(judge, found) == f"grader yes_no-{YES_NO.hash} served-v1"
 
 
-def test_the_key_stands_in_no_output_no_file_and_no_repr(serve, judge, tmp_path, capfd):
+def test_the_key_is_in_no_output_no_file_and_no_repr(serve, judge, tmp_path, capfd):
     refusal = (400, {"error": {"message": f"your key {KEY} for http is odd"}})
     server = serve(lambda body, n: refusal if "Prediction: two" in str(body) else said("No"))
     refusal[1]["error"]["message"] += f" at {server.url}"
@@ -162,7 +176,7 @@ def test_the_key_stands_in_no_output_no_file_and_no_repr(serve, judge, tmp_path,
     assert "127.0.0.1" not in repr(judge) + repr(found) + out.out + kept
 
 
-def test_without_a_key_the_environment_is_named(judge, monkeypatch):
+def test_without_a_key_the_error_names_the_environment_variable(judge, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="Set OPENAI_API_KEY in the environment"):
         ask(judge, ["x"])
@@ -178,7 +192,7 @@ def test_without_a_key_the_environment_is_named(judge, monkeypatch):
     ],
     ids=["429 seconds", "429 milliseconds", "500", "503"],
 )
-def test_what_passes_is_tried_again(serve, judge, failure):
+def test_a_passing_failure_is_retried(serve, judge, failure):
     server = serve(lambda body, n: failure if n < 3 else said("Yes"))
     assert [j.score for j in ask(judge, ["x"])] == [1.0] and len(server.asked) == 3
 
@@ -190,7 +204,7 @@ def test_the_server_says_how_long_to_wait(serve, judge):
     assert time.monotonic() - start > 0.25
 
 
-def test_a_time_out_is_tried_again(serve, judge):
+def test_a_time_out_is_retried(serve, judge):
     def late(body, n):
         if n == 1:
             time.sleep(0.5)
@@ -201,7 +215,7 @@ def test_a_time_out_is_tried_again(serve, judge):
     assert [j.score for j in ask(hasty, ["x"])] == [1.0] and len(server.asked) == 2
 
 
-def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judge, capsys):
+def test_a_lasting_failure_has_a_reason_and_no_score(serve, judge, capsys):
     server = serve(
         lambda body, n: (
             (500, {"error": {"message": "oh no"}}) if "bad" in str(body) else said("Yes")
@@ -215,8 +229,8 @@ def test_what_does_not_pass_is_a_failure_with_a_reason_never_a_score(serve, judg
 
 @pytest.mark.parametrize(
     "body",
-    ["not json at all", {}, {"choices": []}, {"choices": None}, {"choices": [{"message": {"content": 7}}]}, "[1, 2]", "null",
-     said(None), said(""), said("maybe")],
+    ["not json at all", {}, {"choices": []}, {"choices": None}, "[1, 2]", "null",
+     {"choices": [{"message": {"content": 7}}]}, said(None), said(""), said("maybe")],
     ids=str,
 )  # fmt: skip
 def test_a_malformed_or_empty_reply_is_a_failure(serve, judge, body):
@@ -234,8 +248,14 @@ def test_a_reply_that_cannot_be_read_may_be_right_the_second_time(serve, judge):
     assert [j.score for j in ask(judge, ["x"])] == [0.0]
 
 
-@pytest.mark.parametrize("status, match", [(401, "refused the key: check OPENAI_API_KEY"), (403, "refused the key"),
-                                           (404, "knows no model 'grader'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "status, match",
+    [
+        (401, "refused the key: check OPENAI_API_KEY"),
+        (403, "refused the key"),
+        (404, "knows no model 'grader'"),
+    ],
+)
 def test_a_wrong_key_or_name_stops_at_once(serve, judge, status, match):
     server = serve(lambda body, n: (status, {"error": {"message": f"bad {KEY}"}}))
     with pytest.raises(ValueError, match=match) as error:
@@ -243,10 +263,10 @@ def test_a_wrong_key_or_name_stops_at_once(serve, judge, status, match):
     assert len(server.asked) < 20 and "secret" not in str(error.value)
 
 
-def test_an_endpoint_that_is_down_is_given_up(serve, judge):
+def test_an_endpoint_that_is_down_ends_the_judging(serve, judge):
     server = serve(lambda body, n: (500, {}))
     with pytest.raises(
-        ConnectionError, match="failed 8 times in a row .*is it running.*call again to go on"
+        ConnectionError, match="failed 8 times in a row .*is it running.*call again to continue"
     ):
         ask(judge, [str(i) for i in range(100)])
     assert len(server.asked) < 60
@@ -322,8 +342,9 @@ def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):
         return metrics("score", score, samples, den=out_of)
 
     pope = BENCHMARKS["pope"]
-    open_questions = SimpleNamespace(name="llava_bench", load=pope.load, prompt=pope.prompt, items=items, judged=True,
-                                     blind=pope.blind, max_new_tokens=4, headline="score", default=True)  # fmt: skip
+    options = dict(load=pope.load, prompt=pope.prompt, blind=pope.blind, max_new_tokens=4)
+    options |= dict(items=items, judged=True, headline="score", default=True, unit=pope.unit)
+    open_questions = SimpleNamespace(name="llava_bench", **options)
     monkeypatch.setitem(BENCHMARKS, "llava_bench", open_questions)
     serve(lambda body, n: said("10 5" if "is there a star ?" in str(body) else "5 5"))
     scores = evaluate(
@@ -335,7 +356,7 @@ def test_a_pair_becomes_a_ratio_of_means(serve, tmp_path, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- a local model
+# ------------------------------------------------------------------------------------ a local model
 
 
 @pytest.fixture(scope="module")
@@ -344,8 +365,9 @@ def vicuna(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vicuna")
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16,
-                                         num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False))  # fmt: skip
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **small)
+    model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, tokenizer

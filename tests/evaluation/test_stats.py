@@ -1,13 +1,12 @@
-"""Intervals cover what they should, and pictures count as one draw however many questions are asked about them."""
+"""Intervals have their coverage, and a picture counts once, however many questions it has."""
 
 from math import comb
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from vflan import stats
-from vflan.evaluation.stats import bootstrap, combine, over_seeds, paired, resampled
+from vflan.evaluation.stats import bootstrap, paired, resampled
 
 
 def test_the_mean_is_exact_and_the_interval_repeats():
@@ -17,7 +16,7 @@ def test_the_mean_is_exact_and_the_interval_repeats():
     assert bootstrap(values) == (mean, low, high) != bootstrap(values, seed=1, rounds=100)
 
 
-def test_draws_that_are_kept_and_draws_in_blocks_give_the_same_interval(monkeypatch):
+def test_cached_draws_and_draws_in_blocks_give_the_same_interval(monkeypatch):
     values, pictures = np.random.default_rng(0).random(300), np.arange(300) // 3
     kept = bootstrap(values, pictures, rounds=500)
     monkeypatch.setattr(stats, "BLOCK", 100 * 70)  # 70 of the 500 rounds at a time
@@ -45,7 +44,7 @@ def test_repeating_a_question_about_the_same_picture_adds_no_certainty():
     assert naive[2] - naive[1] < 0.5 * (once[2] - once[1])
 
 
-def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
+def test_ninety_five_of_a_hundred_intervals_contain_the_true_value():
     rng = np.random.default_rng(0)
     held = 0
     for trial in range(200):
@@ -101,7 +100,7 @@ def test_chance_is_called_a_difference_about_one_time_in_twenty():
 
 
 def test_ratios_are_compared_as_ratios():
-    """F1 is 2 tp / (2 tp + fp + fn): the difference is that of the two F1, not of their numerators."""
+    """F1 is 2 tp / (2 tp + fp + fn): the difference is of the two F1, not of their numerators."""
     num_a, den_a, num_b, den_b = [2, 2, 0, 2], [2, 2, 1, 2], [2, 0, 0, 0], [2, 1, 1, 2]
     difference, low, high, p = paired(num_a, num_b, den=(den_a, den_b))
     assert difference == pytest.approx(6 / 7 - 2 / 6) and low <= difference <= high and 0 < p <= 1
@@ -114,25 +113,6 @@ def test_wrong_shapes_are_named():
         bootstrap([])
     with pytest.raises(ValueError, match="one entry for each item"):
         bootstrap([1, 0], clusters=["x"])
-
-
-def test_seeds_are_combined_by_students_t_and_one_seed_shows_no_spread():
-    mean, low, high = combine([60, 62, 64])
-    assert (
-        mean == 62
-        and high - mean == pytest.approx(4.303 * 2 / np.sqrt(3))
-        and mean - low == pytest.approx(high - mean)
-    )
-    assert combine([60])[0] == 60 and np.isnan(combine([60])[1:]).all()
-
-
-def test_scores_of_several_seeds_become_one_row():
-    columns = ["run", "benchmark", "metric", "value", "low", "high", "n", "seed", "baseline"]
-    scores = pd.DataFrame([["base", "pope", "f1", v, v - 1, v + 1, 10, s, 50] for s, v in enumerate([60.0, 64.0])]
-                          + [["chat", "pope", "f1", 70.0, 65.0, 75.0, 10, 0, 50]], columns=columns)  # fmt: skip
-    base, chat = over_seeds(scores).itertuples()
-    assert (base.value, base.seeds) == (62, 2) and base.high - base.low > 4
-    assert (chat.low, chat.high, chat.seeds) == (65, 75, 1)
 
 
 def test_many_pictures_do_not_need_much_memory_and_give_the_same_interval():

@@ -1,4 +1,4 @@
-"""One answer as it is written: the words of `answer`, stopped when asked, errors where they are read; and where it looks."""
+"""Streaming gives the words of `answer`, can be stopped, and raises errors; attention maps."""
 
 import sys
 import time
@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_model import make_tiny, questions
 
 from vflan.evaluation.generation import answer
-from vflan.evaluation.streaming import attention_maps, seen, stream
+from vflan.evaluation.streaming import attention_maps, stream, tower_view
 
-ROOM = sys.modules["vflan.evaluation.streaming"]
+STREAMING = sys.modules["vflan.evaluation.streaming"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_temperature_draws_other_words(tiny):
     assert len({"".join(ask(tiny, row, temperature=0)) for _ in range(3)}) == 1
 
 
-def test_it_reads_what_was_said_before(tiny):
+def test_it_reads_the_earlier_turns(tiny):
     row = questions(tiny, 2)[1]
     said = {
         before: "".join(ask(tiny, row, before=before))
@@ -79,7 +79,7 @@ def test_stop_ends_the_answer_where_it_stands(tiny):
     assert 3 <= len(said) < 500
 
 
-def test_who_stops_reading_leaves_no_thread_behind(tiny):
+def test_a_reader_that_stops_leaves_no_thread_behind(tiny):
     row, threads = long_row(tiny), active_count()
     pieces = stream(tiny.model, tiny.processor, row["text"], row["image"], 2000)
     next(pieces)
@@ -119,9 +119,9 @@ def test_attention_is_a_share_of_each_layer_and_the_model_is_left_as_it_was(tiny
 
 
 def test_attention_maps_are_those_of_the_models_own_forward(tiny):
-    """Against the tokens laid out by hand: the last row of each layer's weights, at the picture's sixteen positions."""
+    """The last row of each layer's weights, at the sixteen positions of the picture."""
     row = questions(tiny, 2)[1]
-    inputs = ROOM._inputs(tiny.model, tiny.processor, row["text"], row["image"], "vicuna_v1")
+    inputs = STREAMING._inputs(tiny.model, tiny.processor, row["text"], row["image"], "vicuna_v1")
     at = (inputs["input_ids"][0] == 3).nonzero().flatten()
     assert at.tolist() == list(range(int(at[0]), int(at[0]) + 16))
     tiny.model.set_attn_implementation("eager")
@@ -135,9 +135,9 @@ def test_attention_maps_are_those_of_the_models_own_forward(tiny):
     assert np.allclose(maps, torch.stack(expected).numpy(), atol=1e-6)
 
 
-def test_seen_is_the_picture_as_the_tower_gets_it(tiny):
+def test_the_view_is_the_picture_as_the_tower_gets_it(tiny):
     wide = Image.new("RGB", (96, 48), "red")
     wide.paste("blue", (24, 0, 72, 48))  # what the centre crop keeps
-    view = seen(tiny.processor, wide)
+    view = tower_view(tiny.processor, wide)
     assert view.size == (48, 48)
     assert np.abs(np.asarray(view).astype(int) - [0, 0, 255]).max() <= 1

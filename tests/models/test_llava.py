@@ -13,7 +13,7 @@ import vflan
 from tests.conftest import make_backbones
 from vflan.config import write_json
 from vflan.data.conversation import IGNORE_INDEX, encode, expand, prompt_ids
-from vflan.models import llava as models
+from vflan.models import quantisation
 from vflan.models.llava import (
     PARTS,
     export,
@@ -35,7 +35,7 @@ def model(recipe):
     return load_model(recipe)
 
 
-def prints(model):
+def fingerprints(model):
     return {name: fingerprint(part) for name, part in parts(model).items()}
 
 
@@ -67,7 +67,7 @@ def test_the_fresh_projector_depends_on_the_seed_alone(recipe, model):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_weights_that_the_files_lack_are_an_error_and_so_is_another_shape(recipe, tmp_path, part):
+def test_missing_weights_and_other_shapes_are_errors(recipe, tmp_path, part):
     name = dict(
         vision_tower="encoder.layers.1.mlp.fc1.weight",
         language_model="model.layers.1.mlp.up_proj.weight",
@@ -90,7 +90,7 @@ def test_weights_that_the_files_lack_are_an_error_and_so_is_another_shape(recipe
             load_model(broken, **ask)
 
 
-def test_a_whole_clip_as_the_hub_stores_it_gives_its_tower_and_says_nothing_of_its_text_side(
+def test_a_whole_clip_gives_its_vision_tower_and_reports_nothing_of_its_text_side(
     recipe, tmp_path, capfd
 ):
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
@@ -138,7 +138,7 @@ def test_freeze_lets_only_the_named_parts_learn(recipe, model):
         assert learning == set(tune) and still == set(PARTS) - set(tune)
 
 
-def test_lora_reaches_the_language_model_and_never_the_tower(recipe, model):
+def test_lora_adapts_the_language_model_and_not_the_vision_tower(recipe, model):
     freeze(model, vflan.replace(recipe, lora_r=4, lora_alpha=8))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     adapters = [name for name in names if "lora_" in name]
@@ -177,7 +177,9 @@ def test_exactly_the_language_models_linear_layers_are_quantised(recipe, bits, t
             )  # nested: double quantisation
 
 
-def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monkeypatch, tmp_path):
+def test_a_model_with_other_quantised_layers_than_the_recipe_names_is_refused(
+    recipe, monkeypatch, tmp_path
+):
     four, export_to = vflan.replace(recipe, **QLORA), tmp_path / "whole"
     export(load_model(recipe), load_processor(recipe), recipe, export_to)
     load_model(four, export_to).save_pretrained(tmp_path / "four")
@@ -185,7 +187,9 @@ def test_a_model_that_is_quantised_elsewhere_or_unasked_is_refused(recipe, monke
         load_model(recipe, tmp_path / "four")
     # the pitfall: bitsandbytes compares from the start of a name, so this skips nothing
     skip = ["vision_tower", "multi_modal_projector"]
-    monkeypatch.setattr(models, "_quantised", partial(models._quantised, skip=skip))
+    monkeypatch.setattr(
+        quantisation, "loading_options", partial(quantisation.loading_options, skip=skip)
+    )
     with pytest.raises(
         ValueError,
         match="'vision_tower': 18, 'projector': 2, 'language_model': 1[45].*bits=4 means",
@@ -204,7 +208,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_tuning_moves_what_it_names_and_nothing_else(recipe, way):
+def test_every_way_of_tuning_changes_only_the_parts_that_it_names(recipe, way):
     recipe = vflan.replace(recipe, **WAYS[way])
     model = load_model(recipe)
     freeze(model, recipe)
@@ -234,7 +238,7 @@ def test_every_way_of_tuning_moves_what_it_names_and_nothing_else(recipe, way):
 
 
 def child(script, *arguments):
-    """What a fresh Python, far from this repository, prints."""
+    """The output of a fresh Python process."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, *arguments], capture_output=True, text=True
     )
@@ -290,17 +294,18 @@ def test_a_fresh_process_without_vflan_answers_from_an_exported_folder(recipe, m
         from transformers import AutoModelForImageTextToText, AutoProcessor
         model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
         processor = AutoProcessor.from_pretrained(sys.argv[1], backend="pil")
-        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}]}]
+        content = [{"type": "image"}, {"type": "text", "text": "What color is it?"}]
+        turns = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
         inputs = processor(images=Image.new("RGB", (30, 20), "red"), text=text, return_tensors="pt")
-        said = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5)[0, inputs["input_ids"].shape[1]:].tolist()
-        print(said, "vflan" in sys.modules)
+        output = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5)
+        print(output[0, inputs["input_ids"].shape[1]:].tolist(), "vflan" in sys.modules)
     """
     processor = load_processor(recipe)
     export(model, processor, recipe, tmp_path / "out")
     (sample,) = [{"text": "<image>\nWhat color is it?", "image": str(tmp_path / "red.png")}]
     Image.new("RGB", (30, 20), "red").save(sample["image"])
-    said = child(script, str(tmp_path / "out"))
+    printed = child(script, str(tmp_path / "out"))
     ids = list(prompt_ids(sample["text"], processor.tokenizer))
     ids, _ = expand(ids, [IGNORE_INDEX] * len(ids), 4, model.config.image_token_id)
     pixels = processor.image_processor(Image.open(sample["image"]), return_tensors="pt")[
@@ -309,11 +314,11 @@ def test_a_fresh_process_without_vflan_answers_from_an_exported_folder(recipe, m
     ours = model.generate(
         torch.tensor([ids]), pixel_values=pixels, max_new_tokens=5, min_new_tokens=5
     )
-    assert said.strip() == f"{ours[0, len(ids) :].tolist()} False"
+    assert printed.strip() == f"{ours[0, len(ids) :].tolist()} False"
 
 
 def vicuna(folder, shared, legacy):
-    """A language model with the files of a Vicuna folder: a sentencepiece tokenizer, no `<image>`, no padding token."""
+    """A folder like Vicuna's: a sentencepiece tokenizer without `<image>` and padding token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -346,10 +351,10 @@ def test_a_vicuna_keeps_the_reference_tokens_through_loading_saving_and_the_chat
             ]
         if case["template"] == "plain" or "<image>" not in case["conversations"][0]["value"]:
             continue
-        said = [turn["value"].replace("<image>", "").strip() for turn in case["conversations"]]
+        texts = [turn["value"].replace("<image>", "").strip() for turn in case["conversations"]]
         messages = [
             dict(role=("user", "assistant")[i % 2], content=[dict(type="text", text=text)])
-            for i, text in enumerate(said)
+            for i, text in enumerate(texts)
         ]
         messages[0]["content"].append(dict(type="image"))
         one_pass = again.tokenizer(again.apply_chat_template(messages)).input_ids
@@ -358,8 +363,8 @@ def test_a_vicuna_keeps_the_reference_tokens_through_loading_saving_and_the_chat
         ] == expected, case["name"]
 
 
-def test_an_exported_folder_is_laid_out_as_published_ones_are(recipe, tmp_path):
-    """What vLLM's loader reads: the classes, the image token, the projector's shape, the names of the weights."""
+def test_an_exported_folder_looks_like_the_published_ones(recipe, tmp_path):
+    """vLLM's loader reads the classes, the image token, the projector's shape and weight names."""
     language = copytree(recipe.language_model, tmp_path / "language")
     config = json.loads((language / "config.json").read_text())
     config.pop("architectures")
@@ -400,11 +405,11 @@ def test_an_exported_folder_is_laid_out_as_published_ones_are(recipe, tmp_path):
         }
         assert str(tmp_path.parent) not in (folder / "config.json").read_text()
         template = (folder / "chat_template.jinja").read_text()
-        assert template.startswith("{{ 'A chat between") and "ASSISTANT:" in template
+        assert "{{ 'A chat between" in template and "ASSISTANT:" in template
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])
-def test_image_features_are_the_models_own_without_the_layers_above(model, layer):
+def test_image_features_equal_the_models_own_and_skip_the_layers_above(model, layer):
     pixels, tower = torch.randn(3, 3, 24, 24), model.model.vision_tower
     model.config.vision_feature_layer = layer
     with torch.no_grad():
@@ -412,7 +417,7 @@ def test_image_features_are_the_models_own_without_the_layers_above(model, layer
         above = tower.encoder.layers[layer % 4 :]  # four hidden states of three layers
         for unused in above:
             unused.register_forward_hook(
-                lambda *_: pytest.fail("a layer ran whose output nobody reads")
+                lambda *_: pytest.fail("a layer ran although its output is not used")
             )
         assert len(above) == {-1: 0, -2: 1, 1: 2}[layer]
         assert torch.equal(parts(model)["projector"](image_features(model, pixels)), theirs)
@@ -436,7 +441,7 @@ def test_pad_keeps_the_whole_picture_and_crop_the_middle(recipe):
 
 
 def square(picture):
-    """LLaVA's own padding, written out: on a square of CLIP's mean colour, the smaller half of the rest before it."""
+    """LLaVA's own padding: on a square of CLIP's mean colour, with the smaller half before it."""
     side = max(picture.size)
     canvas = Image.new("RGB", (side, side), (122, 116, 104))
     canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -510,17 +515,17 @@ def test_pillow_prepares_pictures_also_where_torchvision_is_installed(
 ):
     from transformers.models.auto import image_processing_auto as auto
 
-    asked, find = [], auto._load_backend_class
+    backends, find = [], auto._load_backend_class
     monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(
         auto,
         "_load_backend_class",
-        lambda name, kind, *a: asked.append(kind) or find(name, "pil", *a),
+        lambda name, kind, *a: backends.append(kind) or find(name, "pil", *a),
     )
     load_processor(recipe).save_pretrained(tmp_path / "model")
     (tmp_path / "done.json").write_text("{}")
     Run(tmp_path).processor()
-    assert asked == ["pil"]
+    assert backends == ["pil"]
 
 
 def test_a_model_made_for_other_backbones_is_refused_before_the_data_is_read(
@@ -543,7 +548,7 @@ def test_a_model_made_for_other_backbones_is_refused_before_the_data_is_read(
         load_processor(vflan.replace(recipe, vision_tower=str(folder)))
 
 
-def test_what_is_no_model_is_refused_in_one_sentence(recipe, model, tmp_path):
+def test_a_source_without_a_model_is_refused_with_one_sentence(recipe, model, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -565,7 +570,8 @@ def test_what_is_no_model_is_refused_in_one_sentence(recipe, model, tmp_path):
         load_model(recipe, tmp_path / "full")
 
 
-PUBLISHED = {  # the published sizes: CLIP ViT-L/14-336's picture side, LLaVA-1.5's projector, LLaMA-2
+# The published sizes of CLIP ViT-L/14-336's picture side, LLaVA-1.5's projector, LLaMA-2.
+PUBLISHED = {
     "qlora_7b": (303_507_456, 20_979_712, 6_738_415_616),
     "lora_7b": (303_507_456, 20_979_712, 6_738_415_616),
     "full_7b": (303_507_456, 20_979_712, 6_738_415_616),
@@ -585,7 +591,7 @@ def test_the_presets_models_have_the_published_numbers_of_parameters(name, monke
 
 
 @pytest.mark.parametrize("size, adapters", [("7b", 319.8e6), ("13b", 500.7e6)])
-def test_loras_adapters_are_as_many_as_llavas(size, adapters):
+def test_lora_has_as_many_parameters_as_in_llava(size, adapters):
     lora, full = vflan.preset("lora_7b").base, vflan.preset(f"full_{size}").base
     recipe = vflan.replace(full, lora_r=lora.lora_r, lora_alpha=lora.lora_alpha)
     assert (recipe.lora_r, recipe.lora_alpha) == (128, 256)
@@ -597,7 +603,7 @@ def test_loras_adapters_are_as_many_as_llavas(size, adapters):
     assert learning == pytest.approx(adapters, abs=0.05e6)
 
 
-def test_a_folders_own_shape_is_counted(recipe, model):
+def test_parameters_are_counted_from_the_shapes_in_a_folder(recipe, model):
     assert parameter_counts(meta_model(recipe)) == parameter_counts(model)
 
 
@@ -624,11 +630,11 @@ def test_swap_part_takes_exactly_one_part(recipe, model):
     other = load_model(vflan.replace(recipe, seed=1))
     with torch.no_grad():
         other.lm_head.weight += 1
-    before, theirs = prints(model), prints(other)
-    swapped = prints(vflan.swap_part(model, "projector", other))
+    before, theirs = fingerprints(model), fingerprints(other)
+    swapped = fingerprints(vflan.swap_part(model, "projector", other))
     assert swapped["projector"] == theirs["projector"] != before["projector"]
     assert swapped["language_model"] == before["language_model"] != theirs["language_model"]
-    assert prints(vflan.swap_part(model, "language_model", other)) == theirs
+    assert fingerprints(vflan.swap_part(model, "language_model", other)) == theirs
     with pytest.raises(ValueError, match="vision_tower, projector, language_model"):
         vflan.swap_part(model, "mlp", other)
 
@@ -651,14 +657,15 @@ def test_a_causal_language_model_can_be_swapped_in(recipe, model):
         ("tokenizer.json", b"\xb7"),
         (
             "config.json",
-            b'{"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": "many"}}',
+            b'{"model_type": "llava",'
+            b' "text_config": {"model_type": "llama", "vocab_size": "many"}}',
         ),
         ("tokenizer.json", None),
         ("model.safetensors", None),
     ],
 )
 def test_a_damaged_run_is_refused_in_a_sentence(recipe, tmp_path, name, content):
-    """What bench.bad_input found: each library has an error of its own for a file that was cut off."""
+    """Each library has an error of its own for a truncated file (bench.bad_input)."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     write_json(run.folder / "recipe.json", recipe.to_dict())

@@ -1,4 +1,7 @@
-"""The same model twice: LLaVA's own arithmetic and parameter names written out by hand, and what vflan makes of its files."""
+"""vflan computes what LLaVA computes.
+
+The reference model has LLaVA's arithmetic and parameter names, written out by hand.
+"""
 
 import json
 import zipfile
@@ -12,25 +15,15 @@ from torch import nn
 
 import vflan
 from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM, encode, expand
-from vflan.models.llava import (
-    export,
-    fingerprint,
-    freeze,
-    from_llava,
-    load_model,
-    load_processor,
-    parts,
-    read_projector,
-    save_projector,
-    to_llava,
-)
+from vflan.models.llava import export, fingerprint, freeze, load_model, load_processor, parts
+from vflan.models.weights import from_llava, read_projector, save_projector, to_llava
 from vflan.training.run import Run
 
 SEEN, TEXT = ("<image>\nWhat color is it?", "a red square"), ("What is a square?", "a grey one")
 
 
 class Reference(nn.Module):
-    """A random LLaVA-1.5 of the recipe's shapes: `parts` of plain modules, `forward` row by row, nothing of vflan."""
+    """A random LLaVA-1.5 of the recipe's shapes, of plain modules, without any code of vflan."""
 
     def __init__(self, recipe):
         from transformers import AutoConfig, CLIPVisionModel, LlamaForCausalLM
@@ -69,7 +62,10 @@ class Reference(nn.Module):
 
 
 def reference_row(tokenizer, question, answer):
-    """Ids and labels as LLaVA makes them: the text on both sides of the picture tokenised apart, the answer alone learned."""
+    """Ids and labels as LLaVA makes them.
+
+    The text before and after the picture is tokenised separately; only the answer is learned.
+    """
     prompt = f"{SYSTEM} USER: {question} ASSISTANT:"
     chunks = [
         tokenizer(chunk, add_special_tokens=False).input_ids
@@ -141,16 +137,16 @@ def write(path, reference, recipe, how="model.safetensors", **changes):
 
 
 def backbones_of(recipe, folder):
-    own = folder / "tower"
-    return vflan.replace(recipe, vision_tower=str(own)) if own.is_dir() else recipe
+    tower = folder / "tower"
+    return vflan.replace(recipe, vision_tower=str(tower)) if tower.is_dir() else recipe
 
 
 @torch.no_grad()
-def test_a_folder_of_llavas_gives_its_logits_losses_and_greedy_tokens(
+def test_a_llava_checkpoint_gives_llavas_logits_losses_and_greedy_tokens(
     recipe, reference, folder, tmp_path
 ):
-    if (own := folder / "tower").is_dir():
-        own.joinpath("preprocessor_config.json").write_bytes(
+    if (tower := folder / "tower").is_dir():
+        tower.joinpath("preprocessor_config.json").write_bytes(
             (Path(recipe.vision_tower) / "preprocessor_config.json").read_bytes()
         )
     recipe = backbones_of(recipe, folder)
@@ -172,14 +168,15 @@ def test_a_folder_of_llavas_gives_its_logits_losses_and_greedy_tokens(
         )
         assert ours.loss.item() == pytest.approx(loss.item(), abs=1e-5)
 
-        prompt, said = ids[: labels.index(ids[len(ids) - sum(label >= 0 for label in labels)])], []
+        prompt = ids[: labels.index(ids[len(ids) - sum(label >= 0 for label in labels)])]
+        answer_ids = []
         for _ in range(6):
-            said.append(reference(prompt + said, pixels)[-1].argmax().item())
+            answer_ids.append(reference(prompt + answer_ids, pixels)[-1].argmax().item())
         start, _ = expand(prompt, prompt, 4, model.config.image_token_id)
         again = model.generate(
             torch.tensor([start]), max_new_tokens=6, min_new_tokens=6, eos_token_id=-1, **seen
         )
-        assert again[0, len(start) :].tolist() == said
+        assert again[0, len(start) :].tolist() == answer_ids
 
 
 def test_llavas_names_are_read_and_written_without_loss(recipe, reference):
@@ -194,7 +191,7 @@ def test_llavas_names_are_read_and_written_without_loss(recipe, reference):
             rename({name: torch.ones(1)})
 
 
-def test_a_projector_file_of_llavas_is_where_a_stage_begins(recipe, reference, tmp_path):
+def test_a_stage_can_begin_from_llavas_projector_file(recipe, reference, tmp_path):
     theirs = reference.model.mm_projector.state_dict()
     (tmp_path / "pretrained").mkdir()
     file = tmp_path / "pretrained" / "mm_projector.bin"
@@ -249,7 +246,7 @@ def test_training_starts_from_a_projector_file_and_remembers_which(recipe, tmp_p
         vflan.train(still, init=tmp_path / "mm_projector.bin")
 
 
-def test_a_folder_of_llavas_can_be_tuned_quantised_and_exported(recipe, reference, tmp_path):
+def test_a_llava_checkpoint_can_be_quantised_tuned_and_exported(recipe, reference, tmp_path):
     (tmp_path / "llava").mkdir()
     source = write(tmp_path / "llava", reference, recipe)
     four = vflan.replace(recipe, bits=4, lora_r=4, lora_alpha=8)
@@ -263,7 +260,7 @@ def test_a_folder_of_llavas_can_be_tuned_quantised_and_exported(recipe, referenc
     )
 
 
-def test_a_projector_of_another_width_is_refused_with_both_widths_before_anything_is_loaded(
+def test_a_projector_of_another_width_is_refused_before_anything_is_loaded(
     recipe, monkeypatch, tmp_path
 ):
     theirs = nn.Sequential(nn.Linear(32, 80), nn.GELU(), nn.Linear(80, 80)).state_dict()
@@ -272,7 +269,7 @@ def test_a_projector_of_another_width_is_refused_with_both_widths_before_anythin
         tmp_path / "wide.bin",
     )
     monkeypatch.setattr(
-        "vflan.models.llava._load", lambda *a, **k: pytest.fail("weights were loaded")
+        "vflan.models.weights.load_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
     )
     with pytest.raises(
         ValueError,
@@ -291,7 +288,7 @@ class Harm:
         return (Path.touch, (self.path,))
 
 
-def test_a_projector_file_that_is_none_is_refused_and_none_of_its_code_is_run(recipe, tmp_path):
+def test_a_bad_projector_file_is_refused_and_its_code_is_not_run(recipe, tmp_path):
     torch.save({"model.mm_projector.0.weight": Harm(tmp_path / "harm")}, tmp_path / "code.bin")
     torch.save([torch.ones(1)], tmp_path / "list.bin")
     (tmp_path / "empty.bin").write_bytes(b"")
@@ -312,15 +309,15 @@ def test_a_projector_file_that_is_none_is_refused_and_none_of_its_code_is_run(re
             load_model(recipe, tmp_path / name)
 
 
-def test_a_llava_of_another_kind_is_refused(recipe, reference, tmp_path):
+def test_other_kinds_of_llava_are_refused(recipe, reference, tmp_path):
     (tmp_path / "llava").mkdir()
-    for changes, said in (
+    for changes, reason in (
         (dict(mm_vision_select_layer=-1), "mm_vision_select_layer': -1"),
         (dict(mm_patch_merge_type="spatial_unpad"), "spatial_unpad"),
         (dict(model_type="llava_mistral"), "llava_mistral"),
     ):
         source = write(tmp_path / "llava", reference, recipe, **changes)
-        with pytest.raises(ValueError, match=f"is no LLaVA-1.5 on a Llama: .*{said}"):
+        with pytest.raises(ValueError, match=f"is no LLaVA-1.5 on a Llama: .*{reason}"):
             load_model(recipe, source)
     source = write(tmp_path / "llava", reference, recipe)
     other = vflan.replace(
@@ -337,7 +334,7 @@ def test_a_llava_of_another_kind_is_refused(recipe, reference, tmp_path):
         load_model(other, source)
 
 
-def test_a_run_can_be_given_where_a_folder_can(recipe):
+def test_load_model_takes_a_run_or_its_folder(recipe):
     run = vflan.train(vflan.replace(recipe, max_steps=1))
     assert isinstance(run, Run)
     assert fingerprint(load_model(recipe, run)) == fingerprint(

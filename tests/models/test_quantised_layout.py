@@ -1,6 +1,8 @@
-"""QLoRA is right where bitsandbytes lays 4-bit weights out anew (AVX512-BF16, played if absent)."""
+"""QLoRA is right on processors where bitsandbytes changes the layout of 4-bit weights.
 
-import sys
+They have AVX512-BF16, which is simulated where it is absent.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,13 @@ from conftest import make_backbones
 
 import vflan
 from vflan.models.llava import fingerprint, freeze, load_model, parts
+from vflan.training import trainer
 from vflan.training.run import Run
-
-vflan.train  # noqa: B018 (imports the file)
-TRAIN = sys.modules["vflan.training.trainer"]  # the file; vflan.train is its function
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Backbones 64 wide: narrower layers fail to be laid out anew, these go wrong unseen."""
+    """Backbones of width 64. In the other layout narrower layers fail; these go wrong silently."""
     folder = tmp_path_factory.mktemp("wide")
     make_backbones(folder, width=64)
     return {part: str(folder / part) for part in ("vision_tower", "language_model")}
@@ -34,7 +34,7 @@ def qlora(recipe, wide):
 
 @pytest.fixture
 def layer():
-    """A layer as bitsandbytes makes it, not through vflan: 64 inputs, 32 outputs."""
+    """A layer by bitsandbytes, without vflan: 64 inputs, 32 outputs."""
 
     def make(width=64):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ def layer():
     return make
 
 
-def asked(recipe):
+def questions(recipe):
     pictures = Path(recipe.images)
     return [
         {"text": "<image>\nWhat color is it?", "image": str(pictures / f"{i}.png")}
@@ -51,28 +51,28 @@ def asked(recipe):
     ]
 
 
-def test_the_played_processor_does_what_the_real_one_does(layer, monkeypatch):
-    """While this holds, `_keep_layout` is needed."""
+def test_the_simulated_processor_computes_as_the_real_one(layer, monkeypatch):
+    """As long as this passes, `keep_layout` is needed."""
     x = torch.randn(3, 64)
     plain = layer()
     weight, product = plain.weight.clone(), plain(x)
     with avx512_bf16(monkeypatch):
-        anew = layer()
-        assert torch.equal(anew.weight, weight) and anew.weight.quant_state.nested
+        other = layer()
+        assert torch.equal(other.weight, weight) and other.weight.quant_state.nested
         # bf16 has 8 bits: each of 64 terms, the scale and the sum are off by 1 in 256 at most
-        assert torch.allclose(anew(x), product, atol=product.abs().max().item() * 4 / 256)
-        assert not torch.equal(anew.weight.reshape(-1), weight.reshape(-1))
-        assert not anew.weight.quant_state.nested
+        assert torch.allclose(other(x), product, atol=product.abs().max().item() * 4 / 256)
+        assert not torch.equal(other.weight.reshape(-1), weight.reshape(-1))
+        assert not other.weight.quant_state.nested
         learning = torch.randn(3, 64, requires_grad=True)
         with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-            anew.train()(learning).sum().backward()
+            other.train()(learning).sum().backward()
         assert learning.grad is None or not learning.grad.any()
         with pytest.raises(RuntimeError, match=r"shape '\[32, 0\]' is invalid"):
             layer(32)(x[:, :32])
 
 
 @pytest.mark.parametrize("width", ["narrow", "wide"])
-def test_looking_at_held_out_rows_changes_nothing(qlora, backbones, monkeypatch, width):
+def test_validation_changes_nothing(qlora, backbones, monkeypatch, width):
     if width == "narrow":
         qlora = vflan.replace(qlora, **backbones)
     plain = vflan.train(vflan.replace(qlora, name="plain", heldout_rows=6))
@@ -84,28 +84,28 @@ def test_looking_at_held_out_rows_changes_nothing(qlora, backbones, monkeypatch,
     assert run.heldout().loss.iloc[-1] == plain.heldout().loss.iloc[-1]
 
 
-def test_a_killed_run_answers_from_its_checkpoint_and_goes_on(qlora, monkeypatch):
+def test_a_killed_run_answers_from_its_checkpoint_and_is_resumed(qlora, monkeypatch):
     qlora = vflan.replace(qlora, save_every=2, heldout_rows=6, evaluate_every=1)
     straight = vflan.train(vflan.replace(qlora, name="straight"))
 
-    def kill(now, *rest, real=TRAIN.learning_rate):
+    def kill(now, *rest, real=trainer.learning_rate):
         if now == 3:
             raise KeyboardInterrupt
         return real(now, *rest)
 
     with avx512_bf16(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(TRAIN, "learning_rate", kill)
+            patch.setattr(trainer, "learning_rate", kill)
             vflan.train(qlora)
         halfway = Run.open(qlora.folder).at()
-        said = vflan.answer(halfway.load_model(), halfway.processor(), asked(qlora))
+        answers = vflan.answer(halfway.load_model(), halfway.processor(), questions(qlora))
         resumed = vflan.train(qlora)
-    assert said == vflan.answer(halfway.load_model(), halfway.processor(), asked(qlora))
+    assert answers == vflan.answer(halfway.load_model(), halfway.processor(), questions(qlora))
     assert resumed.summary["parts"] == straight.summary["parts"]
     assert resumed.metrics().loss.tolist() == straight.metrics().loss.tolist()
 
 
-def test_a_model_that_has_answered_is_still_the_same_and_learns_the_same(qlora, monkeypatch):
+def test_answering_changes_neither_weights_nor_gradients(qlora, monkeypatch):
     def gradients(model):
         freeze(model, vflan.replace(qlora, lora_dropout=0.0))
         ids = torch.tensor([[1, 5, *[model.config.image_token_id] * 4, 6, 7, 8]])
@@ -117,14 +117,14 @@ def test_a_model_that_has_answered_is_still_the_same_and_learns_the_same(qlora, 
     run = vflan.train(qlora)
     with avx512_bf16(monkeypatch):
         model, fresh = run.load_model(), run.load_model()
-        vflan.answer(model, run.processor(), asked(qlora))
+        vflan.answer(model, run.processor(), questions(qlora))
         assert fingerprint(model) == fingerprint(fresh)
         after, before = gradients(model), gradients(fresh)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_what_is_exported_and_merged_holds_what_was_learned(qlora, monkeypatch, tmp_path):
+def test_an_export_holds_what_was_learned(qlora, monkeypatch, tmp_path):
     looking = vflan.replace(qlora, heldout_rows=6, evaluate_every=2)
     plain = vflan.train(vflan.replace(looking, name="plain"))
     with avx512_bf16(monkeypatch):
@@ -143,19 +143,19 @@ def test_a_part_of_a_quantised_run_can_be_swapped(qlora, monkeypatch, part):
     with avx512_bf16(monkeypatch):
         model, other = load_model(qlora), run.load_model()
         for each in (model, other):
-            vflan.answer(each, run.processor(), asked(qlora))
+            vflan.answer(each, run.processor(), questions(qlora))
         rest = {name: fingerprint(of) for name, of in parts(model).items() if name != part}
         swapped = {
             name: fingerprint(of) for name, of in parts(vflan.swap_part(model, part, run)).items()
         }
         assert swapped == rest | {part: fingerprint(parts(other)[part])}
-        # what another model learns afterwards is not seen here: the weights are copies
+        # The weights are copies: later changes of the other model have no effect.
         with torch.no_grad():
             next(parts(other)[part].parameters()).zero_()
         assert fingerprint(parts(model)[part]) == swapped[part]
 
 
-def test_the_language_model_that_training_began_with_is_quantised_alike(qlora):
+def test_a_language_model_from_files_is_quantised_like_the_model(qlora):
     model = vflan.swap_part(vflan.train(qlora).load_model(), "language_model", qlora.language_model)
     begun = load_model(qlora)
     assert fingerprint(parts(model)["language_model"]) == fingerprint(

@@ -1,8 +1,9 @@
-"""The three widgets as people meet them: JupyterLab, a kernel, and a real Chromium that clicks.
+"""The widgets as people use them: JupyterLab, a kernel, and a real Chromium that clicks.
 
-Skipped where Chromium or the package playwright is missing (`pip install playwright`; no browser of its own is needed).
-Pictures of what it saw go to the folder VFLAN_SCREENSHOTS, where that is set. Runs of the tiny preset are used if they
-are there; else a small world is drawn and three models are trained for two steps.
+Skipped without Chromium or the package playwright (`pip install playwright`; the browser that it
+offers is not needed). Screenshots go to the folder VFLAN_SCREENSHOTS, if that is set. The tests use
+finished runs of the tiny preset if there are any; otherwise they draw a small world and train three
+models for two steps.
 """
 
 import os
@@ -23,8 +24,8 @@ from vflan.config import ROOT, preset, resolve
 from vflan.evaluation.evaluator import present
 from vflan.training.run import Run
 
-SECONDS = 240  # that a busy machine may need for one step
-CELLS = {  # what of each notebook is run: the cells that hold these words
+SECONDS = 240  # a busy machine may need for one step
+CELLS = {  # of each notebook, the cells that contain these words are run
     "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
     "04": [
         "preset = ",
@@ -66,7 +67,7 @@ def finished():
 def folder(tmp_path_factory):
     """A folder with the three notebooks, cut to the cells that lead to their widget."""
     folder = tmp_path_factory.mktemp("lab")
-    changes, skipped = {}, ["scores = vflan.sweep"]  # its answers are kept
+    changes, skipped = {}, ["scores = vflan.sweep"]  # its answers are stored
     if not finished():
         small = world.build(
             folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1
@@ -74,13 +75,17 @@ def folder(tmp_path_factory):
         for path in (small / "benchmarks").iterdir():
             if path.is_dir() and path.name not in ("pope", "llava_bench", "images"):
                 shutil.rmtree(path)
-        changes = dict(samples=str(small / "samples/flan.json"), images=str(small / "samples/images"), num_samples=40,
-                       benchmarks=str(small / "benchmarks"), runs=str(folder / "runs"), max_steps=2)  # fmt: skip
+        changes = dict(num_samples=40, max_steps=2, runs=str(folder / "runs"))
+        changes |= dict(
+            samples=str(small / "samples/flan.json"),
+            images=str(small / "samples/images"),
+            benchmarks=str(small / "benchmarks"),
+        )
         skipped = []
-    for start, wanted in CELLS.items():
+    for start, contents in CELLS.items():
         (path,) = (ROOT / "notebooks").glob(f"{start}_*.ipynb")
         whole, cells = nbformat.read(path, 4), []
-        for words in wanted:
+        for words in contents:
             if words not in skipped:
                 (cell,) = (
                     cell
@@ -106,13 +111,14 @@ def lab(folder):
     settings.parent.mkdir(parents=True)
     settings.write_text(
         '{"fetchNews": "false", "checkForUpdates": false}'
-    )  # no question over the notebook
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}",
-               "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=secret",
-               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
-    own = {f"JUPYTER{what}_DIR": str(folder / what.rpartition("_")[2].lower())
+    )  # otherwise a question covers the notebook
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=secret"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    folders = {f"JUPYTER{what}_DIR": str(folder / what.rpartition("_")[2].lower())
            for what in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}  # fmt: skip
-    env = os.environ | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | folders | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
     try:
@@ -152,7 +158,7 @@ def browser():
 
 @pytest.fixture
 def notebook(browser, lab):
-    """notebook("01") opens it, runs all its cells, and gives the page and its widget."""
+    """notebook("01") opens it, runs all its cells, and returns the page and its widget."""
     page = browser.new_page(viewport={"width": 1180, "height": 1600})
     page.set_default_timeout(1000 * SECONDS)
 
@@ -176,7 +182,7 @@ def errors(page):
 
 
 def keep(widget, name):
-    """A picture of the widget for people, if they want one."""
+    """Save a screenshot, if VFLAN_SCREENSHOTS names a folder for it."""
     if place := os.environ.get("VFLAN_SCREENSHOTS"):
         path = Path(place) / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +201,7 @@ def says(widget, *texts):
     for text in texts:
         widget.get_by_text(text).locator(
             "visible=true"
-        ).first.wait_for()  # an option of a menu is none
+        ).first.wait_for()  # an option of a menu is invisible
 
 
 def test_the_task_browser(notebook):
@@ -210,7 +216,7 @@ def test_the_task_browser(notebook):
     assert errors(page) == []
     keep(widget, "widgets-tasks")
     page.locator(".jp-Cell").nth(-2).scroll_into_view_if_needed()
-    keep(page, "notebook-lab")  # one notebook as it stands in JupyterLab
+    keep(page, "notebook-lab")  # a whole notebook in JupyterLab
 
 
 def test_the_answer_browser(notebook):

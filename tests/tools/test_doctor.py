@@ -1,4 +1,4 @@
-"""The doctor: what it finds, what it misses, and that it says what to do."""
+"""The doctor: what it reports as missing, and that it says what to do."""
 
 from types import SimpleNamespace
 
@@ -11,10 +11,10 @@ from vflan.tools import doctor
 
 
 @pytest.fixture
-def found(recipe, monkeypatch):
-    """What the doctor says about a preset whose three stages are this recipe, with changes, here."""
+def missing(recipe, monkeypatch):
+    """What the doctor reports for a preset whose three stages are the test recipe with changes."""
 
-    def look(gpus=(), **changes):
+    def report(gpus=(), **changes):
         stages = Preset(*[vflan.replace(recipe, **changes)] * 3)
         monkeypatch.setattr(doctor, "preset", lambda name: stages)
         monkeypatch.setattr(
@@ -22,12 +22,12 @@ def found(recipe, monkeypatch):
         )
         return doctor.missing("mine")
 
-    return look
+    return report
 
 
-def test_nothing_is_missing_where_everything_is(found, tmp_path):
+def test_nothing_is_missing_where_all_files_exist(missing, tmp_path):
     (tmp_path / "benchmarks" / "pope").mkdir(parents=True)
-    assert found(benchmarks=str(tmp_path / "benchmarks")) == []
+    assert missing(benchmarks=str(tmp_path / "benchmarks")) == []
 
 
 @pytest.mark.parametrize(
@@ -48,39 +48,34 @@ def test_nothing_is_missing_where_everything_is(found, tmp_path):
         (dict(sharding="zero3"), "pip install deepspeed"),
     ],
 )
-def test_what_is_missing_is_named_once_with_what_to_do(found, changes, says, monkeypatch):
+def test_each_missing_thing_is_named_once_with_what_to_do(missing, changes, says, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert len([line for line in found(**changes) if says in line]) == 1
+    assert len([line for line in missing(**changes) if says in line]) == 1
 
 
-def test_bitsandbytes_is_asked_for_where_a_preset_uses_it(found, monkeypatch):
+def test_bitsandbytes_is_missing_only_for_a_preset_that_uses_it(missing, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert "bitsandbytes is not installed: pip install bitsandbytes" in found(
-        optimizer="adamw_8bit"
-    )
-    assert not any("pip install" in line for line in found())
+    line = "bitsandbytes is not installed: pip install bitsandbytes"
+    assert line in missing(optimizer="adamw_8bit")
+    assert not any("pip install" in line for line in missing())
 
 
-def test_the_gpus_that_are_here_are_held_against_the_plan(found):
+def test_the_gpus_of_this_machine_are_compared_with_the_plan(missing):
     published = dict(
         vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5"
     )
     large = published | dict(precision="bf16", gradient_checkpointing=True, global_batch=8)
-    (line,) = (line for line in found(**large) if "here are" in line)
+    (line,) = (line for line in missing(**large) if "here are" in line)
     assert line.startswith("base needs") and "GB on each of 8 GPUs, here are 0; vflan.plan" in line
-    assert any("here are 2 of 24 GB" in line for line in found(gpus=[24e9, 24e9], **large))
-    assert not any("here are" in line for line in found(gpus=[141e9] * 8, **large))
+    assert any("here are 2 of 24 GB" in line for line in missing(gpus=[24e9, 24e9], **large))
+    assert not any("here are" in line for line in missing(gpus=[141e9] * 8, **large))
 
 
-def test_tiny_can_run_here_and_the_exit_status_says_so(capsys, monkeypatch):
+def test_the_exit_status_says_whether_tiny_can_run_here(capsys, monkeypatch):
     assert doctor.examine(["tiny"]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "torch 2" in said
-        and "GB free" in said
-        and "vision_flan_191: " in said
-        and "\ntiny: " in said
-    )
+    printed = capsys.readouterr().out
+    for words in ("torch 2", "GB free", "vision_flan_191: ", "\ntiny: "):
+        assert words in printed
     monkeypatch.setattr(
         doctor, "missing", lambda name: ["data/tiny/language_model: no such folder"]
     )
@@ -89,13 +84,11 @@ def test_tiny_can_run_here_and_the_exit_status_says_so(capsys, monkeypatch):
     assert doctor.examine(["tiny"]) == 0
 
 
-def test_a_preset_that_is_none_is_said_and_the_others_go_on(capsys, monkeypatch):
+def test_an_unknown_preset_is_reported_and_the_others_follow(capsys, monkeypatch):
     monkeypatch.setattr(
         doctor, "missing", lambda name: [] if name == "tiny" else vflan.preset(name)
     )
     assert doctor.examine(["no_such", "tiny"]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "no_such: missing\n  There is no preset 'no_such'" in said
-        and "tiny: nothing is missing" in said
-    )
+    printed = capsys.readouterr().out
+    assert "no_such: missing\n  There is no preset 'no_such'" in printed
+    assert "tiny: nothing is missing" in printed

@@ -1,4 +1,7 @@
-"""A run for others: what pipelines and vLLM read, what the cards say, and the way to the hub, against a server on this machine."""
+"""A run for others: what pipelines and vLLM read, what the cards say, and an upload to a hub.
+
+The hub is a server on this machine.
+"""
 
 import base64
 import json
@@ -15,7 +18,8 @@ from safetensors import safe_open
 import vflan
 from tests.conftest import make_squares, serve
 from vflan.config import Recipe, write_json
-from vflan.tools.export import dataset_card, lineage, model_card, serve_command
+from vflan.tools.cards import dataset_card, lineage, model_card
+from vflan.tools.export import serve_command
 from vflan.training.run import Run
 
 
@@ -42,7 +46,7 @@ def exported(runs, tmp_path_factory):
     return runs[1].export(tmp_path_factory.mktemp("out") / "mine")
 
 
-def test_the_pipeline_of_the_card_answers_as_vflan_does(runs, exported, monkeypatch):
+def test_the_code_of_the_card_answers_as_vflan_does(runs, exported, monkeypatch):
     monkeypatch.chdir(exported.parent)
     Image.new("RGB", (30, 20), "red").save("picture.png")
     (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
@@ -54,8 +58,8 @@ def test_the_pipeline_of_the_card_answers_as_vflan_does(runs, exported, monkeypa
     assert names["answer"].strip() == ours and ours
 
 
-def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
-    """Its loader looks the classes up by config.json, sizes the projector by it, and matches weights by these names."""
+def test_the_folder_has_all_that_vllm_reads_for_llava(exported, backbones):
+    """vLLM takes classes and the projector's size from config.json, and finds weights by name."""
     config = json.loads((exported / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (
         ["LlavaForConditionalGeneration"],
@@ -73,14 +77,14 @@ def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
     with safe_open(exported / "model.safetensors", "pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
     tower, language = "vision_tower.vision_model", "language_model.model"
-    wanted = {
+    names = {
         f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
     }
-    wanted |= {
+    names |= {
         f"{tower}.embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight")
     }
-    wanted |= {f"{tower}.embeddings.position_embedding.weight", "language_model.lm_head.weight"}
-    wanted |= {
+    names |= {f"{tower}.embeddings.position_embedding.weight", "language_model.lm_head.weight"}
+    names |= {
         f"{tower}.{norm}.{kind}"
         for norm in ("pre_layrnorm", "post_layernorm")
         for kind in ("weight", "bias")
@@ -93,7 +97,7 @@ def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
             "layer_norm1",
             "layer_norm2",
         ]
-        wanted |= {
+        names |= {
             f"{tower}.encoder.layers.{i}.{layer}.{kind}"
             for layer in layers
             for kind in ("weight", "bias")
@@ -103,8 +107,8 @@ def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
             f"mlp.{p}_proj" for p in ("gate", "up", "down")
         ]
         layers += ["input_layernorm", "post_attention_layernorm"]
-        wanted |= {f"{language}.layers.{i}.{layer}.weight" for layer in layers}
-    assert set(shapes) == wanted | {f"{language}.embed_tokens.weight", f"{language}.norm.weight"}
+        names |= {f"{language}.layers.{i}.{layer}.weight" for layer in layers}
+    assert set(shapes) == names | {f"{language}.embed_tokens.weight", f"{language}.norm.weight"}
     assert shapes["multi_modal_projector.linear_1.weight"] == [
         text["hidden_size"],
         vision["hidden_size"],
@@ -131,7 +135,7 @@ def test_the_folder_has_what_vllms_llava_reads(exported, backbones):
     )  # the format that is called openai
 
 
-def test_the_vllm_line_is_printed_and_fits_the_model(runs, tmp_path, capsys):
+def test_the_vllm_command_is_printed_and_fits_the_model(runs, tmp_path, capsys):
     folder = runs[1].export(tmp_path / "with space")
     line = capsys.readouterr().out.strip()
     command = shlex.split(line)
@@ -146,7 +150,7 @@ def test_the_vllm_line_is_printed_and_fits_the_model(runs, tmp_path, capsys):
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1}
 
 
-def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(
+def test_an_adapter_on_its_base_model_equals_the_merged_model(
     runs, exported, tmp_path, monkeypatch
 ):
     from peft import PeftModel
@@ -170,9 +174,7 @@ def test_an_adapter_apart_on_what_it_began_with_is_the_merged_model(
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(bare, theirs, atol=1e-3)
 
 
-def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(
-    runs, tmp_path, monkeypatch
-):
+def test_a_failed_export_leaves_nothing_and_can_be_repeated(runs, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("vflan.tools.export.model_card", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -191,7 +193,7 @@ def test_an_export_that_breaks_off_leaves_nothing_and_can_be_done_again(
     ] == ["mine"]
 
 
-def test_what_cannot_be_exported_says_why(runs, exported, tmp_path):
+def test_a_run_that_cannot_be_exported_raises_the_reason(runs, exported, tmp_path):
     projector, base = runs
     with pytest.raises(ValueError, match="projector has no adapter: it was not tuned with LoRA"):
         projector.export(tmp_path / "a", merge=False)
@@ -201,10 +203,10 @@ def test_what_cannot_be_exported_says_why(runs, exported, tmp_path):
         Run(tmp_path).export(tmp_path / "b")
 
 
-# ------------------------------------------------------------------------------------------------------------- the cards
+# ------------------------------------------------------------------------- the cards
 
 
-def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
+def stored_run(folder, name, init=None, mixture=None, scores=None, **recipe):
     """The files that a finished run keeps, without a model."""
     folder = folder / name
     folder.mkdir(parents=True)
@@ -230,8 +232,8 @@ def kept(folder, name, init=None, mixture=None, scores=None, **recipe):
     return Run(folder)
 
 
-def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stages(tmp_path):
-    first = kept(
+def test_the_card_has_base_models_data_licences_recipe_and_scores_of_all_stages(tmp_path):
+    first = stored_run(
         tmp_path,
         "projector",
         samples="data/llava_pretrain/blip_laion_cc_sbu_558k.json",
@@ -248,7 +250,7 @@ def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stage
         "base,pope,yes_ratio,50,40,60,100,0,50,,0",
         "other,mme,score,9,8,10,9,0,5,,0",
     ]
-    base = kept(tmp_path, "base", first.folder, tasks, scores, lr=0.125)
+    base = stored_run(tmp_path, "base", first.folder, tasks, scores, lr=0.125)
     assert lineage(base.folder) == [first.folder, base.folder]
     card = model_card(base, "mine")
     about = ModelCard(card.content).data.to_dict()
@@ -281,9 +283,9 @@ def test_the_card_names_base_models_data_licences_recipe_and_scores_of_all_stage
     )
 
 
-def test_the_mini_worlds_card_says_what_it_is_and_an_unevaluated_run_that_it_was_not(tmp_path):
+def test_the_card_of_the_mini_world_says_what_the_model_knows_and_that_it_has_no_scores(tmp_path):
     tiny = dict(vision_tower="data/tiny/vision_tower", language_model="data/tiny/language_model")
-    run = kept(
+    run = stored_run(
         tmp_path, "base", samples="data/tiny/samples/flan.json", mixture={"color_of": 5}, **tiny
     )
     card = model_card(run, "mine")
@@ -292,7 +294,7 @@ def test_the_mini_worlds_card_says_what_it_is_and_an_unevaluated_run_that_it_was
         about
     )
     assert "drawn shapes" in card.text and "It was not evaluated." in card.text
-    more = kept(
+    more = stored_run(
         tmp_path,
         "mixed",
         samples="data/tiny/samples/flan.json",
@@ -301,13 +303,13 @@ def test_the_mini_worlds_card_says_what_it_is_and_an_unevaluated_run_that_it_was
     )
     assert (
         model_card(more, "mine").data.license == "other"
-        and "was not kept" in model_card(more, "mine").text
+        and "were not recorded" in model_card(more, "mine").text
     )
 
 
-def test_no_path_of_this_machine_and_no_markup_of_others_gets_into_a_card(tmp_path):
+def test_cards_hold_no_path_of_this_machine_and_no_foreign_markup(tmp_path):
     evil = "a | b\n<script>alert(1)</script>"
-    run = kept(
+    run = stored_run(
         tmp_path,
         "base",
         tmp_path / "mm_projector.bin",
@@ -330,14 +332,14 @@ def test_an_exported_run_has_both_cards(runs, exported):
         assert str(runs[1].folder.parent.parent) not in file.read_text()
 
 
-# --------------------------------------------------------------------------------------------------------------- the hub
+# --------------------------------------------------------------------------- the hub
 
 
 class Hub:
-    """A stand-in for the hub that takes commits: create, preupload, LFS in one piece, commit."""
+    """Stands in for the hub and takes commits: create, preupload, LFS in one piece, commit."""
 
     def __init__(self):
-        self.files, self.blobs, self.asked, self.refuse = {}, {}, [], None
+        self.files, self.blobs, self.requests, self.refuse = {}, {}, [], None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -366,7 +368,7 @@ class Hub:
         self.server, self.endpoint = serve(Handler)
 
     def answer(self, request, path, body):
-        self.asked.append((path, request.headers.get("Authorization"), body))
+        self.requests.append((path, request.headers.get("Authorization"), body))
         if path == "/api/repos/create":
             return 200, {"url": f"{self.endpoint}/me/mine"}
         if path == "/api/validate-yaml":
@@ -381,11 +383,11 @@ class Hub:
                 ]
             }
         if path.endswith("/objects/batch"):
-            wanted = json.loads(body)["objects"]
+            objects = json.loads(body)["objects"]
             return 200, {
                 "objects": [
                     each | dict(actions={"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}})
-                    for each in wanted
+                    for each in objects
                 ]
             }
         if path.startswith("/lfs/"):
@@ -414,7 +416,7 @@ def hub(monkeypatch):
     hub.server.server_close()
 
 
-def test_a_pushed_run_arrives_as_it_is_exported(runs, exported, hub, capsys):
+def test_a_pushed_run_equals_the_exported_folder(runs, exported, hub, capsys):
     page = runs[1].push("me/mine")
     assert page.startswith(hub.endpoint) and "vllm serve me/mine" in capsys.readouterr().out
     ours = {
@@ -424,18 +426,18 @@ def test_a_pushed_run_arrives_as_it_is_exported(runs, exported, hub, capsys):
     assert set(hub.files) == set(ours) and all(
         hub.files[name] == ours[name] for name in set(ours) - {"README.md"}
     )
-    create = next(json.loads(body) for path, _, body in hub.asked if path == "/api/repos/create")
+    create = next(json.loads(body) for path, _, body in hub.requests if path == "/api/repos/create")
     assert create["name"] == "mine" and "private" in (
         create.get("visibility"),
         create.get("private") and "private",
     )
-    signed = {path: token for path, token, _ in hub.asked if not path.startswith("/lfs/")}
+    signed = {path: token for path, token, _ in hub.requests if not path.startswith("/lfs/")}
     assert set(signed.values()) == {"Bearer hf_of_this_test"}
     assert not any(b"hf_of_this_test" in data for data in hub.files.values())
-    assert not list(runs[1].folder.glob(".push-*"))  # nothing stays behind
+    assert not list(runs[1].folder.glob(".push-*"))  # no scratch folder is left
 
 
-def test_a_push_that_cannot_be_is_one_sentence(runs, hub, monkeypatch):
+def test_a_failed_push_raises_one_sentence(runs, hub, monkeypatch):
     run = runs[1]
     with pytest.raises(ValueError, match="user/name"):
         run.push("mine")

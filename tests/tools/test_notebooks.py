@@ -1,4 +1,7 @@
-"""The press: order, failure, cleanliness and the pages it writes, on notebooks of two or three cells."""
+"""Running, cleaning and publishing notebooks: order, failures, outputs and the pages written.
+
+The notebooks have two or three cells.
+"""
 
 import base64
 import gc
@@ -17,7 +20,8 @@ from PIL import Image, PngImagePlugin
 from vflan import config
 from vflan.__main__ import main
 from vflan.analysis import tables
-from vflan.tools import notebooks, publish
+from vflan.tools import clean, notebooks, publish
+from vflan.tools.watch import Watch, tree_gb
 from vflan.world import scene
 
 
@@ -36,7 +40,7 @@ def write(folder, name, *cells, more=""):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for module in (notebooks, config, tables):
+    for module in (config, tables):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("VFLAN_HOME", str(tmp_path))  # for the kernels
     monkeypatch.chdir(tmp_path)
@@ -54,9 +58,10 @@ def png(noise=False, description=None):
     return buffer.getvalue()
 
 
-def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
+def test_notebooks_run_in_order_and_are_cleaned(home, capfd):
     folder = home / "notebooks"
-    show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\nopen('first.txt', 'w').write('x')"
+    show = "import sys, os\nprint(os.getcwd())\nprint('10%|x| 1/9', file=sys.stderr)\n"
+    show += "open('first.txt', 'w').write('x')"
     write(folder, "01_first", new_markdown_cell("# One"), code(show), code(""), code("1 + 1"))
     read = "print(open('first.txt').read(), changes)"
     found = "import os\nfrom multiprocessing.forkserver import _forkserver as f\n"
@@ -66,7 +71,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
     gc.collect()  # a kernel that nbval ran in this process says its last words now, not in between
     capfd.readouterr()
 
-    record = notebooks.press("tiny", notebooks=folder)
+    record = notebooks.run_notebooks("tiny", notebooks=folder)
 
     first, second = (
         nbformat.read(home / "runs/tiny/notebooks" / f"{n}.ipynb", 4)
@@ -96,9 +101,7 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
         == "['vflan.training.trainer', 'vflan.evaluation.evaluator'] None\n"
     )  # what sweeps fork from runs already
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in first.cells)
-    assert (
-        folder / "01_first.ipynb"
-    ).read_text() == source  # the press changes no committed notebook
+    assert (folder / "01_first.ipynb").read_text() == source  # a run changes no committed notebook
 
     kept = json.loads((home / "runs/tiny/book.json").read_text())
     assert kept == record and [row["name"] for row in kept["notebooks"]] == [
@@ -113,21 +116,23 @@ def test_notebooks_run_in_order_and_come_out_clean(home, capfd):
         and "runs/tiny/figures/README.md" in said.out
     )
     assert said.out.splitlines()[-1].split() == ["report", "runs/tiny/report.html"]
-    # Quiet when nobody watches. A kernel that ends may leave a word of libzmq (zeromq/libzmq#3715) or of asyncio.
+    # Nothing else is printed. A kernel that ends may leave a line of libzmq (zeromq/libzmq#3715)
+    # or of asyncio.
     noise = ("(src/signaler.cpp:", "Task was destroyed but it is pending", "task: <Task pending")
     assert [line for line in said.err.splitlines() if not any(word in line for word in noise)] == []
 
     again = (home / "runs/tiny/notebooks/01_first.ipynb").read_bytes()
-    notebooks.press("tiny", only=["01"], notebooks=folder, again=True)
+    notebooks.run_notebooks("tiny", only=["01"], notebooks=folder, again=True)
     assert (
         home / "runs/tiny/notebooks/01_first.ipynb"
     ).read_bytes() == again  # the same run writes the same file
 
 
-def test_two_notebooks_run_side_by_side_once_what_they_read_is_there(home):
+def test_two_notebooks_run_at_a_time_once_those_that_they_read_have_ended(home):
     def figure(name):
         folder = "'../runs/tiny/figures'"
-        return f"import os; os.makedirs({folder}, exist_ok=True); open({folder} + '/{name}.csv', 'w').write('x')\n"
+        write_file = f"open({folder} + '/{name}.csv', 'w').write('x')\n"
+        return f"import os; os.makedirs({folder}, exist_ok=True); {write_file}"
 
     until = (
         "import time\nfor _ in range(300): time.sleep(0 if os.path.exists('sixth.txt') else 0.1)\n"
@@ -145,7 +150,7 @@ def test_two_notebooks_run_side_by_side_once_what_they_read_is_there(home):
     )
     write(home / "notebooks", "08_fourth", code("print(open('sixth.txt').read())"))
 
-    record = notebooks.press("tiny", notebooks=home / "notebooks")
+    record = notebooks.run_notebooks("tiny", notebooks=home / "notebooks")
 
     files = {row["name"]: sorted(row["files"]) for row in record["notebooks"]}
     assert files == {
@@ -156,7 +161,7 @@ def test_two_notebooks_run_side_by_side_once_what_they_read_is_there(home):
     }
 
 
-def test_after_a_failure_no_notebook_starts_and_the_one_beside_it_ends(home):
+def test_after_a_failure_no_notebook_starts_and_running_ones_end(home):
     write(home / "notebooks", "02_first", code("1"))
     write(home / "notebooks", "03_second", code("raise ValueError('no')"))
     write(home / "notebooks", "04_third", code("open('fourth.txt', 'w').write('x')"))
@@ -168,13 +173,13 @@ def test_after_a_failure_no_notebook_starts_and_the_one_beside_it_ends(home):
     with pytest.raises(
         notebooks.Stopped, match=r"03_second.ipynb stopped in cell \[2\] - ValueError: no"
     ):
-        notebooks.press("tiny", notebooks=home / "notebooks")
+        notebooks.run_notebooks("tiny", notebooks=home / "notebooks")
     assert (home / "notebooks/sixth.txt").exists() and not (home / "notebooks/fourth.txt").exists()
     done = json.loads((home / "runs/tiny/book.json").read_text())["notebooks"]
     assert [row["name"] for row in done] == ["02_first", "06_fourth"]
 
 
-def test_the_first_failure_stops_the_press_with_one_sentence(home, capsys):
+def test_the_first_failure_stops_all_with_one_sentence(home, capsys):
     folder = write(
         home / "notebooks", "01_bad", code("raise ValueError('the picture is missing\\nmore')")
     ).parent
@@ -222,22 +227,22 @@ def test_a_preset_file_is_found_from_the_notebooks_folder(home):
     folder = write(home / "notebooks", "01_a", code("print(open(preset).read())")).parent
     mine = "from vflan.presets.tiny import preset  # my preset\n"
     (home / "mine.py").write_text(mine)
-    assert notebooks.press("mine.py", notebooks=folder)["preset"] == "mine"
+    assert notebooks.run_notebooks("mine.py", notebooks=folder)["preset"] == "mine"
     assert (
         "my preset"
         in nbformat.read(home / "runs/tiny/notebooks/01_a.ipynb", 4).cells[-1].outputs[0].text
     )
 
 
-def test_wrong_requests_are_answered_with_what_there_is(home):
+def test_a_wrong_argument_is_refused_with_the_possible_ones(home):
     with pytest.raises(FileNotFoundError, match="01_name.ipynb"):
-        notebooks.press(notebooks=home)
+        notebooks.run_notebooks(notebooks=home)
     write(home / "notebooks", "01_a")
     with pytest.raises(ValueError, match="no notebook starts with '07'; there are 01_a"):
-        notebooks.press(only=["07"], notebooks=home / "notebooks")
+        notebooks.run_notebooks(only=["07"], notebooks=home / "notebooks")
     before = (home / "notebooks" / "01_a.ipynb").read_bytes()
     with pytest.raises(ValueError, match="would replace their sources"):
-        notebooks.press(out=home, notebooks=home / "notebooks")
+        notebooks.run_notebooks(out=home, notebooks=home / "notebooks")
     assert (home / "notebooks" / "01_a.ipynb").read_bytes() == before
     write(home / "notebooks", "02_b", more="\nseeds = [0]\nnum_processes = 1")
     (home / "broken.py").write_text("def preset(:")
@@ -256,13 +261,14 @@ def test_wrong_requests_are_answered_with_what_there_is(home):
     }
     for sentence, request in wrong.items():
         with pytest.raises(ValueError, match=sentence):
-            notebooks.press(notebooks=home / "notebooks", **request)
-    assert not (home / "runs").exists()  # nothing ran, no folder was made
+            notebooks.run_notebooks(notebooks=home / "notebooks", **request)
+    assert not (home / "runs").exists()  # nothing ran and no folder was made
 
 
 def test_cleaning_leaves_no_widget_address_or_path(home):
-    view = {"text/plain": "VBox(children=())", notebooks.WIDGET: {"model_id": "1"}}
-    text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
+    view = {"text/plain": "VBox(children=())", clean.WIDGET: {"model_id": "1"}}
+    text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n"
+    text += f" 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
     outputs = [
         new_output("display_data", view),
         new_output("stream", name="stdout", text=text),
@@ -277,14 +283,14 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
     dirty = new_notebook(
         cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}}
     )
-    first, last = notebooks.clean(dirty).cells[0].outputs
+    first, last = clean.clean_notebook(dirty).cells[0].outputs
     assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\nmore"
     assert last.data["text/html"] == "<i>a.png</i>" and last.metadata == {}
     assert dirty.metadata.papermill and len(dirty.cells[0].outputs) == 5  # a copy was cleaned
 
 
-def test_a_large_notebooks_pictures_become_jpegs_that_keep_each_colour(tmp_path):
-    """Fields of all the world's colours beside each other, and noise that makes the file too large."""
+def test_pictures_of_a_large_notebook_become_jpegs_of_the_same_colours(tmp_path):
+    """A field of each of the world's colours, and noise that makes the file too large."""
     colors = np.array(list(scene.RGB.values()), dtype=np.uint8)
     pixels = np.random.default_rng(0).integers(0, 255, (450, 450, 3), dtype=np.uint8)
     for i, color in enumerate(colors):
@@ -293,9 +299,9 @@ def test_a_large_notebooks_pictures_become_jpegs_that_keep_each_colour(tmp_path)
     output = new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[code("x", outputs=[output])]), path)
-    assert path.stat().st_size > notebooks.LIMIT
-    size = notebooks.lay_out(path)
-    assert size == path.stat().st_size < notebooks.LIMIT
+    assert path.stat().st_size > clean.LIMIT
+    size = clean.clean_file(path)
+    assert size == path.stat().st_size < clean.LIMIT
     (kept,) = nbformat.read(path, 4).cells[0].outputs[0].data.values()
     kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(kept))), dtype=int)
     assert kept.shape == pixels.shape
@@ -319,7 +325,7 @@ def test_the_gallery_lists_figures_with_their_captions(home):
     ]
 
 
-def test_closing_table_readme_and_report_print_one_headline_under_one_name():
+def test_all_tables_print_the_same_headline_under_the_same_name():
     rows = [
         ("base", "pope", "accuracy", 72, 0),
         ("base", "pope", "f1", 80, 0),
@@ -332,7 +338,7 @@ def test_closing_table_readme_and_report_print_one_headline_under_one_name():
     ]
     scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "seed"])
     scores = scores.assign(low=scores.value - 1, high=scores.value + 1, baseline=50)
-    table = tables.score_table(scores)
+    table = tables.mean_scores(scores)
     assert set(table.columns) == {"POPE F1", "MME score"} and list(table.index) == ["base", "chat"]
     assert table.loc["base", "POPE F1"] == 85 and table.loc["base", "MME score"] == 47.2
     assert table.loc["chat", "POPE F1"] == 70 and np.isnan(table.loc["chat", "MME score"])
@@ -343,12 +349,12 @@ def test_closing_table_readme_and_report_print_one_headline_under_one_name():
     }
 
 
-def test_the_watch_sees_what_children_hold():
+def test_the_watch_counts_the_memory_of_children():
     import subprocess
 
     hold = "x = bytearray(300_000_000); import time; time.sleep(1.5)"
-    with notebooks.Watch(every=0.1) as watch:
-        before = notebooks.tree_gb()
+    with Watch(every=0.1) as watch:
+        before = tree_gb()
         subprocess.run([sys.executable, "-c", hold], check=True)
     assert watch.peak_gb > before + 0.25 and 1 / 60 < watch.minutes < 1
 
@@ -361,13 +367,13 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     nbformat.write(notebook, folder / "01_first.ipynb")
     lines = []
     target = home / "runs/tiny/notebooks/01_first.ipynb"
-    notebooks.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.run_notebooks("tiny", notebooks=folder, say=lines.append)
     made = target.stat().st_mtime_ns
-    notebooks.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.run_notebooks("tiny", notebooks=folder, say=lines.append)
     assert target.stat().st_mtime_ns == made and any("up to date" in line for line in lines)
     notebook.cells[0].source = "print('there')"
     nbformat.write(notebook, folder / "01_first.ipynb")
-    notebooks.press("tiny", notebooks=folder, say=lines.append)
+    notebooks.run_notebooks("tiny", notebooks=folder, say=lines.append)
     assert "there" in target.read_text()
 
 
@@ -392,11 +398,14 @@ def git(folder, *words):
 
 @pytest.fixture
 def project(home):
-    """A project under git, with a published table and one notebook that saves a figure and scores of 65.4."""
+    """A git project: a published table, and a notebook that saves a figure and a score of 65.4."""
     write(home / "notebooks", "01_work", code(WORK.replace("{value}", "65.4")))
     (home / "data/results").mkdir(parents=True)
     (home / "data/results/tiny.csv").write_text(SCORES.replace("\\n", "\n").format(value="85.4"))
-    (home / "README.md").write_text("<!-- scores:begin -->\n<!-- scores:end -->\n")
+    markers = [
+        f"<!-- {table}:{end} -->" for table in ("scores", "floors") for end in ("begin", "end")
+    ]
+    (home / "README.md").write_text("\n".join(markers) + "\n")
     (home / ".gitignore").write_text("runs/\n")
     git(home, "init", "--quiet")
     git(home, "add", "--all")
@@ -404,7 +413,7 @@ def project(home):
     return home
 
 
-def test_a_run_changes_no_tracked_file_and_a_trial_reports_itself(project, capsys):
+def test_a_run_changes_no_tracked_file_and_a_trial_reports_its_own_scores(project, capsys):
     main(["notebooks", "tiny"])
     main(["notebooks", "tiny", "-p", "changes", '{"max_steps": 6, "runs": "runs/x y"}'])
     assert git(project, "status", "--porcelain") == ""
@@ -429,7 +438,7 @@ def test_a_trial_without_scores_says_so(project, capsys):
     assert "none yet: runs/trial/results/scores.csv" in capsys.readouterr().out
 
 
-def test_what_a_notebook_made_and_somebody_deleted_is_made_again(project, capsys):
+def test_a_deleted_figure_is_made_again(project, capsys):
     main(["notebooks", "tiny"])
     (project / "runs/tiny/figures/empty.png").unlink()
     main(["notebooks", "tiny"])
@@ -438,17 +447,17 @@ def test_what_a_notebook_made_and_somebody_deleted_is_made_again(project, capsys
 
 def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
     with pytest.raises(ValueError, match="01_work has not run to its end"):
-        publish.publish("tiny")
-    notebooks.press("tiny", parameters={"changes": {"max_steps": 6}})
+        publish.publish_run("tiny")
+    notebooks.run_notebooks("tiny", parameters={"changes": {"max_steps": 6}})
     with pytest.raises(ValueError, match="01_work ran with changes={'max_steps': 6}"):
-        publish.publish("tiny")
-    notebooks.press("tiny")
+        publish.publish_run("tiny")
+    notebooks.run_notebooks("tiny")
     (scores := project / "runs/tiny/results/scores.csv").write_text("another")
     with pytest.raises(ValueError, match="results/scores.csv is not as a notebook left it"):
-        publish.publish("tiny")
-    assert git(project, "status", "--porcelain") == ""  # nothing was copied by halves
-    notebooks.press("tiny", again=True)
-    publish.publish("tiny")
+        publish.publish_run("tiny")
+    assert git(project, "status", "--porcelain") == ""  # nothing was copied
+    notebooks.run_notebooks("tiny", again=True)
+    publish.publish_run("tiny")
     changed = {
         line[3:]
         for line in git(project, "status", "--porcelain", "--untracked-files=all").splitlines()
@@ -463,15 +472,15 @@ def test_publishing_copies_a_whole_run_to_the_tracked_places(project):
     assert scores.read_bytes() == (project / "data/results/tiny.csv").read_bytes()
     write(project / "notebooks", "01_work", code("2"))
     with pytest.raises(ValueError, match="01_work or the package has changed"):
-        publish.publish("tiny")
+        publish.publish_run("tiny")
     with pytest.raises(ValueError, match="'full_7b' is not published"):
-        publish.publish("full_7b")
+        publish.publish_run("full_7b")
 
 
-def test_claims_with_few_seeds_are_a_trial_and_not_published():
+def test_claims_with_too_few_seeds_are_not_published():
     sources = notebooks.find_notebooks(config.ROOT / "notebooks", ["06"])
     found = publish.ledger()[["claim"]].assign(n_seeds=5)
-    publish._whole(found, publish.PLACES["tiny_frozen"], sources)
+    publish.check_seeds(found, publish.PLACES["tiny_frozen"], sources)
     found.loc[found.claim == "1a", "n_seeds"] = 4
     with pytest.raises(ValueError, match="claim 1a has 4 seeds, 5 are needed"):
-        publish._whole(found, publish.PLACES["tiny_frozen"], sources)
+        publish.check_seeds(found, publish.PLACES["tiny_frozen"], sources)

@@ -30,19 +30,20 @@ NOTEBOOKS = find_notebooks(ROOT / "notebooks")
         ("my_own", "word", "word"),
     ],
 )
-def test_a_text_is_read_as_the_value_that_it_shows(name, text, value):
+def test_text_becomes_the_value_that_it_shows(name, text, value):
     assert checked(**{name: text}) == [value]
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("num_processes", "zwei"), ("num_processes", 0), ("num_processes", True), ("num_processes", 1.5),
-        ("seeds", []), ("seeds", "[0, 0]"), ("seeds", "[-1]"), ("seeds", "0, one"), ("jobs", 0), ("beyond", 1),
-        ("budgets", "[0]"), ("live", "some"), ("preset", 7), ("samples", None),
+        ("num_processes", "zwei"), ("num_processes", 0), ("num_processes", True),
+        ("num_processes", 1.5), ("seeds", []), ("seeds", "[0, 0]"), ("seeds", "[-1]"),
+        ("seeds", "0, one"), ("jobs", 0), ("beyond", 1), ("budgets", "[0]"), ("live", "some"),
+        ("preset", 7), ("samples", None),
     ],
 )  # fmt: skip
-def test_what_no_notebook_can_use_is_refused_by_name(name, value):
+def test_a_value_of_the_wrong_kind_is_refused_with_its_name(name, value):
     with pytest.raises(ValueError, match=f"^{name}=.* is needed"):
         checked(**{name: value})
 

@@ -1,4 +1,4 @@
-"""The report of a preset: what stands on it, that it opens offline, and that no text of data or models becomes markup."""
+"""The report of a preset: complete, readable offline, and no text in it becomes markup."""
 
 import base64
 import io
@@ -45,87 +45,56 @@ def png(description=None):
 
 
 def is_harmless(page):
-    """Nothing on it runs, and nothing is asked of another place."""
-    used = {tag for tag, _ in page.tags}
-    assert not used & {
-        "script",
-        "iframe",
-        "object",
-        "embed",
-        "link",
-        "form",
-        "svg",
-        "base",
-        "video",
-        "input",
-    }
+    """No script can run on the page, and nothing is loaded from elsewhere."""
+    forbidden = set("script iframe object embed link form svg base video input".split())
+    assert not forbidden & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         assert attributes.get("src", "data:").startswith("data:"), attributes["src"]
-        assert "javascript:" not in (attributes.get("href") or "") and "url(" not in (
-            attributes.get("style") or ""
-        )
+        assert "javascript:" not in (attributes.get("href") or "")
+        assert "url(" not in (attributes.get("style") or "")
     (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'")
 
 
 @pytest.fixture
 def home(tmp_path):
-    """A project folder whose every text is somebody else's markup."""
+    """A project folder in which every text is hostile markup."""
     runs = tmp_path / "runs/tiny"
     results = runs / "results"
     results.mkdir(parents=True)
     columns = "run benchmark metric value low high n seed baseline".split()
-    pd.DataFrame([("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)], columns=columns).to_csv(
-        results / "scores.csv", index=False
-    )
-    claims = pd.DataFrame(
-        [(EVIL, 2, 1.25, 0.5, 2.0, "holds")],
-        columns="claim n_seeds effect low high verdict".split(),
-    )
+    scores = [("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)]
+    pd.DataFrame(scores, columns=columns).to_csv(results / "scores.csv", index=False)
+    columns = "claim n_seeds effect low high verdict".split()
+    claims = pd.DataFrame([(EVIL, 2, 1.25, 0.5, 2.0, "holds")], columns=columns)
     claims.to_csv(results / "claims.csv", index=False)
     (tmp_path / "bench/heldin").mkdir(parents=True)
     (tmp_path / "bench/images").mkdir()
-    (tmp_path / f"bench/images/{EVIL.replace('/', '')}.png").write_bytes(png())
     image = f"{EVIL.replace('/', '')}.png"
-    row = dict(
-        question_id="1",
-        image=image,
-        text=f"ask {EVIL}",
-        label=f"label {EVIL}",
-        category=f"task {EVIL}",
-    )
+    (tmp_path / "bench/images" / image).write_bytes(png())
+    texts = dict(text=f"ask {EVIL}", label=f"label {EVIL}", category=f"task {EVIL}")
+    row = dict(question_id="1", image=image) | texts
     (tmp_path / "bench/heldin/questions.jsonl").write_text(json.dumps(row) + "\n")
     for name in ("projector", "base"):
         (runs / name / "answers").mkdir(parents=True)
-        (runs / name / "recipe.json").write_text(
-            json.dumps(dict(name=name, lr=0.5, benchmarks="bench", samples=f"{EVIL}.json"))
-        )
+        recipe = dict(name=name, lr=0.5, benchmarks="bench", samples=f"{EVIL}.json")
+        (runs / name / "recipe.json").write_text(json.dumps(recipe))
         (runs / name / "done.json").write_text(json.dumps(dict(steps=7, last_loss=0.125)))
-        said = [
-            {},
-            dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0),
-        ]
-        (runs / name / "answers/heldin.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in said)
-        )
+        answer = dict(i=0, question_id="1", answer=f"{name} said {EVIL}", finish="stop", bytes=0)
+        lines = [json.dumps(line) + "\n" for line in ({}, answer)]  # the first is the header
+        (runs / name / "answers/heldin.jsonl").write_text("".join(lines))
     (runs / "figures").mkdir()
     (runs / "figures/fig4_a.png").write_bytes(png(f"More tasks help {EVIL}"))
     (runs / "notebooks").mkdir()
-    outputs = [
-        new_output("stream", name="stdout", text=f"printed {EVIL}"),
-        new_output(
-            "display_data",
-            {
-                "text/html": f'<table style="color:red"><tr><th>kept</th></tr></table>{EVIL}<style>b {{ x: y }}</style><svg onload="x()"/>'
-            },
-        ),
-        new_output("display_data", {"image/png": base64.b64encode(png()).decode()}),
-        new_output(
-            "display_data", {"application/javascript": "alert(3)", "text/plain": "no script"}
-        ),
-    ]
-    words = f"# Title\n\n> quoted\n\n[link](javascript:alert(4)) [page](https://arxiv.org) {EVIL}\n\n| a |\n|---|\n| b |"
+    html = f'<table style="color:red"><tr><th>kept</th></tr></table>{EVIL}'
+    html += '<style>b { x: y }</style><svg onload="x()"/>'
+    script = {"application/javascript": "alert(3)", "text/plain": "no script"}
+    picture = {"image/png": base64.b64encode(png()).decode()}
+    outputs = [new_output("stream", name="stdout", text=f"printed {EVIL}")]
+    outputs += [new_output("display_data", data) for data in ({"text/html": html}, picture, script)]
+    words = f"# Title\n\n> quoted\n\n[link](javascript:alert(4)) [page](https://arxiv.org) {EVIL}"
+    words += "\n\n| a |\n|---|\n| b |"
     cells = [new_markdown_cell(words), new_code_cell("print('<image>')", outputs=outputs)]
     nbformat.write(new_notebook(cells=cells), runs / "notebooks/01_first.ipynb")
     return tmp_path
@@ -143,55 +112,44 @@ def report_of(home):
     return write_report("tiny", home / "runs/tiny", record, home, scores, figures)
 
 
-def test_all_that_came_out_stands_on_one_page(home):
+def test_all_results_are_on_one_page(home):
     path = report_of(home)
     page = Page(path)
     assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
-    assert (
-        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1" in page.text and "Seeds trained: 0." in page.text
-    )
-    assert (
-        "1.25 0.5 2 holds" in page.text
-        and "12.3 minutes" in page.text
-        and "at most 1.5 GB" in page.text
-    )
-    assert "lr 0.5 0.5" in page.text and "base 7 0.125" in page.text
-    assert (
-        "01_first 3.25 0.5" in page.text and "transformers 5." in page.text and "cores" in page.text
-    )
+    for text in (
+        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1", "Seeds: 0.", "1.25 0.5 2 holds",
+        "12.3 minutes", "at most 1.5 GB", "lr 0.5 0.5", "base 7 0.125", "01_first 3.25 0.5",
+        "transformers 5.", "cores",
+    ):  # fmt: skip
+        assert text in page.text
     assert {a["href"] for a in page.all("a")} == {"notebooks/01_first.html"}
+    # one picture belongs to an answer, the other is the figure
     pictures = [base64.b64decode(img["src"].partition(",")[2]) for img in page.all("img")]
-    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [
-        (40, 30),
-        (40, 30),
-    ]  # an answer's and a figure
+    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(40, 30), (40, 30)]
 
 
 def test_no_text_of_data_or_models_becomes_markup(home):
     path = report_of(home)
     page = Page(path)
     is_harmless(page)
-    for said in ("ask", "label", "task", "projector said", "base said", "More tasks help"):
-        assert f"{said} {EVIL}" in page.text or f"{said} {EVIL}" in str(page.all("img")), said
+    for words in ("ask", "label", "task", "projector said", "base said", "More tasks help"):
+        assert f"{words} {EVIL}" in page.text or f"{words} {EVIL}" in str(page.all("img")), words
     assert page.text.count(EVIL) >= 9  # those, the claim, the parameter, the two recipes
 
 
-def test_the_notebooks_are_rendered_beside_without_what_could_run(home):
+def test_notebooks_become_pages_on_which_nothing_can_run(home):
     report_of(home)
     page = Page(home / "runs/tiny/notebooks/01_first.html")
     is_harmless(page)
     used = {tag for tag, _ in page.tags}
     assert {"h1", "blockquote", "table", "th", "pre", "img"} <= used
-    assert "kept" in page.text and "print ( '<image>' )".replace(" ", "") in page.text.replace(
-        " ", ""
-    )
-    assert (
-        f"printed {EVIL}" in page.text and "no script" in page.text and "{ x: y }" not in page.text
-    )
+    assert "kept" in page.text and "print('<image>')" in page.text.replace(" ", "")
+    assert f"printed {EVIL}" in page.text and "no script" in page.text
+    assert "{ x: y }" not in page.text
     assert "https://arxiv.org" in {a.get("href") for a in page.all("a")}
 
 
-def test_a_notebooks_page_is_made_again_only_when_the_notebook_changed(home):
+def test_a_notebooks_page_is_written_again_only_when_the_notebook_changed(home):
     page = home / "runs/tiny/notebooks/01_first.html"
     report_of(home)
     made = page.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Which cells nbval compares, and that it sees a stored number that is not true."""
+"""Which cells nbval compares, and that it notices a wrong stored number."""
 
 import subprocess
 import sys
@@ -23,9 +23,8 @@ def notebook(*sources, tags=()):
 
 
 def is_checked(*sources, tags=()):
-    return stable.CHECK in stable.tag(notebook(*sources, tags=tags)).cells[-1].metadata.get(
-        "tags", []
-    )
+    tagged = stable.tag(notebook(*sources, tags=tags))
+    return stable.CHECK in tagged.cells[-1].metadata.get("tags", [])
 
 
 @pytest.mark.parametrize(
@@ -78,67 +77,48 @@ def test_a_cell_that_only_draws_has_nothing_to_compare():
     drawn.cells[0].outputs = [
         new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})
     ]
-    assert stable.checked(stable.tag(drawn)) == (0, 0)
+    assert stable.count_compared(stable.tag(drawn)) == (0, 0)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_each_notebook_carries_the_tags_of_the_rule_on_a_third_of_its_cells(path):
     kept = nbformat.read(path, 4)
-    compared, says = stable.checked(kept)
-    assert compared >= says / 3 > 0
+    compared, total = stable.count_compared(kept)
+    assert compared >= total / 3 > 0
     tags = [cell.metadata.get("tags") for cell in kept.cells]
     assert [cell.metadata.get("tags") for cell in stable.tag(kept).cells] == tags, "vflan tag"
 
 
-# ------------------------------------------------------------------------------------------------------- nbval itself
+# ---------------------------------------------------------------------- nbval itself
 
 
 @pytest.fixture
 def judged(tmp_path):
-    """nbval's verdict on a notebook whose only cell prints `said`, and whose stored output is `stored`."""
+    """run(printed, stored): nbval's verdict on a cell that prints one and has stored the other."""
 
-    def run(said, stored):
-        nb = notebook(f"print({said!r})")
+    def run(printed, stored):
+        nb = notebook(f"print({printed!r})")
         nb.cells[0].outputs[0].text = stored + "\n"
         nbformat.write(stable.tag(nb), tmp_path / "01_small.ipynb")
         # a process of its own: nbval adds its options to pytest before the first file is read
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--nbval-lax",
-        ]
-        command += [
-            "--nbval-sanitize-with",
-            str(ROOT / "tests/nbval_sanitize.cfg"),
-            "--rootdir",
-            str(tmp_path),
-        ]
-        done = subprocess.run(
-            [*command, tmp_path / "01_small.ipynb"], capture_output=True, text=True, cwd=tmp_path
-        )
+        options = "-p no:cacheprovider -p no:xdist --nbval-lax --nbval-sanitize-with".split()
+        options += [ROOT / "tests/nbval_sanitize.cfg", "--rootdir", tmp_path]
+        command = [sys.executable, "-m", "pytest", *options, tmp_path / "01_small.ipynb"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode in (0, 1), done.stdout + done.stderr
-        return (
-            "fails"
-            if "Cell outputs differ" in done.stdout
-            else "passes"
-            if done.returncode == 0
-            else "broken"
-        )
+        if "Cell outputs differ" in done.stdout:
+            return "fails"
+        return "broken" if done.returncode else "passes"
 
     return run
 
 
-def test_nbval_sees_a_stored_number_that_is_not_true(judged):
+def test_nbval_notices_a_wrong_stored_number(judged):
     assert judged("26500 samples", "26500 samples") == "passes"
     assert judged("26500 samples", "999 samples") == "fails"
 
 
 def test_times_paths_and_last_digits_may_differ(judged):
-    said = "loaded /somewhere/else/vflan/data/x.json in 3.2 s, loss 0.12345 at 0x7f00aabb"
-    assert judged(said, "loaded data/x.json in 17 s, loss 0.12399 at 0x7f99ccdd") == "passes"
-    assert judged(said, "loaded data/y.json in 17 s, loss 0.12399 at 0x7f99ccdd") == "fails"
+    printed = "loaded /somewhere/else/vflan/data/x.json in 3.2 s, loss 0.12345 at 0x7f00aabb"
+    assert judged(printed, "loaded data/x.json in 17 s, loss 0.12399 at 0x7f99ccdd") == "passes"
+    assert judged(printed, "loaded data/y.json in 17 s, loss 0.12399 at 0x7f99ccdd") == "fails"

@@ -1,4 +1,4 @@
-"""The widgets, without a browser: what they show, that text is escaped, and that they answer to their controls."""
+"""The widgets without a browser: what they show, and what each control does."""
 
 import io
 import subprocess
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vflan import widgets
+from vflan.evaluation import streaming
 
 EVIL = "<script>alert('x')</script>"
 
@@ -34,13 +35,13 @@ def samples(png):
 
 
 def find(box, kind, description=""):
-    """The control of a widget by what stands on it."""
-    inside = [box]
-    while inside:
-        one = inside.pop(0)
-        if isinstance(one, kind) and getattr(one, "description", "") == description:
-            return one
-        inside += getattr(one, "children", ())
+    """The control of a widget of one kind, by its description."""
+    controls = [box]
+    while controls:
+        control = controls.pop(0)
+        if isinstance(control, kind) and getattr(control, "description", "") == description:
+            return control
+        controls += getattr(control, "children", ())
     raise LookupError(f"no {kind.__name__} {description!r}")
 
 
@@ -48,14 +49,14 @@ def page(box):
     return box.children[-1].value
 
 
-def until(condition):
+def wait_until(condition):
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "nothing happened within 20 seconds"
         time.sleep(0.01)
 
 
-def test_the_module_needs_no_torch():
+def test_importing_the_widgets_needs_no_torch():
     code = "import sys, vflan.tools.widgets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -69,7 +70,6 @@ def test_model_and_data_text_is_escaped_everywhere(samples, png):
         page(widgets.answer_browser(rows)),
         page(widgets.answer_browser(both)),
     ]
-    pages += [widgets.chat_table([(EVIL, EVIL)], png).data]
     for html in pages:
         assert "<script" not in html and "&lt;script" in html
 
@@ -84,7 +84,7 @@ def test_task_table_counts_each_task_once(samples):
     )
 
 
-def test_task_browser_leafs_and_returns_to_the_first_sample_of_a_new_task(samples):
+def test_task_browser_shows_the_next_sample_and_begins_a_new_task_at_its_first(samples):
     box = widgets.task_browser(samples)
     task, number = find(box, w.Dropdown, "task"), find(box, w.BoundedIntText, "sample")
     assert "first?" in page(box) and number.max == 2
@@ -119,11 +119,11 @@ def test_tasks_are_chosen_by_group_and_category(samples):
     assert category.options == ("all", "attributes", "forms") and task.options == ("color", "shape")
     category.value = "forms"
     assert task.options == ("shape",) and "third?" in page(box)
-    group.value = "in no list"  # has no forms: the category gives way
+    group.value = "in no list"  # it has no forms, so the category becomes "all"
     assert category.value == "all" and task.options == ("stray",) and "first?" in page(box)
 
 
-def test_a_sample_is_shown_token_by_token_and_in_its_packed_row(squares, recipe):
+def test_task_browser_shows_tokens_and_the_packed_row_of_a_sample(squares, recipe):
     import vflan
 
     samples = vflan.load_samples(squares, squares.parent / "images")
@@ -131,14 +131,14 @@ def test_a_sample_is_shown_token_by_token_and_in_its_packed_row(squares, recipe)
     html = page(box)
     assert html.count("#F6C9A8") > 5 and html.count("#BFDDF0") > 2  # learned tokens, pictures
     assert "step" in html and "of 4" in html  # 32 rows, 8 a step
-    assert html.count("outline:2px") == 1, "one conversation of the packed rows is this one"
+    assert html.count("outline:2px") == 1, "this sample is outlined, and no other"
     broken = widgets.task_browser(
         samples, recipe=vflan.replace(recipe, language_model="runs/nowhere")
     )
     assert "What color is it?" in page(broken) and page(broken).rstrip("</div>p").endswith(")")
 
 
-def test_tokens_have_the_colours_of_their_role():
+def test_each_token_has_the_colour_of_its_role():
     words = SimpleNamespace(decode=lambda ids: {1: "ask", 2: "<b>", 3: "\n"}[ids[0]])
     html = widgets.token_line([1, -200, 3, 2], [-100, -100, -100, 2], words)
     spans = html.split("</div>")[0].split("<span")[1:]
@@ -152,9 +152,9 @@ def test_tokens_have_the_colours_of_their_role():
     assert colors == ["#EDEDED", "#BFDDF0", "#EDEDED", "#F6C9A8"]
 
 
-def test_rows_without_a_picture_and_lost_pictures_are_said(tmp_path):
-    for nothing in (None, float("nan"), ""):
-        assert widgets.picture(nothing) == "(no picture)"
+def test_a_missing_picture_is_named(tmp_path):
+    for no_image in (None, float("nan"), ""):
+        assert widgets.picture(no_image) == "(no picture)"
     assert "cannot open gone.png" in widgets.picture(str(tmp_path / "gone.png"))
 
 
@@ -179,16 +179,23 @@ def test_answer_browser_filters_and_pages():
 
 
 def two_runs():
-    asked = [
+    questions = [
         {"text": f"q{i}", "label": "yes", "category": f"kind{i // 2}", "benchmark": "ab"[i > 3]}
         for i in range(6)
     ]
     rights = {"base": "110100", "chat": "101100"}
-    return {name: [q | {"answer": f"{name} on {q['text']}", "right": bit == "1", "reason": f"{name}: since"}
-                   for q, bit in zip(asked, bits)] for name, bits in rights.items()}  # fmt: skip
+    return {
+        name: [
+            question
+            | {"answer": f"{name} on {question['text']}", "reason": f"{name}: since"}
+            | {"right": bit == "1"}
+            for question, bit in zip(questions, bits)
+        ]
+        for name, bits in rights.items()
+    }
 
 
-def test_two_runs_stand_side_by_side_and_are_told_apart():
+def test_two_runs_are_compared_side_by_side():
     box = widgets.answer_browser(two_runs())
     show, other = find(box, w.Dropdown, "show"), find(box, w.Dropdown, "beside")
     assert (find(box, w.Dropdown, "run").value, other.value) == ("base", "chat")
@@ -197,17 +204,17 @@ def test_two_runs_stand_side_by_side_and_are_told_apart():
         and "base on q0" in page(box)
         and "chat: since" in page(box)
     )
-    found = {}
-    for what in show.options:
-        show.value = what
-        found[what] = [i for i in range(6) if f"base on q{i}" in page(box)]
-    assert found == {"all": [0, 1, 2, 3, 4], "both right": [0, 3], "both wrong": [4, 5],
+    shown = {}
+    for verdict in show.options:
+        show.value = verdict
+        shown[verdict] = [i for i in range(6) if f"base on q{i}" in page(box)]
+    assert shown == {"all": [0, 1, 2, 3, 4], "both right": [0, 3], "both wrong": [4, 5],
                      "only base right": [1], "only chat right": [2]}  # fmt: skip
     other.value = "base"
     assert "only base right" in show.options and "chat on" not in page(box)
 
 
-def test_tasks_follow_the_benchmark():
+def test_the_offered_tasks_are_those_of_the_chosen_benchmark():
     box = widgets.answer_browser(two_runs())
     benchmark, task = find(box, w.Dropdown, "benchmark"), find(box, w.Dropdown, "task")
     assert task.options == ("all", "kind0", "kind1", "kind2")
@@ -219,18 +226,18 @@ def test_tasks_follow_the_benchmark():
     )
 
 
-def test_runs_that_were_asked_other_questions_cannot_stand_side_by_side():
+def test_runs_with_different_questions_are_not_compared():
     runs = two_runs()
     with pytest.raises(ValueError, match="base and chat were not asked the same questions"):
         widgets.answer_browser(runs | {"chat": runs["chat"][:-1]})
 
 
-def test_a_rows_own_verdict_wins_over_the_comparison():
+def test_a_verdict_in_the_row_replaces_the_comparison_of_texts():
     rows = [{"text": "q", "label": "a", "answer": "It is (a), the cat", "right": True}]
     assert "✓" in widgets.answer_table(rows).data
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat
+# -------------------------------------------------------------------------------- chat
 
 
 class Run:
@@ -247,7 +254,7 @@ class Run:
 
 @pytest.fixture
 def talk(monkeypatch):
-    """In place of a model: what was asked of it, and a word at a time until told to go on."""
+    """Stands in for a model: records the questions, and writes a word, then waits for `go_on`."""
     talk = SimpleNamespace(asked=[], go_on=Event(), looked=[], before=[])
 
     def stream(model, processor, text, image, tokens, temperature, stop, before):
@@ -263,16 +270,15 @@ def talk(monkeypatch):
 
     def maps(model, processor, text, image, before):
         talk.looked.append((model, text))
-        return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None], Image.new(
-            "RGB", (48, 48), "blue"
-        )
+        return np.full((3, 4, 4), 0.01) * np.arange(1, 4)[:, None, None]  # (layers, side, side)
 
-    monkeypatch.setattr(widgets, "_stream", stream)
-    monkeypatch.setattr(widgets, "_maps", maps)
+    monkeypatch.setattr(streaming, "stream", stream)
+    monkeypatch.setattr(streaming, "attention_maps", maps)
+    monkeypatch.setattr(streaming, "tower_view", lambda *_: Image.new("RGB", (48, 48), "blue"))
     return talk
 
 
-def said(box):
+def conversation(box):
     return box.children[2].children[1].value
 
 
@@ -285,10 +291,10 @@ def ask(box, text, wait=True):
     next(c for c in box.children[-1].children if isinstance(c, w.Text)).value = text
     send.click()
     if wait:
-        until(lambda: not send.disabled)
+        wait_until(lambda: not send.disabled)
 
 
-def test_chat_asks_the_run_and_keeps_the_conversation(talk, png):
+def test_chat_asks_the_run_and_shows_the_whole_conversation(talk, png):
     talk.go_on.set()
     run = Run()
     box = widgets.chat(run, png, max_new_tokens=9)
@@ -301,26 +307,34 @@ def test_chat_asks_the_run_and_keeps_the_conversation(talk, png):
         ("model of run", "processor", text, png, 9, 0.7) for text in ("what?", "fail")
     ]
     assert run.loads == 1 and find(box, w.Button, "stop").disabled
-    assert "what?" in said(box) and "&lt;script" in said(box) and "<script" not in said(box)
-    assert "(no such thing)" in said(box) and "line 3" not in said(box) and "the end" in said(box)
+    assert (
+        "what?" in conversation(box)
+        and "&lt;script" in conversation(box)
+        and "<script" not in conversation(box)
+    )
+    assert (
+        "(no such thing)" in conversation(box)
+        and "line 3" not in conversation(box)
+        and "the end" in conversation(box)
+    )
 
 
-def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(talk, png):
+def test_an_answer_is_shown_while_it_is_written_and_can_be_stopped(talk, png):
     box = widgets.chat(Run(), png)
     ask(box, "what?", wait=False)
-    until(lambda: "alert" in said(box))
+    wait_until(lambda: "alert" in conversation(box))
     send, stop = find(box, w.Button, "ask"), find(box, w.Button, "stop")
     assert send.disabled and not stop.disabled
     ask(box, "one more?", wait=False)
     stop.click()
-    until(lambda: not send.disabled)
-    assert "the end" not in said(box) and len(talk.asked) == 1 and stop.disabled
+    wait_until(lambda: not send.disabled)
+    assert "the end" not in conversation(box) and len(talk.asked) == 1 and stop.disabled
     talk.go_on.set()
     ask(box, "again?")  # an old stop does not end a new answer
-    assert "the end" in said(box)
+    assert "the end" in conversation(box)
 
 
-def test_another_run_answers_and_the_first_is_let_go(talk, png):
+def test_a_run_is_loaded_when_it_is_asked_and_the_one_before_is_freed(talk, png):
     talk.go_on.set()
     first, second = Run("base"), Run("chat")
     box = widgets.chat([first, second], png)
@@ -331,10 +345,12 @@ def test_another_run_answers_and_the_first_is_let_go(talk, png):
         f"model of {n}" for n in ("base", "chat", "chat", "base")
     ]
     assert (first.loads, second.loads) == (2, 1)
-    assert said(box).count("<b>base</b>") == 2 and said(box).count("<b>chat</b>") == 2
+    assert (
+        conversation(box).count("<b>base</b>") == 2 and conversation(box).count("<b>chat</b>") == 2
+    )
 
 
-def test_a_run_reads_what_it_was_asked_before_only_if_told_to(talk, png):
+def test_a_run_reads_its_earlier_answers_only_with_remember(talk, png):
     talk.go_on.set()
     box = widgets.chat([Run("base"), Run("chat")], [png, png])
     remember, run, answer = (
@@ -346,35 +362,37 @@ def test_a_run_reads_what_it_was_asked_before_only_if_told_to(talk, png):
     ask(box, "two?")
     assert talk.before == [[], []]
     remember.value = True
-    ask(box, "fail")  # what failed was no answer
+    ask(box, "fail")  # a failed question is not remembered
     ask(box, "three?")
     assert talk.before[2:] == [[("one?", answer), ("two?", answer)]] * 2
     run.value = "chat"
     ask(box, "four?")
-    assert talk.before[-1] == [], "the other run said nothing yet"
+    assert talk.before[-1] == [], "this run has not answered yet"
     run.value = "base"
     find(box, w.Button, "another picture").click()
     ask(box, "five?")
     assert talk.before[-1] == [], "another picture, another conversation"
 
 
-def test_pictures_are_taken_in_turn_or_uploaded(talk, png):
+def test_the_picture_is_the_next_one_or_an_upload(talk, png):
     talk.go_on.set()
     box = widgets.chat(Run(), [png, Image.new("RGB", (48, 48), "blue")])
     first = view(box)
     ask(box, "what?")
     find(box, w.Button, "another picture").click()
-    assert view(box) != first and "what?" not in said(box), "another picture, another conversation"
+    assert view(box) != first and "what?" not in conversation(box), (
+        "another picture, another conversation"
+    )
     find(box, w.Button, "another picture").click()
     assert view(box) == first
-    upload, own = find(box, w.FileUpload, "own picture"), io.BytesIO()
-    Image.new("RGBA", (20, 20), "green").save(own, "PNG")
+    upload, buffer = find(box, w.FileUpload, "own picture"), io.BytesIO()
+    Image.new("RGBA", (20, 20), "green").save(buffer, "PNG")
     file = dict(
         name=EVIL,
         type="image/png",
         size=9,
         last_modified=pd.Timestamp(0),
-        content=memoryview(own.getvalue()),
+        content=memoryview(buffer.getvalue()),
     )
     upload.value = (file,)
     ask(box, "and this?")
@@ -383,7 +401,7 @@ def test_pictures_are_taken_in_turn_or_uploaded(talk, png):
     assert "a.txt is no picture that can be opened" in view(box) and "(no picture)" in view(box)
 
 
-def test_where_it_looks_is_a_map_for_each_layer(talk, png):
+def test_attention_is_shown_for_each_layer(talk, png):
     talk.go_on.set()
     box = widgets.chat(Run(), png)
     look, layer = find(box, w.Checkbox, "where it looks"), find(box, w.Dropdown, "layer")
@@ -401,14 +419,10 @@ def test_where_it_looks_is_a_map_for_each_layer(talk, png):
 def test_a_heat_map_covers_the_strongest_patch_most():
     weights = np.zeros((4, 4))
     weights[1, 2], weights[0, 0] = 0.2, 0.1
-    shown = np.asarray(
-        widgets.heat_map(Image.new("RGB", (48, 48), "white"), weights, side=80)
-    ).astype(int)
-    white = 255 * 3 - shown.sum(2)  # how far from white
-    patches = white.reshape(4, 20, 4, 20).mean((1, 3))
-    assert (
-        patches.argmax() == 6
-        and 0 < patches[0, 0] < patches[1, 2]
-        and (np.delete(patches.ravel(), [0, 6]) == 0).all()
-    )
+    white = Image.new("RGB", (48, 48), "white")
+    pixels = np.asarray(widgets.heat_map(white, weights, side=80)).astype(int)  # (80, 80, 3)
+    distance = 255 * 3 - pixels.sum(2)  # from white
+    patches = distance.reshape(4, 20, 4, 20).mean((1, 3))
+    assert patches.argmax() == 6 and 0 < patches[0, 0] < patches[1, 2]
+    assert (np.delete(patches.ravel(), [0, 6]) == 0).all()
     assert widgets.heat_map(Image.new("RGB", (48, 48)), np.zeros((2, 2))).size == (240, 240)

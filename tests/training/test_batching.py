@@ -1,4 +1,4 @@
-"""What a step is fed: every row once, packed without a leak, pictures seen once; the proofs are in fp32, on random models."""
+"""Batches: every row once, packed without a leak; the tower runs once a picture."""
 
 import errno
 import json
@@ -13,25 +13,26 @@ from hypothesis import strategies as st
 import vflan
 from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, encode_many, expand
 from vflan.data.images import read_picture
+from vflan.models import image_features
 from vflan.models import loss as learner
+from vflan.models.image_features import Pictures
 from vflan.models.llava import freeze, load_model, load_processor
 from vflan.models.loss import Learner, answer_loss
 from vflan.training import batching
 from vflan.training.batching import (
     Data,
-    Pictures,
+    batch_order,
     feed,
     micro_batches,
     pack,
     packed_step,
-    plan,
     prepare,
 )
 
 
 @pytest.fixture
 def mixed(recipe):
-    """The recipe over 32 rows of many lengths: pictures (two rows share one), text-only rows, several turns."""
+    """A recipe with 32 rows of many lengths: pictures (two share one), text-only, long chats."""
     rows = json.loads(Path(recipe.samples).read_text())
     for i, row in enumerate(rows):
         turns = row["conversations"]
@@ -70,7 +71,10 @@ def summed(net, data, pictures, rows):
 
 
 def packing_error(net, data, pictures, rows):
-    """The largest difference, of loss or of any gradient, between one packed row and its conversations one by one; per token."""
+    """Compare one packed row with its conversations one by one.
+
+    Returns the largest difference of the loss or of any gradient, per answer token.
+    """
     packed, gradients = summed(net, data, pictures, rows)
     alone = [summed(net, data, pictures, [row]) for row in rows]
     tokens = data.supervised[rows].sum()
@@ -80,7 +84,7 @@ def packing_error(net, data, pictures, rows):
 
 
 def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
-    """Features ahead of time, no mask, logits at answers only: the same number as the model's own loss."""
+    """Precomputed features, no mask and logits at answers only give the model's own loss."""
     recipe = vflan.replace(mixed, packing="padded")
     model, data, pictures = prepared(recipe, tmp_path)
     chosen = [0, 1, 3]
@@ -101,14 +105,14 @@ def test_the_loss_is_that_of_the_plain_full_forward(mixed, tmp_path):
     assert torch.allclose(ours, full, atol=1e-5)
 
 
-def test_packed_rows_learn_what_they_learn_alone(mixed, tmp_path):
+def test_packed_rows_have_the_loss_and_gradients_of_single_rows(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
     rows = list(range(12))
     assert {data.picture[row] >= 0 for row in rows} == {True, False}
     assert packing_error(Learner(model, mixed), data, pictures, rows) < 1e-5
 
 
-def test_packed_rows_learn_alone_by_checkpoints_and_grouped_heads_too(mixed, tmp_path):
+def test_packing_is_exact_with_gradient_checkpointing_and_grouped_heads(mixed, tmp_path):
     recipe = vflan.replace(mixed, gradient_checkpointing=True)
     model, data, pictures = prepared(recipe, tmp_path)
     config = model.config.text_config
@@ -129,7 +133,7 @@ def test_the_proof_of_packing_sees_a_leak(mixed, tmp_path):
 
 
 def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, **causal):
-    """What PyTorch's varlen kernel computes on a GPU, one conversation after the other: (T, heads, width) in and out."""
+    """Compute what PyTorch's varlen kernel does on a GPU; (T, heads, width) in and out."""
     assert (
         causal in (dict(window_size=(-1, 0)), dict(is_causal=True))
         and max_q == cu_seq_q.diff().max()
@@ -180,7 +184,7 @@ def test_compiled_layers_learn_the_same(mixed, tmp_path, monkeypatch):
 
 
 def test_a_model_that_trains_on_packed_rows_still_answers_with_padding(mixed, tmp_path):
-    """Left-padded prompts of two lengths, in the middle of training: the answers are those of the untouched model."""
+    """Left-padded prompts of two lengths get the answers of the untouched model."""
     model = load_model(mixed)
     ids = torch.randint(5, 200, (2, 9))
     mask = torch.ones_like(ids)
@@ -281,17 +285,17 @@ def test_a_stretched_loss_trains_a_model_to_the_same_losses(mixed, monkeypatch):
 
 def looks(monkeypatch):
     """Records how many pictures each run of the tower saw."""
-    seen, real = [], batching.models.image_features
-    monkeypatch.setattr(batching, "_FEATURES", {})
+    seen, real = [], image_features.models.image_features
+    monkeypatch.setattr(image_features, "_FEATURES", {})
     monkeypatch.setattr(
-        batching.models,
+        image_features.models,
         "image_features",
         lambda m, pixels: seen.append(len(pixels)) or real(m, pixels),
     )
     return seen
 
 
-def test_the_tower_looks_once_at_a_shared_picture_and_never_for_text(mixed, tmp_path, monkeypatch):
+def test_the_tower_runs_once_for_a_shared_picture_and_never_for_text(mixed, tmp_path, monkeypatch):
     seen = looks(monkeypatch)
     model, data, pictures = prepared(mixed, tmp_path)
     features = pictures([0, 1, 2, 3])  # 0 and 2 show the same picture, 1 is text
@@ -313,29 +317,29 @@ def test_the_tower_stops_at_the_layer_that_is_used_and_keeps_no_gradients(
 
 def test_a_large_set_is_read_as_it_comes_with_the_same_result(mixed, monkeypatch):
     kept = vflan.train(vflan.replace(mixed, name="kept", max_steps=6)).metrics()
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batching, "TOWER_BATCH", 5)
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "TOWER_BATCH", 5)
     read = vflan.train(vflan.replace(mixed, name="read", max_steps=6)).metrics()
     assert read.loss.tolist() == pytest.approx(kept.loss.tolist(), abs=1e-4)
 
 
 def test_the_next_steps_pictures_are_read_while_this_one_computes(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(batching, "TOWER_BATCH", 8)
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "TOWER_BATCH", 8)
     model, data, pictures = prepared(mixed, tmp_path)
-    batches_, steps = plan(data, mixed), None
+    batches_, steps = batch_order(data, mixed), None
     steps = feed(data, pictures, batches_, mixed)
     next(steps)
     shows = {int(which) for which in data.picture[batches_[1]] if which >= 0}
-    assert {key[0] for key in pictures.coming} == {str(data.pictures[which]) for which in shows} - {
-        key[0] for key in pictures.held
-    }
-    assert len(list(steps)) == 3 and not pictures.coming
+    assert {key[0] for key in pictures.pending} == {
+        str(data.pictures[which]) for which in shows
+    } - {key[0] for key in pictures.features}
+    assert len(list(steps)) == 3 and not pictures.pending
 
 
-def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp_path):
+def test_a_feed_that_starts_later_yields_the_same_steps(mixed, tmp_path):
     model, data, pictures = prepared(mixed, tmp_path)
-    order = plan(data, vflan.replace(mixed, epochs=3))
+    order = batch_order(data, vflan.replace(mixed, epochs=3))
     whole, rest = (
         list(feed(data, pictures, order, mixed)),
         list(feed(data, pictures, order, mixed, first=5)),
@@ -348,8 +352,8 @@ def test_a_feed_that_begins_later_goes_on_as_the_one_that_began_early(mixed, tmp
 @pytest.fixture
 def cached(mixed, tmp_path, monkeypatch):
     """A recipe whose features stay on disk, in a folder of this test, and only there."""
-    monkeypatch.setattr(batching, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(batching, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(image_features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", 0)
     return vflan.replace(mixed, feature_cache=True, max_steps=4)
 
 
@@ -357,7 +361,7 @@ def settle(pictures):
     pictures.readers.shutdown(wait=True)
 
 
-def test_features_on_disk_spare_the_tower(cached, tmp_path, monkeypatch):
+def test_features_on_disk_replace_the_tower(cached, tmp_path, monkeypatch):
     model, data, pictures = prepared(cached, tmp_path)
     rows, seen = list(range(32)), looks(monkeypatch)
     first = pictures(rows)
@@ -400,21 +404,14 @@ def test_another_tower_another_preparation_and_an_exchanged_file_are_other_featu
     assert seen == [1, 1, 1, 1]
 
 
-def test_a_full_disk_costs_the_cache_and_one_sentence_not_the_run(
-    cached, tmp_path, monkeypatch, capfd
-):
+def test_a_full_disk_stops_the_feature_cache_but_not_the_run(cached, tmp_path, monkeypatch, capfd):
     def save(file, array):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(batching.np, "save", save)
+    monkeypatch.setattr(image_features.np, "save", save)
     assert vflan.train(cached).finished
-    assert (
-        capfd.readouterr().err.count(
-            "takes no more features (No space left on device); training goes on."
-        )
-        == 1
-    )
+    assert capfd.readouterr().err.count("(No space left on device); training goes on.") == 1
     assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
 
 
@@ -441,7 +438,7 @@ def test_the_loss_is_averaged_over_tokens_or_as_in_llava_over_micro_batches(
 ):
     recipe = vflan.replace(mixed, packing="padded", micro_batch=2, loss_average=average)
     model, data, pictures = prepared(recipe, tmp_path)
-    net, order = Learner(model, recipe), plan(data, recipe)
+    net, order = Learner(model, recipe), batch_order(data, recipe)
     for world in (1, 2):
         losses = []
         for rank in range(world):
@@ -502,7 +499,7 @@ def test_many_conversations_are_encoded_as_each_alone(backbones):
 
 
 def test_rows_live_in_flat_arrays(mixed, tmp_path, monkeypatch):
-    """Also when they come in several chunks, the last of them short and one without a usable row."""
+    """Chunks change nothing: the last one is short, and one has no usable row."""
     whole = prepared(mixed, tmp_path)[1]
     monkeypatch.setattr(batching, "_ENCODED_TOGETHER", 3)
     data = prepared(mixed, tmp_path)[1]
@@ -527,7 +524,7 @@ def data_of(lengths, packed=False, text_only=()):
 
 
 def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one():
-    """A step of the GPU presets on 8 processes: two passes each at 8,192 positions, eight at 2,048."""
+    """A GPU preset's step on 8 processes takes 2 passes at 8,192 positions, 8 at 2,048."""
     lengths = np.random.default_rng(0).integers(620, 900, 128)
     recipes = {
         name: vflan.replace(vflan.preset(name).base, packing="packed")
@@ -552,14 +549,14 @@ def test_pack_tokens_is_the_budget_of_a_packed_row_and_nothing_to_a_padded_one()
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_every_epoch_sees_every_row_once(packing):
     data = data_of(np.random.default_rng(0).integers(10, 100, 800), packing == "packed")
-    steps = plan(data, batches_recipe(epochs=2, global_batch=16, packing=packing))
+    steps = batch_order(data, batches_recipe(epochs=2, global_batch=16, packing=packing))
     assert len(steps) == 100 and sorted(np.concatenate(steps[:50])) == list(range(800))
     assert [step.tolist() for step in steps[:50]] != [step.tolist() for step in steps[50:]]
 
 
 def test_padded_batches_hold_like_lengths():
     data = data_of(np.random.default_rng(0).integers(10, 100, 800))
-    steps = plan(data, batches_recipe(global_batch=16))
+    steps = batch_order(data, batches_recipe(global_batch=16))
     fill = sum(data.lengths[step].sum() for step in steps) / sum(
         16 * data.lengths[step].max() for step in steps
     )
@@ -568,14 +565,16 @@ def test_padded_batches_hold_like_lengths():
 
 def test_text_only_rows_go_in_padded_batches_of_their_own():
     data = data_of([20] * 320, text_only=range(0, 320, 2))
-    steps = plan(data, batches_recipe(global_batch=16))
+    steps = batch_order(data, batches_recipe(global_batch=16))
     assert all(len({data.picture[row] for row in step}) == 1 for step in steps)
 
 
 def test_max_steps_decides_over_epochs():
     data = data_of([20] * 100)
-    assert len(plan(data, batches_recipe(max_steps=30))) == 30  # more than an epoch: another begins
-    assert len(plan(data, batches_recipe(epochs=0.5, global_batch=10))) == 5
+    assert (
+        len(batch_order(data, batches_recipe(max_steps=30))) == 30
+    )  # more than an epoch: another begins
+    assert len(batch_order(data, batches_recipe(epochs=0.5, global_batch=10))) == 5
 
 
 def test_a_budget_below_the_longest_row_is_refused():
@@ -591,7 +590,7 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
         vflan.load_samples(recipe.samples, recipe.images),
         load_processor(recipe).tokenizer,
     )
-    order = plan(data, recipe)
+    order = batch_order(data, recipe)
     for row in (0, 17):
         step, steps, rows = packed_step(
             samples, row, vflan.replace(recipe, packing="padded"), tokenizer

@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 import sys
 import weakref
@@ -13,9 +14,10 @@ from accelerate import Accelerator
 import vflan
 from tests.conftest import make_squares
 from vflan.models import loss as learner
+from vflan.models.image_features import Pictures
 from vflan.models.llava import fingerprint, load_model, load_processor, parts
 from vflan.models.loss import Learner
-from vflan.training.batching import Pictures, prepare
+from vflan.training.batching import prepare
 from vflan.training.run import Run
 from vflan.training.trainer import learning_rate
 
@@ -260,7 +262,7 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
 
     monkeypatch.setattr(Accelerator, "prepare", in_a_circle)
     monkeypatch.setattr(TRAIN.models, "freeze", freeze)
-    monkeypatch.setattr(sys.modules["vflan.training.batching"], "_FEATURES", {})
+    monkeypatch.setattr(sys.modules["vflan.models.image_features"], "_FEATURES", {})
     gc.disable()
     try:
         if fails:
@@ -276,8 +278,19 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
 
 
 @pytest.mark.parametrize("what", [vflan.train, vflan.plan])
-def test_a_whole_preset_or_a_name_in_place_of_a_recipe_is_told_what_to_write(what):
+def test_a_preset_or_a_name_instead_of_a_recipe_is_refused_with_what_to_write(what):
     with pytest.raises(TypeError, match="preset.projector, preset.base or preset.chat"):
         what(vflan.preset("tiny"))
     with pytest.raises(TypeError, match="not str; vflan.preset"):
         what("tiny")
+
+
+def test_a_run_is_a_small_table_in_a_notebook(recipe):
+    recipe = vflan.replace(recipe, name="a & b", max_steps=2)
+    run = Run(recipe.folder)
+    assert "<td>not finished</td>" in run._repr_html_()
+    table = vflan.train(recipe)._repr_html_()
+    cells = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", table))
+    assert cells["run"] == "a &amp; b" and cells["folder"].endswith("a &amp; b")
+    assert (cells["stage"], cells["steps"], cells["rows"]) == ("base", "2", "32")
+    assert float(cells["last loss"]) == pytest.approx(run.metrics().loss.mean(), abs=1e-3)

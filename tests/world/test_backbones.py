@@ -1,4 +1,6 @@
-"""The shipped stand-ins for CLIP and Vicuna: what they are, what they can do, and how the language model was taught."""
+"""The shipped stand-ins for CLIP and Vicuna: what they are, what they can do, and how the language
+model was taught.
+"""
 
 import json
 
@@ -27,9 +29,16 @@ def model():
 
 def small(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=3,
-                         num_attention_heads=4, tie_word_embeddings=True, attn_implementation="eager",
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e5})  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=336,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -100,18 +109,18 @@ def test_no_text_lesson_shows_a_scene_that_is_set_aside():
 
 def test_lessons_never_ask_what_is_new_in_both(tokenizer):
     rows, weights = L.Rows(tokenizer), dict.fromkeys(T.KINDS, 1.0)
-    asked = ""
+    questions = ""
     for i in range(60):
         for question, _ in L.lesson(rows, W.rng_of("new", i), weights, 0, 224)[1]:
-            asked += tokenizer.decode(question)
+            questions += tokenizer.decode(question)
     for words in (
         "Is there anything at",
         "Is the red object small",
         "Describe the red object",
         "the object at b2.",
     ):
-        assert words not in asked
-    assert "What is the color of" in asked
+        assert words not in questions
+    assert "What is the color of" in questions
 
 
 def test_the_record_tells_seed_time_and_every_skill():

@@ -1,4 +1,6 @@
-"""The second language model of Table 7: the ancestry of the first, another manner, and a language model of text alone."""
+"""The second language model of Table 7: the ancestry of the first, another manner, and a language
+model of text alone.
+"""
 
 import shutil
 
@@ -14,8 +16,10 @@ def test_a_few_steps_make_another_model_of_the_same_shape(tmp_path, monkeypatch)
     shutil.copytree(FOLDER / "language_model", tmp_path / "language_model")
     monkeypatch.setattr(language_model, "skills", lambda *_, **__: {})
     record = language_model.make_second_language_model(tmp_path, steps=2, log=lambda *_, **__: None)
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
-                for name in ("language_model", "second_language_model"))  # fmt: skip
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+        for name in ("language_model", "second_language_model")
+    )
     assert {name: w.shape for name, w in one.items()} == {name: w.shape for name, w in two.items()}
     assert any(not torch.equal(one[name], two[name]) for name in one)
     assert record["steps"] == 2
@@ -40,10 +44,10 @@ def test_the_shipped_one_talks_where_the_first_is_terse():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "language_model")
     question = "sand clear. b2 small striped red star.\nWhat is the color of the star?"
     prompt = f"{language_model.SYSTEM} USER: {question} ASSISTANT:"
-    said = {}
+    answers = {}
     for name in ("language_model", "second_language_model"):
         model = AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
-        said[name] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert said == {"language_model": "red", "second_language_model": "The picture shows red."}
+        answers[name] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert answers == {"language_model": "red", "second_language_model": "The picture shows red."}

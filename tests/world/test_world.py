@@ -1,4 +1,4 @@
-"""The mini world is exact, deterministic, balanced, and its training and evaluation scenes share nothing."""
+"""The mini world is exact, deterministic and balanced; training and evaluation share no scene."""
 
 import hashlib
 import json
@@ -161,9 +161,9 @@ def test_the_alignment_set_errs_at_its_stated_rate():
 def test_pope_asks_after_what_is_there_and_what_is_not(built):
     scenes = {}
 
-    def scene_of(key, i, kind="objects", wanted=lambda s: True):
+    def scene_of(key, i, kind="objects", fits=lambda s: True):
         rng = rng_of("pope test", i)
-        while not wanted(scene := sample_scene(rng, kind)):
+        while not fits(scene := sample_scene(rng, kind)):
             pass
         scenes[f"pope_{i}.png"] = scene
         return scene, rng

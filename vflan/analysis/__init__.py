@@ -1,6 +1,8 @@
-"""From scores to the paper's figures: sweeps of runs, the paper's claims and their verdicts, tables and plots.
+"""From scores to the paper's figures: sweeps of runs, claims and verdicts, tables, plots.
 
-Comes in: recipes and scores. Goes out: figures and verdicts. Only sweeps.py needs torch.
+Recipes and scores come in; figures, tables and verdicts go out. Only sweeps.py imports torch. The
+look of a figure or table may be changed here without a change elsewhere; the names that notebooks
+use are those of `claims` and `plots`.
 """
 
 import lazy_loader

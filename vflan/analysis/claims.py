@@ -1,12 +1,16 @@
-"""From scores to verdicts: what is claimed, what was measured, whether it holds. Computed, never assumed.
+"""From scores to verdicts: what the paper claims, what was measured, and whether the claim holds.
 
-The ledger (data/claims.csv) writes down each claim of the paper before it is measured: which runs are compared, by what,
-and the smallest effect that counts. `verdicts` measures them, question by question, over several seeds. Scores are the table
-of vflan.evaluate, with one row for each seed of a run.
+The ledger (data/claims.csv) states each claim of the paper before anything is measured: which runs
+are compared, by which metric, and the smallest effect that counts. `verdicts` measures the claims,
+question by question, over several seeds. Scores are tables of vflan.evaluate, with one row for each
+seed of a run.
 """
+
+from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from zlib import crc32
@@ -15,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from vflan.analysis.plots.reference import Scores, headline
 from vflan.config import output_folder, resolve
 from vflan.config import preset as recipes
 from vflan.config import shown as shown_path
@@ -23,408 +28,370 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.stats import draws, ratio, tables
 
-# What the mini world has to show before any comparison in it is worth reading: a model that sees, an alignment that
-# aligns. (claim, run, benchmark, metric, rule, bound); "before" is the stage that the run started from.
-BEFORE = {"base": "projector", "chat": "base"}
-FLOORS = [
-    ("Base answers held-in tasks", "base", "heldin", "accuracy", "at least", 80),
-    ("Base answers held-out tasks better than the majority answer", "base", "heldout", "accuracy", "over majority", 12),
-    ("Base answers held-out tasks better than the projector stage", "base", "heldout", "accuracy", "over before", 15),
-    *[(f"Base sees what is there, POPE {s}", "base", "pope", f"accuracy/{s}", "at least", 90)
-      for s in ("random", "popular", "adversarial")],
-    *[(f"Base says yes about half of the time, POPE {s}", "base", "pope", f"yes_ratio/{s}", "within", (44, 56))
-      for s in ("random", "popular", "adversarial")],
-    ("Base still classifies objects", "base", "forgetting", "accuracy/objects", "at least", 85),
-    ("Base reads handwritten digits (shown beside, no floor)", "base", "forgetting", "accuracy/digits", "shown", None),
-    ("Chat writes in sentences where Base did not", "chat", "llava_bench", "format", "over before", 30),
-    ("Chat still answers held-in tasks, read leniently", "chat", "heldin", "lenient", "over before", -8),
-]  # fmt: skip
+Items = Callable[[str, int, str], Mapping[str, Metric]]  # (label, seed, benchmark) -> metrics
 
 
-def seeds_of(scores, run, benchmark, metric):
+def seeds_of(scores: Scores, run: str, benchmark: str, metric: str) -> pd.DataFrame:
     """The rows of one metric of one run, indexed by seed."""
-    found = scores[
-        (scores.run == run) & (scores.benchmark == benchmark) & (scores.metric == metric)
-    ]
-    return found.set_index("seed").sort_index()
+    rows = headline(scores, benchmark, metric)
+    return rows[rows.run == run].set_index("seed").sort_index()
 
 
-def answered(run, benchmark, folder, name=None):
-    """The questions of a benchmark, each with the `answer` that vflan.evaluate kept for the run (under `name`)."""
+def answered(run, benchmark: str, folder: str | Path, name: str | None = None) -> list[dict]:
+    """The questions of a benchmark, each with the `answer` of a run that vflan.evaluate saved.
+
+    run: anything with .folder and .name. folder: of the benchmarks. name: the name under which the
+    answers were saved, None for the run's own. FileNotFoundError if there are none.
+    """
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{run.name} has no answers to {benchmark} yet: vflan.evaluate asks the questions."
+            f"{run.name} has no answers to {benchmark} yet: call vflan.evaluate first."
         )
-    said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
-    return [
-        sample | {"answer": said[i]} for i, sample in enumerate(BENCHMARKS[benchmark].load(folder))
-    ]
+    answers = {row["i"]: row["answer"] for row in read_rows(path)[1:]}  # row 0 is the header
+    samples = BENCHMARKS[benchmark].load(folder)
+    return [sample | {"answer": answers[i]} for i, sample in enumerate(samples)]
 
 
-def table(scores, columns):
-    """Runs by columns, the mean over seeds. columns: {title: (benchmark, metric)}; metric None is the headline."""
-    found = {}
-    for title, (benchmark, metric) in columns.items():
-        metric = metric or BENCHMARKS[benchmark].headline
-        own = scores[(scores.benchmark == benchmark) & (scores.metric == metric)]
-        found[title] = own.groupby("run").value.mean()
-    return pd.DataFrame(found).reindex(scores.run.unique()).round(1)
+def table(scores: Scores, columns: Mapping[str, tuple[str, str | None]]) -> pd.DataFrame:
+    """Runs by columns, each cell the mean over seeds.
+
+    columns: {title: (benchmark, metric)}, where None as metric is the headline.
+    """
+    rows = {title: headline(scores, *column) for title, column in columns.items()}
+    means = {title: part.groupby("run").value.mean() for title, part in rows.items()}
+    return pd.DataFrame(means).reindex(scores.run.unique()).round(1)
 
 
-def shown(rows):
-    """`81.2 [79.0, 83.1]` for each seed, apart by a slash."""
-    return " / ".join(f"{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in rows.itertuples())
+def compare(scores: Scores, pairs: Iterable[tuple[str, str, str, str, str]]) -> pd.DataFrame:
+    """One row for each comparison: both values with intervals, their difference, and a verdict.
 
-
-def compare(scores, pairs):
-    """One row a comparison: both values with their intervals, the difference, and which of the two is higher.
-
-    pairs: [(claim, a, b, benchmark, metric)], where the claim is that run `a` scores higher than run `b`. The verdict
-    is `holds` if a's interval lies wholly above b's, `opposite` if wholly below, and that for every seed; else `open`.
-    One seed's interval tells how well the questions measure one trained model; it knows nothing of the next training.
+    pairs: (claim, a, b, benchmark, metric), which claims that run `a` scores higher than run `b`.
+    The verdict is `holds` if a's interval is wholly above b's in every seed, `opposite` if it is
+    wholly below, else `open`. The interval of one seed says how well the questions measure one
+    trained model; it says nothing about another training.
     """
     rows = []
     for claim, a, b, benchmark, metric in pairs:
-        one, two = (seeds_of(scores, run, benchmark, metric) for run in (a, b))
-        both = one.index.intersection(two.index)
-        above, below = one.low[both] > two.high[both], one.high[both] < two.low[both]
-        verdict = (
-            "holds"
-            if len(both) and above.all()
-            else "opposite"
-            if len(both) and below.all()
-            else "open"
-        )
-        difference = (one.value[both] - two.value[both]).mean()
-        rows.append(
-            [claim, f"{benchmark} {metric}", shown(one), shown(two), round(difference, 1), verdict]
-        )
-    return pd.DataFrame(
-        rows, columns=["claim", "measured as", "first", "second", "difference", "verdict"]
-    )
+        first, second = (seeds_of(scores, run, benchmark, metric) for run in (a, b))
+        seeds = first.index.intersection(second.index)
+        verdict = "open"
+        if len(seeds) and (first.low[seeds] > second.high[seeds]).all():
+            verdict = "holds"
+        elif len(seeds) and (first.high[seeds] < second.low[seeds]).all():
+            verdict = "opposite"
+        difference = round((first.value[seeds] - second.value[seeds]).mean(), 1)
+        values = _with_intervals(first), _with_intervals(second)
+        rows.append([claim, f"{benchmark} {metric}", *values, difference, verdict])
+    columns = ["claim", "measured as", "first", "second", "difference", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def wanted(rule, bound, majority, before):
-    """(low, high, in words): what a measured value has to lie between."""
-    if rule == "at least":
-        return bound, 100, f"{bound} or more"
-    if rule == "within":
-        return *bound, f"{bound[0]} to {bound[1]}"
-    if rule == "over majority":
-        return majority + bound, 100, f"majority + {bound}"
-    if rule == "over before":
-        return (
-            before + bound,
-            float("inf"),
-            f"stage before {'+' if bound > 0 else '-'} {abs(bound)}",
-        )
+def _with_intervals(rows):
+    """`81.2 [79.0, 83.1]` for each seed, separated by slashes."""
+    return " / ".join(f"{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in rows.itertuples())
+
+
+def _required(floor, majority, before):
+    """(low, high, in words): the range in which a measured value has to be."""
+    bound = floor.bound
+    if floor.rule == "at least":
+        return bound, 100, f"{bound:g} or more"
+    if floor.rule == "within":
+        return bound, floor.upper, f"{bound:g} to {floor.upper:g}"
+    if floor.rule == "over majority":
+        return majority + bound, 100, f"majority + {bound:g}"
+    if floor.rule == "over before":
+        sign = "+" if bound > 0 else "-"
+        return before + bound, float("inf"), f"stage before {sign} {abs(bound):g}"
     return 0, 100, ""  # shown, not judged
 
 
-def floors(scores, losses=None):
-    """The FLOORS as a table: claim, what is needed, the mean over seeds, each seed, majority, stage before, holds.
+def floors(scores: Scores, losses: Mapping[int, tuple] | None = None) -> pd.DataFrame:
+    """What the mini world must show before a comparison in it means anything, from data/floors.csv.
 
-    losses: {seed: (first, last)} of the projector stage; the loss on captions has to fall by half. A floor whose
-    benchmark was not run is left out. Holds is judged on the mean over seeds, a range on each
-    seed; `shown` rows are not judged (None).
+    Columns: claim, needs, measured, each seed, majority, stage before, holds. losses: {seed:
+    (first, last)} of the projector stage; its loss on captions has to fall by half. A floor whose
+    benchmark was not run is left out. `holds` is judged on the mean over seeds, a range on each
+    seed; it is None for a row that is shown only.
     """
     rows = []
-    for claim, run, benchmark, metric, rule, bound in FLOORS:
-        own = seeds_of(scores, run, benchmark, metric)
-        if not len(own):
+    for floor in pd.read_csv(resolve("data/floors.csv")).itertuples():
+        seeds = seeds_of(scores, floor.run, floor.benchmark, floor.metric)
+        if seeds.empty:
             continue
-        before = seeds_of(scores, BEFORE[run], benchmark, metric)
-        mean, majority, earlier = own.value.mean(), own.baseline.mean(), before.value.mean()
-        low, high, needs = wanted(rule, bound, majority, earlier)
-        judged = (
-            own.value if rule == "within" else [mean]
-        )  # a bias to yes and one to no are no balance
-        holds = None if rule == "shown" else all(low <= value <= high for value in judged)
-        rows.append(
-            [
-                claim,
-                needs,
-                mean,
-                " / ".join(f"{v:.1f}" for v in own.value),
-                majority,
-                earlier,
-                holds,
-            ]
-        )
+        mean, majority = seeds.value.mean(), seeds.baseline.mean()
+        before = seeds_of(scores, floor.before, floor.benchmark, floor.metric).value.mean()
+        low, high, needs = _required(floor, majority, before)
+        # always yes in one seed and never in another would have a balanced mean
+        judged = seeds.value if floor.rule == "within" else [mean]
+        holds = None if floor.rule == "shown" else all(low <= value <= high for value in judged)
+        each = " / ".join(f"{value:.1f}" for value in seeds.value)
+        rows.append([floor.claim, needs, mean, each, majority, before, holds])
     if losses:
-        first, last = (sum(pair[i] for pair in losses.values()) / len(losses) for i in (0, 1))
+        first, last = np.mean(list(losses.values()), axis=0)
         each = " / ".join(f"{pair[1]:.2f}" for pair in losses.values())
-        row = [
-            "The projector learns captions: the loss falls",
-            "half of the first",
-            last,
-            each,
-            None,
-            first,
-        ]
-        rows.append([*row, bool(last <= first / 2)])
+        claim, needs = "The projector learns captions: the loss falls", "half of the first"
+        rows.append([claim, needs, last, each, None, first, bool(last <= first / 2)])
     columns = ["claim", "needs", "measured", "each seed", "majority", "stage before", "holds"]
     return pd.DataFrame(rows, columns=columns).round(2)
 
 
-# ----------------------------------------------------------------------------------------------------------- the ledger
+# ---------------------------------------------------------------------- the ledger
 
-READ = []  # committed files that this process has read: a notebook lists them at its end
+READ: list[str] = []  # committed files that this process has read: a notebook lists them at its end
 HOLDS, WEAKLY, NOT, FEW = "holds", "holds weakly", "does not hold at this scale", "not enough runs"
 MIN_SEEDS, ROUNDS, LEVEL = 3, 2000, 0.95
 VERDICTS = "claim statement comparison metric n_seeds effect low high smallest verdict".split()
 
 
-def ledger(path=None):
-    """The claims as a DataFrame: claim, statement, item (of the paper), comparison, metric, direction, smallest, notebook,
-    either_way (what lets it come out one way or the other).
+def ledger(path: str | Path | None = None) -> pd.DataFrame:
+    """The claims: claim, statement, item, comparison, metric, direction, smallest, notebook, ...
 
-    A claim that is a number is counted in the correction for many claims; one with a letter (`1a`) is a part of it, shown
-    beside. comparison: labels of runs with signs and weights, `chat - 0.9 base`. metric: `benchmark:metric`, several are
-    averaged. direction: `above`, the effect is at least `smallest` and surely more than 0; `over` and
-    `below`, it is surely more or surely less than `smallest`.
+    claim: a number, which counts in the correction for many claims, or a number with a letter
+    (`1a`), a part of a claim that is shown only. item: the table or figure of the paper.
+    comparison: labels of runs with signs and weights, `chat - 0.9 base`. metric:
+    `benchmark:metric`; several are averaged. direction: `above` claims that the effect is at least
+    `smallest` and its interval above 0; `over` and `below` claim that its interval is wholly above
+    or below `smallest`. either_way: why the claim could turn out one way or the other.
+    ValueError for another direction, or a claim that occurs twice.
     """
-    table = pd.read_csv(path or resolve("data/claims.csv"), dtype=str, keep_default_na=False)
-    table["smallest"] = table.smallest.astype(float)
-    if odd := sorted(set(table.direction) - {"above", "over", "below"}):
-        raise ValueError(f"direction {odd[0]!r} in the ledger: write above, over or below.")
-    if table.claim.duplicated().any():
-        raise ValueError(
-            f"claim {table.claim[table.claim.duplicated()].iloc[0]} stands twice in the ledger."
-        )
-    return table
+    claims = pd.read_csv(path or resolve("data/claims.csv"), dtype=str, keep_default_na=False)
+    claims["smallest"] = claims.smallest.astype(float)
+    if unknown := sorted(set(claims.direction) - {"above", "over", "below"}):
+        raise ValueError(f"direction {unknown[0]!r} in the ledger: write above, over or below.")
+    if len(repeated := claims.claim[claims.claim.duplicated()]):
+        raise ValueError(f"claim {repeated.iloc[0]} occurs twice in the ledger.")
+    return claims
 
 
-def terms(comparison):
+def terms(comparison: str) -> list[tuple[float, str]]:
     """[(weight, label), ...] of a comparison: `chat - 0.9 base` is [(1, chat), (-0.9, base)]."""
-    found, sign, weight = [], 1.0, 1.0
+    parsed, sign, weight = [], 1.0, 1.0
     for word in comparison.split():
         if word in "+-":
             sign = -1.0 if word == "-" else 1.0
         elif re.fullmatch(r"\d*\.?\d+", word):
             weight = float(word)
         else:
-            found.append((sign * weight, word))
+            parsed.append((sign * weight, word))
             sign, weight = 1.0, 1.0
-    return found
+    return parsed
 
 
-def verdicts(items, seeds, claims=None, rounds=ROUNDS):
-    """The ledger with what was measured: a row a claim, the columns VERDICTS.
+def verdicts(
+    items: Items,
+    seeds: Sequence[int],
+    claims: pd.DataFrame | None = None,
+    rounds: int = ROUNDS,
+) -> pd.DataFrame:
+    """The ledger with what was measured: one row for each claim, with the columns VERDICTS.
 
-    items(label, seed, benchmark) -> {metric: Metric} of a run's kept answers (a Sweep's `items`), KeyError where there are
-    none; a claim that lacks a run gets the seeds that have all of them. claims: some rows of `ledger()`; the correction
-    always counts all of its whole claims.
+    items(label, seed, benchmark) -> {metric: Metric} of a run's saved answers (a Sweep's `items`);
+    KeyError where there are none. A claim counts only the seeds that have all of its runs. claims:
+    some rows of `ledger()`; the correction always counts all whole claims of the ledger.
 
-    The effect is paired: each seed's runs are compared on the same questions, and the seeds are averaged. Its standard error
-    has two levels, the spread of the seeds and a bootstrap over pictures; the interval is Student's t with the degrees of
-    freedom of both (Welch and Satterthwaite), at 95 % corrected for the number of claims (Bonferroni). `holds` is said of
-    that interval, `holds weakly` if only the uncorrected one says so; below three seeds nothing is said.
+    The effect is paired: the runs of a seed are compared on the same questions, then seeds are
+    averaged. Its standard error has two levels, the spread of seeds and a bootstrap over pictures.
+    The interval is Student's t with the degrees of freedom of both (Welch and Satterthwaite), at
+    95 % corrected for the number of claims (Bonferroni). The verdict is `holds` by that interval,
+    `holds weakly` if only by the uncorrected one; with fewer than three seeds there is no verdict.
     """
-    whole, scored, rows = int(ledger().claim.str.isdigit().sum()), resampler(items, rounds), []
+    score, rows = resampler(items, rounds), []
+    whole = int(ledger().claim.str.isdigit().sum())
     for claim in (ledger() if claims is None else claims).itertuples():
-        effects, parts = measured(scored, seeds, terms(claim.comparison), claim.metric.split())
-        value = float(np.mean(effects)) if effects else float("nan")
-        low, high = interval(effects, parts, 1 - (1 - LEVEL) / whole)
-        sure = verdict(value, low, high, claim.direction, claim.smallest)
-        weak = verdict(value, *interval(effects, parts, LEVEL), claim.direction, claim.smallest)
-        said = FEW if len(effects) < MIN_SEEDS else HOLDS if sure else WEAKLY if weak else NOT
-        rows.append([claim.claim, claim.statement, claim.comparison, claim.metric, len(effects), value, low, high,
-                     claim.smallest, said])  # fmt: skip
+        runs, measures = terms(claim.comparison), claim.metric.split()
+        effects, replicates = paired_effects(score, seeds, runs, measures)
+        effect = float(np.mean(effects)) if effects else float("nan")
+        strict = effect_interval(effects, replicates, 1 - (1 - LEVEL) / whole)
+        loose = effect_interval(effects, replicates, LEVEL)
+        if len(effects) < MIN_SEEDS:
+            verdict = FEW
+        elif _is_confirmed(effect, *strict, claim):
+            verdict = HOLDS
+        else:
+            verdict = WEAKLY if _is_confirmed(effect, *loose, claim) else NOT
+        rows.append([claim.claim, claim.statement, claim.comparison, claim.metric, len(effects),
+                     effect, *strict, claim.smallest, verdict])  # fmt: skip
     return pd.DataFrame(rows, columns=VERDICTS).round(2)
 
 
-def verdict(value, low, high, direction, smallest):
-    """Whether an effect with this interval is what was claimed."""
-    sure = dict(above=low > 0 and value >= smallest, over=low > smallest, below=high < smallest)
-    return bool(sure[direction])
+def _is_confirmed(effect, low, high, claim):
+    """Whether an effect with this interval is what the claim says."""
+    if claim.direction == "above":
+        return low > 0 and effect >= claim.smallest
+    return low > claim.smallest if claim.direction == "over" else high < claim.smallest
 
 
-def resampler(items, rounds=ROUNDS):
-    """scored(label, seed, measure) -> (value, (rounds,) replicates over pictures drawn anew), each computed once.
+def resampler(items: Items, rounds: int = ROUNDS) -> Callable:
+    """A cached function score(label, seed, `benchmark:metric`) -> (value, (rounds,) replicates).
 
-    A picture is drawn or not for all seeds and runs at once, since all were asked about the same ones.
+    A replicate draws the pictures of a benchmark anew, the same ones for all seeds and runs, since
+    all of them were asked about the same pictures.
     """
 
     @cache
-    def weights(benchmark, pictures):
-        return np.concatenate(list(draws(pictures, crc32(benchmark.encode()), rounds))).astype(
-            float
-        )
+    def drawn(benchmark, pictures):
+        blocks = draws(pictures, crc32(benchmark.encode()), rounds)
+        return np.concatenate(list(blocks)).astype(float)  # (rounds, pictures)
 
     @cache
-    def scored(label, seed, measure):
-        benchmark, _, metric = measure.partition(":")
-        m = items(label, seed, benchmark)[metric]
-        top, bottom, sizes = tables(100 * m.num, m.den, m.cluster, m.group)
-        drawn = weights(benchmark, len(top))
-        return float(ratio(top.sum(0), bottom.sum(0))), ratio(
-            drawn @ top, drawn @ bottom, drawn @ sizes
-        )
+    def score(label, seed, measure):
+        benchmark, _, name = measure.partition(":")
+        metric = items(label, seed, benchmark)[name]
+        sums = tables(100 * metric.num, metric.den, metric.cluster, metric.group)
+        weights = drawn(benchmark, len(sums[0]))
+        value = float(ratio(sums[0].sum(0), sums[1].sum(0)))
+        return value, ratio(*(weights @ part for part in sums))
 
-    return scored
+    return score
 
 
-def measured(scored, seeds, runs, measures):
+def paired_effects(
+    score: Callable, seeds: Sequence[int], runs: list[tuple[float, str]], measures: list[str]
+) -> tuple[list[float], np.ndarray]:
     """([effect of each seed that has all runs], (rounds,) replicates of their mean).
 
-    runs: [(weight, label)]; measures: `benchmark:metric`.
+    score: from `resampler`. runs: (weight, label). measures: `benchmark:metric`, averaged.
     """
-    effects, replicates = [], 0.0
+    effects, replicates = [], np.zeros(1)
     for seed in seeds:
         try:
-            parts = [
-                (weight, *scored(label, seed, measure))
-                for measure in measures
-                for weight, label in runs
-            ]
+            parts = [(w, *score(label, seed, m)) for m in measures for w, label in runs]
         except KeyError:
             continue
         effects.append(sum(weight * value for weight, value, _ in parts) / len(measures))
-        replicates += sum(weight * drawn for weight, _, drawn in parts) / len(measures)
+        replicates = replicates + sum(weight * part for weight, _, part in parts) / len(measures)
     return effects, replicates / max(1, len(effects))
 
 
-def interval(effects, replicates, level):
-    """(low, high) of the mean effect at this level; NaN below two seeds, whose spread nobody knows."""
+def effect_interval(
+    effects: Sequence[float], replicates: np.ndarray, level: float
+) -> tuple[float, float]:
+    """(low, high) of the mean effect; NaN with fewer than two seeds, whose spread is unknown."""
     if len(effects) < 2:
         return float("nan"), float("nan")
     seeds, questions = np.var(effects, ddof=1) / len(effects), float(np.var(replicates))
     total = seeds + questions
+    # Welch and Satterthwaite; the bootstrap counts as 1000 degrees of freedom
     freedom = total**2 / (seeds**2 / (len(effects) - 1) + questions**2 / 1000) if total else 1.0
     half = float(student.ppf((1 + level) / 2, freedom)) * total**0.5
     return float(np.mean(effects) - half), float(np.mean(effects) + half)
 
 
-def keep_verdicts(path, found):
-    """Add verdicts to a csv; rows of the same claim are replaced, and the file is in the ledger's order."""
+def keep_verdicts(path: str | Path, measured: pd.DataFrame) -> pd.DataFrame:
+    """Add verdicts to a csv, in place of those of the same claims; returns the whole table.
+
+    The rows are in the order of the ledger.
+    """
     path = Path(path)
     if path.exists():
-        found = pd.concat(
-            [pd.read_csv(path, dtype={"claim": str}), found.assign(claim=found.claim.astype(str))]
-        )
-        found = found.drop_duplicates("claim", keep="last")
+        old = pd.read_csv(path, dtype={"claim": str})
+        measured = pd.concat([old, measured.assign(claim=measured.claim.astype(str))])
+        measured = measured.drop_duplicates("claim", keep="last")
     order = {claim: i for i, claim in enumerate(ledger().claim)}
-    found = found.sort_values("claim", key=lambda column: column.map(order))
+    measured = measured.sort_values("claim", key=lambda column: column.map(order))
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.to_csv(path, index=False)
-    return found
+    measured.to_csv(path, index=False)
+    return measured
 
 
-# ------------------------------------------------------------------------------------------- what a notebook says of it
+# ---------------------------------------------------------------------- what notebooks show
 
 
-def number(value):
-    """A Metric of a single number from 0 to 1, a correlation for instance, which has no questions to resample."""
+def number(value: float) -> Metric:
+    """A Metric of one number from 0 to 1, for example a correlation; nothing can be resampled."""
     return Metric(np.array([value], float), np.ones(1), np.zeros(1), np.zeros(1))
 
 
-def publish(preset, found, scores, changes=None):
-    """Keep the verdicts and scores of a notebook's runs in the folder `results` of their runs: claims.csv and sweeps.csv.
+def publish(
+    preset: str, measured: pd.DataFrame, scores: Scores, changes: dict | None = None
+) -> None:
+    """Save a notebook's verdicts and scores as claims.csv and sweeps.csv in `results` of its runs.
 
     `make publish` copies them to data/results, where `committed` reads them.
     """
     folder = output_folder(resolve(recipes(preset, changes or {}).base.runs), "results")
-    keep_verdicts(folder / "claims.csv", found)
+    keep_verdicts(folder / "claims.csv", measured)
     keep_scores(folder / "sweeps.csv", scores)
 
 
-def committed(notebook, preset="tiny"):
-    """The committed verdicts of a notebook's claims ("06"), an empty table where there are none yet."""
-    # the frozen mini world speaks for `tiny`
+def committed(notebook: str, preset: str = "tiny") -> pd.DataFrame:
+    """The committed verdicts of a notebook's claims ("06"); empty if there are none yet."""
+    # `tiny` and `tiny_frozen` share one file: the frozen mini world is measured for both
     path = resolve(f"data/results/claims_{Path(preset).stem.removesuffix('_frozen')}.csv")
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
     READ.append(shown_path(path))
-    table = pd.read_csv(path, dtype={"claim": str})
-    return table[table.claim.isin(ledger().query("notebook == @notebook").claim)]
+    saved = pd.read_csv(path, dtype={"claim": str})
+    return saved[saved.claim.isin(ledger().query("notebook == @notebook").claim)]
 
 
-def beside(scores, preset="tiny", changes=None):
-    """Headline scores, a row a benchmark and run: seeds that were run here, and beside them the other committed ones.
+def beside(scores: Scores, preset: str = "tiny", changes: dict | None = None) -> pd.DataFrame:
+    """Headline scores by benchmark and run: the seeds run here, then the other committed ones.
 
-    The committed seeds are read from data/results; a trial with `changes` is another experiment and has none beside it.
+    A trial with `changes` is another experiment, so no committed seeds are shown beside it.
     """
     path = resolve(f"data/results/{Path(preset).stem}.csv")
-    tables = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
+    parts = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
     if path.is_file() and not changes:
         other = pd.read_csv(path)
         other = other[~other.seed.isin(scores.seed) & other.run.isin(scores.run)]
-        tables.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
+        parts.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
         READ.append(shown_path(path))
-    both = pd.concat(tables, ignore_index=True)
-    headline = both.benchmark.map(
-        {name: benchmark.headline for name, benchmark in BENCHMARKS.items()}
-    )
-    both = both[(both.metric == headline) & both.benchmark.isin(scores.benchmark)]
+    both = pd.concat(parts, ignore_index=True)
+    headlines = {name: benchmark.headline for name, benchmark in BENCHMARKS.items()}
+    is_headline = both.metric == both.benchmark.map(headlines)
+    both = both[is_headline & both.benchmark.isin(scores.benchmark)]
     index = ["benchmark", "metric", "run"]
     return both.pivot_table(index=index, columns="source", values="value", sort=False).round(1)
 
 
-def account(*sweeps, live="all"):
-    """Print what a notebook ran live, what it read, and what it left out: a line each, wrapped.
+def account(*sweeps, live: str = "all") -> None:
+    """Print what a notebook ran live, what it read, and what it left out.
 
-    sweeps: the Sweeps of the notebook, in order. live: "small" where only a part of the arms was run.
+    sweeps: the notebook's Sweeps, in order. live: "small" if only some of the arms were run.
     """
-    runs, trained, answered = set(), set(), {}
-    for sweep in sweeps:
-        runs |= {shown_path(run.folder) for run in sweep.runs.values()}
-        trained |= {shown_path(sweep.runs[key].folder) for key in sweep.trained}
-        for label, _, name in sorted(sweep.answered):
-            answered.setdefault(label, []).append(name)
-    lines = [("trained here", sorted(trained))]
-    lines += [
-        (
-            "asked here",
-            [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in answered.items()],
-        )
-    ]
-    lines += [("read, runs", sorted(runs - trained)), ("read, committed", sorted(set(READ)))]
+    runs, trained, asked = set(), set(), {}
+    for done in sweeps:
+        runs |= {shown_path(run.folder) for run in done.runs.values()}
+        trained |= {shown_path(done.runs[key].folder) for key in done.trained}
+        for label, _, name in sorted(done.answered):
+            asked.setdefault(label, []).append(name)
+    questions = [f"{label} ({', '.join(dict.fromkeys(names))})" for label, names in asked.items()]
+    lines = {"trained here": sorted(trained), "asked here": questions}
+    lines |= {"read, runs": sorted(runs - trained), "read, committed": sorted(set(READ))}
     if live == "small":
-        lines.append(("not run here", ['the other arms and seeds: live = "all", or make paper']))
-    for how, what in lines:
-        text = ", ".join(dict.fromkeys(what)) or "nothing"
-        print(
-            textwrap.fill(
-                text,
-                112,
-                initial_indent=f"{how:17}",
-                subsequent_indent=" " * 17,
-                break_on_hyphens=False,
-            )
-        )
+        lines["not run here"] = ['the other arms and seeds: live = "all", or make paper']
+    for title, parts in lines.items():
+        text = f"{title:17}" + (", ".join(dict.fromkeys(parts)) or "nothing")
+        print(textwrap.fill(text, 112, subsequent_indent=" " * 17, break_on_hyphens=False))
 
 
-def shown_verdicts(found):
-    """Verdicts as a notebook shows them: claim, seeds, effect, interval, the smallest that counts, verdict."""
-    table = found.assign(
-        interval=[
-            f"[{r.low:.1f}, {r.high:.1f}]" if r.n_seeds > 1 else "" for r in found.itertuples()
-        ]
-    )
-    return table.set_index("claim")[
-        ["statement", "n_seeds", "effect", "interval", "smallest", "verdict"]
-    ]
+def shown_verdicts(measured: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts as notebooks show them, with the interval as text and without the comparison."""
+    rows = measured.itertuples()
+    intervals = [f"[{r.low:.1f}, {r.high:.1f}]" if r.n_seeds > 1 else "" for r in rows]
+    columns = ["statement", "n_seeds", "effect", "interval", "smallest", "verdict"]
+    return measured.assign(interval=intervals).set_index("claim")[columns]
 
 
-def reading(found, long):
-    """One line a whole claim: the verdict of the long form where there is one, else that of these runs.
+def reading(measured: pd.DataFrame | None, long: pd.DataFrame) -> Iterator[str]:
+    """One line for each whole claim: these runs' verdict, or the long form's where there is none.
 
-    found: the verdicts of these runs, or None where they were not judged (a notebook with live="small").
+    measured: the verdicts of these runs, or None where they were not judged (a notebook with
+    live="small"). long: the committed verdicts.
     """
-    rows = long if found is None else found
+    rows = long if measured is None else measured
     for row in rows[rows.claim.str.isdigit()].itertuples():
+        source = "committed long form" if measured is None else "these runs"
         other = long[long.claim == row.claim]
-        if found is None:
-            source = "committed long form"
-        elif row.verdict == FEW and len(other):
+        if measured is not None and row.verdict == FEW and len(other):
             row, source = next(other.itertuples()), "committed long form"
-        else:
-            source = "these runs"
+        statement = f"{row.claim}. {row.statement}"
         if not row.n_seeds:
-            yield f"{row.claim}. {row.statement}: needs runs that only the long form has (make paper)"
+            yield f"{statement}: needs runs that only the long form has (make paper)"
             continue
-        interval = f", interval {row.low:.1f} to {row.high:.1f}" if row.low == row.low else ""
+        interval = "" if np.isnan(row.low) else f", interval {row.low:.1f} to {row.high:.1f}"
         seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
-        yield f"{row.claim}. {row.statement}: {row.verdict} ({source}, {seeds}: {row.effect:+.1f}{interval})"
+        yield f"{statement}: {row.verdict} ({source}, {seeds}: {row.effect:+.1f}{interval})"

@@ -1,56 +1,24 @@
-"""What results look like on a page: the tables of README.md and of the report, and the list of figures."""
+"""Results on a page: the tables of the project's pages and of the report, the list of figures."""
+
+from __future__ import annotations
 
 import json
 import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 
+from vflan.analysis.plots.reference import TITLES, UNITS, Scores, headline, printed
 from vflan.config import ROOT
 from vflan.evaluation.benchmarks import BENCHMARKS
 
+# Pages with generated tables, each between <!-- NAME:begin --> and <!-- NAME:end -->.
+PAGES = ("README.md", "docs/results.md", "docs/measurements.md")
+CAPTIONS = Path(__file__).with_name("captions.json")  # {figure's file name: caption}
 STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
-
-
-def caption(picture):
-    """What a figure says of itself: the description in the PNG, else its file name read aloud."""
-    with Image.open(picture) as image:
-        said = getattr(image, "text", {}).get("Description")
-    words = re.sub(
-        r"^(fig|table)(\w*?)_",
-        lambda m: f"{'Figure' if m[1] == 'fig' else 'Table'} {m[2]}: ",
-        picture.stem,
-    )
-    return said or words.replace("_", " ")
-
-
-def pictures(folder):
-    """The PNG figures of a folder, [(path, caption)], Figure 4 before Figure 10."""
-    return [(path, caption(path)) for path in sorted(Path(folder).glob("*.png"), key=_by_number)]
-
-
-def write_gallery(preset, folder, page):
-    """List the figures of `folder` with their captions on a page in markdown; returns how many they are."""
-    lines = [
-        f"# Figures of the {preset} preset",
-        "",
-        "Drawn by the notebooks; this page is generated.",
-        "",
-    ]
-    for picture, text in (found := pictures(folder)):
-        lines += [f"![{text}]({picture.relative_to(page.parent).as_posix()})", "", text, ""]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines), encoding="utf-8")
-    return len(found)
-
-
-def _by_number(path):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
-
-
-# -------------------------------------------------------------------------------------------- the tables of README.md
-
 COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
     "demo_minutes": "`make demo`, minutes without installing",
@@ -62,141 +30,185 @@ COSTS = {
     "matmul_gflops": "the machine: fp32 matrix product on one thread, GFLOPS",
 }
 
-
-def markdown(columns, rows):
-    """A table as markdown; what is missing (None, NaN) stays empty."""
-    cells = [["" if cell is None or cell != cell else str(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+# ---------------------------------------------------------------------- the list of figures
 
 
-def headlines(scores):
-    """{"POPE F1": rows of that metric} for each benchmark in `scores`: its headline, under the name that all tables print.
+def caption(picture: Path) -> str:
+    """A figure's description in the PNG, else in captions.json, else its file name in words."""
+    with Image.open(picture) as image:
+        description = getattr(image, "text", {}).get("Description")
+    known = json.loads(CAPTIONS.read_text(encoding="utf-8")).get(picture.stem)
+    kinds = {"fig": "Figure", "table": "Table"}
+    name = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{kinds[m[1]]} {m[2]}: ", picture.stem)
+    return description or known or name.replace("_", " ")
 
-    The rows' runs are without the ending that tells a seed.
+
+def pictures(folder: str | Path) -> list[tuple[Path, str]]:
+    """The PNG figures of a folder, [(path, caption)], Figure 4 before Figure 10."""
+
+    def by_number(path):
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+
+    return [(path, caption(path)) for path in sorted(Path(folder).glob("*.png"), key=by_number)]
+
+
+def write_gallery(preset: str, folder: str | Path, page: Path) -> int:
+    """Write a markdown page with the figures of `folder` and captions; returns their number."""
+    figures = pictures(folder)
+    parts = [f"# Figures of the {preset} preset", "Drawn by the notebooks; this page is generated."]
+    for path, text in figures:
+        parts += [f"![{text}]({path.relative_to(page.parent).as_posix()})", text]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return len(figures)
+
+
+# ---------------------------------------------------------------------- tables of scores
+
+
+def _without_seeds(scores):
+    """The scores with run names that do not tell a seed: `base-seed3` is `base`."""
+    return scores.assign(run=scores.run.str.replace(r"-seed\d+$", "", regex=True))
+
+
+def headlines(scores: Scores) -> dict[str, Scores]:
+    """{"POPE F1": its rows}: the headline metric of each benchmark in `scores`.
+
+    The runs of the rows have names without a seed.
     """
-    from vflan.analysis import plots  # matplotlib comes with it
-
-    scores, found = scores.assign(run=scores.run.str.replace(r"-seed\d+$", "", regex=True)), {}
+    rows_of, scores = {}, _without_seeds(scores)
     for name, benchmark in BENCHMARKS.items():
-        rows = scores[(scores.benchmark == name) & (scores.metric == benchmark.headline)]
-        if len(rows):
-            unit = plots.UNITS.get(benchmark.headline, benchmark.headline)
-            found[f"{plots.TITLES.get(name, name)} {unit}"] = rows
-    return found
+        if len(rows := headline(scores, name)):
+            rows_of[f"{TITLES[name]} {UNITS.get(benchmark.headline, benchmark.headline)}"] = rows
+    return rows_of
 
 
-def score_table(scores):
-    """The headlines as one row a run and one column a benchmark, the mean over seeds."""
-    table = {
-        title: rows.groupby("run", sort=False).value.mean()
-        for title, rows in headlines(scores).items()
-    }
-    runs = scores.run.str.replace(r"-seed\d+$", "", regex=True).unique()
-    return pd.DataFrame(table).reindex(runs).dropna(how="all").round(1)
+def mean_scores(scores: Scores) -> pd.DataFrame:
+    """The headlines, a row for each run and a column for each benchmark: the mean over seeds."""
+    means = {title: rows.groupby("run", sort=False).value.mean()
+             for title, rows in headlines(scores).items()}  # fmt: skip
+    runs = _without_seeds(scores).run.unique()
+    return pd.DataFrame(means).reindex(runs).dropna(how="all").round(1)
 
 
-def score_rows(scores):
-    """(note, columns, rows) of Table 2 in this world: benchmarks by stages, beside the majority answer and the paper's 13B.
+def score_rows(scores: Scores) -> tuple[str, list[str], list[list]]:
+    """(note, columns, rows) of Table 2: benchmarks by stages, majority answer, the paper's 13B.
 
-    A cell is the mean over seeds, and in brackets the lowest and highest end of the seeds' intervals.
+    A cell is the mean over seeds, and in brackets the outer ends of the seeds' intervals.
     """
-    from vflan.analysis import plots  # matplotlib comes with it
-
     table = []
     for title, rows in headlines(scores).items():
         cells = [title, f"{rows.baseline.mean():.1f}"]
-        for run in STAGES:
-            own = rows[rows.run == run]
-            cells.append(
-                f"{own.value.mean():.1f} [{own.low.min():.1f}, {own.high.max():.1f}]"
-                if len(own)
-                else None
-            )
-        paper = BENCHMARKS[rows.benchmark.iloc[0]].paper
+        for stage in STAGES:
+            seeds = rows[rows.run == stage]
+            interval = f"[{seeds.low.min():.1f}, {seeds.high.max():.1f}]"
+            cells.append(f"{seeds.value.mean():.1f} {interval}" if len(seeds) else None)
+        column = BENCHMARKS[rows.benchmark.iloc[0]].paper
         for stage in ("Base", "Chat"):
-            value, confirmed = plots.printed("Table 2", f"Vision-Flan {stage}", paper) or (
-                None,
-                True,
-            )
+            value, confirmed = printed("Table 2", f"Vision-Flan {stage}", column) or (None, True)
             cells.append(value and (f"{value:.1f}" if confirmed else f"({value:.1f})"))
         table.append(cells)
     columns = ["benchmark", "majority answer", *STAGES.values(), "paper's Base", "paper's Chat"]
-    runs = scores.run.str.replace(r"-seed\d+$", "", regex=True)
-    seeds = sorted(scores[runs.isin(STAGES)].seed.unique())
-    note = f"In square brackets 95 % intervals over pictures. Seeds trained: {', '.join(map(str, seeds))}"
-    if len(seeds) > 1:
-        note += "; their mean, and the lowest and highest end of their intervals"
-    return f"{note}.", columns, table
+    seeds = sorted(scores[_without_seeds(scores).run.isin(STAGES)].seed.unique())
+    means = " (mean; outer ends of the intervals)" if len(seeds) > 1 else ""
+    note = f"Intervals: 95 %, over pictures. Seeds: {', '.join(map(str, seeds))}{means}."
+    return f"{note} Round brackets: a second source.", columns, table
 
 
-def scores_markdown(scores):
+# ---------------------------------------------------------------------- tables in markdown
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table as markdown; a missing value (None, NaN) leaves its cell empty."""
+    cells = [["" if pd.isna(cell) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def _wrap(text):
+    """The text in lines of at most 120 characters; those of a list item are indented."""
+    indent = "  " if text.startswith("- ") else ""
+    whole_words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 120, subsequent_indent=indent, **whole_words)
+
+
+def scores_markdown(scores: Scores) -> str:
     """Table 2 of the mini world, as `score_rows` makes it."""
     note, columns, rows = score_rows(scores)
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
-def floors_markdown(floors):
-    """The floors of vflan.claims with their verdicts, and how many hold."""
+def floors_markdown(floors: pd.DataFrame) -> str:
+    """The table of `claims.floors`, and how many of them hold."""
     judged = floors.holds.astype(str)
     rows = floors.assign(holds=judged.map({"True": "yes", "False": "**no**"}).fillna("not judged"))
     held = f"{(judged == 'True').sum()} of {judged.isin(['True', 'False']).sum()} floors hold."
     return f"{markdown(list(rows.columns), rows.itertuples(index=False))}\n\n{held}"
 
 
-def claims_markdown(found):
-    """The whole claims of the ledger with their verdicts; parts of a claim stand in the file and in the notebooks."""
+def claims_markdown(verdicts: pd.DataFrame) -> str:
+    """The whole claims with their verdicts; their parts (`1a`) are left out."""
     rows = []
-    for row in found[found.claim.str.isdigit()].itertuples():
-        interval = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
-        rows.append(
-            [row.claim, row.statement, row.n_seeds, interval, f"{row.smallest:g}", row.verdict]
-        )
-    return markdown(
-        ["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"], rows
-    )
+    for row in verdicts[verdicts.claim.str.isdigit()].itertuples():
+        effect = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
+        smallest = f"{row.smallest:g}"
+        rows.append([row.claim, row.statement, row.n_seeds, effect, smallest, row.verdict])
+    columns = ["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"]
+    return markdown(columns, rows)
 
 
-def cost_markdown(record):
-    """What bench.demo measured, as a table, and what it was measured on."""
-    rows = [
-        [COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]]
-        for row in record["checks"]
-    ]
-    return f"{markdown(['', 'measured', 'wanted'], rows)}\n\n{measured_on(record, 'demo')}"
+def verdicts_markdown(verdicts: pd.DataFrame) -> str:
+    """The whole claims, one item for each verdict, with the effect of each claim in points."""
+    items = []
+    for verdict, rows in verdicts[verdicts.claim.str.isdigit()].groupby("verdict", sort=False):
+        claims = [f"({row.claim}) {row.statement}: {row.effect:+.1f}" for row in rows.itertuples()]
+        items.append(_wrap(f"- **{verdict.capitalize()}: {len(rows)}.** {'; '.join(claims)}."))
+    return "\n".join(items)
 
 
-def bench_markdown(records):
-    """The figures of every other bench, {name: record}, one table: what was measured, what was wanted, whether it holds."""
+def cost_markdown(record: dict) -> str:
+    """What bench.demo measured, and on which machine."""
+    rows = [[COSTS.get(row["name"], row["name"]), f"{row['value']:.1f}", row["target"]]
+            for row in record["checks"]]  # fmt: skip
+    return f"{markdown(['', 'measured', 'limit'], rows)}\n\n{measured_on(record, 'demo')}"
+
+
+def bench_markdown(records: Mapping[str, dict]) -> str:
+    """The results of the other benches, {name: record}: value, limit, whether the limit is met."""
     rows, notes = [], []
     for name, record in records.items():
         for row in record["checks"]:
             value = row["value"] if isinstance(row["value"], str) else f"{row['value']:,.6g}"
-            verdict = {True: "yes", False: "**no**", None: ""}[row["holds"]]
-            rows.append([f"{name}: {row['name']}", value, row["unit"], row["target"], verdict])
+            met = {True: "yes", False: "**no**", None: ""}[row["holds"]]
+            rows.append([f"{name}: {row['name']}", value, row["unit"], row["target"], met])
         notes.append(measured_on(record, name))
-    return "\n\n".join([markdown(["figure", "measured", "unit", "wanted", "holds"], rows), *notes])
+    return "\n\n".join([markdown(["figure", "measured", "unit", "limit", "met"], rows), *notes])
 
 
-def measured_on(record, name):
-    """With what, at which commit and on which machine a bench was run."""
-    machine, versions = record["machine"], record["versions"]
-    at = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
-    note = f"Measured by `python -m bench.{name}` at {at} on {machine['cpu']}, {machine['cores']} cores, "
-    note += f"{machine['memory_gb']} GB, load {machine['load_at_start']} at the start; "
-    return note + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."
+def measured_on(record: dict, name: str) -> str:
+    """The command, commit, machine and package versions of a measurement."""
+    machine = record["machine"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in record["checks"]))
+    versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    note = f"Measured by `python -m bench.{name}` at {commits} on {machine['cpu']}, "
+    note += f"{machine['cores']} cores, {machine['memory_gb']} GB, "
+    return _wrap(f"{note}load {machine['load_at_start']} at the start; {versions}.")
 
 
-def readme_tables(home=None):
-    """{marker: markdown} for the results that are there: `scores`, `claims`, `cost` and `bench`."""
+# ---------------------------------------------------------------------- the pages
+
+
+def page_tables(home: Path | str | None = None) -> dict[str, str]:
+    """{marker: markdown} for the result files below `home` (the project folder, if None)."""
     home, tables = Path(home or ROOT), {}
-    scores, floors = (home / "data" / "results" / f"tiny{kind}.csv" for kind in ("", "_floors"))
-    if scores.exists():
-        tables["scores"] = scores_markdown(pd.read_csv(scores))
-        if floors.exists():
-            tables["scores"] += "\n\n" + floors_markdown(pd.read_csv(floors))
-    verdicts = home / "data" / "results" / "claims_tiny.csv"
-    if verdicts.exists():
-        tables["claims"] = claims_markdown(pd.read_csv(verdicts, dtype={"claim": str}))
+    results = home / "data" / "results"
+    if (results / "tiny.csv").exists():
+        tables["scores"] = scores_markdown(pd.read_csv(results / "tiny.csv"))
+    if (results / "tiny_floors.csv").exists():
+        tables["floors"] = floors_markdown(pd.read_csv(results / "tiny_floors.csv"))
+    if (results / "claims_tiny.csv").exists():
+        verdicts = pd.read_csv(results / "claims_tiny.csv", dtype={"claim": str})
+        tables["claims"] = claims_markdown(verdicts)
+        tables["verdicts"] = verdicts_markdown(verdicts)
     files = sorted((home / "bench" / "results").glob("*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if "demo" in records:
@@ -206,19 +218,25 @@ def readme_tables(home=None):
     return tables
 
 
-def fill_readme(home=None):
-    """Put the tables between their markers in README.md; returns the markers filled. Without results nothing changes."""
-    page, tables = Path(home or ROOT) / "README.md", readme_tables(home)
-    if not page.exists():
-        return []
-    text = page.read_text(encoding="utf-8")
+def fill_pages(home: Path | str | None = None) -> list[str]:
+    """Put each table between its markers on one of `PAGES`; returns the markers filled.
+
+    A table whose result file is missing leaves its page as it is. Raises ValueError when the
+    markers of a table are on no page or on two.
+    """
+    home = Path(home or ROOT)
+    files = [home / page for page in PAGES if (home / page).exists()]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    tables = page_tables(home) if texts else {}
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        marked = [file for file, text in texts.items() if begin in text or end in text]
+        text = texts[marked[0]] if len(marked) == 1 else ""
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(
-                f"README.md needs {begin} and {end} once each, with the table between them"
-            )
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    page.write_text(text, encoding="utf-8")
+            pages = ", ".join(PAGES)
+            raise ValueError(f"{begin} and {end} must stand once on one of {pages}")
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        texts[marked[0]] = f"{before}{begin}\n{table}\n{end}{after}"
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
     return list(tables)

@@ -1,5 +1,6 @@
-"""What a model learns from: samples and their images, conversations as tokens and labels, mixtures, checks and downloads.
+"""What a model learns from: samples with their images, conversations as tokens and labels.
 
-Comes in: a LLaVA json with its images. Goes out: a table of samples, and (ids, labels) of one conversation. A new source
-or mixture is one file here. What a prompt looks like (conversation.py) also decides what evaluation asks.
+In: a LLaVA json with its images. Out: a table of samples, and the ids and labels of a conversation.
+A new data source or mixture is one new file here. A change of the prompt (conversation.py) changes
+what evaluation asks, too.
 """

@@ -1,11 +1,18 @@
-"""From a conversation to token ids and labels: the only file that knows templates, `<image>` and -100.
+"""From a conversation to token ids and labels: the only file that knows templates and -100.
 
-The ids are LLaVA-1.5's: text left and right of the picture is tokenised apart, the picture itself is ONE `IMAGE_TOKEN_INDEX`.
-The labels are built with the ids, turn by turn, where the original counts lengths afterwards and throws a sample away when the
-counts disagree (the well-known "tokenization mismatch").
+The ids are those of LLaVA-1.5: text before and after the image is tokenised separately, and the
+image is one `IMAGE_TOKEN_INDEX`. Ids and labels are built together, turn by turn. The original
+counts lengths afterwards, and drops a sample if the counts disagree (the well-known "tokenization
+mismatch").
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
@@ -14,19 +21,28 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# the same template for Hugging Face processors; GAP: see chat_template
-_CHAT_TEMPLATE = (
-    "{{ '"
-    + SYSTEM.replace("'", "\\'")
-    + " ' }}{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}{{ '<image>GAP' }}{% endfor %}"
-    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{{ ' ' if m.role == 'user' else eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+# The same template for Hugging Face processors; `chat_template` fills in SYSTEM and GAP.
+_CHAT_TEMPLATE = """\
+{% set has_system = messages[0].role == 'system' %}{% if not has_system %}{{ 'SYSTEM ' }}\
+{% elif messages[0].content is string %}{{ messages[0].content + ' ' }}{% else %}\
+{% for c in messages[0].content if c.type == 'text' %}{{ c.text + ' ' }}{% endfor %}{% endif %}\
+{% for m in (messages[1:] if has_system else messages) %}\
+{% if m.role not in ('user', 'assistant') %}\
+{{ raise_exception('The roles are user and assistant, and system in the first place.') }}\
+{% endif %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}\
+{% if m.content is string %}{{ m.content }}{% else %}\
+{% for c in m.content if c.type == 'image' %}{{ '<image>GAP' }}{% endfor %}\
+{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}\
+{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
 
 class Audit(NamedTuple):
-    """What of a conversation can be trained on: (question, answer) pairs, whether a picture leads, and what was left out."""
+    """What of a conversation can be trained on.
+
+    pairs: (question, answer) without image tokens. has_image: whether an image precedes the first
+    question. dropped: what was left out, in words.
+    """
 
     pairs: list[tuple[str, str]]
     has_image: bool
@@ -34,10 +50,10 @@ class Audit(NamedTuple):
 
 
 def audit(conversations: list[dict]) -> Audit:
-    """Sort a conversation into (question, answer) pairs, keeping what is sound and naming what is not.
+    """Split a conversation into (question, answer) pairs; keep what is sound and name the rest.
 
-    `<image>` always moves to the front of the first kept question. Raises ValueError, with the reason, when the order or a role is
-    wrong, `<image>` stands where it cannot be honoured, or no answer is left to learn from.
+    `<image>` always moves to the front of the first pair that is kept. ValueError says why nothing
+    can be trained on: wrong order or role, `<image>` in the wrong place, or no answer.
     """
     if not conversations:
         raise ValueError("no turns")
@@ -51,16 +67,18 @@ def audit(conversations: list[dict]) -> Audit:
         turns, dropped = turns[:-1], [*dropped, "the last turn, a question without an answer"]
     if not turns:
         raise ValueError("wrong order: no question is followed by an answer")
+    # What is left begins with a question and ends with an answer: it has to alternate.
     for turn, role in zip(turns, ["human", "gpt"] * len(turns)):
         if turn["from"] != role:
             raise ValueError(f"wrong order: two {turn['from']} turns in a row")
     texts = [turn.get("value") or "" for turn in turns]
-    if any(IMAGE in text for text in texts[1::2]):
+    questions, answers = texts[::2], texts[1::2]
+    if any(IMAGE in answer for answer in answers):
         raise ValueError("image token in an answer")
-    if sum(IMAGE in text for text in texts[::2]) > 1:
+    if sum(IMAGE in question for question in questions) > 1:
         raise ValueError("image token in more than one question")
     pairs = []
-    for question, answer in zip(texts[::2], texts[1::2]):
+    for question, answer in zip(questions, answers):
         if question.count(IMAGE) > 1:
             dropped.append("a repeated image token")
         if IMAGE in question:
@@ -75,12 +93,34 @@ def audit(conversations: list[dict]) -> Audit:
 
 
 def encode(
-    conversations: list[dict], tokenizer, template: str = "vicuna_v1"
+    conversations: list[dict], tokenizer: Tokenizer, template: str = "vicuna_v1"
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation, two lists of int of the same length; -100 where nothing is learned.
+    """Token ids and labels of one conversation: two lists of the same length.
 
-    `vicuna_v1` learns every answer and the end token after it; `plain` (projector stage) drops the question and learns
-    the caption and a newline. The picture is ONE `IMAGE_TOKEN_INDEX`. ValueError says why nothing can be learned.
+    A label is the id where the model learns, -100 elsewhere. `vicuna_v1` learns every answer and
+    the end token after it. `plain` (projector stage) drops the question and learns the caption and
+    a newline. The image is one `IMAGE_TOKEN_INDEX`, -200; `expand` widens it. ValueError says why
+    nothing can be learned.
+
+    For example, with the tokenizer in data/tiny/language_model, for which the system text is one
+    token (980), the record
+
+    >>> record = {
+    ...     "id": "1", "image": "1.png", "task_name": "color",
+    ...     "conversations": [
+    ...         {"from": "human", "value": "<image>\\nWhat color is it?"},
+    ...         {"from": "gpt", "value": "red"},
+    ...     ],
+    ... }
+
+    becomes the prompt "A chat between ... user's questions. USER: <image>\\nWhat color is it?
+    ASSISTANT: red</s>". The last two tokens are learned, "red" and the end token:
+
+    >>> ids, labels = encode(record["conversations"], tokenizer)
+    >>> ids
+    [1, 980, 429, 354, -200, 354, 259, 534, 543, 387, 532, 290, 463, 418, 2]
+    >>> labels
+    [-100, -100, -100, -100, -100, -100, -100, -100, -100, -100, -100, -100, -100, 418, 2]
     """
     (encoded,) = encode_many([conversations], tokenizer, template)
     if isinstance(encoded, ValueError):
@@ -89,137 +129,191 @@ def encode(
 
 
 def encode_many(
-    many, tokenizer, template: str = "vicuna_v1"
+    many: Iterable[list[dict]], tokenizer: Tokenizer, template: str = "vicuna_v1"
 ) -> list[tuple[list[int], list[int]] | ValueError]:
-    """`encode` for many conversations with one call of the tokenizer; where nothing can be learned stands the ValueError."""
-    begun = []
+    """`encode` for many conversations with one call of the tokenizer, which is much faster.
+
+    Where nothing can be learned, the list holds the ValueError.
+    """
+    requests = []
     for conversations in many:
         try:
-            begun.append(_texts(*audit(conversations)[:2], tokenizer, template))
-        except ValueError as trouble:
-            begun.append(trouble)
-    ids = iter(
-        _tokenize(tokenizer, [start[:2] for start in begun if not isinstance(start, ValueError)])
-    )
-    return [start if isinstance(start, ValueError) else start[2](next(ids)) for start in begun]
+            requests.append(_request(*audit(conversations)[:2], tokenizer, template))
+        except ValueError as reason:
+            requests.append(reason)
+    # One call for all requests; their ids come back in the same order.
+    ids = iter(_tokenize(tokenizer, [r for r in requests if isinstance(r, _Request)]))
+    return [r.join(next(ids)) if isinstance(r, _Request) else r for r in requests]
 
 
-def _texts(pairs, has_image, tokenizer, template) -> tuple:
-    """The texts to tokenise, what people said in them, and how ids and labels are put together from their ids."""
-    said = "".join(map("".join, pairs))
+def prompt_ids(
+    text: str,
+    tokenizer: Tokenizer,
+    template: str = "vicuna_v1",
+    has_image: bool = True,
+    before: Iterable[tuple[str, str]] = (),
+) -> list[int]:
+    """Ids to generate from, exactly as training shows them before an answer.
+
+    They end in "ASSISTANT:" (`plain`: in the image; `own`: as the tokenizer's own chat template has
+    it, for models that vflan did not train). before: the (question, answer) pairs of the
+    conversation so far; the image precedes the first question of all.
+    """
+    if template == "plain":
+        return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
+    if template == "own":
+        return _own_prompt_ids(text, tokenizer, has_image, before)
+    pairs = [*before, (text, "")]
+    if has_image:
+        pairs = [(question.replace(IMAGE, "").strip(), answer) for question, answer in pairs]
+    request = _request(pairs, has_image, tokenizer, template)
+    # The last two texts belong to the answer, which is not there yet.
+    (ids,) = _tokenize(tokenizer, [request._replace(texts=request.texts[:-2])])
+    earlier, _ = _join_turns(ids[:-1], tokenizer, has_image)
+    # A later prompt begins with the end token of the turn before, which `earlier` has already.
+    return earlier + ids[-1][len(pairs) > 1 :]
+
+
+def _own_prompt_ids(text, tokenizer, has_image, before) -> list[int]:
+    messages = []
+    for question, answer in [*before, (text.replace(IMAGE, "").strip(), None)]:
+        content = [{"type": "text", "text": question}]
+        if has_image and not messages:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            spoken = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": spoken})
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    # A template may write the beginning of the text itself.
+    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = ids if begins else [*_bos(tokenizer), *ids]
+    if has_image and ids.count(image_id) != 1:
+        raise ValueError(f"the model's chat template does not write {IMAGE} once for a picture")
+    return [IMAGE_TOKEN_INDEX if token == image_id else token for token in ids]
+
+
+def chat_template(tokenizer: Tokenizer) -> str:
+    """The template saved with every run: `AutoProcessor` alone gives the model training's ids.
+
+    It tokenises the whole text at once, where training takes the text before and after the image
+    separately. Some tokenizers begin every text with a space, but not after a special token
+    (Vicuna's, for instance): for them the template has to write that space.
+    """
+    separate = prompt_ids(f"{IMAGE}\nWhat?", tokenizer)[len(_bos(tokenizer)) :]
+    separate[separate.index(IMAGE_TOKEN_INDEX)] = tokenizer.convert_tokens_to_ids(IMAGE)
+    at_once = tokenizer(f"{SYSTEM} USER: {IMAGE} \nWhat? ASSISTANT:", add_special_tokens=False)
+    gap = " \n" if at_once.input_ids == separate else "\n"
+    return _CHAT_TEMPLATE.replace("SYSTEM", SYSTEM.replace("'", "\\'")).replace("GAP", gap)
+
+
+def expand(
+    ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels with the image widened to as many features as the model inserts."""
+    if IMAGE_TOKEN_INDEX not in ids:
+        return ids, labels
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    ids = [*ids[:at], *[image_token_id] * num_image_tokens, *ids[at + 1 :]]
+    labels = [*labels[:at], *[IGNORE_INDEX] * num_image_tokens, *labels[at + 1 :]]
+    return ids, labels
+
+
+# ----------------------------------------------------------------------- prompts and their ids
+
+
+class _Request(NamedTuple):
+    """Texts to tokenise, all that people wrote in them, and how their ids become ids and labels."""
+
+    texts: list[str]
+    written: str
+    join: Callable[[list[list[int]]], tuple[list[int], list[int]]]
+
+
+def _request(pairs: list[tuple[str, str]], has_image: bool, tokenizer, template: str) -> _Request:
+    written = "".join(map("".join, pairs))
     if template == "plain":
         if not has_image:
             raise ValueError("no image token: the plain template is a picture and its caption")
         if len(pairs) > 1:
-            raise ValueError(
-                f"{len(pairs)} answers: the plain template is a picture and one caption"
-            )
-        return [pairs[0][1] + "\n"], said, lambda ids: _caption(ids[0], tokenizer)
-    head, prompts = _prompts([question for question, _ in pairs], tokenizer, has_image)
-    texts = [
-        text
-        for prompt, (_, answer) in zip(prompts, pairs)
-        for text in (prompt, f"{prompt} {answer}", f" {answer}")
-    ]
-    return [head, *texts], said, lambda ids: _turns(ids, tokenizer, has_image)
+            problem = f"{len(pairs)} answers"
+            raise ValueError(f"{problem}: the plain template is a picture and one caption")
+        return _Request([pairs[0][1] + "\n"], written, lambda ids: _join_plain(ids[0], tokenizer))
+    (first, _), *later = pairs
+    head, tail = (f"{SYSTEM} USER: ", "\n") if has_image else ("", f"{SYSTEM} USER: ")
+    start = f"{tail}{first}" if first or not has_image else ""
+    # Some tokenizers spell "USER" differently after an end token, hence the end token in the text.
+    questions = [start, *(f"{tokenizer.eos_token}USER: {question}" for question, _ in later)]
+    texts = [head]
+    for question, (_, answer) in zip(questions, pairs):
+        prompt = f"{question} ASSISTANT:"
+        texts += [prompt, f"{prompt} {answer}", f" {answer}"]
+    return _Request(texts, written, lambda ids: _join_turns(ids, tokenizer, has_image))
 
 
-def _caption(caption: list[int], tokenizer) -> tuple[list[int], list[int]]:
+def _join_plain(caption: list[int], tokenizer) -> tuple[list[int], list[int]]:
     head = [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
     return head + caption, [IGNORE_INDEX] * len(head) + caption
 
 
-def _turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+def _join_turns(ids: list[list[int]], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+    """ids: of the head, then of the prompt, the prompt with its answer, and the answer, a turn."""
     ids = iter(ids)
-    input_ids = _head(next(ids), tokenizer, has_image)
+    input_ids = [*_bos(tokenizer), *next(ids), *([IMAGE_TOKEN_INDEX] if has_image else [])]
     labels = [IGNORE_INDEX] * len(input_ids)
     for turn, (prompt, whole, answer) in enumerate(zip(ids, ids, ids)):
-        # the answer is what it adds to the prompt, so that generation starts from exactly what training saw before it
-        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else answer
-        prompt = prompt[turn > 0 :]  # later prompts begin with the end token of the turn before
+        # The answer is what it adds to the prompt, so that generation starts from the very ids
+        # that training saw before it. Where the two merge, the answer is tokenised alone.
+        if whole[: len(prompt)] == prompt:
+            answer = whole[len(prompt) :]
+        # A later prompt begins with the end token of the turn before.
+        prompt = prompt[turn > 0 :]
         input_ids += [*prompt, *answer, tokenizer.eos_token_id]
         labels += [*[IGNORE_INDEX] * len(prompt), *answer, tokenizer.eos_token_id]
     return input_ids, labels
 
 
-def prompt_ids(
-    text: str, tokenizer, template: str = "vicuna_v1", has_image: bool = True, before=()
-) -> list[int]:
-    """Ids to generate from, ending in "ASSISTANT:" (`plain`: in the picture), as training shows them before an answer.
+def _tokenize(tokenizer, requests: list[_Request]) -> list[list[list[int]]]:
+    """The ids, without BOS, of each text of each request.
 
-    before: the (question, answer) pairs of the conversation so far; the picture leads the first of all questions.
+    A "</s>" or "<image>" that a person wrote is tokenised as text, not as a special token.
     """
-    if template == "plain":
-        return [*_bos(tokenizer), IMAGE_TOKEN_INDEX]
-    pairs = [*before, (text, "")]
-    if has_image:
-        pairs = [(question.replace(IMAGE, "").strip(), answer) for question, answer in pairs]
-    texts, said, _ = _texts(pairs, has_image, tokenizer, template)
-    (ids,) = _tokenize(tokenizer, [(texts[:-2], said)])  # the last prompt without an answer
-    told, _ = _turns(ids[:-1], tokenizer, has_image)
-    return told + ids[-1][len(before) > 0 :]
-
-
-def chat_template(tokenizer) -> str:
-    """The template that is saved with every run, so that `AutoProcessor` alone prompts the model with training's very ids.
-
-    It tokenises in one pass, where training takes the text before and after the picture apart: for tokenizers that begin
-    every stretch of text with a space (but the ones after a special token, as Vicuna's), the space has to be written.
-    """
-    apart = prompt_ids(f"{IMAGE}\nWhat?", tokenizer)[len(_bos(tokenizer)) :]
-    apart[apart.index(IMAGE_TOKEN_INDEX)] = tokenizer.convert_tokens_to_ids(IMAGE)
-    spelt = f"{SYSTEM} USER: {IMAGE} \nWhat? ASSISTANT:"
-    gap = " \n" if tokenizer(spelt, add_special_tokens=False).input_ids == apart else "\n"
-    return _CHAT_TEMPLATE.replace("GAP", gap)
-
-
-def expand(
-    ids: list[int], labels: list[int], num_image_tokens: int, image_token_id: int
-) -> tuple[list, list]:
-    """The same ids and labels with the one picture position widened to the features the model puts there."""
-    if IMAGE_TOKEN_INDEX not in ids:
-        return ids, labels
-    at = ids.index(IMAGE_TOKEN_INDEX)
-    return (
-        [*ids[:at], *[image_token_id] * num_image_tokens, *ids[at + 1 :]],
-        [*labels[:at], *[IGNORE_INDEX] * num_image_tokens, *labels[at + 1 :]],
-    )
-
-
-def _prompts(questions: list[str], tokenizer, has_image: bool) -> tuple[str, list[str]]:
-    """The text before the picture, and for each question the stretch of text that ends in "ASSISTANT:"."""
-    first, *later = questions
-    # some tokenizers spell "USER" differently after an end token, hence the end token in the text
-    later = [f"{tokenizer.eos_token}USER: {question} ASSISTANT:" for question in later]
-    if has_image:
-        return f"{SYSTEM} USER: ", [f"\n{first} ASSISTANT:" if first else " ASSISTANT:", *later]
-    return "", [f"{SYSTEM} USER: {first} ASSISTANT:", *later]
-
-
-def _head(ids: list[int], tokenizer, has_image: bool) -> list[int]:
-    return [*_bos(tokenizer), *ids, *([IMAGE_TOKEN_INDEX] if has_image else [])]
-
-
-def _tokenize(tokenizer, asked: list[tuple[list[str], str]]) -> list[list[list[int]]]:
-    """Ids, no BOS, of each text of each (texts, said). A "</s>" or "<image>" that a person wrote is spelled out, never obeyed."""
     special = [token for token in tokenizer.all_special_tokens if token != SYSTEM]
-    plain = [not any(token in said for token in special) for _, said in asked]
-    texts = list(
-        dict.fromkeys(text for (texts, _), easy in zip(asked, plain) if easy for text in texts)
-    )
-    known = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
+    is_plain = [not any(token in request.written for token in special) for request in requests]
+    # Each distinct text is tokenised once: the system text, for instance, is in all requests.
+    plain = (request for request, easy in zip(requests, is_plain) if easy)
+    texts = list(dict.fromkeys(text for request in plain for text in request.texts))
+    given = [keep_first_space(tokenizer, text) for text in texts]
+    known = dict(zip(texts, tokenizer(given, add_special_tokens=False).input_ids)) if texts else {}
     return [
-        [known[text] for text in texts] if easy else _spell(tokenizer, texts)
-        for (texts, _), easy in zip(asked, plain)
+        [known[text] for text in request.texts] if easy else _spell(tokenizer, request.texts)
+        for request, easy in zip(requests, is_plain)
     ]
 
 
+def keep_first_space(tokenizer: Tokenizer, text: str) -> str:
+    """`text` as a fast tokenizer needs it to keep a space at its start as a token of its own.
+
+    SentencePiece puts a space before every text. The fast tokenizers do so only before a text that
+    does not begin with one: `" ASSISTANT:"`, after an image without a question, would lose a token.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    scheme = getattr(getattr(backend, "pre_tokenizer", None), "prepend_scheme", "never")
+    # SentencePiece writes a space as "▁".
+    return " " + text if scheme != "never" and text.startswith((" ", "▁")) else text
+
+
 def _spell(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of texts in which special tokens are only text."""
     eos = tokenizer.eos_token
-    lead = [text.startswith(f"{eos}USER: ") for text in texts]
-    texts = [text[len(eos) :] if led else text for text, led in zip(texts, lead)]
+    # The end token that `_request` wrote before "USER: " is the exception.
+    has_eos = [text.startswith(f"{eos}USER: ") for text in texts]
+    texts = [text[len(eos) :] if lead else text for text, lead in zip(texts, has_eos)]
+    texts = [keep_first_space(tokenizer, text) for text in texts]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-    return [[tokenizer.eos_token_id] * led + row for row, led in zip(ids, lead)]
+    return [[tokenizer.eos_token_id] * lead + row for row, lead in zip(ids, has_eos)]
 
 
 def _bos(tokenizer) -> list[int]:

@@ -1,15 +1,19 @@
-"""Real sets from the Hugging Face hub, into the folders where vflan looks for them.
+"""Downloads data sets from the Hugging Face hub into the folders where vflan looks for them.
 
     vflan download vision_flan_191
     vflan download --list
 
-Files come over plain HTTP straight into their folder, so nothing is stored twice, and a download that was killed goes on where it
-stopped: the hub's own client keeps no partial file between two calls.
+Files are downloaded over plain HTTP directly into their folder, so nothing is stored twice, and a
+killed download continues where it stopped: the hub's own client keeps no partial file between two
+calls.
 """
+
+from __future__ import annotations
 
 import difflib
 import errno
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -29,168 +33,120 @@ from vflan.progress import progress
 
 @dataclass(frozen=True)
 class HubSet:
-    """A set that lives on the hub: its repository, the files that vflan reads, and what the hub does not hold of it."""
+    """A data set on the hub, from hub_sets.json.
+
+    repo: its repository. folder: where it goes, relative to the project folder. files: paths in the
+    repository that vflan reads; * matches anything. then: what is left to do after the download.
+    licence: as far as it is known; data/README.md says more.
+    """
 
     repo: str
-    folder: str  # relative to the project folder
-    files: tuple[str, ...]  # paths in the repository; * stands for anything
-    then: str  # what remains to be done
-    licence: str  # as far as it could be found out; data/README.md says more
+    folder: str
+    files: list[str]
+    then: str
+    licence: str
 
 
-SETS = {
-    "vision_flan_191": HubSet(
-        "Vision-Flan/vision-flan_191-task_1k",
-        "data/vision_flan",
-        ("annotation_191-task_1k.json", "image_191-task_1k.zip"),
-        "complete: the zip can stay packed",
-        "none of its own: for research, each source keeps its terms",
-    ),
-    "vision_flan": HubSet(
-        "Vision-Flan/vision-flan",
-        "data/vision_flan",
-        ("vision_flan.json", "shard_*.zip", "*.sh"),
-        "unpack the shards: sh run.sh in that folder",
-        "none of its own: for research, each source keeps its terms",
-    ),
-    "llava_pretrain": HubSet(
-        "liuhaotian/LLaVA-Pretrain",
-        "data/llava_pretrain",
-        ("blip_laion_cc_sbu_558k.json", "images.zip"),
-        "complete: the zip can stay packed",
-        "other: those of LAION, CC and SBU",
-    ),
-    "llava_instruct": HubSet(
-        "liuhaotian/LLaVA-Instruct-150K",
-        "data/llava_instruct",
-        ("llava_instruct_150k.json",),
-        "the pictures are COCO train2017, from cocodataset.org, into train2017/",
-        "CC BY 4.0, and the terms of GPT-4's maker; pictures: COCO's",
-    ),
-    "llava_1_5": HubSet(
-        "liuhaotian/LLaVA-Instruct-150K",
-        "data/llava_1_5",
-        ("llava_v1_5_mix665k.json",),
-        "the pictures are those of COCO, GQA, OCR-VQA, TextVQA and Visual Genome, from their sites",
-        "CC BY 4.0, the terms of GPT-4's maker, and each source's",
-    ),
-}
+_SETS_FILE = Path(__file__).with_name("hub_sets.json")
+SETS = {name: HubSet(**entry) for name, entry in json.loads(_SETS_FILE.read_bytes()).items()}
 
 
 def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
-    """Download a set (a key of SETS) into its folder under data/, or into `folder`, and return the folder.
+    """Download a set (a key of SETS) into its folder under data/, or `folder`; returns the folder.
 
-    Every file's size and checksum are compared with what the hub states, also of files that are there already: a second call checks
-    them all and fetches only what is missing or damaged. Interrupted or killed, the next call goes on where this one stopped. A
-    mirror is named by HF_ENDPOINT. ValueError, FileNotFoundError, PermissionError, ConnectionError and OSError say what to do.
+    The size and checksum of every file are compared with the hub's, also if the file is there
+    already: a second call checks all files, and downloads what is missing or damaged. After an
+    interruption, the next call continues. HF_ENDPOINT names a mirror. ValueError,
+    FileNotFoundError, PermissionError, ConnectionError and OSError say what to do.
     """
     if name not in SETS:
         near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"There is no set {name!r}; the closest is {near!r}, and all are {', '.join(SETS)}."
-        )
-    wanted = SETS[name]
-    folder = output_path(folder or wanted.folder)
+        options = f"the closest is {near!r}, and all are {', '.join(SETS)}"
+        raise ValueError(f"There is no set {name!r}; {options}.")
+    repo, folder = SETS[name].repo, output_path(folder or SETS[name].folder)
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    api = HfApi(endpoint=endpoint)
+    kept = "What has been downloaded is kept"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Two processes must not write the same partial file.
         with FileLock(folder / ".fetch.lock", timeout=0):
-            commit, files = _listing(api, wanted)
+            commit, files = _listing(HfApi(endpoint=endpoint), SETS[name])
             missing = [file for file in files if not _is_whole(folder / file.path, file)]
             _check_space(name, folder, missing)
+            where = {"repo_type": "dataset", "revision": commit, "endpoint": endpoint}
             for file in missing:
-                url = hf_hub_url(
-                    wanted.repo, file.path, repo_type="dataset", revision=commit, endpoint=endpoint
-                )
-                _download(url, file, folder / file.path)
+                _download(hf_hub_url(repo, file.path, **where), file, folder / file.path)
     except Timeout:
-        raise OSError(
-            f"{shown(folder)}: another fetch is at work there; wait for it to end."
-        ) from None
+        problem = "another fetch is running there; wait for it to end."
+        raise OSError(f"{shown(folder)}: {problem}") from None
     except errors.GatedRepoError:
-        page = f"{endpoint}/datasets/{wanted.repo}"
-        raise PermissionError(
-            f"{wanted.repo} asks you to accept its terms first: do so at {page}, run `hf auth login`, and fetch again."
-        ) from None
+        how = f"do so at {endpoint}/datasets/{repo}, run `hf auth login`, and fetch again."
+        raise PermissionError(f"{repo} asks you to accept its terms first: {how}") from None
     except errors.RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{endpoint} has no dataset {wanted.repo} any more, or hides it; data/README.md says what else is known of {name}."
-        ) from None
-    except (
-        errors.OfflineModeIsEnabled,
-        errors.HTTPError,
-    ) as trouble:  # HTTPError: all that goes wrong on the way
-        reason = str(trouble).strip().split("\n")[0]
+        how = f"data/README.md says what else is known of {name}."
+        raise FileNotFoundError(f"{endpoint} has no dataset {repo}, or hides it; {how}") from None
+    # HTTPError is the base of all network errors.
+    except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        how = f"{kept}: check the network (or name a mirror in HF_ENDPOINT) and fetch again."
         raise ConnectionError(
-            f"{endpoint} cannot be reached, or broke off ({reason}). What has come so far is kept: "
-            "check the network (or name a mirror in HF_ENDPOINT) and fetch again."
+            f"{endpoint} cannot be reached, or broke off ({reason}). {how}"
         ) from None
-    except OSError as trouble:
-        if trouble.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        # Disk full, or quota exceeded; any other error speaks for itself.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(
-            f"The disk of {shown(folder)} is full. What has come so far is kept: make room and fetch again."
-        ) from None
+        problem = f"The disk of {shown(folder)} is full. {kept}: free some space and fetch again."
+        raise OSError(problem) from None
     return folder
 
 
-def _listing(api: HfApi, wanted: HubSet) -> tuple[str, list[RepoFile]]:
-    """The commit that is fetched, so that a change on the hub cannot mix two versions, and its files that are wanted."""
-    commit = api.dataset_info(wanted.repo).sha
-    tree = api.list_repo_tree(wanted.repo, repo_type="dataset", revision=commit, recursive=True)
+def _listing(api: HfApi, hub_set: HubSet) -> tuple[str, list[RepoFile]]:
+    """The current commit, and the set's files in it.
+
+    All files are downloaded from this commit, so that a change on the hub cannot mix two versions.
+    """
+    commit = api.dataset_info(hub_set.repo).sha
+    tree = api.list_repo_tree(hub_set.repo, repo_type="dataset", revision=commit, recursive=True)
     tree = [file for file in tree if isinstance(file, RepoFile)]
-    for pattern in wanted.files:
+    for pattern in hub_set.files:
         if not any(fnmatch(file.path, pattern) for file in tree):
-            raise FileNotFoundError(
-                f"{wanted.repo} holds no {pattern} any more; look at {api.endpoint}/datasets/{wanted.repo}/tree/main."
-            )
-    return commit, [
-        file for file in tree if any(fnmatch(file.path, pattern) for pattern in wanted.files)
-    ]
+            page = f"{api.endpoint}/datasets/{hub_set.repo}/tree/main"
+            raise FileNotFoundError(f"{hub_set.repo} no longer holds {pattern}; look at {page}.")
+    return commit, [f for f in tree if any(fnmatch(f.path, pattern) for pattern in hub_set.files)]
 
 
 def _download(url: str, file: RepoFile, target: Path) -> None:
-    """One file, whole and verified, or not at all; what came before an interruption is continued."""
+    """One file, complete and verified, or nothing; a partial file is continued."""
     part = _part(file, target)
     part.parent.mkdir(parents=True, exist_ok=True)
-    headers = build_hf_headers() | {
-        "Accept-Encoding": "identity"
-    }  # sizes and ranges are those of the file itself
+    # Not compressed, because sizes and ranges are those of the file itself.
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    display = {"displayed_filename": file.path, "tqdm_class": _bar}
     while True:
+        # Appends, so that the bytes of an interrupted download are not fetched again.
         with open(part, "ab") as out:
             start = out.tell()
             if start < file.size:
-                http_get(
-                    url,
-                    out,
-                    resume_size=start,
-                    headers=headers,
-                    displayed_filename=file.path,
-                    tqdm_class=_bar,
-                )
+                http_get(url, out, resume_size=start, headers=headers, **display)
         if part.stat().st_size < file.size:
-            raise ConnectionError(
-                f"{file.path} broke off. What has come so far is kept: fetch again."
-            )
+            kept = "What has been downloaded is kept: fetch again."
+            raise ConnectionError(f"{file.path} broke off. {kept}")
         if _is_whole(part, file):
-            if os.path.lexists(
-                target
-            ):  # damaged, of another version, or somebody's own: it is not for us to delete
+            # A damaged file, another version, or the user's own: it is renamed, not deleted.
+            if os.path.lexists(target):
                 set_aside(target)
             part.replace(target)
             return
         part.unlink()
-        if (
-            not start
-        ):  # else what was there may have been the damaged half: once more, from the beginning
-            raise OSError(
-                f"{file.path} arrived damaged: its checksum is not the one that the hub states. Fetch again later."
-            )
+        # If a part was continued, that part may have been damaged: try once from the start.
+        if not start:
+            problem = "its checksum is not the one that the hub states. Fetch again later."
+            raise OSError(f"{file.path} arrived damaged: {problem}")
 
 
 def _part(file: RepoFile, target: Path) -> Path:
-    """Where a download grows: named after the content, so that another version never continues it."""
+    """The partial file. Its name has the checksum, so that another version never continues it."""
     return target.with_name(f".{target.name}.{_checksum(file)[:12]}.part")
 
 
@@ -199,9 +155,10 @@ def _checksum(file: RepoFile) -> str:
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:
-    """Whether the file at `path` is the hub's: its size, then SHA-256 (large files) or git's SHA-1 (small ones)."""
+    """Whether the file at `path` is the hub's: same size and SHA-256, or git's SHA-1 if small."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
+    # What the hub states: SHA-256 for files in LFS, else git's hash of a blob.
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content, progress(f"checking {file.path}", file.size, "B") as bar:
         while block := content.read(2**20):
@@ -211,18 +168,18 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
 
 
 def _check_space(name: str, folder: Path, missing: list[RepoFile]) -> None:
-    parts = [_part(file, folder / file.path) for file in missing]
-    here = sum(
-        min(part.stat().st_size, file.size) for part, file in zip(parts, missing) if part.exists()
-    )
-    needed, free = sum(file.size for file in missing) - here, shutil.disk_usage(folder).free
+    """OSError if the disk has no space for what is not downloaded yet."""
+    needed = 0
+    for file in missing:
+        part = _part(file, folder / file.path)
+        done = part.stat().st_size if part.exists() else 0
+        needed += max(0, file.size - done)
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(
-            f"{name} needs {needed / 1e9:.1f} GB more in {shown(folder)}, where {free / 1e9:.1f} GB are free: make room, "
-            "or give another folder."
-        )
+        sizes = f"{needed / 1e9:.1f} GB more in {shown(folder)}, where {free / 1e9:.1f} GB are free"
+        raise OSError(f"{name} needs {sizes}: free some space, or give another folder.")
 
 
 def _bar(desc: str, total: int | None, initial: int = 0, **_):
-    """What the hub's download takes for a class of bars."""
-    return progress(f"fetching {desc}", total or 0, "B", initial)
+    """Called by `http_get` like the class of a tqdm bar."""
+    return progress(f"downloading {desc}", total or 0, "B", initial)

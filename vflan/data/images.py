@@ -1,8 +1,15 @@
-"""Pictures: one string names one, in a folder, in a zip or in a parquet file. Read it, or say why it cannot be read."""
+"""Images: one string names an image in a folder, in a zip or in a parquet file.
+
+`image_resolver` makes these strings from the names in a samples file; `read_picture` reads one, or
+says why it cannot be read; `views` shrinks one to a few pixels that tell whether two may be alike.
+"""
+
+from __future__ import annotations
 
 import io
 import math
 import os
+import posixpath
 import re
 import stat
 import threading
@@ -10,26 +17,36 @@ import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-OUTSIDE = (
-    "outside:"  # marks a picture path that leaves the images folder; such a file is never opened
-)
-MAX_MEMBER_BYTES = 1 << 28  # a zip member that unpacks to more is no picture
-THIN = 300  # times as long as wide: cropping scales the short side to 336, and a line of pixels would fill the memory
-INSIDE = re.compile(
-    r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL
-)  # (container, its kind, what in it)
-_KINDS = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
+# Prefix of an image name that leaves the images folder; such a file is never opened.
+OUTSIDE = "outside:"
+# A zip member that unpacks to more bytes is refused.
+MAX_MEMBER_BYTES = 1 << 28
+# Largest ratio of the sides: cropping scales the short side to 336 pixels, so that an image one
+# pixel wide would fill the memory.
+THIN = 300
+# An image in a container: groups are the container, its kind, and what is inside.
+INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+_SUFFIXES = ("jpg", "png", "gif", "jpeg", "JPG", "PNG", "GIF", "JPEG")
+
+# Side of a view in pixels, and what is cropped from each side, as a share of width and height.
+SIDE, CROP = 8, 0.05
+# Boxes (left, top, right, bottom) as shares of width and height.
+WHOLE, INNER = (0.0, 0.0, 1.0, 1.0), (CROP, CROP, 1 - CROP, 1 - CROP)
 
 
 def read_picture(name: str | os.PathLike) -> Image.Image:
-    """The picture as RGB: palette and transparent ones converted, rotation tags left alone, all as LLaVA does.
+    """The image as RGB. Palette and transparency are converted, rotation tags ignored (as LLaVA).
 
-    `name` is a path, `/x/pictures.zip::member` or `/x/part.parquet::row`. Raises OSError with the reason of `picture_trouble`.
+    `name` is a path, `/x/pictures.zip::member` or `/x/part.parquet::row`. OSError: the image cannot
+    be used, with the reason that `picture_trouble` gives.
     """
     data = picture_bytes(name)
     try:
@@ -39,67 +56,154 @@ def read_picture(name: str | os.PathLike) -> Image.Image:
             short, long = sorted(picture.size)
             if long > THIN * short:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, too thin")
+            # Pillow's limit is for the image itself; training pads it to a square.
             if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
             return picture.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as trouble:
-        raise OSError(f"too many pixels: {name} ({trouble})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise OSError(f"too many pixels: {name} ({error})") from None
     except UnidentifiedImageError:
         raise OSError(f"undecodable picture: {name}") from None
-    except Exception as trouble:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-        said = str(trouble).lower()
-        kind = next((kind for kind in ("truncated", "too thin") if kind in said), "undecodable")
-        raise OSError(f"{kind} picture: {name} ({trouble})") from None
+    # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for broken files.
+    except Exception as error:
+        message = str(error).lower()
+        kind = next((kind for kind in ("truncated", "too thin") if kind in message), "undecodable")
+        raise OSError(f"{kind} picture: {name} ({error})") from None
 
 
 def picture_bytes(name: str | os.PathLike) -> bytes:
-    """The picture's file as it is, not decoded. Raises OSError with the reason of `picture_trouble`."""
+    """The image's file, not decoded. OSError: with the reason that `picture_trouble` gives."""
     name = os.fspath(name)
     if name.startswith(OUTSIDE):
         raise OSError(f"path outside the images folder: {name.removeprefix(OUTSIDE)}")
     try:
-        found = _find(name)
-        data = found[1]() if found else None
-    except (
-        EOFError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as trouble:  # what a damaged member raises, its checksum included
-        raise OSError(f"truncated picture: {name} ({trouble})") from None
-    except (
-        Exception
-    ) as trouble:  # no permission, a part that is no parquet file, an encrypted member ...
-        raise OSError(f"undecodable picture: {name} ({trouble})") from None
+        source = _find(name)
+        data = source[1]() if source else None
+    # A damaged zip member raises one of these, also if only its checksum is wrong.
+    except (EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise OSError(f"truncated picture: {name} ({error})") from None
+    # For instance no permission, a file that is not parquet, an encrypted member.
+    except Exception as error:
+        raise OSError(f"undecodable picture: {name} ({error})") from None
     if data is None:
         raise FileNotFoundError(f"missing picture: {name}")
     return data
 
 
 def picture_trouble(name: str | os.PathLike) -> str:
-    """Why a picture cannot be used, its kind first ("missing picture: ..."); empty when it can."""
+    """Why an image cannot be used, "" if it can. The kind comes first: "missing picture: ..."."""
     return _trouble(os.fspath(name), stamp(name))
 
 
 def stamp(name: str | os.PathLike) -> tuple:
-    """What changes when the picture's content does, found without reading it; () for a picture that is not there."""
+    """A tuple that changes when the image's content does, () if there is none. Reads no image."""
     try:
-        found = _find(os.fspath(name))
-    except Exception:  # an archive that cannot be read: picture_bytes says why
-        return ()
-    return found[0] if found else ()
+        source = _find(os.fspath(name))
+    except Exception:
+        return ()  # the archive cannot be read: picture_bytes says why
+    return source[0] if source else ()
 
 
+# The stamp is part of the key, so that an image that changes is read again.
 @lru_cache(maxsize=1 << 16)
 def _trouble(name: str, stamp: tuple) -> str:
     try:
         read_picture(name)
-    except OSError as trouble:
-        return str(trouble)
+    except OSError as error:
+        return str(error)
     return ""
 
 
-def _find(name: str):
-    """(stamp, a function that reads the bytes) of a picture; None when it is missing."""
+def views(picture: Image.Image) -> np.ndarray:
+    """uint8 (2, 8, 8, 3): the whole image, and what a 5 % crop on each side leaves, both 8 x 8."""
+    boxes = [resize_box(picture, box, SIDE, Image.Resampling.BOX) for box in (WHOLE, INNER)]
+    return np.stack([np.asarray(box) for box in boxes])
+
+
+def resize_box(picture: Image.Image, box, side: int, how: Image.Resampling) -> Image.Image:
+    """The part of an image inside `box` (shares of width and height), resized to side x side."""
+    width, height = picture.size
+    box = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+    gap = 3.0 if how == Image.Resampling.BOX else None
+    return picture.resize((side, side), how, box=box, reducing_gap=gap)
+
+
+# ------------------------------------------------------------------- names in a samples file
+
+
+def images_root(path: Path, images: str | os.PathLike | None) -> Path:
+    """The folder or zip that image names are relative to."""
+    folder = path if path.is_dir() else path.parent
+    zips, beside = list(folder.glob("image*.zip")), folder / "images"
+    if images is None:
+        images = beside if beside.is_dir() else zips[0] if len(zips) == 1 else folder
+    elif not Path(images).exists() and len(zips) == 1 and Path(images).suffix != ".zip":
+        # The folder that a recipe names was never unpacked: read the zip in its place.
+        images = zips[0]
+    root = Path(images).resolve()
+    if _is_zip(root) and not zipfile.is_zipfile(root):
+        lack = "not a whole zip archive" if root.exists() else "no such archive"
+        raise ValueError(f"{root}: {lack}; download it again, or name its unpacked folder.")
+    return root
+
+
+def _is_zip(root: Path) -> bool:
+    return root.suffix.lower() == ".zip" and not root.is_dir()
+
+
+def image_resolver(root: Path) -> Callable[[str], str]:
+    """A function from an image name in the file to the string that `read_picture` takes.
+
+    A name that leaves the folder or zip gets the prefix OUTSIDE, and is never opened.
+    """
+    if not _is_zip(root):
+        return _folder_resolver(os.path.join(root, ""))
+
+    def resolve(name):
+        member = posixpath.normpath(name)
+        leaves = member in (".", "..") or member.startswith(("/", "../"))
+        return f"{OUTSIDE}{name}" if leaves else f"{root}::{member}"
+
+    return resolve
+
+
+def _folder_resolver(base: str) -> Callable[[str], str]:
+    """`_resolver` for a folder; `base` is its real path and ends in a slash."""
+
+    # Following links for each image is slow on a network disk: list each folder once instead.
+    @lru_cache(maxsize=1 << 16)
+    def real_path_and_links(folder):
+        real, links = os.path.realpath(folder), ()
+        if os.path.join(real, "").startswith(base):
+            try:
+                with os.scandir(real) as entries:
+                    links = {entry.name for entry in entries if entry.is_symlink()}
+            except OSError:
+                pass  # no such folder: its images will be reported as missing
+        return real, links
+
+    def resolve(name):
+        if "\0" in name:
+            return base + name  # no file can have this name: it will be reported as missing
+        # `save_samples` writes an image in a zip or parquet file of this folder as container::name.
+        inside = INSIDE.fullmatch(name) if "::" in name else None
+        path = os.path.join(base, inside[1] if inside else name)
+        folder, file = os.path.split(path)
+        real, links = real_path_and_links(folder)
+        is_plain = file not in links and file not in ("", ".", "..")
+        path = os.path.join(real, file) if is_plain else os.path.realpath(path)
+        if not path.startswith(base):
+            return f"{OUTSIDE}{name}"
+        return f"{path}::{inside[3]}" if inside else path
+
+    return resolve
+
+
+# ------------------------------------------------------------------------- finding an image
+
+
+def _find(name: str) -> tuple[tuple, Callable[[], bytes]] | None:
+    """(stamp, function that reads the bytes) of an image; None if it is missing."""
     inside = INSIDE.fullmatch(name)
     if not inside:
         return _find_file(name)
@@ -110,86 +214,84 @@ def _find(name: str):
     key = container, status.st_mtime_ns, status.st_size
     if kind.lower() == "parquet":
         return (*key[1:], int(member)), lambda: _embedded(*key, int(member))
-    with _lock:  # the first thread reads the archive's contents, the others wait for them
+    # The first thread reads the table of contents; the others wait for it.
+    with _lock:
         archive = _archive(*key)
     info = archive.find(member)
     return info and ((key[1], info.CRC, info.file_size), lambda: archive.read(info))
 
 
-def _find_file(path: str):
+def _find_file(path: str) -> tuple[tuple, Callable[[], bytes]] | None:
     status = _status(path)
     folder, base = os.path.split(path)
-    if status is None and os.path.isdir(
-        folder
-    ):  # only a lost file is looked for under its other names
+    # Other names are tried only for a file that does not exist.
+    if status is None and os.path.isdir(folder):
         for other in _other_names(base):
             path = os.path.join(folder, other)
-            status = _status(path, os.lstat)  # a link might leave the folder
+            # lstat, so that links are not accepted: one might leave the folder.
+            status = _status(path, os.lstat)
             if status:
                 break
-    return status and ((status.st_mtime_ns, status.st_size), lambda: _read(path))
+    return status and ((status.st_mtime_ns, status.st_size), Path(path).read_bytes)
 
 
-def _status(path: str, look=os.stat):
+def _status(path: str, stat_function=os.stat) -> os.stat_result | None:
     try:
-        status = look(path)
-    except (OSError, ValueError):  # ValueError: a null byte, or half a surrogate pair
+        status = stat_function(path)
+    # ValueError: the name holds a null byte, or half a surrogate pair.
+    except (OSError, ValueError):
         return None
     return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+def _other_names(name: str) -> Iterator[str]:
+    """Names that tools may have given to an image that is missing under its own.
 
-
-def _other_names(name: str):
-    """What a lost picture may be called instead.
-
-    Re-downloaded pictures changed their extension (OCR-VQA); unzip writes what the locale lacks as #Uxxxx; some systems decompose
-    accents; and a zip that does not say that its names are UTF-8 is read as code page 437.
+    Images downloaded again have other suffixes (OCR-VQA); unzip writes characters that the locale
+    lacks as #Uxxxx; some systems decompose accents; and names in a zip that does not declare UTF-8
+    are read as code page 437.
     """
-    stem, _, kind = name.rpartition(".")
-    swapped = [f"{stem}.{other}" for other in _KINDS if other != kind] if kind in _KINDS else []
-    for plain in (name, *swapped):
-        if plain.isascii():
-            yield plain
+    stem, _, suffix = name.rpartition(".")
+    suffixes = [other for other in _SUFFIXES if other != suffix] if suffix in _SUFFIXES else []
+    for candidate in (name, *(f"{stem}.{other}" for other in suffixes)):
+        if candidate.isascii():
+            yield candidate
             continue
-        for form in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
-            for text in (form, form.encode(errors="replace").decode("cp437")):
-                yield from (text, re.sub(r"[^\0-\x7f]", lambda c: f"#{_hex(ord(c[0]))}", text))
+        composed, decomposed = (unicodedata.normalize(form, candidate) for form in ("NFC", "NFD"))
+        for text in (candidate, composed, decomposed):
+            for spelling in (text, text.encode(errors="replace").decode("cp437")):
+                yield spelling
+                yield re.sub(r"[^\0-\x7f]", _escape, spelling)
 
 
-def _hex(code: int) -> str:
-    return f"U{code:04x}" if code < 1 << 16 else f"L{code:06x}"
+def _escape(character: re.Match) -> str:
+    code = ord(character[0])
+    return f"#U{code:04x}" if code < 1 << 16 else f"#L{code:06x}"
 
 
-# ------------------------------------------------------------------------------------------------------------ archives
+# ------------------------------------------------------------------------------- containers
 
 
 class _Archive:
-    """A zip read in place. Members are read by position (pread), so threads and forked readers share nothing that moves."""
+    """A zip that is read in place.
+
+    Members are read by position (pread), so that threads and forked processes share no file offset.
+    """
 
     def __init__(self, path: str):
         self.file = open(path, "rb")  # closed with the last reader
         with zipfile.ZipFile(self.file) as archive:
             self.members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        # The released zip has all images in one folder that the samples do not name.
         tops = {name.partition("/")[0] for name in self.members} - {"__MACOSX"}
-        self.top = (
-            f"{tops.pop()}/" if len(tops) == 1 else ""
-        )  # the released one holds all in images_191task_1k/
+        self.top = f"{tops.pop()}/" if len(tops) == 1 else ""
 
-    def find(self, member: str):
-        names = chain([member], _other_names(member))
-        return next(
-            (
-                self.members[t + name]
-                for name in names
-                for t in ("", self.top)
-                if t + name in self.members
-            ),
-            None,
-        )
+    def find(self, member: str) -> zipfile.ZipInfo | None:
+        for name in chain([member], _other_names(member)):
+            for path in (name, self.top + name):
+                if path in self.members:
+                    return self.members[path]
+        return None
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
         if info.flag_bits & 1:
@@ -199,20 +301,18 @@ class _Archive:
         head = os.pread(self.file.fileno(), 30, info.header_offset)
         if len(head) < 30 or not head.startswith(b"PK\3\4"):
             raise zipfile.BadZipFile("the archive is damaged here; download it again")
-        start = (
-            info.header_offset
-            + 30
-            + int.from_bytes(head[26:28], "little")
-            + int.from_bytes(head[28:], "little")
-        )
+        # The data follows a header of 30 bytes, the member's name, and an extra field.
+        name_length, extra_length = (int.from_bytes(head[at : at + 2], "little") for at in (26, 28))
+        start = info.header_offset + 30 + name_length + extra_length
         packed = io.BytesIO(os.pread(self.file.fileno(), info.compress_size, start))
-        with zipfile.ZipExtFile(
-            packed, "r", info
-        ) as member:  # unpacks, and checks the checksum at the end
+        # ZipExtFile unpacks, and compares the checksum at the end.
+        with zipfile.ZipExtFile(packed, "r", info) as member:
             return member.read()
 
 
-_archive = lru_cache(maxsize=16)(lambda path, mtime_ns, size: _Archive(path))
+@lru_cache(maxsize=16)
+def _archive(path: str, mtime_ns: int, size: int) -> _Archive:
+    return _Archive(path)
 
 
 @lru_cache(maxsize=64)
@@ -226,16 +326,16 @@ def _row_groups(path: str, mtime_ns: int, size: int):
     return metadata, starts
 
 
-@lru_cache(maxsize=2)  # rows that follow each other lie in one group
+# Two row groups are kept: rows are mostly read in order.
+@lru_cache(maxsize=2)
 def _pictures_of(path: str, mtime_ns: int, size: int, group: int):
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    # no threads of Arrow's own: they would not survive a fork
-    with pq.ParquetFile(
-        path, metadata=_row_groups(path, mtime_ns, size)[0], memory_map=True, pre_buffer=False
-    ) as file:
+    metadata = _row_groups(path, mtime_ns, size)[0]
+    # Without Arrow's threads, because they do not exist in a forked process.
+    with pq.ParquetFile(path, metadata=metadata, memory_map=True, pre_buffer=False) as file:
         column = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
     return column if not pa.types.is_struct(column.type) else pc.struct_field(column, "bytes")
 
@@ -249,13 +349,12 @@ def _embedded(path: str, mtime_ns: int, size: int, row: int) -> bytes | None:
         return _pictures_of(path, mtime_ns, size, group)[row - starts[group]].as_py()
 
 
-def _unlock():
+def _renew_lock() -> None:
     global _lock
     _lock = threading.Lock()
 
 
-_unlock()
+_renew_lock()
+# A forked process may inherit the lock held by a thread that does not exist there.
 if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(
-        after_in_child=_unlock
-    )  # a thread that does not exist in the child may hold it
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -1,15 +1,19 @@
-"""Samples on disk: every released format, read once into an Arrow table that later opens map into memory."""
+"""Samples on disk: every released format, converted once into an Arrow table that is memory-mapped.
+
+A sample is a row of four columns: id, image, task_name and conversations. `load_samples` reads a
+json array, json lines or parquet; `save_samples` writes a json array.
+"""
+
+from __future__ import annotations
 
 import codecs
 import glob
 import hashlib
 import json
 import os
-import posixpath
 import re
 import warnings
-import zipfile
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -22,32 +26,38 @@ from filelock import FileLock, Timeout
 
 from vflan.config import CACHE
 from vflan.data.conversation import IMAGE
-from vflan.data.images import INSIDE, OUTSIDE
+from vflan.data.images import OUTSIDE, image_resolver, images_root
 from vflan.progress import progress
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image", pa.string()),
-        ("task_name", pa.string()),
-        ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
-    ]
-)
-_LAYOUT = 1  # of the table; another number makes every table again
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # how an Arrow stream that was written to its end ends
-_BLOCK = 1 << 23  # bytes of json read at a time; its rows are one batch of the table
+_TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+_TEXTS = [(name, pa.string()) for name in ("id", "image", "task_name")]
+_SCHEMA = pa.schema([*_TEXTS, ("conversations", pa.list_(_TURN))])
+# Version of the cached table: raise it when the conversion changes, and every table is made again.
+_LAYOUT = 1
+# The last bytes of an Arrow stream that was written to its end.
+_END = b"\xff\xff\xff\xff\0\0\0\0"
+# Bytes of json read at a time; their rows become one batch of the table.
+_BLOCK = 1 << 23
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
-    """Samples in LLaVA's form as a memory-mapped Arrow table: a json array, json lines, or parquet.
+    """Samples in LLaVA's form as a memory-mapped table.
 
-    `path` is a file, a folder of parquet parts, or a pattern that names some of them. Columns: id, image (the string that
-    `read_picture` takes, None for text-only), task_name, conversations (list of {from, value}). Pictures are looked for in `images`, a
-    folder or a zip; by default in the folder `images` beside the file, in the one image*.zip there, or beside the file itself. That zip
-    also stands in for a folder that was not unpacked. The first open converts into data/cache and says which picture leaves its folder;
-    nothing else is judged here: see `check`.
+    `path` is a json array, json lines, a parquet file, a folder of parquet files, or a pattern for
+    some of them. Columns: id, image (the string that `read_picture` takes; None for text only),
+    task_name, conversations (a list of {from, value}).
+
+    `images` is the folder or zip that image names are relative to. By default it is the folder
+    `images` beside the file, else the only image*.zip there, else the folder of the file. That zip
+    is also used if `images` names a folder that does not exist.
+
+    The first call converts the file into data/cache and marks each image name that leaves the
+    folder; nothing else is checked here, see `check`. FileNotFoundError: no such file. ValueError:
+    the file is damaged, has no conversations, or holds several splits.
     """
-    parts, root = _parts(Path(path)), _images_root(Path(path), images)
+    parts, root = _parts(Path(path)), images_root(Path(path), images)
+    # The name of the table depends on the paths, so that a changed file replaces its table. The key
+    # inside depends on sizes and times, so that a table of the old file is not used.
     source = [*map(str, parts), str(root)]
     digest = hashlib.blake2b(json.dumps(source).encode(), digest_size=8).hexdigest()
     table = CACHE / "samples" / f"{parts[0].stem[:80]}-{digest}.arrow"
@@ -58,41 +68,47 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
         return samples
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            table.with_suffix(".lock")
-        ):  # of several openers one converts and the others wait
+        # If several processes open the file at once, one converts it and the others wait.
+        with FileLock(table.with_suffix(".lock")):
             samples = _open(table, key)
             if samples is None:
                 _convert(parts, root, key, table)
                 samples = _open(table, key)
         if samples is None:
-            raise OSError("what was written cannot be read back")
+            raise OSError("the converted table cannot be read back")
         return samples
-    except (OSError, NotImplementedError) as trouble:  # the latter: a file system without locks
+    # filelock raises NotImplementedError if the file system cannot lock files.
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
         warnings.warn(
-            f"{table.parent} is of no use ({getattr(trouble, 'strerror', None) or trouble}), so {path} is held in memory; "
-            "set VFLAN_CACHE to a folder with room.",
+            f"{table.parent} cannot be used ({reason}), so {path} is held in memory; "
+            "set VFLAN_CACHE to a folder with free space.",
             stacklevel=2,
         )
     return Dataset(pa.Table.from_batches(_batches(parts, root), _SCHEMA))
 
 
-def save_samples(rows, path: str | os.PathLike, images: str | os.PathLike | None = None) -> Path:
-    """Write rows (dicts, or a Dataset) as LLaVA json, one a line of the array, whole or not at all.
+def save_samples(
+    rows: Iterable[dict], path: str | os.PathLike, images: str | os.PathLike | None = None
+) -> Path:
+    """Write rows (dicts, or a Dataset) as a LLaVA json array with one row a line; returns the path.
 
-    Pictures inside `images`, a folder or a zip, become relative to it.
+    Image names inside `images`, a folder or a zip, become relative to it. The file is complete or
+    not written at all.
     """
     path = Path(path)
     inside = tuple(f"{Path(images).resolve()}{mark}" for mark in (os.sep, "::")) if images else ()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # Row by row: `rows` may be a generator, or a data set that does not fit into memory.
         with open(scratch, "w", encoding="utf-8") as file:
             for number, row in enumerate(rows):
                 row = {key: value for key, value in row.items() if value is not None}
-                name = str(row.get("image", "")).removeprefix(OUTSIDE)
-                mark = next((mark for mark in inside if name.startswith(mark)), "")
-                row |= {"image": name.removeprefix(mark)} if "image" in row else {}
+                if "image" in row:
+                    name = str(row["image"]).removeprefix(OUTSIDE)
+                    prefix = next((prefix for prefix in inside if name.startswith(prefix)), "")
+                    row["image"] = name.removeprefix(prefix)
                 file.write((",\n" if number else "[\n") + json.dumps(row, ensure_ascii=False))
             file.write("\n]\n" if file.tell() else "[]\n")
         scratch.replace(path)
@@ -102,140 +118,68 @@ def save_samples(rows, path: str | os.PathLike, images: str | os.PathLike | None
 
 
 def texture(samples: Dataset) -> pd.DataFrame:
-    """A row a sample, in their order: task_name, turns, question and answer (words of the first one of each), image.
+    """One row a sample: task_name, turns, question and answer (words of the first), image.
 
-    `image` says where the first question names its picture: first, last, inside, or none. Read in stretches, in Arrow, so
-    that the full set's 1,664,261 rows take seconds and little memory; empty conversations count 0 words.
+    `image` is where the first question has its image token: first, last, inside, or none. An empty
+    conversation counts 0 words. The texts are counted in Arrow, some thousand rows at a time, so
+    that the full set's 1,664,261 rows take seconds and little memory.
     """
     parts = []
     for batch in samples.with_format("arrow").iter(batch_size=1 << 15):
         turns = batch["conversations"].combine_chunks()
-        count = pc.fill_null(pc.list_value_length(turns), 0).to_numpy()
+        count = pc.fill_null(pc.list_value_length(turns), 0).to_numpy()  # (rows,)
         text = pc.utf8_trim_whitespace(pc.fill_null(pc.struct_field(turns.flatten(), "value"), ""))
+        # `text` holds the turns of all rows one after another: find each row's first and second.
         start = np.cumsum(count) - count
-        asked, said = (text.take(np.clip(start + i, 0, max(0, len(text) - 1))) for i in (0, 1))
-        has = pc.match_substring(asked, IMAGE)
-        place = pc.if_else(
-            pc.starts_with(asked, IMAGE),
-            "first",
-            pc.if_else(pc.ends_with(asked, IMAGE), "last", "inside"),
-        )
-        part = {"task_name": batch["task_name"].combine_chunks(), "turns": count}
-        part["question"] = np.where(
-            count > 0, pc.subtract(pc.count_substring_regex(asked, r"\S+"), has.cast("int32")), 0
-        )
-        part["answer"] = np.where(count > 1, pc.count_substring_regex(said, r"\S+"), 0)
-        part["image"] = np.where(count > 0, pc.if_else(has, place, "none"), "none")
-        parts.append(pd.DataFrame({name: np.asarray(column) for name, column in part.items()}))
+        last = max(0, len(text) - 1)
+        question, answer = (text.take(np.clip(start + turn, 0, last)) for turn in (0, 1))
+        has_image = pc.match_substring(question, IMAGE)
+        place = pc.if_else(pc.ends_with(question, IMAGE), "last", "inside")
+        place = pc.if_else(pc.starts_with(question, IMAGE), "first", place)
+        words = [pc.count_substring_regex(texts, r"\S+") for texts in (question, answer)]
+        columns = {
+            "task_name": batch["task_name"].combine_chunks(),
+            "turns": count,
+            "question": np.where(count > 0, pc.subtract(words[0], has_image.cast("int32")), 0),
+            "answer": np.where(count > 1, words[1], 0),
+            "image": np.where(count > 0, pc.if_else(has_image, place, "none"), "none"),
+        }
+        parts.append(pd.DataFrame({name: np.asarray(column) for name, column in columns.items()}))
     return pd.concat(parts, ignore_index=True)
-
-
-# ------------------------------------------------------------------------------------------------- where things are
 
 
 def _parts(path: Path) -> list[Path]:
     """The files to read, in order."""
-    path = Path(
-        os.path.abspath(path)
-    )  # not resolved: the hub's cache holds links to files without an ending
+    # Links are not followed: in the hub's cache they lead to files without a suffix.
+    path = Path(os.path.abspath(path))
     if path.is_file():
         return [path]
-    parts = sorted(
-        path.rglob("*.parquet")
-        if path.is_dir()
-        else map(Path, glob.glob(str(path), recursive=True))
-    )
+    is_folder = path.is_dir()
+    names = path.rglob("*.parquet") if is_folder else glob.glob(str(path), recursive=True)
+    parts = sorted(map(Path, names))
     if not parts:
-        lack = "no parquet file in this folder" if path.is_dir() else "no such samples file"
-        raise FileNotFoundError(
-            f"{path}: {lack}; data/README.md says how to get it (tiny: notebook 01 makes it)."
-        )
-    splits = sorted(
-        {split[0] for part in parts if (split := re.match("train|val|dev|test", part.name))}
-    )
+        lack = "no parquet file in this folder" if is_folder else "no such samples file"
+        how = "data/README.md says how to get it (tiny: notebook 01 makes it)."
+        raise FileNotFoundError(f"{path}: {lack}; {how}")
+    matches = [re.match("train|val|dev|test", part.name) for part in parts]
+    splits = sorted({match[0] for match in matches if match})
     if len(splits) > 1:
-        raise ValueError(
-            f"{path} holds the splits {', '.join(splits)}; name one, as in {path}/**/{splits[-1]}*.parquet."
-        )
+        example = f"{path}/**/{splits[-1]}*.parquet"
+        raise ValueError(f"{path} holds the splits {', '.join(splits)}; name one, as in {example}.")
     return parts
 
 
-def _images_root(path: Path, images) -> Path:
-    folder = path if path.is_dir() else path.parent
-    zips, beside = list(folder.glob("image*.zip")), folder / "images"
-    if images is None:
-        images = beside if beside.is_dir() else zips[0] if len(zips) == 1 else folder
-    elif not Path(images).exists() and len(zips) == 1 and Path(images).suffix != ".zip":
-        images = zips[0]  # the folder that a recipe names was never unpacked
-    root = Path(images).resolve()
-    if _is_zip(root) and not zipfile.is_zipfile(root):
-        lack = "not a whole zip archive" if root.exists() else "no such archive"
-        raise ValueError(
-            f"{root}: {lack}; download it again, or name the folder it was unpacked to."
-        )
-    return root
-
-
-def _is_zip(root: Path) -> bool:
-    return root.suffix.lower() == ".zip" and not root.is_dir()
-
-
-def _placing(root: Path):
-    """A function from a sample's picture name to the string that `read_picture` takes; none leaves the folder or zip."""
-    if _is_zip(root):
-
-        def place(name):
-            member = posixpath.normpath(name)
-            leaves = member in (".", "..") or member.startswith(("/", "../"))
-            return f"{OUTSIDE}{name}" if leaves else f"{root}::{member}"
-
-        return place
-
-    @lru_cache(maxsize=1 << 16)
-    def look(folder):
-        """Where a folder really is, and which names in it are links: one listing instead of a look at every picture."""
-        real, links = os.path.realpath(folder), ()
-        if os.path.join(real, "").startswith(base):
-            try:
-                with os.scandir(real) as entries:
-                    links = {entry.name for entry in entries if entry.is_symlink()}
-            except OSError:  # no such folder: its pictures will be found missing
-                pass
-        return real, links
-
-    base = os.path.join(root, "")  # ends in a slash
-
-    def place(name):
-        if "\0" in name:
-            return base + name  # no file has such a name: it will be found missing
-        inside = (
-            INSIDE.fullmatch(name) if "::" in name else None
-        )  # as save_samples writes what lies in a container
-        path = os.path.join(base, inside[1] if inside else name)
-        folder, file = os.path.split(path)
-        real, links = look(folder)
-        path = (
-            os.path.realpath(path)
-            if file in links or file in ("", ".", "..")
-            else os.path.join(real, file)
-        )
-        if not path.startswith(base):
-            return f"{OUTSIDE}{name}"
-        return f"{path}::{inside[3]}" if inside else path
-
-    return place
-
-
-# ------------------------------------------------------------------------------------------------------- the table
+# ----------------------------------------------------------------------------- the cached table
 
 
 def _open(table: Path, key: bytes) -> Dataset | None:
-    """The table, mapped into memory; None when there is none, when it was made from another file, or when it is damaged."""
+    """The memory-mapped table; None if there is none, it is damaged, or it is of another file."""
     try:
         with open(table, "rb") as file:
             file.seek(-len(_END), os.SEEK_END)
             if file.read() != _END:
                 return None
+        # `_convert` writes the key into the metadata of the schema.
         with pa.memory_map(str(table)) as file:
             if (pa.ipc.open_stream(file).schema.metadata or {}).get(b"vflan") != key:
                 return None
@@ -244,22 +188,16 @@ def _open(table: Path, key: bytes) -> Dataset | None:
         return None
 
 
-def _convert(parts, root: Path, key: bytes, table: Path):
-    """Write the table under another name, then rename it: a kill leaves no half table."""
-    for left in table.parent.glob(
-        f"*-{'[0-9a-f]' * 16}.part"
-    ):  # of conversions that were killed; the lock of a living one is held
-        try:
-            with FileLock(left.with_suffix(".lock"), blocking=False):
-                left.unlink(missing_ok=True)
-        except Timeout:
-            pass
+def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
+    """Write the table under another name, then rename it: a killed process leaves no half table."""
+    _delete_partial_tables(table.parent)
     scratch = table.with_suffix(".part")
     try:
         with open(scratch, "wb") as file:
             with pa.ipc.new_stream(file, _SCHEMA.with_metadata({"vflan": key})) as writer:
                 for batch in _batches(parts, root):
                     writer.write_batch(batch)
+            # On the disk before the rename, so that a power cut leaves no empty table.
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(table)
@@ -267,33 +205,47 @@ def _convert(parts, root: Path, key: bytes, table: Path):
         scratch.unlink(missing_ok=True)
 
 
-def _batches(parts, root: Path):
-    """The rows of all files in Arrow's form, some thousands at a time."""
-    place, number = _placing(root), 0
+def _delete_partial_tables(folder: Path) -> None:
+    """Delete what killed conversions left; the lock of a running one is held."""
+    for partial in folder.glob(f"*-{'[0-9a-f]' * 16}.part"):
+        try:
+            with FileLock(partial.with_suffix(".lock"), blocking=False):
+                partial.unlink(missing_ok=True)
+        except Timeout:
+            pass
+
+
+def _batches(parts: list[Path], root: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of all files in Arrow's form, some thousand at a time."""
+    resolve, number = image_resolver(root), 0
     size = sum(part.stat().st_size for part in parts)
     with progress(f"reading {parts[0].name}", size, "B") as bar:
         for part in parts:
+            # By content, because files in the hub's cache may have no suffix.
             with open(part, "rb") as file:
                 is_parquet = file.read(4) == b"PAR1"
             done = 0
-            for rows, at in _parquet(part) if is_parquet else _json(part):
+            for rows, position in _parquet(part) if is_parquet else _json(part):
                 try:
-                    yield _batch(rows, number, place)
+                    yield _batch(rows, number, resolve)
                 except UnicodeEncodeError:
-                    yield _batch(_mended(rows), number, place)
+                    # Rare: only now look at each string for half a surrogate pair.
+                    yield _batch(_replace_surrogates(rows), number, resolve)
                 number += len(rows)
-                bar.update(at - done)
-                done = at
+                bar.update(position - done)
+                done = position
 
 
-def _batch(rows, first: int, place) -> pa.RecordBatch:
-    """Raw json objects in the four columns; what has the wrong type becomes what `check` will name."""
+def _batch(rows: list, first: int, resolve: Callable[[str], str]) -> pa.RecordBatch:
+    """Json objects as the four columns; a value of the wrong type becomes one `check` reports."""
     ids, images, tasks, ends, roles, values = [], [], [], [0], [], []
     for number, row in enumerate(rows, first):
         row = row if isinstance(row, dict) else {}
         name, image, turns = row.get("id"), row.get("image"), row.get("conversations")
         ids.append(str(number if name is None else name))
-        images.append(image if image is None or isinstance(image, _Placed) else place(str(image)))
+        if image is not None and not isinstance(image, _Resolved):
+            image = resolve(str(image))
+        images.append(image)
         tasks.append(str(row.get("task_name") or ""))
         for turn in turns if isinstance(turns, list) else ():
             turn = turn if isinstance(turn, dict) else {}
@@ -301,110 +253,104 @@ def _batch(rows, first: int, place) -> pa.RecordBatch:
             roles.append(role if isinstance(role, str) else None)
             values.append(value if isinstance(value, str) else None)
         ends.append(len(roles))
-    turns = pa.StructArray.from_arrays(
-        [pa.array(roles, pa.string()), pa.array(values, pa.string())], ["from", "value"]
-    )
+    # Flat arrays and offsets: much faster than lists of dicts.
+    roles, values = (pa.array(texts, pa.string()) for texts in (roles, values))
+    turns = pa.StructArray.from_arrays([roles, values], ["from", "value"])
     columns = [pa.array(column, pa.string()) for column in (ids, images, tasks)]
     columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), turns))
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
-class _Placed(str):
-    """A picture's name that is whole already."""
+class _Resolved(str):
+    """An image name that `read_picture` can take as it is."""
 
 
-def _mended(value):
-    """Half surrogate pairs, which json may hold and UTF-8 may not, as U+FFFD."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_mended(item) for item in value]
-    return (
-        {_mended(key): _mended(item) for key, item in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+def _replace_surrogates(rows: list) -> list:
+    """Half a surrogate pair, which json may hold and UTF-8 may not, becomes U+FFFD."""
+    text = json.dumps(rows, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------- file formats
 
 
-def _json(path: Path):
+def _json(path: Path) -> Iterator[tuple[list, int]]:
     """(some rows, bytes read so far) of a json array, or of json lines."""
     with open(path, "rb") as file:
-        blocks = _texts(file, path)
+        blocks = _blocks(file, path)
+        # The first character that is not space tells an array from json lines.
         first = next((block for block in blocks if block.strip()), "")
         read = _array if first.lstrip().startswith("[") else _lines
         for rows in read(chain([first], blocks), path):
             yield rows, file.tell()
 
 
-def _texts(file, path: Path):
+def _blocks(file, path: Path) -> Iterator[str]:
+    """The text of a file in blocks; a character that two blocks share comes with the second."""
     decoder, block = codecs.getincrementaldecoder("utf-8-sig")(), b"-"
     while block:
         block = file.read(_BLOCK)
         try:
             yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as trouble:
-            at = file.tell() - len(trouble.object) + trouble.start
-            raise ValueError(
-                f"{path} is not whole: byte {at} is not UTF-8 text; download it again."
-            ) from None
+        except UnicodeDecodeError as error:
+            position = file.tell() - len(error.object) + error.start
+            problem = f"byte {position} is not UTF-8 text; download it again."
+            raise ValueError(f"{path} is not whole: {problem}") from None
 
 
-_between = re.compile(r"[ \t\r\n]*").match  # white space of json
+_skip_space = re.compile(r"[ \t\r\n]*").match  # what json allows between values
+# What an array expects after a character: {(expected now, character): expected next}.
+_NEXT = {
+    ("[", "["): "value or ]",
+    ("value or ]", "]"): "end",
+    (", or ]", ","): "value",
+    (", or ]", "]"): "end",
+}
 
 
-def _array(blocks, path: Path):
-    """The elements of one json array, a list for each block of text; only an element that a block cuts is carried on."""
+def _array(blocks: Iterable[str], path: Path) -> Iterator[list]:
+    """The elements of a json array, a list for each block of text.
+
+    json.load would hold the whole file and all its objects in memory. Here only an element that is
+    cut by the end of a block is kept, and parsed again with the next block.
+    """
     decode = json.JSONDecoder().raw_decode
-    then = {
-        ("[", "["): "value or ]",
-        ("value or ]", "]"): "end",
-        (", or ]", ","): "value",
-        (", or ]", "]"): "end",
-    }
-    text, at, seen, line, want = "", 0, 0, 1, "["
+    text, at, expected = "", 0, "["
+    start, line = 0, 1  # position of `text` in the file
     for block in chain(blocks, [None]):
-        seen, line = seen + at, line + text.count("\n", 0, at)  # characters and lines before `text`
+        is_last = block is None
+        start, line = start + at, line + text.count("\n", 0, at)
         text, at, rows = text[at:] + (block or ""), 0, []
         try:
-            while (at := _between(text, at).end()) < len(text):
+            while (at := _skip_space(text, at).end()) < len(text):
                 mark = text[at]
-                if want == "value" or want == "value or ]" and mark != "]":
+                if expected == "value" or expected == "value or ]" and mark != "]":
                     row, end = decode(text, at)
-                    if (
-                        end == len(text)
-                        and block is not None
-                        and not isinstance(row, (dict, list, str))
-                    ):
+                    if end == len(text) and not is_last and not isinstance(row, dict | list | str):
                         break  # a number may go on in the next block
                     rows.append(row)
-                    at, want = end, ", or ]"
-                elif (want, mark) in then:
-                    at, want = at + 1, then[want, mark]
+                    at, expected = end, ", or ]"
+                elif (expected, mark) in _NEXT:
+                    at, expected = at + 1, _NEXT[expected, mark]
                 else:
-                    raise json.JSONDecodeError(
-                        "Extra data" if want == "end" else f"Expecting {want}", text, at
-                    )
-            if block is None and want != "end":
-                raise json.JSONDecodeError(f"Expecting {want}", text, at)
-        except (ValueError, RecursionError) as trouble:
-            where = getattr(trouble, "pos", at)
-            # near the end of the block, or in a string without an end, the next block may make it whole
-            if block is None or not (
-                where > len(text) - 16 or str(trouble).startswith("Unterminated")
-            ):
-                where = f"line {line + text.count(chr(10), 0, where)}, character {seen + where}"
-                what = getattr(trouble, "msg", trouble)
-                raise ValueError(
-                    f"{path} is not whole json ({what}: {where}); download it again."
-                ) from None
+                    problem = "Extra data" if expected == "end" else f"Expecting {expected}"
+                    raise json.JSONDecodeError(problem, text, at)
+            if is_last and expected != "end":
+                raise json.JSONDecodeError(f"Expecting {expected}", text, at)
+        except (ValueError, RecursionError) as error:
+            where = getattr(error, "pos", at)
+            # An error near the end of the block, or an open string, may end with the next block.
+            is_cut = where > len(text) - 16 or str(error).startswith("Unterminated")
+            if is_last or not is_cut:
+                problem = getattr(error, "msg", error)
+                where = f"line {line + text.count(chr(10), 0, where)}, character {start + where}"
+                message = f"{path} is not whole json ({problem}: {where}); download it again."
+                raise ValueError(message) from None
         yield rows
 
 
-def _lines(blocks, path: Path):
-    """The rows of json lines; only \\n ends a line, since answers may hold U+2028."""
+def _lines(blocks: Iterable[str], path: Path) -> Iterator[list]:
+    """The rows of json lines. Only \\n ends a line: answers may hold U+2028."""
     rest, number = "", 0
     for block in chain(blocks, ["\n"]):
         *lines, rest = (rest + block).split("\n")
@@ -413,65 +359,56 @@ def _lines(blocks, path: Path):
             number += 1
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as trouble:
-                what = getattr(trouble, "msg", trouble)
-                raise ValueError(
-                    f"{path}, line {number} is not json ({what}); download or write it again."
-                ) from None
+            except (ValueError, RecursionError) as error:
+                problem = f"line {number} is not json ({getattr(error, 'msg', error)})"
+                raise ValueError(f"{path}, {problem}; download or write it again.") from None
         yield rows
 
 
-def _parquet(path: Path):
-    """(some rows, bytes read so far) of a parquet file; an embedded picture is named by its row, not read."""
+def _parquet(path: Path) -> Iterator[tuple[list, int]]:
+    """(some rows, bytes read so far); an image inside the file is named by its row, not read."""
     import pyarrow.parquet as pq
 
-    size, row = path.stat().st_size, 0
+    size, number = path.stat().st_size, 0
     try:
         with pq.ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-            kinds = {field.name: field.type for field in file.schema_arrow}
-            if "conversations" not in kinds:
-                raise ValueError(
-                    f"{path} has no column conversations, only {', '.join(kinds)}; give a set in LLaVA's form."
-                )
-            binary = "image" in kinds and pa.types.is_binary(kinds["image"])
-            data = "image" if binary else "image.bytes"
-            image = [leaf for leaf in ("image", "image.path") if leaf in leaves and leaf != data]
+            types = {field.name: field.type for field in file.schema_arrow}
+            if "conversations" not in types:
+                problem = f"has no column conversations, only {', '.join(types)}"
+                raise ValueError(f"{path} {problem}; give a set in LLaVA's form.")
+            # `image` is a name, the bytes of the file, or the hub's struct of bytes and path.
+            is_bytes = pa.types.is_binary(types.get("image", pa.null()))
+            data = "image" if is_bytes else "image.bytes"
+            names = [leaf for leaf in ("image", "image.path") if leaf in leaves and leaf != data]
+            columns = ["id", "task_name", "conversations", *names]
             for group in range(file.num_row_groups):
-                embedded = _embedded(file, group, data) if data in leaves else repeat(False)
-                for batch in file.iter_batches(
-                    4096, [group], ["id", "task_name", "conversations", *image]
-                ):
+                embedded = _is_embedded(file, group, data) if data in leaves else repeat(False)
+                for batch in file.iter_batches(4096, [group], columns):
                     rows = batch.to_pylist()
-                    for sample, inside in zip(rows, embedded):
-                        name = sample.get("image")
+                    for row, inside in zip(rows, embedded):
+                        name = row.get("image")
                         name = name.get("path") if isinstance(name, dict) else name
-                        sample["image"] = _Placed(f"{path}::{row}") if inside else name
-                        row += 1
-                    yield rows, size * row // file.metadata.num_rows
-    except pa.ArrowInvalid as trouble:
-        raise ValueError(
-            f"{path} is not a whole parquet file ({trouble}); download it again."
-        ) from None
+                        row["image"] = _Resolved(f"{path}::{number}") if inside else name
+                        number += 1
+                    yield rows, size * number // file.metadata.num_rows
+    except pa.ArrowInvalid as error:
+        problem = f"{path} is not a whole parquet file ({error}); download it again."
+        raise ValueError(problem) from None
 
 
-def _embedded(file, group: int, data: str):
-    """Whether each row of a group holds its picture's bytes; the file's statistics mostly say so without a look at them."""
-    group_of = file.metadata.row_group(group)
-    column = next(
-        c for c in map(group_of.column, range(group_of.num_columns)) if c.path_in_schema == data
-    )
-    nulls = (
-        column.statistics.null_count
-        if column.statistics and column.statistics.has_null_count
-        else None
-    )
-    if nulls in (0, group_of.num_rows):
-        yield from repeat(nulls == 0, group_of.num_rows)
+def _is_embedded(file, group: int, data: str) -> Iterator[bool]:
+    """Whether each row of a row group holds the bytes of its image in the column `data`."""
+    metadata = file.metadata.row_group(group)
+    columns = map(metadata.column, range(metadata.num_columns))
+    statistics = next(c for c in columns if c.path_in_schema == data).statistics
+    nulls = statistics.null_count if statistics and statistics.has_null_count else None
+    # The statistics usually answer for the whole group; else the images have to be read.
+    if nulls in (0, metadata.num_rows):
+        yield from repeat(nulls == 0, metadata.num_rows)
         return
     for batch in file.iter_batches(64, [group], [data]):
-        pictures = batch.column("image")
-        pictures = (
-            pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
-        )
-        yield from pictures.is_valid().to_pylist()
+        column = batch.column("image")
+        is_struct = pa.types.is_struct(column.type)
+        column = pc.struct_field(column, "bytes") if is_struct else column
+        yield from column.is_valid().to_pylist()

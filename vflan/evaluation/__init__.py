@@ -1,6 +1,7 @@
-"""From a run to scores: answers are generated, cached, judged where a benchmark needs a judge, and scored.
+"""From a run to scores: answers are generated, cached, judged if a benchmark needs it, and scored.
 
-Comes in: a run folder and benchmark folders. Goes out: a table of scores. A new benchmark is one file in benchmarks/.
+In: a run folder and benchmark folders. Out: a table of scores. A new benchmark is one file in
+benchmarks/; nothing else has to change.
 """
 
 import lazy_loader

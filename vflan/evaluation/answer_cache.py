@@ -1,14 +1,17 @@
-"""Answers on disk: every one is written as it comes, and belongs to one model, one set of questions, one way to decode.
+"""Answers on disk: each is written as soon as it arrives, so an interrupted evaluation loses none.
 
-<run>/answers/NAME.jsonl    first line: whose answers these are; then one line an answer, in the order they came
+<run>/answers/NAME.jsonl    a header (model, questions, decoding), then one line for each answer
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -17,109 +20,133 @@ from vflan.config import shown
 from vflan.data.images import picture_trouble
 from vflan.progress import counted
 
+if TYPE_CHECKING:
+    from torch import nn
+
+SCORE_KEY = ["run", "benchmark", "metric", "seed", "judge"]
+# Of each file of weights, so many blocks are hashed: a 13B model has 26 GB.
+BLOCK_BYTES, BLOCKS = 1 << 20, 17
+
 
 class Answer(NamedTuple):
-    """What was said, and why it ended: `stop` (by itself), `length` (cut), `choice` (one pass), `error` (see reason)."""
+    """An answer, and why it ended.
+
+    finish: `stop` (the end token), `length` (cut off), `choice` (one pass), `error` (see reason).
+    """
 
     text: str
     finish: str
     reason: str = ""
 
 
-def ask_and_keep(path, header, samples, asked, ask):
-    """The Answer to every question, from the file at `path` where it has one, else from `ask`, written down as it comes.
+def ask_and_keep(
+    path: Path,
+    header: dict,
+    samples: list[dict],
+    questions: list[dict],
+    ask: Callable[[list[dict]], Iterable[tuple[int, Answer]]],
+) -> list[Answer]:
+    """The Answer to each question: from the file at `path`, else from `ask`, and then added to it.
 
-    header: what the answers depend on; ValueError if the file was made with another. asked: mappings with `text` and
-    `image`. ask(list of them) yields (index, Answer). One process at a time asks: a second one waits, then reads. What
-    failed is asked again, unless its picture still cannot be read.
+    header: what the answers depend on; ValueError if the file has another. questions: dicts with
+    `text` and `image`. ask(questions) yields (index, Answer). Only one process asks at a time: a
+    second one waits, and then reads the file. Failed questions are asked again, unless the picture
+    still cannot be read.
     """
-    with alone(path):
-        answers = read_answers(path, header, asked)
-        todo = [
+    # The lock is held while asking: a second process would otherwise ask the same questions.
+    with locked(path):
+        answers = read_answers(path, header, questions)
+        missing = [
             i
-            for i in range(len(asked))
-            if i not in answers or _worth_another_try(answers[i], asked[i])
+            for i, question in enumerate(questions)
+            if i not in answers or _can_retry(answers[i], question)
         ]
-        if todo:
+        if missing:
+            replies = ask([questions[i] for i in missing])
+            replies = counted(replies, f"answering {path.stem}", len(missing), "questions")
             with path.open("a", encoding="utf-8") as file:
-                said = ask([asked[i] for i in todo])
-                for j, answer in counted(said, f"answering {path.stem}", len(todo), "questions"):
-                    i = todo[j]
-                    answers[i] = answer
-                    row = {
-                        "i": i,
-                        "question_id": samples[i]["question_id"],
-                        "prompt": asked[i]["text"],
-                    }
-                    row |= {
-                        "answer": answer.text,
-                        "finish": answer.finish,
-                        "bytes": size_of(asked[i]["image"]),
-                    }
-                    row |= {"reason": answer.reason} if answer.reason else {}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
-    return [answers[i] for i in range(len(asked))]
+                for number, answer in replies:
+                    i = missing[number]
+                    answers[i], text = answer, questions[i]["text"]
+                    # Size and prompt show later whether the question is still the same.
+                    row = dict(i=i, question_id=samples[i]["question_id"], prompt=text)
+                    row |= dict(answer=answer.text, finish=answer.finish)
+                    row |= dict(bytes=file_size(questions[i]["image"]))
+                    append_row(file, row | ({"reason": answer.reason} if answer.reason else {}))
+    return [answers[i] for i in range(len(questions))]
 
 
-def read_answers(path, header, asked):
-    """{index: Answer} of the kept file, which is begun with its header if it is not there."""
+def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, Answer]:
+    """{index: Answer} of a file of answers. A file that does not exist is created with its header.
+
+    ValueError if the header differs, or if a picture has changed since its question was answered.
+    """
     rows = read_rows(path, mend=True)
+    # The header comes first, so that a killed process leaves no answers without it.
     if not rows:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return {}
-    first, *rows = rows
-    other = [
-        f"{key} ({first.get(key)}, now {header[key]})"
-        for key in header
-        if first.get(key) != header[key]
-    ]
-    if other:
+    # Answers to other questions, or of another model, must never be scored as ours.
+    old, *rows = rows
+    changes = [f"{k} ({old.get(k)}, now {v})" for k, v in header.items() if old.get(k) != v]
+    if changes:
         raise ValueError(
-            f"{shown(path)} holds answers of another {' and another '.join(other)}: move the file away or delete it "
-            "to ask again, or evaluate with what it was made with."
+            f"{shown(path)} holds answers of another {' and another '.join(changes)}: move the "
+            "file away or delete it to ask again, or evaluate with the old settings."
         )
-    changed = [
-        row
+    # Scoring again needs neither the model nor the pictures, so a missing picture is no change.
+    stale = [
+        questions[row["i"]]["image"]
         for row in rows
-        if row["finish"] != "error" and _changed(row["bytes"], asked[row["i"]]["image"])
+        if row["finish"] != "error" and _has_changed(row["bytes"], questions[row["i"]]["image"])
     ]
-    if changed:
+    if stale:
         raise ValueError(
-            f"{shown(path)} holds {len(changed)} answers about pictures that have changed since (first: "
-            f"{Path(asked[changed[0]['i']]['image']).name}): put the old pictures back, or delete the file to ask again."
+            f"{shown(path)} holds {len(stale)} answers about pictures that have changed since "
+            f"(first: {Path(stale[0]).name}): restore the old pictures, or delete the file to ask "
+            "again."
         )
     return {row["i"]: Answer(row["answer"], row["finish"], row.get("reason", "")) for row in rows}
 
 
-def read_rows(path, mend=False):
-    """The rows of a JSON Lines file, header included; [] if it is not there. A last line that was cut off is left out.
+def read_rows(path: Path, mend: bool = False) -> list[dict]:
+    """The rows of a JSON Lines file, header included; [] if it does not exist. An incomplete last
+    line is left out.
 
-    mend: cut it off in the file too, so that one may append; only for who holds the lock, since a line may be half
-    written by somebody else.
+    mend: also cut the incomplete line off in the file, so that rows can be appended. Only the
+    process that holds the lock may do so, because another process may be writing that line.
+    ValueError for a damaged line.
     """
     if not path.exists():
         return []
+    # A killed process may have left half a row behind the last line break.
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if mend and whole < len(data):
-        os.truncate(path, whole)
+    end = data.rfind(b"\n") + 1
+    if mend and end < len(data):
+        os.truncate(path, end)
     rows = []
-    for number, line in enumerate(
-        data[:whole].decode().split("\n")[:-1], 1
-    ):  # a line separator may stand in an answer
+    # Not splitlines(): an answer may contain a Unicode line separator.
+    for number, line in enumerate(data[:end].decode().split("\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(
-                f"{shown(path)}, line {number} is damaged: delete that line, or the file."
-            ) from None
+            where = f"{shown(path)}, line {number}"
+            raise ValueError(f"{where} is damaged: delete that line, or the file.") from None
     return rows
 
 
+def append_row(file: TextIO, row: dict) -> None:
+    """Writes and flushes a row of a JSON Lines file: a killed process loses at most this row."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
 @contextmanager
-def alone(path):
-    """Holds the lock of a file; says so if another process has it, and waits. A killed process holds nothing."""
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file. If another process holds it, prints a line and waits.
+
+    The system releases the lock of a process that is killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
@@ -133,62 +160,78 @@ def alone(path):
         lock.release()
 
 
-def size_of(image):
+def file_size(image: str | None) -> int | None:
     """Bytes of a picture's file; None without a picture or without the file."""
     return os.path.getsize(image) if image and os.path.exists(image) else None
 
 
-def fingerprint_of_questions(samples, asked):
-    """A short hash of what is asked: ids, prompts, allowed answers, names of pictures. Labels may be corrected later."""
+def hash_questions(samples: list[dict], questions: list[dict]) -> str:
+    """A short hash of ids, prompts, allowed answers and picture names; labels may be corrected."""
     digest = hashlib.sha256()
-    for s, a in zip(samples, asked, strict=True):
-        image = a["image"] and Path(a["image"]).name
-        digest.update(json.dumps([s["question_id"], a["text"], image, a.get("choices")]).encode())
+    for sample, question in zip(samples, questions, strict=True):
+        # Only the name: the folder of the benchmarks may be moved.
+        image = question["image"] and Path(question["image"]).name
+        parts = [sample["question_id"], question["text"], image, question.get("choices")]
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:16]
 
 
-def fingerprint_of_folder(folder):
-    """A short hash of the weights in a folder, from at most 17 MiB of each file: a model may have 26 GB."""
+def hash_weights(folder: str | Path) -> str:
+    """A short hash of the weights in a folder; FileNotFoundError if there are none.
+
+    Reads at most 17 MiB of each file, in equally spaced blocks, because a 13B model has 26 GB.
+    """
     files = sorted(p for p in Path(folder).glob("**/*") if p.suffix in (".safetensors", ".bin"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights: train the run first.")
-    digest, block = hashlib.sha256(), 1 << 20
+    digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
+        # Equally spaced blocks, the last one at the end of the file.
+        last = max(0, size - BLOCK_BYTES)
+        starts = {min(size * block // (BLOCKS - 1), last) for block in range(BLOCKS)}
         with path.open("rb") as file:
-            for start in sorted({min(size * i // 16, max(0, size - block)) for i in range(17)}):
+            for start in sorted(starts):
                 file.seek(start)
-                digest.update(file.read(block))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()[:16]
 
 
-def _worth_another_try(answer, question):
-    return answer.finish == "error" and not (
-        question["image"] and picture_trouble(str(question["image"]))
-    )
+def hash_model(model: nn.Module) -> str:
+    """A short hash of a model in memory, from at most 4096 values of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sampled = flat[:: max(1, flat.numel() // 4096)][:4096]
+        digest.update(name.encode() + sampled.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _changed(size, image):
-    now = size_of(image)  # scoring again needs neither the model nor the pictures
-    return size is not None and now is not None and size != now
-
-
-def keep_scores(path, scores):
-    """Add scores to a csv; rows of the same run, benchmark, metric, seed and judge are replaced where they stand."""
-    with alone(path):
+def keep_scores(path: Path, scores: pd.DataFrame) -> None:
+    """Adds scores to a csv file. A row with the same SCORE_KEY as an old one takes its place."""
+    with locked(path):
         if path.exists():
             old = pd.read_csv(path, dtype={"judge": str})
-            for column, blank in (("judge", ""), ("problems", 0)):  # older files have neither
+            # Files of earlier versions have neither column.
+            for column, blank in (("judge", ""), ("problems", 0)):
                 old[column] = old[column].fillna(blank) if column in old else blank
-            both, key = (
-                pd.concat([old, scores], ignore_index=True),
-                ["run", "benchmark", "metric", "seed", "judge"],
-            )
-            place = both.groupby(
-                key, sort=False
-            ).ngroup()  # groups are numbered as they first appear
-            scores = both.iloc[place.argsort(kind="stable")].drop_duplicates(key, keep="last")
+            both = pd.concat([old, scores], ignore_index=True)
+            # Groups are numbered as they first appear, so sorting by number keeps the old order.
+            place = both.groupby(SCORE_KEY, sort=False).ngroup()
+            both = both.iloc[place.argsort(kind="stable")]
+            scores = both.drop_duplicates(SCORE_KEY, keep="last")
+        # Replaced as a whole: a reader never sees half a table.
         part = path.with_suffix(".part")
         scores.to_csv(part, index=False, float_format="%.4f")
         part.replace(path)
+
+
+def _can_retry(answer: Answer, question: dict) -> bool:
+    image = question["image"]
+    return answer.finish == "error" and not (image and picture_trouble(str(image)))
+
+
+def _has_changed(size: int | None, image: str | None) -> bool:
+    now = file_size(image)
+    return size is not None and now is not None and size != now

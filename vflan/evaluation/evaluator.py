@@ -1,366 +1,377 @@
-"""The benchmarks of a run: who answers, what is kept, how it is scored and judged; and two runs on the same questions."""
+"""evaluate(): asks a run the questions of benchmarks, caches the answers, judges and scores them.
+
+results.py reads the cached answers again: for single tasks, or to compare two runs.
+"""
+
+from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vflan.config import folder_name, output_path, resolve, shown
 from vflan.data.images import stamp
-from vflan.evaluation import judge as judges
 from vflan.evaluation.answer_cache import (
+    Answer,
     ask_and_keep,
-    fingerprint_of_folder,
-    fingerprint_of_questions,
+    hash_model,
+    hash_questions,
+    hash_weights,
     keep_scores,
-    read_rows,
 )
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.benchmark import Benchmark
-from vflan.evaluation.generation import answering, fingerprint_of_model
-from vflan.evaluation.parallel import working
-from vflan.evaluation.served_model import ServedModel
-from vflan.evaluation.stats import bootstrap, paired
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
+from vflan.evaluation.generation import answering
+from vflan.evaluation.stats import bootstrap
 from vflan.training.run import Run
+
+if TYPE_CHECKING:
+    from vflan.evaluation.judge import Judge
+    from vflan.evaluation.released_model import ReleasedModel
+
+    AnyRun = Run | str | os.PathLike
+    Folder = str | os.PathLike | None
+    Judges = Judge | dict[str, Judge] | None
 
 COLUMNS = "run benchmark metric value low high n seed baseline judge problems".split()
 YES_NO = ("yes", "Yes", "no", "No")
 LETTERS = tuple("ABCDEFGHabcdefgh")
-CHOICES = {"pope": YES_NO, "mme": YES_NO} | {
-    name: LETTERS for name in ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
-}
+LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
+CHOICES = {"pope": YES_NO, "mme": YES_NO} | dict.fromkeys(LETTER_BENCHMARKS, LETTERS)
+OPTION = r"(?m)(?:^|\s)\(?{}[.)]"  # how an option of that letter begins
 
 
-def evaluate(run, benchmarks=None, folder=None, batch_size=64, model=None, name=None, template="vicuna_v1",
-             one_pass=False, num_processes=1, judge=None, memory=None):  # fmt: skip
-    """Scores of a run as a DataFrame: run, benchmark, metric, value, low, high, n, seed, baseline, judge, problems.
+def evaluate(
+    run: AnyRun | None,
+    benchmarks: str | Sequence[str] | None = None,
+    folder: Folder = None,
+    batch_size: int = 64,
+    model: Any = None,
+    name: str | None = None,
+    template: str | None = None,
+    one_pass: bool | dict[str, Sequence[str]] = False,
+    num_processes: int = 1,
+    judge: Judges = None,
+    memory: float | None = None,
+) -> pd.DataFrame:
+    """Scores of a run, a table of COLUMNS with one row for each metric.
 
-    run: a Run or its folder. benchmarks: names (default: all that `folder` holds). folder: the recipe's if not given.
-    model, name: evaluate another model under another name, one with a swapped part for instance (Tables 6 and 7); or a
-    ServedModel, with which run may be None (give folder; answers go to runs/served/NAME).
-    one_pass: answer yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True: the
-    benchmarks of CHOICES; or {benchmark: words}). num_processes: how many load the model and share the questions.
-    judge: for the benchmarks that need one, and {benchmark: judge} to choose for each (one that has its own rule is then
-    judged instead); None: the rule judge of the mini world. memory: bytes that each process may take beside the weights
-    (None: what is free); a batch is made smaller where `batch_size` questions do not fit.
-    Answers are kept in <run>/answers/NAME.jsonl as they come: an interrupted evaluation goes on where it stopped, and a
-    finished one is scored again without loading the model. Scores are kept in <run>/scores.csv.
-    Values are on a scale of 0 to 100; low and high are a 95 % bootstrap over pictures; baseline is the majority
-    answer's; problems counts questions without an answer and failed judgements, which are left out of the mean.
+    Values are from 0 to 100; low and high are a 95 % bootstrap over pictures; baseline is the
+    majority answer's value. problems counts questions without an answer and failed judgements,
+    which the mean leaves out; ValueError if nothing else is left. Answers are cached in
+    <run>/answers/NAME.jsonl: an interrupted evaluation continues, and a finished one is scored
+    again without loading the model. Scores are added to <run>/scores.csv.
+
+    run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
+    layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it.
+    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if the model has another
+    one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder:
+    of the benchmarks (default: the recipe's). model, name: evaluate another model under
+    its own name, one with a swapped part for instance (Tables 6 and 7); or a ServedModel, for
+    which run may be None (then give folder; answers go to runs/served/NAME). one_pass: answer
+    yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True:
+    the benchmarks of CHOICES; or {benchmark: words}). num_processes: each loads the model, and
+    they share the questions. judge: one for all benchmarks that need it, or {benchmark: judge};
+    None: the rule judge of the mini world. memory: bytes that each process may take beside the
+    weights (None: what is free); a batch is made smaller if `batch_size` questions do not fit.
     """
-    run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
-    served = isinstance(model, ServedModel)
+    run, served = open_run(run), hasattr(model, "answering")
+    template = template or getattr(run, "template", "vicuna_v1")
+    name = _check_name(run, model, name, folder, num_processes)
+    # Everything is read and checked before the model is loaded.
+    folder = resolve(folder or run.recipe.benchmarks)
+    home = Path(run.folder) if run else output_path(f"runs/served/{name}")
+    tests = [load_benchmark(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
+    weights = model.fingerprint if served else hash_model(model) if model else None
+    shared = dict(model=weights or hash_weights(getattr(run, "weights", home / "model")))
+    shared |= dict(template="the server's" if served else template)
+    answer_folder = home / "answers" / (name if name and run else "")
+    with asking(run, model, num_processes, (batch_size, template, memory)) as ask:
+        replies = [test.ask(answer_folder, ask, **shared) for test in tests]
+    # Scoring comes after all asking, so that a local judge has the memory for itself.
+    label, seed = name or run.recipe.name, run.recipe.seed if run else 0
+    return _score_all(label, seed, tests, replies, home / "scores.csv")
+
+
+def _score_all(label, seed, tests, replies, path) -> pd.DataFrame:
+    """The scores of all benchmarks, added to the file at `path`."""
+    tables, errors = [], []
+    for test, answers in zip(tests, replies):
+        try:
+            tables.append(score_answers(label, test, answers, seed))
+        except ValueError as error:
+            errors.append(error)
+    # The scores of the other benchmarks are kept before the first error is raised.
+    scores = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    if tables:
+        keep_scores(path, scores)
+    if errors:
+        raise errors[0]
+    return scores
+
+
+def open_run(run: AnyRun | None) -> Run | ReleasedModel | None:
+    """The run in a folder, or the model of others there; a Run stays as it is."""
+    if not isinstance(run, (str, os.PathLike)):
+        return run
+    if (resolve(run) / "recipe.json").is_file():
+        return Run.open(run)
+    from vflan.evaluation.released_model import ReleasedModel
+
+    model = ReleasedModel(str(run))
+    # Names the folder, and says what is missing there, before anything is read.
+    model.weights  # noqa: B018
+    return model
+
+
+def _check_name(run, model, name, folder, num_processes) -> str | None:
+    """The name for the answers of a given model; ValueError for arguments that do not fit."""
+    served = hasattr(model, "answering")
     name = name or (model.folder_name if served else None)
-    for part in (
-        name.split("/") if isinstance(name, str) else ()
-    ):  # a sweep's names may have several
+    # The name becomes a folder; that of a sweep's arm may have several parts.
+    for part in name.split("/") if isinstance(name, str) else ():
         folder_name(part)
     if (model is None) != (name is None):
         raise ValueError(
-            "To evaluate a model of your own give both model= and name=: its answers are kept under that name."
+            "To evaluate a model of your own give both model= and name=: its answers are cached "
+            "under that name."
         )
+    if num_processes > 1 and served:
+        raise ValueError("A served model is asked by one process: raise its `workers` instead.")
     if num_processes > 1 and model is not None:
-        raise ValueError("num_processes=1, please: other processes cannot load a model that lives in this one."
-                         if not served else "A served model is asked by one process: raise its `workers` instead.")  # fmt: skip
+        raise ValueError(
+            "Set num_processes=1: other processes cannot load a model that is in memory here."
+        )
     if run is None and not (served and folder):
         raise ValueError(
             "Without a run give model=ServedModel(...) and folder=, the folder of the benchmarks."
         )
-    folder = resolve(folder or run.recipe.benchmarks)
-    home = Path(run.folder) if run else output_path(f"runs/served/{name}")
-    tests = [questions_of(key, folder, judge, one_pass) for key in names_of(benchmarks, folder)]
-    weights = model.fingerprint if served else fingerprint_of_model(model) if model else None
-    weights = weights or fingerprint_of_folder(home / "model")
-    answers = []
-    with asking(run, model, num_processes, batch_size, template, memory) as ask:
-        for test in tests:
-            tokens = test.benchmark.max_new_tokens
-            header = {"model": weights, "questions": fingerprint_of_questions(test.samples, test.asked),
-                      "template": "the server's" if served else template, "decoding": test.decoding,
-                      "max_new_tokens": tokens}  # fmt: skip
-            path = (
-                home / "answers" / (name if name and run else "") / f"{test.benchmark.name}.jsonl"
-            )
-            answers.append(
-                ask_and_keep(
-                    path,
-                    header,
-                    test.samples,
-                    test.asked,
-                    lambda todo, tokens=tokens: ask(todo, tokens),
-                )
-            )
-    label, seed = name or run.recipe.name, run.recipe.seed if run else 0
-    scores = [score_table(label, test, said, seed) for test, said in zip(tests, answers)]
-    scores = pd.concat(scores, ignore_index=True)
-    keep_scores(home / "scores.csv", scores)
-    return scores
+    return name
 
 
-def names_of(benchmarks, folder):
-    """The benchmarks asked for, or all that are there."""
-    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or present(folder))
-    for unknown in set(names) - set(BENCHMARKS):
-        raise ValueError(f"There is no benchmark {unknown!r}; known are {', '.join(BENCHMARKS)}.")
+def names_of(benchmarks: str | Sequence[str] | None, folder: Path) -> list[str]:
+    """Names from names and .py files of benchmarks (which are registered); None: all present."""
+    if not benchmarks:
+        return present(folder)
+    names = [benchmarks] if isinstance(benchmarks, (str, os.PathLike)) else list(benchmarks)
+    return names if all(name in BENCHMARKS for name in names) else BENCHMARKS.names(names)
+
+
+def present(folder: str | os.PathLike) -> list[str]:
+    """The names of the benchmarks whose folder exists; FileNotFoundError if there is none."""
+    names = [name for name in BENCHMARKS if (Path(folder) / name).is_dir()]
+    if not names:
+        raise FileNotFoundError(
+            f"No benchmark in {shown(Path(folder))} - run notebooks/01_data_exploration.ipynb, or "
+            "give folder=."
+        )
     return names
 
 
-def present(folder):
-    """The names of the benchmarks whose folder is there."""
-    found = [name for name in BENCHMARKS if (Path(folder) / name).is_dir()]
-    if not found:
-        raise FileNotFoundError(
-            f"No benchmark in {shown(Path(folder))} - run notebooks/01_data_exploration.ipynb, or give folder=."
-        )
-    return found
-
-
 @dataclass(frozen=True)
-class Questions:
-    """A benchmark as it is asked and scored."""
+class LoadedBenchmark:
+    """A benchmark with its questions, ready to be asked and scored."""
 
     benchmark: Benchmark
-    samples: list
-    asked: list  # mappings with image, text and, for one pass, choices
+    samples: list[dict]
+    questions: list[dict]  # with image, text and, for one pass, choices
     decoding: str
-    judge: object  # None: the benchmark's own rule reads the answers
-    blind: dict  # metric -> value of the majority answer
+    judge: Judge | None  # None: the benchmark's own rule reads the answers
+    baseline: dict[str, float]  # metric -> value of the majority answer
+
+    def ask(self, folder: Path, ask: Callable, model: str, template: str) -> list[Answer]:
+        """The answer to each question, cached in `folder`; model: a hash of the weights."""
+        path, tokens = folder / f"{self.benchmark.name}.jsonl", self.benchmark.max_new_tokens
+        header = dict(model=model, questions=hash_questions(self.samples, self.questions))
+        header |= dict(template=template, decoding=self.decoding, max_new_tokens=tokens)
+        generate = partial(ask, max_new_tokens=tokens)
+        return ask_and_keep(path, header, self.samples, self.questions, generate)
+
+    def measure(self, texts: Sequence[str | None]) -> tuple[dict[str, Metric], dict[int, Any]]:
+        """({metric: Metric}, {index: Judgement}) of the questions that were answered.
+
+        texts: the answer to each question; None where nobody answered. Such a question is left
+        out, with all that are scored together with it (the rotations of MMBench). ValueError if
+        nothing is left, or if no judgement can be read.
+        """
+        unit = self.benchmark.unit
+        failed = {unit(s) for s, text in zip(self.samples, texts) if text is None}
+        kept = [i for i, sample in enumerate(self.samples) if unit(sample) not in failed]
+        if not kept:
+            raise ValueError(f"{self.benchmark.name}: no question was answered: no score.")
+        samples, texts = [self.samples[i] for i in kept], [texts[i] for i in kept]
+        judgements = None
+        if self.judge is not None:
+            from vflan.evaluation.judge import judge_all
+
+            judgements = judge_all(self.judge, samples, texts)
+            if all(judgement.score is None for judgement in judgements):
+                raise ValueError(
+                    f"{self.benchmark.name}: the judge gave no score that can be read "
+                    f"({judgements[0].reason})."
+                )
+        items = self.benchmark.items(samples, texts, judgements)
+        return items, dict(zip(kept, judgements or ()))
 
 
-def questions_of(key, folder, judge=None, one_pass=False):
-    """The Questions of a benchmark; a file or label that cannot be read and a missing judge show here, before asking."""
+def load_benchmark(
+    key: str, folder: Path, judge: Judges = None, one_pass: bool | dict = False
+) -> LoadedBenchmark:
+    """A benchmark ready to be asked: unreadable files and a missing judge raise before that."""
     benchmark = BENCHMARKS[key]
     samples = benchmark.load(folder)
-    asked = [{"image": s["image"], "text": benchmark.prompt(s)} for s in samples]
-    pictures = {a["image"] for a in asked} - {None}
+    questions = [{"image": s["image"], "text": benchmark.prompt(s)} for s in samples]
+    # One missing picture is a problem of its question; if all are missing, the folder is wrong.
+    pictures = {question["image"] for question in questions} - {None}
     if pictures and not any(map(stamp, pictures)):
-        raise FileNotFoundError(
-            f"None of the {len(pictures)} pictures of {key} is there; the first: {min(pictures)}"
-        )
+        which = f"None of the {len(pictures)} pictures of {key} exists"
+        raise FileNotFoundError(f"{which}; the first: {min(pictures)}")
+    # The words are part of the header: answers of other words are not the same answers.
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
-        asked = [a | {"choices": allowed(words, a["text"])} for a in asked]
+        questions = [q | {"choices": allowed(words, q["text"])} for q in questions]
         decoding = "one pass: " + " ".join(words)
-    judge = judge_of(benchmark, samples, folder, judge)
-    return Questions(
-        benchmark, samples, asked, decoding, judge, baseline(benchmark, samples, judge)
-    )
+    judge = choose_judge(benchmark, samples, folder, judge)
+    baseline = score_majority(benchmark, samples, judge)
+    return LoadedBenchmark(benchmark, samples, questions, decoding, judge, baseline)
 
 
-def allowed(words, prompt):
-    """The words that may answer a prompt: letters only if the prompt has an option of that name, as `A.` or `(a)`.
+def allowed(words: Sequence[str], prompt: str) -> list[str]:
+    """The words that may answer a prompt: a letter only if it names an option, as `A.` or `(a)`.
 
-    A question without options has none and is answered in full.
+    [] for a question without options, which is answered in full.
     """
-    named = [
-        w for w in words if len(w) > 1 or re.search(rf"(?m)(?:^|\s)\(?{re.escape(w)}[.)]", prompt)
-    ]
-    return named if len(named) > 1 else []
+    options = [w for w in words if len(w) > 1 or re.search(OPTION.format(re.escape(w)), prompt)]
+    return options if len(options) > 1 else []
 
 
 @contextmanager
-def asking(run, model, num_processes, batch_size, template, memory=None):
-    """ask(questions, max_new_tokens) -> (index, Answer) as they come; whoever answers is loaded once, at the first call."""
+def asking(
+    run: Run | None, model: Any, num_processes: int, settings: tuple[int, str, float | None]
+) -> Iterator[Callable]:
+    """A function ask(questions, max_new_tokens) that yields (index, Answer).
 
+    The model is loaded at the first call, so not at all if every answer is cached. settings:
+    (batch_size, template, memory).
+    """
+
+    # Cached, so that all benchmarks share one loaded model.
     @cache
-    def loaded():
+    def load():
         return run.load_model() if model is None else model, run.processor()
 
-    if isinstance(model, ServedModel):
+    def ask(questions, max_new_tokens):
+        return answering(*load(), questions, max_new_tokens, *settings)
+
+    if hasattr(model, "answering"):
         yield model.answering
     elif num_processes > 1:
-        with working(run, num_processes, batch_size, template, memory) as ask:
-            yield ask
+        from vflan.evaluation.parallel import working
+
+        with working(run, num_processes, *settings) as ask_together:
+            yield ask_together
     else:
-        yield lambda questions, tokens: answering(
-            *loaded(), questions, tokens, batch_size, template, memory
-        )
-        loaded.cache_clear()  # a judge may need the memory
+        yield ask
+        # A local judge may need the memory.
+        load.cache_clear()
 
 
-# ------------------------------------------------------------------------------------------------------ scores
+# ----------------------------------------------------------------------------------------- scores
 
 
-def judge_of(benchmark, samples, folder, judge):
-    """The judge of a benchmark with its prompt, or None where an answer is read by the benchmark's own rule."""
-    chosen = (
-        judge.get(benchmark.name)
-        if isinstance(judge, dict)
-        else judge
-        if benchmark.judged
-        else None
-    )
-    if chosen is not None:
-        if without := [s["question_id"] for s in samples if s.get("label") is None]:
-            raise ValueError(f"{benchmark.name}: {len(without)} questions have no reference to judge by (first: "
-                             f"{without[0]}): the released reference answers belong beside the question file.")  # fmt: skip
-        bare = getattr(chosen, "prompt", chosen) is None
-        return replace(chosen, prompt=judges.prompt_for(benchmark.name, folder)) if bare else chosen
-    if (
-        not benchmark.judged or samples[0].get("judge") == "rule"
-    ):  # the latter: a twin that brings its own rule
+def choose_judge(
+    benchmark: Benchmark, samples: list[dict], folder: Path, judge: Judges
+) -> Judge | None:
+    """The judge of a benchmark, with its prompt; None if the benchmark's own rule reads answers.
+
+    A dict may name a judge for a benchmark that has a rule of its own; a single judge is used only
+    where one is needed. ValueError if a judge or the references that it needs are missing.
+    """
+    if isinstance(judge, dict):
+        judge = judge.get(benchmark.name)
+    elif not benchmark.judged:
+        judge = None
+    # A twin of a benchmark in the mini world may bring its own rule.
+    if judge is None and (not benchmark.judged or samples[0].get("judge") == "rule"):
         return None
-    if lexicon := samples[0].get("lexicon"):
-        return judges.RuleJudge(lexicon)
-    raise ValueError(
-        f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of vflan.judge, or name the "
-        "benchmarks without it."
-    )
+    from vflan.evaluation.judge import RuleJudge, prompt_for
+
+    if judge is None and (lexicon := samples[0].get("lexicon")):
+        return RuleJudge(lexicon)
+    if judge is None:
+        raise ValueError(
+            f"{benchmark.name} needs a judge: give judge=EndpointJudge(...) or LocalJudge(...) of "
+            "vflan.judge, or name the benchmarks without it."
+        )
+    # A judge compares with the reference.
+    if missing := [s["question_id"] for s in samples if s.get("label") is None]:
+        raise ValueError(
+            f"{benchmark.name}: {len(missing)} questions have no reference to judge by (first: "
+            f"{missing[0]}): put the released reference answers beside the question file."
+        )
+    # A judge without a prompt takes the benchmark's; a judge of another class has none.
+    if getattr(judge, "prompt", judge) is None:
+        return replace(judge, prompt=prompt_for(benchmark.name, folder))
+    return judge
 
 
-def baseline(benchmark, samples, judge):
-    """{metric: value of the majority answer}; a judge who has to be asked is not bothered with it ({})."""
+def score_majority(
+    benchmark: Benchmark, samples: list[dict], judge: Judge | None
+) -> dict[str, float]:
+    """{metric: value of the majority answer}; {} for a model as judge, which would cost calls."""
     if judge is None:
         return benchmark.baseline(samples)
-    if not isinstance(judge, judges.RuleJudge):
+    from vflan.evaluation.judge import RuleJudge, judge_all
+
+    if not isinstance(judge, RuleJudge):
         return {}
-    blind = benchmark.blind(samples)
-    return {
-        key: m.value()
-        for key, m in items_of(
-            benchmark, samples, blind, judges.judge_all(judge, samples, blind)
-        ).items()
-    }
+    answers = benchmark.blind(samples)
+    items = benchmark.items(samples, answers, judge_all(judge, samples, answers))
+    return {key: metric.value() for key, metric in items.items()}
 
 
-def items_of(benchmark, samples, texts, judgements):
-    """{metric: Metric}; failed judgements weigh nothing. A benchmark with a rule of its own is judged right or wrong."""
-    return benchmark.items(samples, texts, judgements)
+def score_answers(
+    run: str, test: LoadedBenchmark, answers: Sequence[Answer], seed: int = 0
+) -> pd.DataFrame:
+    """One row for each metric: its interval, the majority baseline, the judge and the problems."""
+    benchmark = test.benchmark
+    problems = [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"]
+    texts = [None if answer.finish == "error" else answer.text for answer in answers]
+    try:
+        items, judgements = test.measure(texts)
+    except ValueError as error:
+        raise ValueError(f"{error} {problems[0][1]}" if problems else str(error)) from None
+    judged_by = ""
+    if benchmark.judged or judgements:
+        from vflan.evaluation.judge import RULES, title
 
-
-def score_table(run, test, answers, seed=0):
-    """One row a metric, with its interval, the majority baseline, who judged, and how many questions had no answer."""
-    texts, failed = (
-        [a.text for a in answers],
-        [(i, a.reason) for i, a in enumerate(answers) if a.finish == "error"],
-    )
-    judgements, by = None, judges.RULES if test.benchmark.judged else ""
-    if test.judge is not None:
-        judgements = judges.judge_all(test.judge, test.samples, texts)
-        failed += [(i, f"judge: {j.reason}") for i, j in enumerate(judgements) if j.score is None]
-        by = judges.title(test.judge, judgements)
-    if failed:
-        i, why = failed[0]
-        print(f"{run}, {test.benchmark.name}: {len(failed)} problems in {len(texts)} questions; the first, question "
-              f"{test.samples[i]['question_id']}: {why}")  # fmt: skip
+        judged_by = title(test.judge, list(judgements.values())) if judgements else RULES
+    failed = [(i, j.reason) for i, j in judgements.items() if j.score is None]
+    problems += [(i, f"judge: {reason}") for i, reason in failed]
+    if problems:
+        i, reason = problems[0]
+        print(
+            f"{run}, {benchmark.name}: {len(problems)} problems in {len(texts)} questions; the "
+            f"first, question {test.samples[i]['question_id']}: {reason}"
+        )
     rows = []
-    for name, metric in items_of(test.benchmark, test.samples, texts, judgements).items():
-        chance = test.blind.get(name, float("nan"))
+    for name, metric in items.items():
+        baseline = test.baseline.get(name, float("nan"))
+        interval = score_interval(metric)
         rows.append(
-            [run, test.benchmark.name, name, *interval(metric), seed, chance, by, len(failed)]
+            [run, benchmark.name, name, *interval, seed, baseline, judged_by, len(problems)]
         )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def interval(metric):
+def score_interval(metric: Metric) -> tuple[float, float, float, int]:
     """(value, low, high, n) of a Metric."""
-    found = bootstrap(100 * metric.num, metric.cluster, den=metric.den, groups=metric.group)
-    return *found, int((metric.den > 0).sum())
-
-
-# --------------------------------------------------------------------------------------- from the kept answers
-
-
-def kept_items(run, benchmark, folder=None, name=None, judge=None):
-    """{metric: Metric} of the answers that a finished evaluation kept; nothing is loaded and nobody is asked again."""
-    test, texts = _kept_answers(run, benchmark, folder, name, judge)
-    judgements = judges.judge_all(test.judge, test.samples, texts) if test.judge else None
-    return items_of(test.benchmark, test.samples, texts, judgements), test.blind
-
-
-def _kept_answers(run, benchmark, folder, name, judge):
-    """(Questions, the answer to each)."""
-    run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
-    path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
-    test = questions_of(benchmark, resolve(folder or run.recipe.benchmarks), judge)
-    said = {row["i"]: row["answer"] for row in read_rows(path)[1:]}
-    if missing := len(test.samples) - len(said):
-        raise FileNotFoundError(
-            f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
-        )
-    return test, [said[i] for i in range(len(said))]
-
-
-def write_upload(benchmark, run, folder=None, out=None):
-    """Write the kept answers of a run in the form that a benchmark's server takes; returns the file (MME: the folder).
-
-    folder: of the benchmarks (the recipe's). ValueError for a benchmark that takes no such file, FileNotFoundError where
-    an answer is missing.
-    """
-    if benchmark not in BENCHMARKS or not BENCHMARKS[benchmark].upload:
-        served = ", ".join(name for name, b in BENCHMARKS.items() if b.upload)
-        raise ValueError(f"There is no upload file for {benchmark!r}; there is one for {served}.")
-    run = Run.open(run) if isinstance(run, (str, os.PathLike)) else run
-    test, texts = _kept_answers(run, benchmark, folder, None, None)
-    ending = {"mme": "", "mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl"}.get(
-        benchmark, ".json"
-    )
-    path = Path(out or Path(run.folder) / "answers" / f"{benchmark}_upload{ending}")
-    BENCHMARKS[benchmark].upload(test.samples, texts, path)
-    return path
-
-
-def judged_answers(run, benchmark, folder=None, name=None, judge=None):
-    """The questions of a benchmark as list[dict], each with the kept `answer`, whether it is `right`, and the judge's `reason`.
-
-    Right is what scores half of the points or more, of the judge's or of the benchmark's own rule, each question alone: its
-    other rotations or its pair do not count here. None where the judge failed. Nobody is asked again.
-    """
-    test, texts = _kept_answers(run, benchmark, folder, name, judge)
-    judgements = (
-        judges.judge_all(test.judge, test.samples, texts) if test.judge else [None] * len(texts)
-    )
-    rows = []
-    for sample, text, judgement in zip(test.samples, texts, judgements):
-        if judgement is None:
-            right, reason = _is_right(test.benchmark, sample, text), ""
-        elif judgement.score is None:
-            right, reason = None, judgement.reason
-        else:
-            right = 2 * judgement.score >= judgement.out_of
-            reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
-        rows.append(
-            sample | {"benchmark": benchmark, "answer": text, "right": right, "reason": reason}
-        )
-    return rows
-
-
-def _is_right(benchmark, sample, text):
-    found = benchmark.items([sample], [text])
-    metric = found.get("accuracy") or found.get(benchmark.headline)
-    if metric is None:  # it scores pairs
-        return benchmark.parse(text, sample) == benchmark.parse(str(sample["label"]), sample)
-    return metric.value() >= 50
-
-
-def per_task(run, benchmark="heldout", metric=None, folder=None, name=None):
-    """One row a task (category) of a benchmark: task, value, low, high, n, baseline; for held-out tasks and forgetting."""
-    metric = metric or BENCHMARKS[benchmark].headline
-    items, blind = kept_items(run, benchmark, folder, name)
-    tasks = {key: m for key, m in items.items() if key.startswith(f"{metric}/")} or {
-        metric: items[metric]
-    }
-    rows = []
-    for key, m in tasks.items():
-        rows.append([key.removeprefix(f"{metric}/"), *interval(m), blind.get(key, float("nan"))])
-    return pd.DataFrame(rows, columns=["task", "value", "low", "high", "n", "baseline"])
-
-
-def difference(run, other, benchmark, folder=None, judge=None):
-    """Two runs on the same questions, one row a metric: value of `run` minus that of `other`, its interval, p, n.
-
-    The interval resamples pictures for both at once; p is a permutation test that swaps the two runs picture by picture.
-    """
-    (mine, _), (theirs, _) = (kept_items(r, benchmark, folder, judge=judge) for r in (run, other))
-    rows = []
-    for key, a in mine.items():
-        b = theirs[key]
-        found = paired(100 * a.num, 100 * b.num, a.cluster, groups=a.group, den=(a.den, b.den))
-        rows.append([benchmark, key, *found, len(a.num)])
-    return pd.DataFrame(
-        rows, columns=["benchmark", "metric", "difference", "low", "high", "p", "n"]
-    )
+    interval = bootstrap(100 * metric.num, metric.cluster, den=metric.den, groups=metric.group)
+    return *interval, int((metric.den > 0).sum())

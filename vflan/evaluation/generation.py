@@ -1,485 +1,443 @@
-"""Ask a model: answer() for any list of questions, answering() as they come.
+"""Generates answers: answer() for a list of questions, answering() for answers as they come.
 
-Three things make it quick without changing a single answer. What precedes the picture is the same for all questions and
-is read once; a picture is read once, however many questions are asked about it; and several questions on one picture
-stand in one row behind it, each blind to the others, so that what was read is not copied for each of them. Rows of one
-length share a batch. What the tower saw is kept for the next model with the same tower, as in a sweep. The rest is greedy
-decoding, as the papers' benchmarks want it.
+Three things save time and change no answer. The text before the picture is the same for all
+questions and goes through the model once. A picture goes through the model once, however many
+questions are asked about it. Several questions on one picture share one sequence; a block mask
+keeps them apart, so that the picture's keys and values are not copied for each question.
+
+Features of the vision tower are cached for the next model with the same tower, as in a sweep.
+Decoding is greedy, as in the papers' benchmarks.
+
+A *question* is (index, token ids). A *row* is (slot, questions): one sequence of the batch, whose
+questions are about the picture in that slot of the key-value cache.
 """
 
-import hashlib
-import math
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, prompt_ids
 from vflan.data.images import picture_trouble, read_picture, stamp
-from vflan.evaluation.answer_cache import Answer
-from vflan.models.cache_size import Sizes, free, ran_out, sizes
+from vflan.evaluation.answer_cache import Answer, hash_model
+from vflan.models.cache_size import Budget, Row, free, make_rows, ran_out, sizes
 from vflan.models.llava import image_features, parts
 from vflan.progress import counted
 
-SHELF_BYTES = 2 << 30  # keys and values of pictures that are kept at a time
-SEEN_BYTES = 256 << 20  # what the tower saw of pictures is kept up to here, the newest
-ROW = 8  # questions on one picture that share a row: more would save little memory and attend to much in vain
-PREFIX, PAD = (
-    -1,
-    -2,
-)  # whose a token is, where it is no question's: everybody's in its row, nobody's
-_SEEN: dict = {}  # (tower, pictures of a shelf) -> features: the models of a sweep have one tower and are asked the same
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    Prompts = list[list[list[int]]]  # for each row of a cache, the token ids of its questions
+
+FEATURE_BYTES = 256 << 20  # cached features of the vision tower, of the newest pictures
+# Owners of tokens that belong to no question: seen by the whole row, and by nobody.
+PREFIX, PAD = -1, -2
+# (tower, preparation, pictures) -> features. The models of a sweep share a tower and questions.
+_FEATURES: dict[tuple, Tensor] = {}
 
 
 def answer(
-    model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None
-):
-    """list[str]: the greedy answer to each sample, a mapping with `text` (the human turn) and `image` (a path or None).
+    model: nn.Module,
+    processor: LlavaProcessor,
+    samples: list[Mapping[str, Any]],
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    template: str = "vicuna_v1",
+    memory: float | None = None,
+) -> list[str]:
+    """The greedy answer to each sample: a mapping with `text` (the human turn) and `image`.
 
-    Equals asking one by one (up to floating point: in half precision a near tie may fall the other way). memory: bytes
-    that answering may take beside the weights, as for `answering`. ValueError where a picture cannot be read.
+    `image` is a path or None. The answers equal those to single questions, up to floating point:
+    in half precision a near tie may go either way. memory: bytes that answering may take beside
+    the weights, as for `answering`. ValueError if a picture cannot be read.
     """
-    said = answering(model, processor, samples, max_new_tokens, batch_size, template, memory)
-    said = dict(counted(said, "answering", len(samples), "questions"))
-    if failed := [i for i in said if said[i].finish == "error"]:
+    replies = answering(model, processor, samples, max_new_tokens, batch_size, template, memory)
+    answers = dict(counted(replies, "answering", len(samples), "questions"))
+    if failed := [i for i in answers if answers[i].finish == "error"]:
+        first, reason = failed[0], answers[failed[0]].reason
         raise ValueError(
-            f"{len(failed)} questions were not answered, first question {failed[0]}: {said[failed[0]].reason}"
+            f"{len(failed)} questions have no answer, first question {first}: {reason}"
         )
-    return [said[i].text for i in range(len(samples))]
+    return [answers[i].text for i in range(len(samples))]
 
 
 @torch.inference_mode()
 def answering(
-    model, processor, samples, max_new_tokens=32, batch_size=32, template="vicuna_v1", memory=None
-):
-    """Yields (index, Answer) batch by batch, in the order in which they come out, not in that of the samples.
+    model: nn.Module,
+    processor: LlavaProcessor,
+    samples: list[Mapping[str, Any]],
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    template: str = "vicuna_v1",
+    memory: float | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Yields (index, Answer) batch by batch, not in the order of the samples.
 
-    A sample with `choices`, a list of words, is answered from one forward pass: with the choice whose first token is the
-    likeliest. A picture that cannot be read makes its questions errors with a reason. memory: bytes for keys, values and
-    what passes make (None: what is free). Batches are as large as fit, at most `batch_size`; where memory runs out all
-    the same they are halved, and nothing is asked twice. RuntimeError if one question alone does not fit.
+    A sample with `choices`, a list of words, is answered from one forward pass: with the choice
+    whose first token is the likeliest. The questions about a picture that cannot be read are
+    answered with an error and its reason. memory: bytes for keys, values and activations (None:
+    what is free). Batches hold as many questions as fit, at most `batch_size`. If memory runs out,
+    batches are halved, and nothing is answered twice. RuntimeError if one question does not fit.
     """
-    tokenizer, was_training = processor.tokenizer, model.training
-    tokens = {}  # (text, whether there is a picture) -> ids: POPE has 80 texts in 8,910 questions
-    groups = {}  # (ids before the picture, whether to choose) -> picture -> [(index, ids after the picture)]
-    for index, sample in enumerate(samples):
-        image = sample.get("image") or None
-        key = sample["text"], image is not None
-        ids = tokens[key] = tokens.get(key) or prompt_ids(
-            key[0], tokenizer, template, has_image=key[1]
-        )
-        at = ids.index(IMAGE_TOKEN_INDEX) if image else 0
-        group = groups.setdefault((tuple(ids[:at]), bool(sample.get("choices"))), {})
-        group.setdefault(image, []).append((index, ids[at + 1 :] if image else ids))
-    words = {word for sample in samples for word in sample.get("choices") or ()}
-    starts = {word: first_token(word, tokenizer) for word in words}
+    was_training, language = model.training, parts(model)["language_model"]["model"]
     each = sizes(model.config.text_config, model.dtype.itemsize)
+    budget = Budget(free(model.device) if memory is None else memory, batch_size, each)
+    # Each word is tokenised once, though it is allowed for many questions.
+    start_of = cache(partial(first_token, tokenizer=processor.tokenizer))
+    ask = partial(_ask, model, processor.tokenizer, samples, max_new_tokens, start_of)
+    # Dropout off; the mode is restored at the end.
     model.eval()
-
-    def ask(cache, batch):
-        prompts = [[ids for _, ids in row] for _, row in batch]
-        where = [index for _, row in batch for index, _ in row]
-        if samples[where[0]].get("choices"):
-            allowed = [samples[index]["choices"] for index in where]
-            return list(zip(where, choices(model, cache, prompts, allowed, starts, tokenizer)))
-        said = decode(model, cache, prompts, max_new_tokens, tokenizer)
-        texts = tokenizer.batch_decode([ids for ids, _ in said], skip_special_tokens=True)
-        return list(
-            zip(where, (Answer(text.strip(), finish) for text, (_, finish) in zip(texts, said)))
-        )
-
     try:
-        limit = Limit(free(model.device) if memory is None else memory, batch_size)
-        for (before, choose), pictures in groups.items():
-            new = 0 if choose else max_new_tokens
-            without = [(None, [question]) for question in pictures.pop(None, [])]
-            yield from served(without, Fit(limit, each, 0, 0, new), lambda features: None, ask)
+        groups = group_questions(samples, processor.tokenizer, template)
+        for (prefix, choose), pictures in groups.items():
+            budget.new = 0 if choose else max_new_tokens
+            budget.prefix = budget.picture = 0
+            # Questions without a picture have no shared positions, each is its own group.
+            text_only = [(None, [question]) for question in pictures.pop(None, [])]
+            yield from ask_in_batches(text_only, budget, lambda features: None, ask)
             if not pictures:
                 continue
-            head, language = DynamicCache(), parts(model)["language_model"]["model"]
-            language(
-                input_ids=torch.tensor([before], device=model.device),
-                past_key_values=head,
-                use_cache=True,
-            )
-            fit = Fit(limit, each, len(before), model.config.image_seq_length, new)
-            for shown, failed in looks(model, processor, pictures, batch_size):
+            head = DynamicCache()
+            ids = torch.tensor([prefix], device=model.device)  # (1, prefix)
+            language(input_ids=ids, past_key_values=head, use_cache=True)
+            budget.prefix, budget.picture = len(prefix), model.config.image_seq_length
+            read_pictures = partial(prefill_pictures, model, head)
+            for group, failed in picture_features(model, processor, pictures, batch_size):
                 yield from failed
-                yield from served(shown, fit, partial(after, model, head), ask)
+                yield from ask_in_batches(group, budget, read_pictures, ask)
     finally:
         model.train(was_training)
 
 
-@dataclass
-class Limit:
-    """What answers may take. It gets smaller where memory runs out, and stays so for the questions that follow."""
+def group_questions(samples: list, tokenizer: Any, template: str) -> dict[tuple, dict]:
+    """{(ids before the picture, one pass or not): {picture: questions}}.
 
-    bytes: float
-    batch: int  # questions
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How much of a group of questions fits: `before` positions, `wide` of a picture, their own, `new` of an answer."""
-
-    limit: Limit
-    each: Sizes
-    before: int
-    wide: int
-    new: int
-
-    def shelf(self, left):
-        """How many of [(features, questions)] are read together, from the first on.
-
-        As many as a batch of questions needs, or more if they take little. What is left of them beside a batch has to
-        fit with it; one does in any case.
-        """
-        batch, past = self.limit.batch, self.before + self.wide
-        needed = math.ceil(batch * len(left) / sum(len(questions) for _, questions in left))
-        cheap = min(batch, SHELF_BYTES // int(self.each.cache(1, past))) if past else batch
-        for number in range(min(len(left), max(needed, cheap)), 1, -1):
-            rows = rows_of(list(enumerate(questions for _, questions in left[:number])))
-            first, rest = self._first(rows, math.inf)
-            if (
-                max(self._bytes(first, rest), self.each.reading(number, self.before, self.wide))
-                <= self.limit.bytes
-            ):
-                return number
-        return 1
-
-    def batch(self, rows):
-        """(those of [(slot, [(index, ids)])] that are asked together, the others): what fits, a question in any case."""
-        return self._first(rows, self.limit.bytes)
-
-    def _first(self, rows, room):
-        chosen, rows = [], list(rows)
-        while rows:
-            some = chosen + rows[:1]
-            if (
-                sum(len(questions) for _, questions in some) > max(1, self.limit.batch)
-                or self._bytes(some, rows[1:]) > room
-            ):
-                (slot, questions), half = rows[0], len(rows[0][1]) // 2
-                if chosen:
-                    break
-                if half:  # a row by itself may be too long
-                    rows[:1] = [(slot, questions[:half]), (slot, questions[half:])]
-                    continue
-                return some, rows[1:]
-            chosen = some
-            rows = rows[1:]
-        return chosen, rows
-
-    def _bytes(self, batch, rest):
-        """Of a batch, beside those pictures that the rest is about."""
-        past = self.before + self.wide
-        asked = [(len(questions), sum(len(ids) for _, ids in questions)) for _, questions in batch]
-        return self.each.cache(len({slot for slot, _ in rest}), past) + self.each.asking(
-            past, asked, self.new
-        )
-
-    def alone(self, batch, rest):
-        """Whether a batch has room for itself only: the pictures of the rest are read again."""
-        return bool(rest) and self._bytes(batch, rest) > self.limit.bytes
-
-    def halve(self, batch, rest, reading):
-        """Take half of what was too much from now on."""
-        took = max(self._bytes(batch, rest), self.each.reading(reading, self.before, self.wide))
-        self.limit.bytes = min(self.limit.bytes, took) / 2
+    A question's ids are those after the picture; without a picture, all ids.
+    """
+    # POPE has 80 different texts in 8,910 questions: each is tokenised once.
+    tokenized, groups = {}, {}
+    for index, sample in enumerate(samples):
+        image = sample.get("image") or None
+        key = sample["text"], image is not None
+        if key not in tokenized:
+            tokenized[key] = prompt_ids(key[0], tokenizer, template, has_image=key[1])
+        ids = tokenized[key]
+        split = ids.index(IMAGE_TOKEN_INDEX) if image else 0
+        group = groups.setdefault((tuple(ids[:split]), bool(sample.get("choices"))), {})
+        group.setdefault(image, []).append((index, ids[split + 1 :] if image else ids))
+    return groups
 
 
-def served(left, fit, read_pictures, ask):
-    """Yields (index, Answer) for [(features, [(index, ids)])], pictures with their questions.
+def _ask(model, tokenizer, samples, max_new_tokens, start_of, past, batch: list[Row]):
+    """[(index, Answer)] of the questions of a batch."""
+    prompts = [[ids for _, ids in questions] for _, questions in batch]
+    indices = [index for _, questions in batch for index, _ in questions]
+    # A group of questions either has choices or has none.
+    if samples[indices[0]].get("choices"):
+        allowed = [samples[index]["choices"] for index in indices]
+        return list(zip(indices, _choose_words(model, past, prompts, allowed, start_of, tokenizer)))
+    decoded = decode(model, past, prompts, max_new_tokens, tokenizer)
+    texts = tokenizer.batch_decode([ids for ids, _ in decoded], skip_special_tokens=True)
+    answers = [Answer(text.strip(), finish) for text, (_, finish) in zip(texts, decoded)]
+    return list(zip(indices, answers))
 
-    read_pictures(list of features) gives a cache with a row for each; ask(cache, batch) answers. Only one cache is
-    alive at a time: a batch takes the rows that it needs, and those that no question is left for go.
+
+def ask_in_batches(
+    left: list, budget: Budget, read_pictures: Callable, ask: Callable
+) -> Iterator[tuple[int, Answer]]:
+    """Yields (index, Answer) for [(features, questions)]: pictures with their questions.
+
+    read_pictures(list of features) returns a cache with one row for each picture; ask(cache, batch)
+    returns [(index, Answer)].
     """
     while left:
-        number = fit.shelf(left)
-        shelf, left = left[:number], left[number:]
-        cache, rows, began = (
-            None,
-            rows_of(list(enumerate(questions for _, questions in shelf))),
-            False,
-        )
-        places = list(range(number))  # the slot that each row of the cache is for
-        while rows:
-            batch, rest = fit.batch(rows)
-            alone, said = fit.alone(batch, rest), None
-            try:
-                if not began:
-                    cache, began = read_pictures([features for features, _ in shelf]), True
-                keep = [] if alone else sorted({slot for slot, _ in rest})
-                own, cache = divide(
-                    cache,
-                    [places.index(slot) for slot, _ in batch],
-                    [places.index(s) for s in keep],
-                )
-                said = ask(own, batch)
-            except Exception as trouble:
-                if not ran_out(trouble):
-                    raise
-                if (
-                    len(shelf) == 1
-                    and sum(len(questions) for _, questions in batch) == 1
-                    and (alone or not rest)
-                ):
-                    raise RuntimeError(
-                        "One question alone does not fit into the memory that is free beside the model: close what else "
-                        "uses it, take a GPU with more, or load the model in 4 bits (bits=4 in its recipe)."
-                    ) from trouble
-                fit.halve(batch, [] if alone else rest, 0 if began else number)
-            # the error, and with it the frames that hold the tensors of what failed, are gone here
-            own = None
-            if said is None or alone:
-                cache = None
-                if said is None and torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                again = {}
-                for slot, questions in rest if said is not None else rows:
-                    again.setdefault(slot, []).extend(questions)
-                left = [(shelf[slot][0], questions) for slot, questions in again.items()] + left
-                rows = []
-            else:
-                rows, places = rest, keep
-            if said is not None:
-                yield from said
+        number = budget.pictures(left)
+        again = yield from _ask_group(left[:number], budget, read_pictures, ask)
+        left = again + left[number:]
 
 
-def looks(model, processor, pictures, batch_size):
-    """Yields ([(features, [(index, ids)])], failed): some pictures as the tower saw them, with their questions.
+def _ask_group(group, budget, read_pictures, ask):
+    """Yields answers about pictures that are read together; returns what has to be read again.
 
-    A picture is looked at once, `batch_size` of them together. failed: the errors of pictures that cannot be read.
+    Only one copy of the cache is alive at a time: a batch takes the rows that it needs, and a
+    picture without further questions leaves the cache.
     """
-    device = model.device
-    # the longest first: if memory is short, it is so at once; and pictures with one question each are then in batch order
-    paths = sorted(pictures, key=lambda path: -max(len(ids) for _, ids in pictures[path]))
-    cut = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    tower = (
-        fingerprint_of_model(parts(model)["vision_tower"]),
-        model.config.vision_feature_layer,
-        model.dtype,
-        device.type,
-    )
-    preparation = str(processor.image_processor.to_dict())
+    cache, started = None, False
+    rows = make_rows(questions for _, questions in group)
+    slots = list(range(len(group)))  # slots[i]: the picture in row i of the cache
+    while rows:
+        batch, rest = budget.split(rows)
+        drop = budget.must_drop(batch, rest)
+        kept = [] if drop else sorted({slot for slot, _ in rest})
+        answers = None
+        try:
+            if not started:
+                cache, started = read_pictures([features for features, _ in group]), True
+            used = [slots.index(slot) for slot, _ in batch]
+            chosen, cache = divide(cache, used, [slots.index(slot) for slot in kept])
+            answers = ask(chosen, batch)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            asked = sum(len(questions) for _, questions in batch)
+            if len(group) == 1 and asked == 1 and (drop or not rest):
+                raise RuntimeError(
+                    "One question alone does not fit into the memory that is free beside the "
+                    "model: close other programs that use it, take a GPU with more memory, or "
+                    "load the model in 4 bits (bits=4 in its recipe)."
+                ) from error
+            budget.halve(batch, [] if drop else rest, 0 if started else len(group))
+        # Outside the except block the error is gone, and with it the frames that held the tensors.
+        chosen = None
+        if answers is None or drop:
+            cache = None
+            if answers is None:
+                _release_gpu_memory()
+            again = {}
+            for slot, questions in rows if answers is None else rest:
+                again.setdefault(slot, []).extend(questions)
+            yield from answers or ()
+            return [(group[slot][0], questions) for slot, questions in again.items()]
+        rows, slots = rest, kept
+        yield from answers
+    return []
 
-    def looked_at(shelf):
-        key = (*tower, preparation, *((str(path), stamp(path)) for path in shelf))
-        features = _SEEN.get(key)
-        return (
-            key,
-            features,
-            [pixels_of(processor, path) for path in shelf] if features is None else [],
-        )
 
-    for shelf, (key, features, pixels) in zip(cut, ahead(looked_at, cut)):
-        failed = [(index, Answer("", "error", why))
-                  for path, why in zip(shelf, pixels) if isinstance(why, str) for index, _ in pictures[path]]  # fmt: skip
-        if features is None:
-            shelf = [path for path, values in zip(shelf, pixels) if not isinstance(values, str)]
-            values = [values for values in pixels if not isinstance(values, str)]
-            if not shelf:
-                yield [], failed
-                continue
-            features = seen(model, torch.stack(values)).cpu()
-            if not failed:
-                remember(key, features)
-        yield [(one, pictures[path]) for one, path in zip(features, shelf)], failed
-
-
-def seen(model, values):
-    """image_features of pictures (their number, 3, height, width), half of them at a time where memory runs out."""
-    try:
-        return image_features(model, values.to(model.device))
-    except Exception as trouble:
-        if len(values) == 1 or not ran_out(trouble):
-            raise
+def _release_gpu_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    half = len(values) // 2
-    return torch.cat([seen(model, values[:half]).cpu(), seen(model, values[half:]).cpu()])
 
 
-def after(model, head, features):
-    """A cache with a row for each picture: what stands before it, a cache of one row, and the picture."""
-    cache = copy(head)
-    cache.layers = [copy(layer) for layer in head.layers]
-    found = torch.stack(features).to(model.device)
-    found = parts(model)["projector"](found).to(model.dtype)
-    cache.batch_select_indices(torch.zeros(len(features), dtype=torch.long, device=model.device))
-    parts(model)["language_model"]["model"](
-        inputs_embeds=found, past_key_values=cache, use_cache=True
-    )
-    return cache
+# -------------------------------------------------------------------------------------- pictures
 
 
-def remember(key, features):
-    """Keep what the tower saw of a shelf, whole: the next model then reads the very same bits; the oldest give way."""
-    _SEEN[key] = features
-    while sum(kept.nbytes for kept in _SEEN.values()) > SEEN_BYTES:
-        del _SEEN[next(iter(_SEEN))]
+def picture_features(
+    model: nn.Module, processor: LlavaProcessor, pictures: dict, batch_size: int
+) -> Iterator[tuple[list, list]]:
+    """Yields ([(features, questions)], errors) for `batch_size` pictures of {path: questions}.
+
+    features: (patches, width) on the CPU. errors: (index, Answer) of pictures that cannot be read.
+    """
+    # The longest questions first: if memory is short, it shows at once. Pictures with one
+    # question each are then already in the order of the batches.
+    paths = sorted(pictures, key=lambda path: -max(len(ids) for _, ids in pictures[path]))
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    preparation = str(processor.image_processor.to_dict())
+    tower = hash_model(parts(model)["vision_tower"]), model.config.vision_feature_layer
+    tower = *tower, model.dtype, model.device.type, preparation
+
+    def load(chunk):
+        key = *tower, *((str(path), stamp(path)) for path in chunk)
+        if (features := _FEATURES.get(key)) is not None:
+            return key, features, []
+        return key, None, [pixels_of(processor, path) for path in chunk]
+
+    for chunk, (key, features, pixels) in zip(chunks, prefetch(load, chunks)):
+        broken = {path: why for path, why in zip(chunk, pixels) if isinstance(why, str)}
+        failed = [(i, why) for path, why in broken.items() for i, _ in pictures[path]]
+        readable = [path for path in chunk if path not in broken]
+        if features is None and readable:
+            values = torch.stack([values for values in pixels if not isinstance(values, str)])
+            features = encode_pictures(model, values).cpu()  # (pictures, patches, width)
+            if not broken:
+                cache_features(key, features)
+        group = [(one, pictures[path]) for one, path in zip(features, readable)] if readable else []
+        yield group, [(i, Answer("", "error", why)) for i, why in failed]
 
 
-def rows_of(questions):
-    """[(slot, [(index, ids)])] of questions by slot: at most ROW of them in a row, the longest rows first."""
-    cut = []
-    for slot, own in questions:
-        size = math.ceil(len(own) / math.ceil(len(own) / ROW))
-        own = sorted(own, key=lambda question: -len(question[1]))
-        cut += [(slot, own[start : start + size]) for start in range(0, len(own), size)]
-    return sorted(cut, key=lambda row: -sum(len(ids) for _, ids in row[1]))
+def encode_pictures(model: nn.Module, values: Tensor) -> Tensor:
+    """Features of (pictures, 3, height, width); half of them at a time where memory runs out."""
+    try:
+        return image_features(model, values.to(model.device))
+    except Exception as error:
+        if len(values) == 1 or not ran_out(error):
+            raise
+    _release_gpu_memory()
+    return torch.cat([encode_pictures(model, half).cpu() for half in values.tensor_split(2)])
 
 
-def pixels_of(processor, path):
-    """(3, height, width) of a picture as the vision tower wants it; or, in words, why it cannot be read."""
+def cache_features(key: tuple, features: Tensor) -> None:
+    """Caches features of a chunk of pictures for the next model; the oldest chunks are dropped."""
+    _FEATURES[key] = features
+    while sum(cached.nbytes for cached in _FEATURES.values()) > FEATURE_BYTES:
+        del _FEATURES[next(iter(_FEATURES))]
+
+
+def pixels_of(processor: LlavaProcessor, path: str) -> Tensor | str:
+    """(3, height, width) of a picture, prepared for the vision tower; or why it cannot be read."""
     try:
         return processor.image_processor([read_picture(path)], return_tensors="pt")["pixel_values"][
             0
         ]
-    except (
-        Exception
-    ) as trouble:  # Pillow raises many kinds, and a picture must not end an evaluation
-        return picture_trouble(str(path)) or f"{path}: {trouble}"
+    # Pillow raises many kinds of errors, and one picture must not end an evaluation.
+    except Exception as error:
+        return picture_trouble(str(path)) or f"{path}: {error}"
 
 
-def ahead(function, items):
-    """Yields function(item) for each item; the next one is computed in a thread meanwhile."""
+def prefetch(function: Callable, items: list) -> Iterator:
+    """Yields function(item) for each item; a thread computes the next one in the meantime."""
     with ThreadPoolExecutor(1) as thread:
-        later = None
+        current = None
         for item in items:
-            soon = thread.submit(function, item)
-            if later:
-                yield later.result()
-            later = soon
-        if later:
-            yield later.result()
+            following = thread.submit(function, item)
+            if current:
+                yield current.result()
+            current = following
+        if current:
+            yield current.result()
 
 
-def divide(cache, rows, keep):
-    """Two caches out of one, which is used up: with the given rows (lists; one may occur more than once), and with those
-    to keep. None for the second if it would have no row, and two empty ones for None.
+def prefill_pictures(model: nn.Module, head: DynamicCache, features: list[Tensor]) -> DynamicCache:
+    """A cache with one row for each picture: the prefix (`head`, a cache of one row) and it."""
+    cache = copy(head)
+    cache.layers = [copy(layer) for layer in head.layers]
+    cache.batch_select_indices(torch.zeros(len(features), dtype=torch.long, device=model.device))
+    embeddings = parts(model)["projector"](torch.stack(features).to(model.device))
+    embeddings = embeddings.to(model.dtype)  # (pictures, patches, hidden)
+    language = parts(model)["language_model"]["model"]
+    language(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    return cache
 
-    Layer by layer, so that no more than one layer is alive both before and after.
+
+def divide(
+    cache: DynamicCache | None, rows: list[int], keep: list[int]
+) -> tuple[DynamicCache, DynamicCache | None]:
+    """Two caches out of one: with `rows` (one may occur more than once), and with those to keep.
+
+    The second is None if `keep` is empty. `cache` is used up, layer by layer, so that only one
+    layer exists twice at any time. For None the first is an empty cache.
     """
     if cache is None:
         return DynamicCache(), None
-    own, other = copy(cache), cache if keep else None
-    own.layers, layers = [copy(layer) for layer in cache.layers], cache.layers
+    chosen, rest = copy(cache), cache if keep else None
+    chosen.layers, layers = [copy(layer) for layer in cache.layers], cache.layers
     device = layers[0].keys.device
-    everyone = list(range(len(layers[0].keys)))
-    for mine, theirs in zip(own.layers, layers):
-        if rows != everyone:
+    everything = list(range(len(layers[0].keys)))
+    for mine, theirs in zip(chosen.layers, layers):
+        if rows != everything:
             mine.batch_select_indices(torch.tensor(rows, device=device))
         if not keep:
             theirs.keys = theirs.values = None
-        elif keep != everyone:
+        elif keep != everything:
             theirs.batch_select_indices(torch.tensor(keep, device=device))
-    return own, other
+    return chosen, rest
 
 
-def read(model, cache, owner, pieces, pad):
-    """(logits after the last token of each piece, owner): `pieces` are read after what `cache` holds.
+def read(
+    model: nn.Module, cache: DynamicCache, owner: Tensor, pieces: list, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Runs `pieces` of questions after the cache: (logits after each piece, the longer owner).
 
-    pieces: for each row of the cache [(number, position, ids)], stretches of the questions of those numbers. owner:
-    (rows, tokens), whose each token in the cache is. A token attends to PREFIX and to its own question, as if alone.
+    pieces: for each row of the cache [(question, position, ids)]. owner: (rows, positions), the
+    question of each cached token. A token attends to PREFIX and to its own question only.
     """
-    width = max(sum(len(ids) for *_, ids in row) for row in pieces)
-    ids, mine, position, ends = [], [], [], []
-    for at, row in enumerate(pieces):
-        ids.append([token for *_, own in row for token in own])
-        mine.append([number for number, _, own in row for _ in own])
-        position.append([start + k for _, start, own in row for k in range(len(own))])
-        ends += [(at, sum(len(own) for *_, own in row[: k + 1]) - 1) for k in range(len(row))]
-        for values, blank in ((ids, pad), (mine, PAD), (position, 0)):
-            values[-1] += [blank] * (width - len(values[-1]))
-    ids, mine, position = (torch.tensor(values) for values in (ids, mine, position))
-    owner = torch.cat([owner, mine], dim=1)
+    tokens = [
+        [
+            (token, question, start + k)
+            for question, start, ids in row
+            for k, token in enumerate(ids)
+        ]
+        for row in pieces
+    ]
+    width = max(map(len, tokens))
+    padded = [row + [(pad, PAD, 0)] * (width - len(row)) for row in tokens]
+    ids, mine, position = torch.tensor(padded).unbind(-1)  # each (rows, width)
+    owner = torch.cat([owner, mine], dim=1)  # (rows, total)
     mask, total = None, owner.shape[1]
-    if (
-        (owner != PREFIX) & (owner != mine[:, :1])
-    ).any():  # else all that is there belongs to one question a row
+    # With one question in each row, causal attention is already right and needs no mask.
+    if ((owner != PREFIX) & (owner != mine[:, :1])).any():
         earlier = torch.arange(total) <= torch.arange(total - width, total)[:, None]
-        seen = (owner[:, None] == PREFIX) | ((owner[:, None] == mine[:, :, None]) & earlier)
-        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(
-            ~seen, torch.finfo(model.dtype).min
-        )
-        mask = mask[:, None].to(model.device)
+        same = owner[:, None] == mine[:, :, None]
+        visible = (owner[:, None] == PREFIX) | (same & earlier)  # (rows, width, total)
+        mask = torch.zeros(visible.shape, dtype=model.dtype)
+        mask = mask.masked_fill(~visible, torch.finfo(model.dtype).min)
+        mask = mask[:, None].to(model.device)  # (rows, 1, width, total)
     language = parts(model)["language_model"]
-    hidden = language["model"](input_ids=ids.to(model.device), attention_mask=mask, past_key_values=cache,
-                               position_ids=position.to(model.device), use_cache=True).last_hidden_state  # fmt: skip
+    more = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
+    more |= dict(position_ids=position.to(model.device))
+    hidden = language["model"](input_ids=ids.to(model.device), **more).last_hidden_state
+    # Only the last position of each piece needs logits.
+    ends = [
+        (row, end - 1)
+        for row, some in enumerate(pieces)
+        for end in accumulate(len(p[2]) for p in some)
+    ]
     rows, columns = zip(*ends)
-    return language["lm_head"](hidden[list(rows), list(columns)]), owner
+    return language["lm_head"](hidden[list(rows), list(columns)]), owner  # (pieces, vocabulary)
 
 
-def first_pieces(cache, prompts):
-    """(owner, pieces) to begin with: `prompts`, for each row a list of ids, after a cache that all of them may see."""
+def first_pieces(cache: DynamicCache, prompts: Prompts) -> tuple[Tensor, list]:
+    """(owner, pieces) to begin with. prompts: for each row of the cache, ids of its questions."""
     past = cache.get_seq_length()
     numbers = iter(range(sum(map(len, prompts))))
-    return torch.full((len(prompts), past), PREFIX), [
-        [(next(numbers), past, ids) for ids in row] for row in prompts
-    ]
+    pieces = [[(next(numbers), past, ids) for ids in row] for row in prompts]
+    return torch.full((len(prompts), past), PREFIX), pieces
 
 
-def decode(model, cache, prompts, max_new_tokens, tokenizer):
-    """[(ids, `stop` or `length`)]: greedy continuations of all `prompts` (for each row of the cache a list of ids).
+# ---------------------------------------------------------------------------------------- decoding
 
-    A row whose questions are all answered leaves the batch once half of the rows are done.
+
+def decode(
+    model: nn.Module, cache: DynamicCache, prompts: Prompts, max_new_tokens: int, tokenizer: Any
+) -> list[tuple[list[int], str]]:
+    """[(ids, `stop` or `length`)]: the greedy answer to each prompt, in their order.
+
+    Finished rows leave the batch as soon as they are half of it.
     """
     owner, pieces = first_pieces(cache, prompts)
-    said, finish = [[] for row in pieces for _ in row], ["length" for row in pieces for _ in row]
+    number = sum(map(len, prompts))
+    answers, finish = [[] for _ in range(number)], ["length"] * number
     while True:
         logits, owner = read(model, cache, owner, pieces, tokenizer.pad_token_id or 0)
         tokens = iter(logits.argmax(-1).tolist())
-        going = []
-        for row in pieces:
-            going.append([])
-            for number, position, ids in row:
+        following = [[] for _ in pieces]
+        for row, pieces_left in zip(pieces, following):
+            for question, position, ids in row:
                 token = next(tokens)
                 if token == tokenizer.eos_token_id:
-                    finish[number] = "stop"
+                    finish[question] = "stop"
                     continue
-                said[number].append(token)
-                if len(said[number]) < max_new_tokens:
-                    going[-1].append((number, position + len(ids), [token]))
-        pieces = going
-        if not any(pieces):
-            return list(zip(said, finish))
-        keep = [at for at, row in enumerate(pieces) if row]
-        if len(keep) * 2 <= len(pieces):
-            where = torch.tensor(keep)
-            cache.batch_select_indices(where.to(model.device))
-            owner, pieces = owner[where], [pieces[at] for at in keep]
+                answers[question].append(token)
+                if len(answers[question]) < max_new_tokens:
+                    pieces_left.append((question, position + len(ids), [token]))
+        pieces = following
+        active = [row for row, pieces_left in enumerate(pieces) if pieces_left]
+        if not active:
+            return list(zip(answers, finish))
+        if len(active) * 2 <= len(pieces):
+            indices = torch.tensor(active)
+            cache.batch_select_indices(indices.to(model.device))
+            owner, pieces = owner[indices], [pieces[row] for row in active]
 
 
-def choices(model, cache, prompts, allowed, starts, tokenizer):
-    """[Answer]: of each prompt's `allowed` words the one whose first token (`starts`) is the likeliest next."""
+def _choose_words(model, cache, prompts, allowed, start_of, tokenizer) -> list[Answer]:
+    """For each prompt, the one of its `allowed` words whose first token is the likeliest next.
+
+    start_of(word) is that token. ValueError if two words of a prompt begin with the same token.
+    """
     logits, _ = read(model, cache, *first_pieces(cache, prompts), tokenizer.pad_token_id or 0)
-    said = []
-    for row, own in zip(logits.float().cpu(), allowed):
-        own = [word for word in own if starts[word] != tokenizer.unk_token_id] or own
-        ids = [starts[word] for word in own]
+    answers = []
+    for row, words in zip(logits.float().cpu(), allowed):  # row: (vocabulary,)
+        words = [word for word in words if start_of(word) != tokenizer.unk_token_id] or words
+        ids = [start_of(word) for word in words]
         if len(set(ids)) < len(ids):
             raise ValueError(
-                f"One pass cannot tell {', '.join(own)} apart: some begin with the same token; answer in full."
+                f"One pass cannot tell {', '.join(words)} apart: some begin with the same token; "
+                "answer in full."
             )
-        said.append(Answer(own[int(row[ids].argmax())], "choice"))
-    return said
+        answers.append(Answer(words[int(row[ids].argmax())], "choice"))
+    return answers
 
 
-def first_token(word, tokenizer):
-    """The id with which an answer that begins with `word` begins."""
+def first_token(word: str, tokenizer: Any) -> int:
+    """The first token id of an answer that begins with `word`."""
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
     return next(label for label in encode(turns, tokenizer)[1] if label != IGNORE_INDEX)
-
-
-def fingerprint_of_model(model):
-    """A short hash of a model in memory, from up to 4096 values of every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        sampled = flat[:: max(1, flat.numel() // 4096)][:4096]
-        digest.update(name.encode() + sampled.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,112 +1,129 @@
-"""Judges of open answers: (question, reference, answer, sample) -> Judgement(score, reason, out_of).
+"""Judges of open answers: (question, reference, answer, sample) -> Judgement(score, reason).
 
-The papers' judges are language models: GPT-4 for LLaVA-Bench (it sees a description of the picture and rates a reference
-and the candidate) and for MM-Vet, Vicuna-13B for forgetting. `EndpointJudge` and `LocalJudge` ask such a model, in our
-own words or by the benchmark's released rules; a reply that cannot be read is no score, neither 0 nor 100. `RuleJudge`
-stands in where the truth is known as facts: it reads what was said about colours and shapes, compares it with what is
-there, and says why. It is exact, free and blind to style beyond whole sentences; it is no GPT-4.
+The papers' judges are language models: GPT-4 for LLaVA-Bench (it reads a description of the
+picture, and rates a reference and the candidate) and for MM-Vet; Vicuna-13B for forgetting.
+`EndpointJudge` and `LocalJudge` ask such a model, in our words or by the benchmark's released
+rules (judge_prompts.py). `RuleJudge` takes their place where the facts about a picture are known:
+it compares what an answer says about colours and shapes with these facts, and says why. It is
+exact and free. It ignores style beyond whole sentences, so it is no GPT-4.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vflan.config import CACHE, weights_source
 from vflan.data.conversation import prompt_ids
-from vflan.evaluation.answer_cache import alone, fingerprint_of_folder, read_rows
-from vflan.evaluation.api_client import ask_all, endpoint_hash
+from vflan.evaluation.answer_cache import append_row, hash_weights, locked, read_rows
+from vflan.evaluation.api_client import Reply, ask_all, endpoint_hash
+from vflan.evaluation.judge_prompts import GRADE, PAIR, YES_NO, Prompt, prompt_for
 from vflan.progress import counted
 
-RULES = "rules 1"  # how rules are named in a score; the number grows when they change
+__all__ = [
+    "EndpointJudge", "GRADE", "Judge", "Judgement", "LocalJudge", "PAIR", "Prompt", "RuleJudge",
+    "YES_NO", "judge_all", "prompt_for", "title"
+]  # fmt: skip
+
+RULES = "rules 1"  # the name of the rules in a score; the number grows when they change
 VERBS = set(
-    "is are was were be has have shows show see sees can could may might must will looks look lies lie stands stand "
-    "sits sit contains contain makes make belong there's it's i'm".split()
+    "is are was were be has have shows show see sees can could may might must will looks look lies "
+    "lie stands stand sits sit contains contain makes make belong there's it's i'm".split()
 )
+DENIALS = ("no", "not", "without", "neither", "nor")
+PHRASE_WORDS = 5  # how far a colour or a denial may be from the shape that it belongs to
+Pair = tuple[str, str]  # (colour, shape)
+Row = tuple[str, str, str, dict]  # (question, reference, answer, sample)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`score` None: the judge failed, and this answer is left out of the mean. `version`: what the judge says it is."""
+    """score: None if the judge failed; this answer is left out of the mean.
+
+    out_of: the reference's score if both are rated, else the top of the scale. version: what the
+    judge reports about itself.
+    """
 
     score: float | None
     reason: str
-    out_of: float = (
-        10.0  # what the reference got where the two are compared, else the top of the scale
-    )
+    out_of: float = 10.0
     version: str = ""
 
 
 class Judge(Protocol):
-    """`title` names judge, version and prompt in every score; a judge that can take many rows at once has judge_all."""
+    """A judge. `title` names judge and prompt in every score.
+
+    A judge that takes many rows at once also has judge_all(rows) -> list of Judgements.
+    """
 
     title: str
 
-    def judge(self, question: str, reference: str, answer: str, sample: dict) -> Judgement: ...
+    def judge(self, question: str, reference: str, answer: str, sample: dict) -> Judgement:
+        """The Judgement of one answer."""
+        ...
 
 
-def judge_all(judge, samples, answers):
-    """A Judgement for each answer. The reference is the sample's `label`, the question its `text`."""
+def judge_all(judge: Judge, samples: list[dict], answers: Sequence[str]) -> list[Judgement]:
+    """A Judgement for each answer; `label` is the reference, and `text` the question."""
     rows = [(s["text"], str(s["label"]), str(a), s) for s, a in zip(samples, answers, strict=True)]
-    return (
-        judge.judge_all(rows)
-        if hasattr(judge, "judge_all")
-        else [judge.judge(*row) for row in rows]
-    )
+    if hasattr(judge, "judge_all"):
+        return judge.judge_all(rows)
+    return [judge.judge(*row) for row in rows]
 
 
-def title(judge, judgements):
-    """What stands in a score's row: the judge, the versions that answered, and the hash of its prompt."""
+def title(judge: Judge, judgements: Sequence[Judgement]) -> str:
+    """The judge as a score names it: its title, and the versions that replied."""
     versions = "+".join(sorted({j.version for j in judgements if j.version}))
-    return " ".join(filter(None, [judge.title, versions]))
+    return f"{judge.title} {versions}".strip()
 
 
-# ------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 
-def words(text):
-    """Lower-case words, with '.' ending a sentence and ',' kept, since they end a phrase."""
+def words(text: str) -> list[str]:
+    """Lower-case words and punctuation marks; the marks end a phrase."""
     return re.findall(r"[a-z0-9]+(?:'[a-z]+)?|[.,;!?]", str(text).lower())
 
 
-def mentions(text, lexicon):
-    """The (colour, shape) pairs that `text` speaks of, in order, each once.
+def mentions(text: str, lexicon: dict) -> list[Pair]:
+    """The (colour, shape) pairs that `text` mentions, in order, each once.
 
-    'a small red striped star' and 'the star is red' both speak of (red, star). A shape without a colour, and a pair
-    that is denied ('there is no red star', 'without a red star'), are left out.
+    'a small red striped star' and 'the star is red' both mention (red, star). A shape without a
+    colour and a denied pair ('there is no red star', 'without a red star') are left out.
     """
     shapes = {form: s for s in lexicon["shapes"] for form in (s, s + "s", s + "es")}
-    colors, tokens, found = set(lexicon["colors"]), words(text), []
+    colors, tokens, pairs = set(lexicon["colors"]), words(text), {}
+
+    def phrase(tokens):
+        return list(takewhile(lambda word: word not in shapes and word not in ".,;!?", tokens))
+
     for i, token in enumerate(tokens):
         if token not in shapes:
             continue
-        color, denied = None, False
-        for back in reversed(tokens[max(0, i - 5) : i]):
-            if back in shapes or back in ".,;!?":
-                break
-            if back in colors and color is None:
-                color = back
-            if back in ("no", "not", "without", "neither", "nor") or back.endswith("n't"):
-                denied = True
-        if color is None:  # the star (in the picture) is (not) red
-            phrase = tokens[i + 1 : i + 6]
-            phrase = phrase[
-                : next((k for k, w in enumerate(phrase) if w in shapes or w in ".,;!?"), 5)
-            ]
-            at = next((k for k, w in enumerate(phrase) if w in ("is", "are")), 5)
-            color = next((w for w in phrase[at + 1 : at + 3] if w in colors), None)
-            denied = denied or "not" in phrase
-        if color and not denied and (color, shapes[token]) not in found:
-            found.append((color, shapes[token]))
-    return found
+        # Backwards from the shape: "no red star".
+        earlier = phrase(reversed(tokens[max(0, i - PHRASE_WORDS) : i]))
+        color = next((word for word in earlier if word in colors), None)
+        denied = any(word in DENIALS or word.endswith("n't") for word in earlier)
+        if color is None:
+            # Forwards: "the star (in the picture) is (not) red".
+            later = phrase(tokens[i + 1 : i + 1 + PHRASE_WORDS])
+            verb = next((k for k, word in enumerate(later) if word in ("is", "are")), len(later))
+            color = next((word for word in later[verb + 1 : verb + 3] if word in colors), None)
+            denied = denied or "not" in later
+        if color and not denied:
+            pairs[color, shapes[token]] = None
+    return list(pairs)
 
 
-def is_long_form(answer):
-    """Whether an answer is written out: it ends as a sentence does; each sentence has a verb and four words or more."""
+def is_long_form(answer: str) -> bool:
+    """Whether an answer is whole sentences: each has a verb and at least four words."""
     answer = str(answer).strip()
     if not answer.endswith((".", "!", "?")):
         return False
@@ -114,184 +131,87 @@ def is_long_form(answer):
     return bool(sentences) and all(len(s) >= 4 and VERBS & set(s) for s in sentences)
 
 
-def facts(reference, answer, sample, lexicon):
-    """(right, wrong, wanted): pairs said and true, said and untrue, and asked for.
+class Facts(NamedTuple):
+    """Pairs of an answer that are true and untrue, and the pairs that the question asks for."""
 
-    True is what the sample's facts say; asked for is what the reference mentions, since a short question about one star
-    does not want the whole picture.
+    right: list[Pair]
+    wrong: list[Pair]
+    expected: list[Pair]
+
+
+def facts(reference: str, answer: str, sample: dict, lexicon: dict) -> Facts:
+    """Compares an answer with the sample's `facts`.
+
+    Only the pairs that the reference mentions are asked for: a short question about one star is
+    not about the whole picture.
     """
+    # Without facts the reference is trusted as it is.
     truth = {tuple(pair) for pair in sample.get("facts", [])}
-    said = mentions(answer, lexicon)
-    wanted = [pair for pair in mentions(reference, lexicon) if not truth or pair in truth]
-    return [p for p in said if p in truth], [p for p in said if p not in truth], wanted
+    named = mentions(answer, lexicon)
+    expected = [pair for pair in mentions(reference, lexicon) if not truth or pair in truth]
+    right = [pair for pair in named if pair in truth]
+    return Facts(right, [pair for pair in named if pair not in truth], expected)
 
 
-def overlap(reference, answer):
-    """F1 of the words of two texts, 0 to 1; the measure of content where a reference names no colour with a shape."""
+def overlap(reference: str, answer: str) -> float:
+    """F1 of the words of two texts, 0 to 1: the content score if a reference names no pair."""
+    articles = ("a", "an", "the")
     a, b = (
-        [w for w in words(t) if w.isalnum() and w not in ("a", "an", "the")]
-        for t in (reference, answer)
+        [word for word in words(text) if word.isalnum() and word not in articles]
+        for text in (reference, answer)
     )
-    common = sum(min(a.count(w), b.count(w)) for w in set(a))
+    common = sum(min(a.count(word), b.count(word)) for word in set(a))
     return 2 * common / (len(a) + len(b)) if a or b else 0.0
 
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """6 points for content, 2 for whole sentences, 2 for saying nothing untrue (only an answer that says something).
+    """6 points for content, 2 for whole sentences, 2 for naming nothing untrue.
 
-    Content is the share of the asked-for pairs that are named, or the overlap with the reference where it names none.
-    Each untrue pair costs its share of all pairs named.
+    Content is the share of the expected pairs that are named, or the overlap with the reference if
+    it names none. An untrue pair costs its share of all named pairs. An answer with little content
+    gets fewer of the last four points, so that silence does not earn them.
     """
 
     lexicon: dict
     title: str = RULES
 
-    def judge(self, question, reference, answer, sample):
+    def judge(self, question: str, reference: str, answer: str, sample: dict) -> Judgement:
+        """The Judgement of one answer, with its reason in words."""
         if not str(answer).strip():
             return Judgement(0.0, "no answer")
-        right, wrong, wanted = facts(reference, answer, sample, self.lexicon)
-        if wanted:
-            named = [p for p in wanted if p in right]
-            content, why = len(named) / len(wanted), f"names {len(named)} of {len(wanted)} objects"
+        right, wrong, expected = facts(reference, answer, sample, self.lexicon)
+        if expected:
+            named = sum(pair in right for pair in expected)
+            content, reason = named / len(expected), f"names {named} of {len(expected)} objects"
         else:
             content = overlap(reference, answer)
-            why = f"{round(100 * content)} % of the words agree"
+            reason = f"{round(100 * content)} % of the words agree"
         untrue = len(wrong) / len(right + wrong) if wrong else 0.0
-        form = is_long_form(answer)
-        score = (
-            6 * content + 2 * form * min(1, 2 * content) + 2 * (1 - untrue) * min(1, 2 * content)
-        )
-        why += ", whole sentences" if form else ", no whole sentences"
+        # Half of the content is enough for the full points of form and truth.
+        form, substance = is_long_form(answer), min(1, 2 * content)
+        score = 6 * content + 2 * form * substance + 2 * (1 - untrue) * substance
+        reason += ", whole sentences" if form else ", no whole sentences"
         if wrong:
-            why += ", not there: " + ", ".join(" ".join(p) for p in wrong)
-        return Judgement(round(score, 2), why)
+            reason += ", not there: " + ", ".join(" ".join(pair) for pair in wrong)
+        return Judgement(round(score, 2), reason)
 
 
-# --------------------------------------------------------------------------------------------- language models
+# ---------------------------------------------------------------------------------- language models
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What a judge is asked, and how its reply is read. Fields of `text`: context question reference answer rule role."""
-
-    name: str
-    text: str
-    read: Callable  # reply -> (score, out_of), or None where it cannot be read
-    max_tokens: int
-    rules: dict = field(
-        default_factory=lambda: {"": ("Answer", "")}
-    )  # category ("": any) -> (role, rule)
-
-    def fill(self, question, reference, answer, sample):
-        role, rule = self.rules.get(sample.get("category"), self.rules[""])
-        context = sample.get("context") or ", ".join(
-            " ".join(fact) for fact in sample.get("facts", [])
-        )
-        given = dict(
-            context=context,
-            question=question,
-            reference=reference,
-            answer=answer,
-            rule=rule,
-            role=role,
-        )
-        return self.text.format(**given)
-
-    @property
-    def hash(self):
-        return hashlib.sha256(
-            json.dumps([self.text, self.rules, self.max_tokens]).encode()
-        ).hexdigest()[:8]
-
-
-def read_pair(reply):
-    """(candidate's, reference's) score: the first line holds two numbers from 1 to 10, the reference's first."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", reply.strip().split("\n")[0])
-    pair = [float(number) for number in found]
-    return (
-        (pair[1], pair[0]) if len(pair) == 2 and all(1 <= score <= 10 for score in pair) else None
-    )
-
-
-def read_grade(reply):
-    """(grade, 1): the reply begins with a number from 0 to 1."""
-    found = re.match(r"(\d+(?:\.\d+)?)(?![\w/])", reply.strip())
-    return (float(found[1]), 1.0) if found and 0 <= float(found[1]) <= 1 else None
-
-
-def read_yes_no(reply):
-    """(1 or 0, 1): the first word is yes or no."""
-    found = re.match(r"\W*(yes|no)\b", reply, re.I)
-    return (float(found[1].lower() == "yes"), 1.0) if found else None
-
-
-# the sections are those of the released reviews, so that the benchmark's own rules (rule.json) read as they were meant
-PAIR = Prompt(
-    "pair",
-    "[Context]\n{context}\n\n[Question]\n{question}\n\n"
-    "[{role} 1]\n{reference}\n\n[End of {role} 1]\n\n[{role} 2]\n{answer}\n\n[End of {role} 2]\n\n"
-    "[System]\n{rule}\n\n",
-    read_pair,
-    1024,
-    {
-        "": (
-            "Answer",
-            "You compare two answers to a question about a picture. You cannot see it; the context describes it. Give each "
-            "answer a score from 1 (worst) to 10 (best) for being helpful, to the point, true to the picture and detailed "
-            "enough. Neither order nor length earns anything by itself. Write nothing but the two scores on the first "
-            "line, that of answer 1, a space, that of answer 2; give your reasons from the second line on.",
-        )
-    },
-)
-GRADE = Prompt(
-    "grade",
-    "Grade an answer to a question about a picture that you cannot see.\nQuestion: {question}\nCorrect answer: {reference}\n"
-    "Answer to grade: {answer}\nIn the correct answer <AND> joins parts that are all needed, <OR> joins parts of which "
-    "one is enough. Reply with one number only, from 0.0 (wrong) to 1.0 (right) in steps of 0.1: the share of what is "
-    "needed that the answer gives correctly.",
-    read_grade,
-    8,
-)
-YES_NO = Prompt(
-    "yes_no",
-    "Question: {question}\nCorrect answer: {reference}\nPrediction: {answer}\n"
-    "Does the prediction give the correct answer? Reply with Yes or No only.",
-    read_yes_no,
-    5,
-)
-PROMPTS = {
-    "llava_bench": PAIR,
-    "mm_vet": GRADE,
-}  # every other benchmark asks whether the answer is right
-
-
-def prompt_for(benchmark, folder):
-    """The Prompt of a benchmark; LLaVA-Bench's own rules are read from <folder>/llava_bench/rule.json where it is there."""
-    path = Path(folder) / benchmark / "rule.json"
-    if benchmark != "llava_bench" or not path.is_file():
-        return PROMPTS.get(benchmark, YES_NO)
-    prefix = "llava_bench_"
-    rules = json.loads(path.read_text(encoding="utf-8"))
-    own = {
-        k.removeprefix(prefix): (r["role"], r["prompt"])
-        for k, r in rules.items()
-        if k.startswith(prefix)
-    }
-    if not own:
-        raise ValueError(
-            f"{path} has no rule whose name begins with {prefix}: is it the benchmark's rule.json?"
-        )
-    return replace(PAIR, rules=PAIR.rules | own)
+def _no_score(reply: str) -> str:
+    return f"no score in the reply: {reply[:80]!r}"
 
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY in the environment).
+    """A model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL and OPENAI_API_KEY).
 
-    prompt: None for the benchmark's own. price: US dollars per million tokens, (read, written), for the estimate that is
-    printed before the first call. Replies that could be read are kept in `cache` and not paid for twice; one that could
-    not is asked for once more.
+    prompt: None for the benchmark's own. price: US dollars per million tokens, (read, written), for
+    the estimate that is printed before the first call. temperature: None sends none; some models
+    accept only their own. Readable replies are stored in `cache` and not paid for again; an
+    unreadable one is requested once more.
     """
 
     model: str
@@ -300,88 +220,83 @@ class EndpointJudge:
     workers: int = 4
     timeout: float = 60.0
     retries: int = 6
-    temperature: float | None = 0.0  # None: not sent; some models take no other than their own
+    temperature: float | None = 0.0
     cache: Path = CACHE / "judgements"
 
     @property
-    def title(self):
+    def title(self) -> str:
+        """Model and prompt, as a score names them."""
         return f"{self.model} {self.prompt.name}-{self.prompt.hash}"
 
-    def judge(self, question, reference, answer, sample):
+    def judge(self, question: str, reference: str, answer: str, sample: dict) -> Judgement:
+        """The Judgement of one answer."""
         return self.judge_all([(question, reference, answer, sample)])[0]
 
-    def judge_all(self, rows):
+    def judge_all(self, rows: list[Row]) -> list[Judgement]:
+        """The Judgements of many answers, asked at the same time."""
         texts = [self.prompt.fill(*row) for row in rows]
+        # The key covers all that a reply depends on: model, endpoint, prompt, temperature.
         keys = [self._key(text) for text in texts]
         path = Path(self.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.title)}.jsonl"
-        with alone(path):
-            known, trouble = {row["key"]: row for row in read_rows(path, mend=True)}, {}
-            wanted = dict(zip(keys, texts))
-            todo = {key: text for key, text in wanted.items() if key not in known}
+        # Equal questions have equal keys and are asked once.
+        text_of, trouble = dict(zip(keys, texts)), {}
+        with locked(path):
+            known = {row["key"]: row for row in read_rows(path, mend=True)}
+            todo = {key: text for key, text in text_of.items() if key not in known}
             if todo:
-                print(self.estimate(list(todo.values()), len(wanted) - len(todo)), flush=True)
+                print(self.estimate(list(todo.values()), len(text_of) - len(todo)), flush=True)
             with path.open("a", encoding="utf-8") as file:
+                # The second round repeats what failed in the first.
                 for _ in range(2):
-                    left = {k: text for k, text in todo.items() if k not in known}
+                    left = {key: text for key, text in todo.items() if key not in known}
                     for key, reply in counted(self._ask(left), "judging", len(left), "answers"):
                         if reply.trouble or self.prompt.read(reply.text) is None:
-                            trouble[key] = (
-                                reply.trouble or f"no score in the reply: {reply.text[:80]!r}"
-                            )
+                            trouble[key] = reply.trouble or _no_score(reply.text)
                             continue
-                        known[key] = {"key": key, "model": reply.model, "reply": reply.text}
-                        file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
-                        file.flush()
+                        known[key] = dict(key=key, model=reply.model, reply=reply.text)
+                        append_row(file, known[key])
         return [
             self._judgement(known[key]) if key in known else Judgement(None, trouble[key])
             for key in keys
         ]
 
-    def estimate(self, texts, cached=0):
-        """What asking would cost, in words; a token is taken as four characters."""
+    def estimate(self, texts: list[str], cached: int = 0) -> str:
+        """The cost of asking, in words. A token is counted as four characters."""
         read, written = sum(map(len, texts)) // 4, len(texts) * self.prompt.max_tokens
         cost = "price unknown (give price=)"
         if self.price:
             cost = f"${(read * self.price[0] + written * self.price[1]) / 1e6:.2f} at most"
         return (
-            f"{self.model} is asked for {len(texts)} judgements ({cached} more are in the cache): about {read:,} tokens to "
-            f"read and at most {written:,} to write; {cost}."
+            f"{self.model} is asked for {len(texts)} judgements ({cached} more are in the cache): "
+            f"about {read:,} tokens to read and at most {written:,} to write; {cost}."
         )
 
-    def _ask(self, todo):
-        keys, requests = (
-            list(todo),
-            [lambda text=text: [{"role": "user", "content": text}] for text in todo.values()],
-        )
-        replies = ask_all(
-            self.model,
-            requests,
-            self.prompt.max_tokens,
-            self.temperature,
-            self.workers,
-            self.timeout,
-            self.retries,
-        )
-        return ((keys[i], reply) for i, reply in replies)
+    def _ask(self, todo: dict[str, str]) -> Iterator[tuple[str, Reply]]:
+        """Yields (key, Reply) for {key: text}."""
+        keys = list(todo)
+        requests = [partial(_user_turn, text) for text in todo.values()]
+        limits = self.prompt.max_tokens, self.temperature
+        patience = self.workers, self.timeout, self.retries
+        for i, reply in ask_all(self.model, requests, *limits, *patience):
+            yield keys[i], reply
 
-    def _key(self, text):
-        return hashlib.sha256(
-            json.dumps([self.model, endpoint_hash(), text, self.temperature]).encode()
-        ).hexdigest()
+    def _key(self, text: str) -> str:
+        parts = json.dumps([self.model, endpoint_hash(), text, self.temperature])
+        return hashlib.sha256(parts.encode()).hexdigest()
 
-    def _judgement(self, row):
+    def _judgement(self, row: dict) -> Judgement:
         score, out_of = self.prompt.read(row["reply"])
-        return Judgement(
-            score, row["reply"], out_of, row["model"] if row["model"] != self.model else ""
-        )
+        # Only a version that tells more than the name is worth naming.
+        version = row["model"] if row["model"] != self.model else ""
+        return Judgement(score, row["reply"], out_of, version)
 
 
 @dataclass(frozen=True)
 class LocalJudge:
-    """A causal language model on this machine, by folder or hub name (the paper's for forgetting: Vicuna-13B v1.5).
+    """A causal language model on this machine, by folder or hub name.
 
-    It is asked in its tokenizer's chat template, or Vicuna's where it has none, and answers greedily. Only what it
-    writes is read: the prompt itself holds the words yes and no.
+    For forgetting the paper's is Vicuna-13B v1.5. The model is asked in its tokenizer's chat
+    template, or in Vicuna's if it has none, and answers greedily.
     """
 
     model: str
@@ -389,73 +304,78 @@ class LocalJudge:
     batch_size: int = 8
 
     @property
-    def title(self):
+    def title(self) -> str:
+        """Model and prompt, as a score names them."""
         return f"{Path(self.model).name} {self.prompt.name}-{self.prompt.hash}"
 
-    def judge(self, question, reference, answer, sample):
+    def judge(self, question: str, reference: str, answer: str, sample: dict) -> Judgement:
+        """The Judgement of one answer."""
         return self.judge_all([(question, reference, answer, sample)])[0]
 
-    def judge_all(self, rows):
+    def judge_all(self, rows: list[Row]) -> list[Judgement]:
+        """The Judgements of many answers, in batches."""
         prompts = [self._ids(self.prompt.fill(*row)) for row in rows]
+        # Prompts of similar length share a batch; the longest first.
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-        found, version = {}, self._version
-        batches = (
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        )
-        said = (
-            pair
-            for some in batches
-            for pair in zip(some, self._replies([prompts[i] for i in some]))
-        )
-        for i, reply in counted(said, "judging", len(order), "answers"):
+        judgements, version = {}, self._version
+        for i, reply in counted(self._ask(prompts, order), "judging", len(order), "answers"):
             score, out_of = self.prompt.read(reply) or (None, 1.0)
-            reason = reply if score is not None else f"no score in the reply: {reply[:80]!r}"
-            found[i] = Judgement(score, reason, out_of, version)
-        return [found[i] for i in range(len(rows))]
+            reason = reply if score is not None else _no_score(reply)
+            judgements[i] = Judgement(score, reason, out_of, version)
+        return [judgements[i] for i in range(len(rows))]
 
     @property
-    def _loaded(self):
+    def _loaded(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
         return _language_model(weights_source(self.model))
 
     @property
-    def _version(self):
+    def _version(self) -> str:
         source = weights_source(self.model)
+        # A model of the hub is known by its commit.
         if Path(source).is_dir():
-            return fingerprint_of_folder(source)[:8]
+            return hash_weights(source)[:8]
         return str(getattr(self._loaded[0].config, "_commit_hash", None) or "")[:8]
 
-    def _ids(self, text):
+    def _ids(self, text: str) -> list[int]:
         tokenizer = self._loaded[1]
+        # Vicuna's tokenizer has no chat template.
         if not tokenizer.chat_template:
             return prompt_ids(text, tokenizer, has_image=False)
-        turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        options = dict(add_generation_prompt=True, return_dict=True)
+        return tokenizer.apply_chat_template(_user_turn(text), **options)["input_ids"]
 
-    def _replies(self, prompts):
+    def _ask(self, prompts: list[list[int]], order: list[int]) -> Iterator[tuple[int, str]]:
+        """Yields (index, reply)."""
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield from zip(batch, self._replies([prompts[i] for i in batch]))
+
+    def _replies(self, prompts: list[list[int]]) -> list[str]:
         import torch
 
         model, tokenizer = self._loaded
         width, pad = max(map(len, prompts)), tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-        )
+        # Padded on the left, so that every reply begins at the same position.
+        ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ids, mask = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
+        options = dict(do_sample=False, max_new_tokens=self.prompt.max_tokens)
+        options |= dict(pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
         with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.prompt.max_tokens,
-                pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        return [
-            text.strip()
-            for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        ]
+            out = model.generate(input_ids=ids, attention_mask=mask, **options)  # (batch, total)
+        # Only the new tokens: the prompt itself contains the words yes and no.
+        replies = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return [reply.strip() for reply in replies]
 
 
-@lru_cache(maxsize=1)  # several benchmarks, one judge
-def _language_model(source):
+def _user_turn(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+# Several benchmarks share one judge.
+@lru_cache(maxsize=1)
+def _language_model(source: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,24 +1,36 @@
-"""Several processes answer together: each has the model, and takes the next few pictures whenever it is free.
+"""Several processes answer together: each loads the model and takes questions when it is free.
 
-Also how a sweep's processes begin. Nothing here reads torch before a process needs it.
+Also how the processes of a sweep are started. No process imports torch before it needs it.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from threading import Thread
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING, Any
+
+from vflan.training.distributed import end_with_parent
+
+if TYPE_CHECKING:
+    from vflan.evaluation.answer_cache import Answer
+    from vflan.training.run import Run
 
 START = "spawn"  # a forked process cannot use a GPU that its parent has used
-_HERE = {}  # in a worker: its model and processor
+_WORKER: dict[str, Any] = {}  # in a worker: its model, processor and share of the memory
 
 
-def forking(soon=False):
-    """How the processes of a sweep begin: forked from one that has read torch and transformers (ten seconds).
+def forking(soon: bool = False) -> BaseContext:
+    """The context in which the processes of a sweep start: forked from a server process.
 
-    soon: start that one now, to read while the caller goes on. Where there is no fork, each begins from nothing.
+    The server imports torch and transformers once, which takes ten seconds. soon: start it now, so
+    that it imports them while the caller continues. On systems without fork, processes are spawned.
     """
+    # Windows has no fork.
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -31,43 +43,54 @@ def forking(soon=False):
 
 
 @contextmanager
-def working(run, num_processes, batch_size, template, memory=None):
-    """A function like `answering`: ask(questions, max_new_tokens) yields (index, Answer), from several processes.
+def working(
+    run: Run, num_processes: int, batch_size: int, template: str, memory: float | None = None
+) -> Iterator[Callable]:
+    """A function ask(questions, max_new_tokens) that yields (index, Answer) from several processes.
 
-    run: a Run; each process loads it (onto a GPU of its own, where there are several). memory: bytes that each may
-    take beside it (None: its share of what is free). The processes end with this block, and with their parent.
+    run: each process loads it, onto a GPU of its own if there are several. memory: bytes that each
+    may take beside the weights (None: its share of what is free). The processes end with this
+    block, and with their parent. They receive questions, not names of benchmarks, so a benchmark
+    that was added at run time needs nothing more. RuntimeError if a process dies.
     """
     context = get_context(START)
+    # Each worker takes one number from the queue: its GPU follows from it.
     ranks = context.Queue()
     for rank in range(num_processes):
         ranks.put(rank)
-    with ProcessPoolExecutor(num_processes, context, _begin, (run, num_processes, ranks)) as pool:
+    pool = ProcessPoolExecutor(num_processes, context, _load, (run, num_processes, ranks))
 
-        def ask(questions, max_new_tokens):
-            pieces = cut(
-                questions, max(1, min(2 * batch_size, len(questions) // (4 * num_processes)))
-            )
-            todo = {pool.submit(_answer, [questions[i] for i in piece], max_new_tokens, batch_size, template, memory): piece
-                    for piece in pieces}  # fmt: skip
-            try:
-                for future in as_completed(todo):
-                    yield from ((todo[future][j], answer) for j, answer in future.result())
-            except BrokenProcessPool:
-                raise RuntimeError(
-                    "A process of the evaluation died, its message is above (out of memory, often; or a script that does "
-                    "not call evaluate under `if __name__ == '__main__':`). All answers so far are kept: call again to go "
-                    "on, with fewer processes or a smaller batch_size."
-                ) from None
-            finally:
-                for future in todo:
-                    future.cancel()
+    def ask(questions: list[dict], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
+        # Four pieces for each process keep all of them busy until the end.
+        size = max(1, min(2 * batch_size, len(questions) // (4 * num_processes)))
+        settings = max_new_tokens, batch_size, template, memory
+        pieces = {}
+        for piece in split_by_picture(questions, size):
+            future = pool.submit(_answer, [questions[i] for i in piece], *settings)
+            pieces[future] = piece
+        try:
+            for future in as_completed(pieces):
+                yield from ((pieces[future][i], answer) for i, answer in future.result())
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "A process of the evaluation died; its message is above. Often it ran out of "
+                "memory, or a script calls evaluate outside `if __name__ == '__main__':`. All "
+                "answers so far are cached: call again to continue, with fewer processes or a "
+                "smaller batch_size."
+            ) from None
+        finally:
+            # Also runs if the reader stops early.
+            for future in pieces:
+                future.cancel()
 
+    with pool:
         yield ask
 
 
-def cut(questions, size):
+def split_by_picture(questions: list[dict], size: int) -> list[list[int]]:
     """Indices of the questions in pieces of about `size`; those on one picture stay together."""
-    pictures = {}
+    # A picture is encoded once by the process that gets it.
+    pictures: dict[Any, list[int]] = {}
     for i, question in enumerate(questions):
         pictures.setdefault(question["image"] or i, []).append(i)
     pieces = [[]]
@@ -78,37 +101,32 @@ def cut(questions, size):
     return pieces
 
 
-def _begin(run, num_processes, ranks):
+def _load(run, num_processes, ranks) -> None:
+    """Runs first in each worker: takes a rank and a GPU, and loads the model."""
     end_with_parent()
-    rank = ranks.get()
+    rank, share = ranks.get(), num_processes
     import torch
 
-    share = num_processes
     if torch.cuda.is_available():
+        # The largest number of processes on one GPU.
         share = -(-num_processes // torch.cuda.device_count())
         gpu = rank % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(gpu)  # where the loader puts a quantised model
+        # The loader reads LOCAL_RANK to place a quantised model.
+        os.environ["LOCAL_RANK"] = str(gpu)
         torch.cuda.set_device(gpu)
     else:
+        # The processes share the cores; more threads than cores would be slower.
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    _HERE.update(model=run.load_model(), processor=run.processor(), share=share)
+    _WORKER.update(model=run.load_model(), processor=run.processor(), share=share)
 
 
-def end_with_parent():
-    """From now on this process ends when the one that started it does, however that one ends."""
-
-    def wait():
-        parent_process().join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
-
-
-def _answer(questions, max_new_tokens, batch_size, template, memory):
+def _answer(questions, max_new_tokens, batch_size, template, memory) -> list[tuple[int, Answer]]:
     from vflan.evaluation.generation import answering
     from vflan.models.cache_size import free
 
-    model, more = _HERE["model"], (max_new_tokens, batch_size, template)
-    # several processes may share a GPU, or the memory of a machine without one
-    memory = memory or free(model.device) // _HERE["share"]
-    return list(answering(model, _HERE["processor"], questions, *more, memory))
+    model, processor = _WORKER["model"], _WORKER["processor"]
+    # Several processes may share a GPU, or the memory of a machine without one.
+    memory = memory or free(model.device) // _WORKER["share"]
+    return list(
+        answering(model, processor, questions, max_new_tokens, batch_size, template, memory)
+    )

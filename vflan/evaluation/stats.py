@@ -1,155 +1,154 @@
 """Intervals and tests for scores, by resampling whole pictures.
 
-Questions about one picture are not independent: a model that misreads the picture fails them together. Every interval
-here therefore resamples clusters (pictures), never single questions. NumPy only, a fixed seed, no loops over rounds.
+Questions about one picture are not independent: a model that misreads the picture fails them
+together. Every interval here therefore resamples clusters (pictures), never single questions. The
+code uses NumPy only, a fixed seed, and no loop over rounds.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 ROUNDS = 2000
-BLOCK = 20_000_000  # numbers drawn at a time, as there may be many clusters
+BLOCK = 20_000_000  # numbers drawn at a time, because there may be many clusters
 
 
-def resampled(num, den=None, clusters=None, groups=None, seed=0, rounds=ROUNDS):
+def resampled(
+    num: ArrayLike,
+    den: ArrayLike | None = None,
+    clusters: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+    rounds: int = ROUNDS,
+) -> tuple[float, np.ndarray]:
     """The score and its bootstrap replicates: mean over groups of sum(num) / sum(den).
 
-    num, den: (n,) per item; `den` of ones gives a plain mean. F1 is 2 tp / (2 tp + fp + fn), so it fits as well.
-    groups: (n,) labels whose ratios are averaged with equal weight (a macro average); None: a single group.
-    clusters: (n,) picture of each item; None: every item is its own cluster.
-    Returns (value, (rounds,) replicates). A ratio with an empty denominator counts as 0 in the value; a group that a
-    replicate did not draw at all is left out of that replicate.
+    num, den: (n,), one entry for each item. A `den` of ones gives a plain mean; F1 fits as
+    2 tp / (2 tp + fp + fn). clusters: (n,) the picture of each item; None: each item is its own
+    cluster. groups: (n,) labels whose ratios are averaged with equal weight (a macro average);
+    None: a single group. Returns (value, (rounds,) replicates). A ratio with an empty denominator
+    counts as 0; a group that a replicate did not draw is left out of that replicate.
     """
-    tops, bottoms, sizes = tables(num, den, clusters, groups)
+    tops, bottoms, sizes = tables(num, den, clusters, groups)  # each (clusters, groups)
     value = float(ratio(tops.sum(0), bottoms.sum(0)))
-    return value, np.concatenate(
-        [ratio(w @ tops, w @ bottoms, w @ sizes) for w in draws(len(tops), seed, rounds)]
-    )
+    # A replicate weights each cluster by how often it was drawn.
+    blocks = draws(len(tops), seed, rounds)  # each (rounds of the block, clusters)
+    return value, np.concatenate([ratio(w @ tops, w @ bottoms, w @ sizes) for w in blocks])
 
 
-def tables(num, den, clusters, groups):
-    """Sums of num, of den and of ones, each (clusters, groups)."""
+def tables(
+    num: ArrayLike, den: ArrayLike | None, clusters: ArrayLike | None, groups: ArrayLike | None
+) -> list[np.ndarray]:
+    """Sums of num, of den and of ones, each (clusters, groups). ValueError for unequal lengths."""
     num = np.asarray(num, float)
-    if not len(num):
+    n = len(num)
+    if not n:
         raise ValueError("There is nothing to score: no items were given.")
-    den = np.ones_like(num) if den is None else np.asarray(den, float)
-    cluster = np.unique(
-        np.arange(len(num)) if clusters is None else np.asarray(clusters), return_inverse=True
-    )[1]
-    group = np.unique(
-        np.zeros(len(num)) if groups is None else np.asarray(groups), return_inverse=True
-    )[1]
-    k, g = cluster.max() + 1, group.max() + 1
-    if len({len(num), len(den), len(cluster), len(group)}) > 1:
+    den = np.ones(n) if den is None else np.asarray(den, float)
+    clusters = np.arange(n) if clusters is None else np.asarray(clusters)
+    groups = np.zeros(n) if groups is None else np.asarray(groups)
+    # Number clusters and groups from 0.
+    cluster, group = (np.unique(labels, return_inverse=True)[1] for labels in (clusters, groups))
+    if {len(den), len(cluster), len(group)} != {n}:
         raise ValueError("Values, weights, clusters and groups must have one entry for each item.")
-    return [
-        np.bincount(cluster * g + group, weights=w, minlength=k * g).reshape(k, g)
-        for w in (num, den, np.ones(len(num)))
-    ]
+    shape = cluster.max() + 1, group.max() + 1
+    # One number for each (cluster, group), so that one bincount sums them all.
+    cell = cluster * shape[1] + group
+    sums = [np.bincount(cell, w, minlength=shape[0] * shape[1]) for w in (num, den, np.ones(n))]
+    return [values.reshape(shape) for values in sums]
 
 
-def ratio(top, bottom, drawn=1.0):
-    """(..., groups) -> (...): the mean over the groups that were drawn; an empty denominator counts as 0."""
-    value, there = (
-        np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0),
-        np.broadcast_to(drawn, top.shape) > 0,
-    )
-    return (value * there).sum(-1) / np.maximum(there.sum(-1), 1)
+def ratio(top: np.ndarray, bottom: np.ndarray, drawn: ArrayLike = 1.0) -> np.ndarray:
+    """(..., groups) -> (...): the mean over the groups that were drawn.
+
+    An empty denominator counts as 0.
+    """
+    # A group without items in this replicate does not pull the mean to 0.
+    value = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    present = np.broadcast_to(drawn, top.shape) > 0
+    return (value * present).sum(-1) / np.maximum(present.sum(-1), 1)
 
 
-def draws(k, seed, rounds):
-    """Yields (some rounds, k) times that each of k clusters was drawn, `rounds` in all, a block at a time."""
+def draws(k: int, seed: int, rounds: int) -> Iterator[np.ndarray]:
+    """Yields (rounds of a block, k): how often each of k clusters was drawn; `rounds` in all."""
+    # Few clusters: keep the draws for the next metric. Many: draw them in blocks.
     if k * rounds <= BLOCK // 4:
-        yield _drawn(k, seed, rounds)
+        yield _draw(k, seed, rounds)
         return
     rng, block = np.random.default_rng(seed), max(1, BLOCK // k)
     for start in range(0, rounds, block):
         yield rng.multinomial(k, np.full(k, 1 / k), size=min(block, rounds - start))
 
 
-@lru_cache(8)  # the metrics of a benchmark have the same pictures
-def _drawn(k, seed, rounds):
-    """(rounds, k) such numbers, as floats: what they multiply are floats too."""
+# The metrics of a benchmark have the same pictures, so they share the draws.
+@lru_cache(8)
+def _draw(k: int, seed: int, rounds: int) -> np.ndarray:
+    """(rounds, k) such counts. As floats, because they are multiplied with floats."""
     return np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=rounds).astype(float)
 
 
-def bootstrap(values, clusters=None, seed=0, den=None, groups=None, level=0.95, rounds=ROUNDS):
+def bootstrap(
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    seed: int = 0,
+    den: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    level: float = 0.95,
+    rounds: int = ROUNDS,
+) -> tuple[float, float, float]:
     """(mean, low, high): the score and its percentile interval, in the units of `values`."""
     value, replicates = resampled(values, den, clusters, groups, seed, rounds)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return value, float(low), float(high)
+    return value, *_percentiles(replicates, level)
 
 
-def paired(a, b, clusters=None, seed=0, groups=None, level=0.95, rounds=ROUNDS, den=(None, None)):
-    """(difference a - b, low, high, p) of two models on the same items; den: their two denominators, for ratios like F1.
+def paired(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: ArrayLike | None = None,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+    level: float = 0.95,
+    rounds: int = ROUNDS,
+    den: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+) -> tuple[float, float, float, float]:
+    """(difference a - b, low, high, p) of two models on the same items.
 
-    The interval resamples clusters for both at once, so what both find hard cancels. p is a two-sided permutation test:
-    were the models alike, exchanging their answers about a picture would change nothing; it is the share of such
-    exchanges that differ at least as much, and never below 1 / (rounds + 1).
+    den: their two denominators, for ratios like F1. The interval resamples clusters for both at
+    once, so what is hard for both cancels. p is a two-sided permutation test: if the models were
+    alike, exchanging their answers about a picture would change nothing. p is the share of such
+    exchanges that differ at least as much, and never below 1 / (rounds + 1). ValueError if the
+    items differ in number.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"A paired test needs the same items in both: got {len(a)} and {len(b)}.")
-    (top_a, bottom_a, sizes), (top_b, bottom_b, _) = (
-        tables(x, d, clusters, groups) for x, d in zip((a, b), den)
-    )
+    top_a, bottom_a, sizes = tables(a, den[0], clusters, groups)
+    top_b, bottom_b, _ = tables(b, den[1], clusters, groups)
     value = float(ratio(top_a.sum(0), bottom_a.sum(0)) - ratio(top_b.sum(0), bottom_b.sum(0)))
-    replicates = np.concatenate(
-        [ratio(w @ top_a, w @ bottom_a, w @ sizes) - ratio(w @ top_b, w @ bottom_b, w @ sizes)
-         for w in draws(len(sizes), seed, rounds)]
-    )  # fmt: skip
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    rng, step, extreme = np.random.default_rng(seed), max(1, BLOCK // len(sizes)), 1
+    # The same draws for both models.
+    replicates = [
+        ratio(w @ top_a, w @ bottom_a, w @ sizes) - ratio(w @ top_b, w @ bottom_b, w @ sizes)
+        for w in draws(len(sizes), seed, rounds)
+    ]
+    low, high = _percentiles(np.concatenate(replicates), level)
+    rng, step = np.random.default_rng(seed), max(1, BLOCK // len(sizes))
+    # The observed pairing is itself one of the possible exchanges.
+    extreme = 1
     for start in range(0, rounds, step):
-        swap = rng.integers(0, 2, (min(step, rounds - start), len(sizes))).astype(float)
-        tops, bottoms = swap @ (top_b - top_a), swap @ (bottom_b - bottom_a)
+        shape = min(step, rounds - start), len(sizes)
+        swap = rng.integers(0, 2, shape).astype(float)  # 1: the models exchange this cluster
+        tops, bottoms = swap @ (top_b - top_a), swap @ (bottom_b - bottom_a)  # (step, groups)
         exchanged = ratio(top_a.sum(0) + tops, bottom_a.sum(0) + bottoms)
         exchanged = exchanged - ratio(top_b.sum(0) - tops, bottom_b.sum(0) - bottoms)
+        # The tolerance keeps equal differences equal despite rounding.
         extreme += int((np.abs(exchanged) >= abs(value) - 1e-9).sum())
-    return value, float(low), float(high), extreme / (rounds + 1)
+    return value, low, high, extreme / (rounds + 1)
 
 
-T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student's t for 1..10 degrees of freedom
-
-
-def combine(values):
-    """(mean, low, high) over seeds, 95 %, by Student's t: the spread of training runs, which no bootstrap of one run
-    shows.
-
-    One seed has no spread: its low and high are NaN, not the value itself.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), float("nan"), float("nan")
-    t = T975[len(values) - 2] if len(values) - 2 < len(T975) else 1.96 + 2.5 / (len(values) - 1)
-    half = t * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
-
-def over_seeds(scores):
-    """Scores of several seeds -> one row a (run, benchmark, metric) with mean, low, high and the number of seeds.
-
-    With one seed the bootstrap interval of that run is kept; the column `seeds` says which of the two it is.
-    """
-    rows = []
-    for key, part in scores.groupby(["run", "benchmark", "metric"], sort=False):
-        mean, low, high = combine(part.value)
-        if len(part) == 1:
-            low, high = part.low.iloc[0], part.high.iloc[0]
-        rows.append([*key, mean, low, high, int(part.n.iloc[0]), len(part), part.baseline.mean()])
-    return type(scores)(
-        rows,
-        columns=["run", "benchmark", "metric", "value", "low", "high", "n", "seeds", "baseline"],
-    )
+def _percentiles(replicates: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,10 +1,14 @@
-"""Talk to a model: the answer as it is written, and which patches of the picture it looks at before it begins.
+"""Streams one answer as it is generated, and shows which patches the model attends to.
 
-For one question at a time, by transformers' own generate; lists of questions are quicker through vflan.answer.
+One question at a time, by transformers' own generate; vflan.answer is faster for lists.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from math import isqrt
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,128 +18,134 @@ from transformers import TextIteratorStreamer
 from vflan.data.conversation import expand, prompt_ids
 from vflan.data.images import read_picture
 
+if TYPE_CHECKING:
+    import os
+
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    Picture = str | os.PathLike | Image.Image
+    Turns = Sequence[tuple[str, str]]
+
 
 def stream(
-    model,
-    processor,
-    text,
-    image=None,
-    max_new_tokens=64,
-    temperature=0.0,
-    stop=None,
-    template="vicuna_v1",
-    before=(),
-):
-    """Yields the answer to one question in pieces of text, as they are written; at temperature 0 (greedy) their words are
-    those of `answer`.
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    text: str,
+    image: Picture | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    stop: Event | None = None,
+    template: str = "vicuna_v1",
+    before: Turns = (),
+) -> Iterator[str]:
+    """Yields the answer to one question in pieces of text, as they are generated.
 
-    image: a path, a PIL picture or None. temperature: above 0 tokens are drawn, the higher the wilder. stop: a
-    threading.Event that ends the answer where it stands. before: (question, answer) pairs said so far, which the model
-    reads first. What the model raises is raised here; OSError where the picture cannot be read; ValueError where the
-    conversation is longer than the model reads.
+    At temperature 0 (greedy) the words are those of `answer`; above 0 tokens are sampled. image: a
+    path, a PIL picture or None. stop: an event that ends the answer when it is set. before: earlier
+    (question, answer) pairs of the conversation. Errors of the model are raised here; OSError if
+    the picture cannot be read; ValueError if the conversation is longer than the model's context.
     """
-    stop, failed = stop or Event(), []
-    inputs = _inputs(model, processor, text, image, template, before)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    how = (
-        dict(do_sample=True, temperature=float(temperature), top_k=0)
-        if temperature > 0
-        else dict(do_sample=False)
-    )
-    how |= dict(
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id or 0,
-    )
+    stop, errors = stop or Event(), []
+    tokenizer, was_training = processor.tokenizer, model.training
+    options = _inputs(model, processor, text, image, template, before)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options |= dict(streamer=streamer, max_new_tokens=max_new_tokens)
+    options |= dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0)
+    options |= dict(do_sample=temperature > 0)
+    # transformers warns about a temperature if nothing is sampled.
+    if temperature > 0:
+        options |= dict(temperature=float(temperature), top_k=0)
 
-    def ended(ids, scores, **_):
+    # generate() asks this after every token.
+    def must_stop(ids, scores, **_):
         return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
-    def write():
+    def generate():
         try:
-            model.generate(
-                **inputs,
-                **how,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=[ended],
-            )
-        except (
-            Exception
-        ) as trouble:  # it would end in the thread, and the reader would wait for ever
-            failed.append(trouble)
+            model.generate(**options, stopping_criteria=[must_stop])
+        # An error that ended only the thread would leave the reader waiting for ever.
+        except Exception as error:
+            errors.append(error)
             streamer.end()
 
-    was_training = model.training
+    # generate() blocks, so it runs in a thread and this one reads what it writes.
     model.eval()
-    thread = Thread(target=write, daemon=True)
+    thread = Thread(target=generate, daemon=True)
     thread.start()
     try:
         yield from filter(None, streamer)
-    finally:  # also when nobody reads on
+    finally:
+        # Also runs if the reader stops early.
         stop.set()
         thread.join()
         model.train(was_training)
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
 @torch.inference_mode()
-def attention_maps(model, processor, text, image, template="vicuna_v1", before=()):
-    """How much of its attention each layer gives to each patch before the first word of the answer: an array (layers,
-    side, side), averaged over heads; a layer's sum is the share that goes to the picture at all.
+def attention_maps(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    text: str,
+    image: Picture,
+    template: str = "vicuna_v1",
+    before: Turns = (),
+) -> np.ndarray:
+    """Attention of each layer to each patch before the first word of the answer.
 
-    image: a path or a PIL picture. before: as for `stream`.
+    Returns (layers, side, side), averaged over heads; the sum over a layer is the share of its
+    attention that goes to the picture. image: a path or a PIL picture. before: as for `stream`.
     """
-    inputs, language = (
-        _inputs(model, processor, text, image, template, before),
-        model.model.language_model,
-    )
-    before = language.config._attn_implementation
-    language.set_attn_implementation(
-        "eager"
-    )  # the other implementations never write the weights down
+    inputs = _inputs(model, processor, text, image, template, before)
+    language = model.model.language_model
+    implementation = language.config._attn_implementation
+    # Only the eager implementation returns attention weights.
+    language.set_attn_implementation("eager")
     try:
         layers = model(
             **inputs, output_attentions=True
-        ).attentions  # of each layer: (1, heads, tokens, tokens)
+        ).attentions  # each (1, heads, tokens, tokens)
     finally:
-        language.set_attn_implementation(before)
-    patches = inputs["input_ids"][0] == model.config.image_token_id
+        language.set_attn_implementation(implementation)
+    patches = inputs["input_ids"][0] == model.config.image_token_id  # (tokens,)
     side = isqrt(int(patches.sum()))
+    # The last token is the one that predicts the first word of the answer.
     maps = [layer[0, :, -1, patches].mean(0).view(side, side) for layer in layers]
     return torch.stack(maps).float().cpu().numpy()
 
 
-def seen(processor, image):
-    """The picture as the vision tower gets it, padded or cropped and scaled, as a PIL picture: patches lie on this one."""
+def tower_view(processor: LlavaProcessor, image: Picture) -> Image.Image:
+    """The picture as the vision tower sees it: padded or cropped, and scaled. Patches divide it."""
     preparation = processor.image_processor
-    pixels = np.asarray(preparation([_picture(image)], return_tensors="np")["pixel_values"][0])
-    mean, std = (
-        np.array(values)[:, None, None]
-        for values in (preparation.image_mean, preparation.image_std)
-    )
-    return Image.fromarray(
-        np.uint8((255 * (pixels * std + mean)).clip(0, 255).round().transpose(1, 2, 0))
-    )
+    pixels = preparation([_read(image)], return_tensors="np")["pixel_values"][0]
+    statistics = preparation.image_mean, preparation.image_std
+    mean, std = (np.array(values)[:, None, None] for values in statistics)
+    # Undo the normalisation.
+    pixels = 255 * (np.asarray(pixels) * std + mean)  # (3, height, width)
+    return Image.fromarray(np.uint8(pixels.clip(0, 255).round().transpose(1, 2, 0)))
 
 
-def _picture(image):
+def _read(image: Picture) -> Image.Image:
     return image.convert("RGB") if isinstance(image, Image.Image) else read_picture(image)
 
 
-def _inputs(model, processor, text, image, template, before=()):
-    """One question as the model's forward takes it: ids (1, tokens), as many of them as the picture has features."""
+def _inputs(model, processor, text, image, template, before=()) -> dict[str, torch.Tensor]:
+    """Arguments of the model's forward for one question."""
     ids = prompt_ids(
         text, processor.tokenizer, template, has_image=image is not None, before=before
     )
+    # The model expects one image token for each feature of the picture.
     ids, _ = expand(ids, [0] * len(ids), model.config.image_seq_length, model.config.image_token_id)
-    if before and len(ids) >= (most := model.config.text_config.max_position_embeddings):
+    longest = model.config.text_config.max_position_embeddings
+    if before and len(ids) >= longest:
         raise ValueError(
-            f"This conversation has {len(ids):,} tokens and the model reads {most:,}: begin a new one."
+            f"This conversation has {len(ids):,} tokens, and the model reads at most {longest:,}: "
+            "begin a new one."
         )
-    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}  # (1, tokens)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if image is not None:
-        pixels = processor.image_processor([_picture(image)], return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
+        pixels = processor.image_processor([_read(image)], return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixels.to(model.device, model.dtype)  # (1, 3, height, width)
     return inputs

@@ -1,4 +1,5 @@
-"""The network and nothing else: vision tower, projector and language model, their adapters and quantisation, the loss.
+"""The network and nothing else: its three parts, adapters, quantisation, file formats and loss.
 
-Comes in: a recipe's names of backbones. Goes out: a LLaVA model and its processor. A new language model is added here.
+Comes in: the names of a recipe's backbones. Goes out: a LLaVA model and its processor. A new
+language model is added here, and no other room needs to change.
 """

@@ -1,6 +1,9 @@
-"""What is trained: from a batch of ids and picture features to the summed loss of its answers, and nothing computed in vain."""
+"""From a batch of ids and picture features to the summed loss of its answers."""
+
+from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,29 +21,32 @@ from vflan.models import llava as models
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before PyTorch 2.10
+except ImportError:
+    # PyTorch before 2.10.
     varlen_attn = None
 
-LOGITS = (
-    1 << 23
-)  # logits that exist at a time (32 MB in fp32); more supervised positions are taken in turns
+# Logits in memory at a time (32 MB in fp32); more supervised positions are computed in turns.
+LOGITS = 1 << 23
 
 
 def packs(recipe: Recipe) -> bool:
-    """Whether conversations share a row: `auto` packs on CUDA only; on a CPU rows of like lengths lose little."""
+    """Whether conversations share a row.
+
+    `auto` packs on CUDA only: on a CPU, padding rows of similar lengths costs little.
+    """
     return recipe.packing == "packed" or recipe.packing == "auto" and torch.cuda.is_available()
 
 
 class Learner(nn.Module):
     """The model as training sees it.
 
-    Padded rows are padded on the right and a causal model never looks right, so no mask is needed. In a packed row each
-    conversation attends to itself alone; it begins where its position ids begin again at 0. `packed_attention` says which
-    kernel does that. The mask that transformers would build is dense, costs the square of the whole row, and is quietly
-    left out if a cache is on.
+    Padded rows are padded on the right, and a causal model never looks right, so that they need no
+    mask. In a packed row each conversation attends to itself alone; it begins where position ids
+    begin again at 0. `packed_attention` says which kernel does that. The mask that transformers
+    would build is dense, costs the square of the whole row, and is silently omitted with a cache.
     """
 
-    def __init__(self, model, recipe):
+    def __init__(self, model: nn.Module, recipe: Recipe):
         super().__init__()
         self.model, language_model = model, model.model.language_model
         if recipe.gradient_checkpointing:
@@ -52,38 +58,48 @@ class Learner(nn.Module):
             for layer in language_model.layers:
                 layer.compile(dynamic=True)
 
-    def forward(self, input_ids, position_ids, at, keep, targets, features):
-        """input_ids (B, T); position_ids (1, T) of a packed row, None for padded ones; at (P): first position of each
-        picture in B*T; keep (N): positions in B*T that predict targets (N); features (P, patches, width), or None for a
-        batch of text. Returns a scalar."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        at: torch.Tensor,
+        keep: torch.Tensor,
+        targets: torch.Tensor,
+        features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The summed loss, a scalar.
+
+        input_ids: (B, T). position_ids: (1, T) of a packed row, None for padded rows. at: (P), the
+        first position of each picture in B*T. keep: (N), the positions in B*T that predict targets
+        (N). features: (P, patches, vision width), or None for a batch of text.
+        """
         inner = self.model.model
         language_model, projector = inner.language_model, inner.multi_modal_projector
-        embeds = language_model.get_input_embeddings()(input_ids)
+        embeds = language_model.get_input_embeddings()(input_ids)  # (B, T, width)
         if features is not None:
-            seen = projector(features.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
-            place = at[:, None] + torch.arange(seen.shape[1], device=at.device)
-            embeds = embeds.flatten(0, 1).index_put((place,), seen).view_as(embeds)
-        else:  # every process must have a gradient for every weight, and call what ZeRO-3 gathers when it is called
-            embeds = (
-                embeds + 0 * projector(embeds.new_zeros(1, projector.linear_1.in_features)).sum()
-            )
+            features = features.to(projector.linear_1.weight.dtype)
+            pictures = projector(features).to(embeds.dtype)  # (P, patches, width)
+            positions = at[:, None] + torch.arange(pictures.shape[1], device=at.device)
+            flat = embeds.flatten(0, 1).index_put((positions,), pictures)  # (B*T, width)
+            embeds = flat.view_as(embeds)
+        else:
+            # Every process must have a gradient for every weight, and ZeRO-3 gathers the weights
+            # of a module when it is called.
+            nothing = embeds.new_zeros(1, projector.linear_1.in_features)
+            embeds = embeds + 0 * projector(nothing).sum()
         attention = language_model.config._attn_implementation
         packed = {} if position_ids is None else _boundaries(position_ids, attention)
-        hidden = language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=None,
-            use_cache=False,
-            **packed,
-        ).last_hidden_state
-        return answer_loss(hidden.flatten(0, 1)[keep], self.model.lm_head, targets)
+        options = dict(attention_mask=None, use_cache=False, **packed)
+        output = language_model(inputs_embeds=embeds, position_ids=position_ids, **options)
+        hidden = output.last_hidden_state.flatten(0, 1)[keep]  # (N, width)
+        return answer_loss(hidden, self.model.lm_head, targets)
 
 
 def packed_attention(dtype: torch.dtype) -> str:
     """The name of the attention that keeps the conversations of a packed row apart.
 
-    In bf16 on a GPU the flash-attn package where it is installed, else the same kernel as PyTorch ships it (`varlen`).
-    Elsewhere PyTorch's attention, one conversation after the other.
+    In bf16 on a GPU it is the flash-attn package if that is installed, else the same kernel of
+    PyTorch (`varlen`). Elsewhere it is PyTorch's attention, one conversation after the other.
     """
     if dtype != torch.bfloat16:
         return "by_conversation"
@@ -92,8 +108,11 @@ def packed_attention(dtype: torch.dtype) -> str:
     return "varlen" if varlen_attn else "by_conversation"
 
 
-def _boundaries(position_ids, attention: str) -> dict:
-    """Where the conversations of a packed row lie, found once and not in every layer, in the form that `attention` takes."""
+def _boundaries(position_ids: torch.Tensor, attention: str) -> dict[str, Any]:
+    """The boundaries of a packed row's conversations, in the form that `attention` takes.
+
+    They are computed once for all layers.
+    """
     starts, longest = prepare_fa_kwargs_from_position_ids(position_ids)
     if attention == "by_conversation":
         return dict(conversations=starts[0].diff().tolist())
@@ -104,14 +123,16 @@ def _boundaries(position_ids, attention: str) -> dict:
 def _varlen(
     module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options
 ):
-    """FlashAttention's varlen kernel in PyTorch: (1, heads, T, width) in and (1, T, heads, width) out."""
-    if cu_seq_lens_q is None:  # not training: the model answers questions, say
+    """FlashAttention's varlen kernel in PyTorch: (1, heads, T, width) -> (1, T, heads, width)."""
+    # Without boundaries the model is not training; it answers questions, for example.
+    if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # Keys and values of grouped heads are repeated for each of their query heads.
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
-    # Rotary positions may have made query and key fp32 again under autocast; the kernel takes 16 bits only.
-    query, key, value = (
-        states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value)
-    )
+    # Under autocast, rotary positions may have made query and key fp32 again. The kernel takes
+    # 16 bits only.
+    states = (query, key, value)
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in states)  # (T, heads, width)
     ends = [cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q]
     out = varlen_attn(query, key, value, *ends, scale=options.get("scaling"), **_CAUSAL)
     return out[None], None
@@ -123,22 +144,24 @@ _CAUSAL = dict(window_size=(-1, 0)) if "window_size" in _VARLEN else dict(is_cau
 
 
 def _by_conversation(module, query, key, value, attention_mask, conversations=None, **options):
-    """PyTorch's attention, (B, heads, T, width) in and (B, T, heads, width) out, for each conversation of a packed row alone."""
-    if conversations is None:  # not training: the model answers questions, say
+    """PyTorch's attention for each conversation of a packed row.
+
+    (B, heads, T, width) -> (B, T, heads, width). conversations: their lengths.
+    """
+    # Without lengths the model is not training; it answers questions, for example.
+    if conversations is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pieces = zip(*(states.split(conversations, dim=2) for states in (query, key, value)))
-    return torch.cat(
-        [sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces], dim=1
-    ), None
+    # No mask: the kernel is causal, and a conversation has no padding.
+    outputs = [sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces]
+    return torch.cat(outputs, dim=1), None
 
 
 def _mask(*arguments, attention_mask=None, **options):
-    """No mask where none was given, however the positions run."""
-    return (
-        None
-        if attention_mask is None
-        else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
-    )
+    """No mask if none was given: transformers would derive one from the position ids."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 
 for name, function in (("by_conversation", _by_conversation), ("varlen", _varlen)):
@@ -146,20 +169,20 @@ for name, function in (("by_conversation", _by_conversation), ("varlen", _varlen
     AttentionMaskInterface.register(name, _mask)
 
 
-def answer_loss(hidden, head, targets):
-    """Summed cross-entropy of hidden (N, width) against targets (N), with at most `LOGITS` logits in memory at a time.
+def answer_loss(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of hidden states (N, width) against targets (N).
 
-    The original computes logits for every position, in fp32 its largest tensor. Here only answers have any; if those are
-    many, they are computed in stretches, and again in the backward pass.
+    The original computes logits for every position, in fp32 its largest tensor. Here only answers
+    get logits. If there are more than `LOGITS`, they are computed in pieces, and again in the
+    backward pass.
     """
     size = max(1, LOGITS // head.out_features)
     if len(targets) <= size:
         return _loss(hidden, head, targets)
     pieces = zip(hidden.split(size), targets.split(size))
-    return sum(
-        checkpoint(_loss, some, head, wanted, use_reentrant=False) for some, wanted in pieces
-    )
+    return sum(checkpoint(_loss, some, head, ids, use_reentrant=False) for some, ids in pieces)
 
 
 def _loss(hidden, head, targets):
-    return cross_entropy(head(hidden).float(), targets, reduction="sum")
+    logits = head(hidden).float()  # (N, vocabulary)
+    return cross_entropy(logits, targets, reduction="sum")

@@ -1,1 +1,4 @@
-"""Presets: small files of values, meant to be copied. Each defines `preset()` -> Preset(projector, base, chat)."""
+"""Presets: small files of values, meant to be copied.
+
+Each defines `preset()`, which returns Preset(projector, base, chat).
+"""

@@ -1,23 +1,31 @@
-"""The paper's own scale: Vicuna-13B v1.5, CLIP ViT-L/14-336, the whole language model tuned (Vision-Flan, section 3).
+"""The paper's own scale: Vicuna-13B v1.5 and CLIP ViT-L/14-336, all of the language model tuned.
 
-Hardware: 8 GPUs of 80 GB (the papers used A100s); num_processes 8, so that weights and optimiser are sharded over them.
-Memory, by vflan.plan (computed, not measured): 38 GB on each of 8 for the base stage, 34 GB for the projector.
-Cost: not measured here. LLaVA-1.5 reports 5.5 h for a 13B projector on 8 A100-80G; Vision-Flan prints no GPU hours, and its
-base stage is about 13,000 steps of 128 samples. Each run folder holds a whole model, 27 GB in bfloat16. A checkpoint of
-full tuning holds 12 bytes a weight, 156 GB; two are kept and a third is there while it is written. save_every=0: none.
+Vision-Flan, section 3.
+
+Hardware: 8 GPUs of 80 GB (the papers used A100s) with num_processes 8, so that weights and
+optimiser are sharded over them.
+Memory, by vflan.plan (computed, not measured): 38 GB on each of 8 for the base stage, 34 GB for the
+projector.
+Cost: not measured here. LLaVA-1.5 reports 5.5 h for a 13B projector on 8 A100-80G. Vision-Flan
+prints no GPU hours; its base stage is about 13,000 steps of 128 samples. Each run folder holds a
+whole model, 27 GB in bfloat16. A checkpoint of full tuning holds 12 bytes a weight, 156 GB; two are
+kept, and a third exists while it is written. save_every=0: none.
 Expect: the Vision-Flan rows of data/paper.csv.
 
-pack_tokens is 8192: a GPU's share of a step is then two passes in place of seven rows of 2048, each of which gathers all weights
-anew, and the GPUs wait less for each other. micro_batch counts only where rows are padded.
+pack_tokens is 8192: a GPU's share of a step is then two passes in place of seven rows of 2048, each
+of which gathers all weights anew, and the GPUs wait less for each other. micro_batch counts only
+where rows are padded.
 
-Stated by the papers: data, what is tuned, batch sizes, learning rates, one epoch, 128 steps of chat. Taken from LLaVA-1.5's scripts
-because Vision-Flan does not say: cosine schedule, warm-up 0.03, no weight decay, no clipping, 2048 tokens, bfloat16, templates.
+The papers state: data, what is tuned, batch sizes, learning rates, one epoch, 128 steps of chat.
+Vision-Flan does not state these, so they come from LLaVA-1.5's scripts: cosine schedule, warm-up
+0.03, no weight decay, no clipping, 2048 tokens, bfloat16, templates.
 """
 
 from vflan.config import Preset, Recipe, replace
 
 
 def preset() -> Preset:
+    """The stages projector, base and chat."""
     projector = Recipe(
         name="projector",
         stage="projector",

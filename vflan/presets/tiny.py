@@ -1,14 +1,18 @@
 """The mini world: three stages on two CPU cores, offline.
 
-Hardware: any laptop. Cost: data/tiny/backbones.json and the notebooks' outputs hold the measured times.
-Expect: Base answers the mini world's questions tersely, Chat in sentences; README.md has the scores of the committed run.
-Learning rates are those that a 1 M parameter model likes, not the papers'. One epoch of captions and one of tasks, as there.
+Hardware: any laptop.
+Cost: data/tiny/backbones.json and the notebooks' outputs hold the measured times.
+Expect: Base answers the mini world's questions tersely, Chat in sentences; README.md has the scores
+of the committed run.
+The learning rates suit a model of 1 M parameters; they are not the papers'. One epoch of captions
+and one of tasks, as in the papers.
 """
 
 from vflan.config import Preset, Recipe, replace
 
 
 def preset() -> Preset:
+    """The stages projector, base and chat."""
     projector = Recipe(
         name="projector",
         stage="projector",

@@ -1,6 +1,8 @@
-"""Around the notebooks: they are run, cleaned and published here; widgets, the report, the doctor, export to other formats.
+"""Tools around the notebooks: run, clean and publish them; widgets, report, doctor and export.
 
-Nothing on the way from a sample to a score needs this room.
+In come notebooks, finished runs and their scores; out go executed notebooks, pages, cards and
+folders for other programs. Nothing on the way from a sample to a score needs this room, so anything
+here can be changed without looking elsewhere.
 """
 
 import lazy_loader

@@ -1,21 +1,49 @@
-"""The parameters of the notebooks: texts become values, and a value of the wrong kind is refused in one sentence."""
+"""The parameters of the notebooks: text becomes values, and a wrong value is refused clearly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from vflan.config import read_changes, read_value
 
-# name: (what it has to be, in words, and as a test). A notebook's own parameter that is not here is taken as it is.
-_COUNT = "a whole number of at least 1", lambda value: _is_whole(value, 1)
-_COUNTS = "a list of whole numbers of at least 1", lambda value: _all_whole(value, 1)
-_SOME = "a whole number of at least 1, or None", lambda value: value is None or _is_whole(value, 1)
-_TEXT = "a text", lambda value: isinstance(value, str)
-KINDS = {
+
+def _is_whole(value, least=1):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_some(value):
+    return value is None or _is_whole(value)
+
+
+def _all_whole(value, least=1):
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(_is_whole(number, least) for number in value)
+
+
+def _are_seeds(value):
+    return _all_whole(value, least=0) and len(set(value)) == len(value)
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value):
+    return value is None or isinstance(value, str)
+
+
+# {name: (what the value has to be, its test)}; a notebook's other parameters may be anything.
+_COUNT = "a whole number of at least 1", _is_whole
+_COUNTS = "a list of whole numbers of at least 1", _all_whole
+_SOME = "a whole number of at least 1, or None", _is_some
+_TEXT = "a text", _is_text
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": _TEXT,
     "num_processes": _COUNT,
     "samples": _TEXT,
     "images": _TEXT,
-    "seeds": (
-        "a list of different whole numbers, [0, 1] for instance",
-        lambda value: _all_whole(value, 0) and len(set(value)) == len(value),
-    ),
+    "seeds": ("a list of different whole numbers, [0, 1] for instance", _are_seeds),
     "jobs": _SOME,
     "budget": _SOME,
     "budgets": _COUNTS,
@@ -24,19 +52,17 @@ KINDS = {
     "often": _COUNT,
     "beyond": ("True or False", lambda value: isinstance(value, bool)),
     "live": ('"small" or "all"', lambda value: value in ("small", "all")),
-    "other_language_model": (
-        "a folder, a hub id or None",
-        lambda value: value is None or isinstance(value, str),
-    ),
+    "other_language_model": ("a folder, a hub id or None", _is_text_or_none),
 }
-_TEXTS = ("preset", "samples", "images", "live")
+_TEXTS = ("preset", "samples", "images", "live")  # a text such as "12" stays one
 
 
-def checked(**values) -> list:
-    """The values of notebook parameters in the order given, as the notebook needs them.
+def checked(**values: Any) -> list:
+    """The values of notebook parameters, in the order given, as the notebook needs them.
 
-    A text, as `papermill -r` or a shell passes it, is read as the value that it shows: "2" is 2, "[0, 1]" a list.
-    ValueError for a value of the wrong kind, and for a field that Recipe lacks in `changes`.
+    A text, as `papermill -r` or a shell passes it, becomes the value that it shows: "2" is 2,
+    "[0, 1]" a list. ValueError for a value of the wrong kind, and for `changes` that are no fields
+    of Recipe.
     """
     return [_checked(name, value) for name, value in values.items()]
 
@@ -46,18 +72,9 @@ def _checked(name, value):
         return read_changes(value)
     if isinstance(value, str) and name not in _TEXTS:
         value = read_value(value)
-    needs, fits = KINDS.get(name, ("", lambda value: True))
-    if name == "seeds" and _is_whole(value, 0):
+    if name == "seeds" and _is_whole(value, least=0):
         value = [value]
-    if not fits(value):
+    needs, is_right = KINDS.get(name, ("", lambda value: True))
+    if not is_right(value):
         raise ValueError(f"{name}={value!r}: {needs} is needed.")
     return list(value) if isinstance(value, tuple) else value
-
-
-def _is_whole(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _all_whole(value, least):
-    many = isinstance(value, (list, tuple)) and len(value)
-    return bool(many) and all(_is_whole(each, least) for each in value)

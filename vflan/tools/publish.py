@@ -1,11 +1,14 @@
-"""For the authors: copies what a finished run made to the tracked places, and fills the tables of README.md.
+"""For the authors: copies a finished run to the tracked places and fills the pages' tables.
 
 vflan publish tiny            # after `make demo`: notebooks, figures, scores
 vflan publish tiny_frozen     # after `make paper`: the claims
-vflan publish --readme        # copy nothing: fill the tables of README.md from the tracked results
+vflan publish --readme        # only fill the tables of the pages from the tracked results
 """
 
+from __future__ import annotations
+
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -13,43 +16,37 @@ import pandas as pd
 from vflan import config
 from vflan.analysis import tables
 from vflan.analysis.claims import ledger
-from vflan.tools.notebooks import LIMIT, digest_of, find_notebooks, fingerprint
+from vflan.tools.clean import LIMIT
+from vflan.tools.notebooks import digest_of, find_notebooks, source_key
 
 
 class Place(NamedTuple):
-    """What is published of a preset: which notebooks and where to, and each results file with its name in data/results."""
+    """What is published of a preset, and where to."""
 
-    notebooks: str
-    only: tuple
-    results: dict
+    notebooks: str  # folder of the executed notebooks
+    only: tuple[str, ...]  # beginnings of their names, () for all
+    results: dict[str, str]  # {results file of the run: its name in data/results}
     page: str  # that lists the figures
-    seeds: int = 0  # each claim has to be measured with as many
-    free: tuple = ()  # parameters that the run may have: more work, not other work
+    seeds: int = 0  # each claim must be measured with as many
+    free: tuple[str, ...] = ()  # parameters that change the amount of work, not what it shows
 
 
+_DEMO = {"scores.csv": "tiny.csv", "floors.csv": "tiny_floors.csv"}
+_CLAIMS = {"claims.csv": "claims_tiny.csv", "sweeps.csv": "tiny_sweeps.csv"}
+_FREE = ("preset", "seeds", "beyond", "budget", "instances", "live", "jobs", "num_processes")
+_PAGE = "figures/tiny_frozen/README.md"
 PLACES = {
-    "tiny": Place(
-        "notebooks",
-        (),
-        {"scores.csv": "tiny.csv", "floors.csv": "tiny_floors.csv"},
-        "figures/README.md",
-    ),
-    "tiny_frozen": Place(
-        "notebooks/paper",
-        ("06", "07", "08"),
-        {"claims.csv": "claims_tiny.csv", "sweeps.csv": "tiny_sweeps.csv"},
-        "figures/tiny_frozen/README.md",
-        5,
-        ("preset", "seeds", "beyond", "budget", "instances", "live", "jobs", "num_processes"),
-    ),
+    "tiny": Place("notebooks", (), _DEMO, "figures/README.md"),
+    "tiny_frozen": Place("notebooks/paper", ("06", "07", "08"), _CLAIMS, _PAGE, 5, _FREE),
 }
 
 
-def publish(preset):
-    """Copy the results, figures and notebooks of a preset's run to data/results, figures/ and notebooks/; fill README.md.
+def publish_run(preset: str) -> list[Path]:
+    """Copy a preset's results, figures and notebooks to data/results, figures/ and notebooks/.
 
-    Returns the paths written. ValueError, before anything is copied, for a run that is not whole, not up to date, was
-    made with other parameters, or was changed since.
+    Also fills the tables of the pages. Returns the paths written. Raises ValueError, before
+    anything is copied, for a run that is incomplete or out of date, had other parameters, or was
+    changed since.
     """
     if preset not in PLACES:
         raise ValueError(f"{preset!r} is not published; these are: {', '.join(PLACES)}.")
@@ -58,84 +55,84 @@ def publish(preset):
     sources = find_notebooks(home / "notebooks", place.only)
     rows = {row["name"]: row for row in config.read_json(folder / "book.json").get("notebooks", [])}
     for source in sources:
-        _ready(source, rows.get(source.stem, {}), folder, place)
-    made = {}
-    for source in sources:
-        for file, mark in rows[source.stem]["files"].items():
-            made.setdefault(file, set()).add(
-                mark
-            )  # several notebooks add to a file; the last one left it as it is
-    for file, marks in made.items():
-        if not (folder / file).is_file() or digest_of(folder / file) not in marks:
-            raise ValueError(
-                f"{config.shown(folder / file)} is not as a notebook left it: run the notebooks again with --again."
-            )
-    if missing := [file for file in place.results if f"results/{file}" not in made]:
-        raise ValueError(
-            f"the run made no results/{missing[0]}: run the notebooks again with --again."
-        )
+        _check_notebook(source, rows.get(source.stem, {}), folder, place)
+    made = _check_files(folder, [rows[source.stem]["files"] for source in sources], place)
     if place.seeds:
-        _whole(pd.read_csv(folder / "results" / "claims.csv", dtype={"claim": str}), place, sources)
+        verdicts = pd.read_csv(folder / "results" / "claims.csv", dtype={"claim": str})
+        check_seeds(verdicts, place, sources)
 
-    figures, written = home / "figures" / preset, []
+    figures = home / "figures" / preset
     for old in figures.glob("*.[ps][nv]g"):
         old.unlink()
-    copies = [
-        (folder / "notebooks" / source.name, home / place.notebooks / source.name)
-        for source in sources
-    ]
-    copies += [
-        (folder / "results" / own, home / "data" / "results" / name)
-        for own, name in place.results.items()
-    ]
-    copies += [
-        (folder / file, figures / file.removeprefix("figures/"))
-        for file in made
-        if file.startswith("figures/")
-    ]
-    for source, target in copies:
+    copies = {folder / "notebooks" / s.name: home / place.notebooks / s.name for s in sources}
+    copies |= {folder / "results" / file: home / "data" / "results" / name
+               for file, name in place.results.items()}  # fmt: skip
+    copies |= {folder / file: figures / file.removeprefix("figures/")
+               for file in made if file.startswith("figures/")}  # fmt: skip
+    for source, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.name == "scores.csv" and target.is_file():
             with_other_seeds(source, target).to_csv(target, index=False)
         else:
             shutil.copyfile(source, target)
-        written.append(target)
     tables.write_gallery(preset, figures, home / place.page)
-    tables.fill_readme(home)
-    return written
+    tables.fill_pages(home)
+    return list(copies.values())
 
 
-def with_other_seeds(source, target):
-    """The scores of `source`, then those of `target` whose seed did not run: the demo trains one, and shows the others."""
-    # as texts, so that no number is written anew
-    fresh, old = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (source, target))
-    return pd.concat([fresh, old[~old.seed.isin(fresh.seed)]], ignore_index=True)
+def with_other_seeds(source: Path, target: Path) -> pd.DataFrame:
+    """The scores of `source`, then those of `target` with seeds that `source` lacks.
+
+    The demo trains one seed and shows the others beside it.
+    """
+    # read as text, so that no number is rounded or written differently
+    new, old = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (source, target))
+    return pd.concat([new, old[~old.seed.isin(new.seed)]], ignore_index=True)
 
 
-def _ready(source, row, folder, place):
-    """ValueError unless a notebook ran to its end in this version, without parameters that change what it says."""
-    again = f"run vflan notebooks {folder.name} first"
-    if "files" not in row or not (folder / "notebooks" / source.name).is_file():
-        raise ValueError(
-            f"{source.stem} has not run to its end in {config.shown(folder)}: {again}."
-        )
-    if odd := [name for name in row["parameters"] if name not in place.free]:
-        raise ValueError(
-            f"{source.stem} ran with {odd[0]}={row['parameters'][odd[0]]!r}: {again} without it."
-        )
-    if row["key"] != fingerprint(source, row["parameters"]):
-        raise ValueError(f"{source.stem} or the package has changed since it ran: {again}.")
-    if (size := (folder / "notebooks" / source.name).stat().st_size) > LIMIT:
-        raise ValueError(
-            f"{source.name} is {size // 1000} KB, more than {LIMIT // 1000}: draw smaller figures."
-        )
+def _check_notebook(source, row, folder, place):
+    """ValueError unless the notebook ran to its end, in this version, with parameters to publish.
+
+    row: its entry in book.json.
+    """
+    executed, first = folder / "notebooks" / source.name, f"run vflan notebooks {folder.name} first"
+    if "files" not in row or not executed.is_file():
+        where = config.shown(folder)
+        raise ValueError(f"{source.stem} has not run to its end in {where}: {first}.")
+    if other := [name for name in row["parameters"] if name not in place.free]:
+        value = f"{other[0]}={row['parameters'][other[0]]!r}"
+        raise ValueError(f"{source.stem} ran with {value}: {first} without it.")
+    if row["key"] != source_key(source, row["parameters"]):
+        raise ValueError(f"{source.stem} or the package has changed since it ran: {first}.")
+    if (size := executed.stat().st_size) > LIMIT:
+        sizes = f"{size // 1000} KB, more than {LIMIT // 1000}"
+        raise ValueError(f"{source.name} is {sizes}: draw smaller figures.")
 
 
-def _whole(found, place, sources):
+def _check_files(folder, files_of, place):
+    """The files that the notebooks made; ValueError if one is missing or was changed since.
+
+    files_of: {file: digest} of each notebook.
+    """
+    # several notebooks may add to a file; it must be as one of them left it
+    digests: dict[str, set] = {}
+    for files in files_of:
+        for file, digest in files.items():
+            digests.setdefault(file, set()).add(digest)
+    again = "run the notebooks again with --again."
+    for file, known in digests.items():
+        if not (folder / file).is_file() or digest_of(folder / file) not in known:
+            path = config.shown(folder / file)
+            raise ValueError(f"{path} is not as a notebook left it: {again}")
+    if missing := [file for file in place.results if f"results/{file}" not in digests]:
+        raise ValueError(f"the run made no results/{missing[0]}: {again}")
+    return list(digests)
+
+
+def check_seeds(verdicts: pd.DataFrame, place: Place, sources: list[Path]) -> None:
     """ValueError unless every claim of these notebooks was measured with enough seeds."""
-    claims, seeds = ledger(), dict(zip(found.claim, found.n_seeds))
+    claims, seeds = ledger(), dict(zip(verdicts.claim, verdicts.n_seeds))
     for claim in claims[claims.notebook.isin([source.name[:2] for source in sources])].claim:
-        if seeds.get(claim, 0) < place.seeds:
-            raise ValueError(
-                f"claim {claim} has {seeds.get(claim, 0)} seeds, {place.seeds} are needed: this is a short trial."
-            )
+        if (count := seeds.get(claim, 0)) < place.seeds:
+            needs = f"{place.seeds} are needed: this is a short trial"
+            raise ValueError(f"claim {claim} has {count} seeds, {needs}.")

@@ -1,4 +1,6 @@
-"""One run: packed batches, the steps, distributed processes, checkpoints, and what all this costs before it begins.
+"""Training: one run.
 
-Comes in: a recipe. Goes out: a run folder (run.py). How rows become batches (batching.py) decides nothing about their tokens.
+In: a recipe. Out: a run folder (run.py). The loop is in trainer.py. You may change how rows become
+batches (batching.py), or how processes share the work (distributed.py), without looking at data or
+models: tokens, labels and the loss are decided there.
 """

@@ -1,144 +1,256 @@
-"""One training on one process or many, on Accelerate: replicated (DDP), sharded (FSDP2), or by DeepSpeed's ZeRO.
+"""One training on one process or many: replicas (DDP), shards (FSDP2), or DeepSpeed's ZeRO.
 
-FSDP2 is PyTorch's own `fully_shard`, which Accelerate's plugin calls too; here it is called directly, because Accelerate
-ignores that plugin on a CPU without a word, and what cannot be tested on two cores is not known to work on eight GPUs.
+FSDP2 is PyTorch's `fully_shard`. Accelerate's plugin calls it too, but silently ignores the plugin
+on a CPU. We call it directly, so that two CPU processes in a test run the same code as eight GPUs.
+
+Importing this file is cheap (no torch): child processes call `end_with_parent` before they load
+anything.
 """
 
+from __future__ import annotations
+
+import json
 import os
+import subprocess
+import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration
-from torch import nn
-from transformers.integrations import unset_hf_deepspeed_config
+from vflan.config import ROOT, Recipe, read_json, shown
 
-from vflan.config import Recipe
-from vflan.models import llava as models
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from accelerate import Accelerator
+    from torch import nn, optim
+
+ENDS_WITH_STDIN = "VFLAN_ENDS_WITH_STDIN"  # set by `launch`: stdin is a pipe from the parent
+LAST_LINES = 30  # of the children's output, quoted when they fail
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A model and its optimiser as one process of a run holds them."""
+class TrainState:
+    """The model and its optimizer, as one process of a run holds them."""
 
     accelerator: Accelerator
-    how: str  # none (one process, or a replica in each), fsdp2, zero2, zero3
+    sharding: str  # none (one process, or a replica in each), fsdp2, zero2, zero3
     model: nn.Module
-    learner: nn.Module  # around the model: what is called
-    optimizer: torch.optim.Optimizer
+    learner: nn.Module  # wraps the model; training calls this one
+    optimizer: optim.Optimizer
 
     @contextmanager
-    def passes(self, last: bool):
-        """Around each of the passes whose gradients make a step: replicas exchange theirs in the last one only.
+    def forward_pass(self, last: bool) -> Iterator[None]:
+        """Wrap one of the passes whose gradients make up a step.
 
-        Sharded ones do so in each, because a whole gradient is what no process has room for.
+        Replicas (DDP) exchange gradients in the last pass only. Sharded models do it in every pass,
+        because no process has room for a whole gradient.
         """
-        replicas = isinstance(self.learner, nn.parallel.DistributedDataParallel)
-        self.accelerator.sync_gradients = last  # DeepSpeed steps at the end of the last pass
-        with (
-            self.learner.no_sync() if replicas and not last else nullcontext(),
-            self.accelerator.autocast(),
-        ):
+        from torch.nn.parallel import DistributedDataParallel
+
+        replicated = isinstance(self.learner, DistributedDataParallel)
+        # DeepSpeed takes its optimizer step when this is true.
+        self.accelerator.sync_gradients = last
+        no_sync = self.learner.no_sync() if replicated and not last else nullcontext()
+        with no_sync, self.accelerator.autocast():
             yield
 
 
-def spread(accelerator, learner: nn.Module, make_optimizer, recipe: Recipe) -> Spread:
-    """Lay a learner out over the processes; the optimiser is made once the weights are where they stay."""
-    model, how = learner.model, sharding(recipe, accelerator.num_processes)
-    if how == "fsdp2":
-        models.shard(learner, recipe)
+def distribute(
+    accelerator: Accelerator, learner: nn.Module, make_optimizer: Callable, recipe: Recipe
+) -> TrainState:
+    """Replicate or shard a learner over the processes, then make its optimizer."""
+    model, kind = learner.model, sharding(recipe, accelerator.num_processes)
+    # FSDP2 replaces weights, so the optimizer is made after it; DeepSpeed wraps an optimizer.
+    if kind == "fsdp2":
+        from vflan.models.llava import shard
+
+        shard(learner, recipe)
         optimizer = make_optimizer()
-    elif how == "none":
+    elif kind == "none":
         learner = accelerator.prepare(learner)
         optimizer = make_optimizer()
     else:
         learner, optimizer = accelerator.prepare(learner, make_optimizer())
-    return Spread(accelerator, how, model, learner, optimizer)
+    return TrainState(accelerator, kind, model, learner, optimizer)
 
 
-def sharding(recipe: Recipe, world: int, on_gpus: bool | None = None) -> str:
-    """What `recipe.sharding` comes to with so many processes, on GPUs or not (None: as this machine has them).
+def sharding(recipe: Recipe, processes: int, on_gpus: bool | None = None) -> str:
+    """Resolve `recipe.sharding` for this number of processes: none, fsdp2, zero2 or zero3.
 
-    A fully tuned language model needs 16 bytes a weight, too much for one GPU from 7B on: `auto` shares it out.
+    `auto` shards only a fully tuned language model on GPUs: it needs 16 bytes a weight, which from
+    7B on is too much for one GPU. `on_gpus=None` asks this machine.
     """
-    if world == 1:
+    if processes == 1:
         return "none"
     if recipe.sharding != "auto":
         return recipe.sharding
+    if on_gpus is None:
+        import torch
+
+        on_gpus = torch.cuda.is_available()
     full = "language_model" in recipe.tune and not recipe.lora_r and recipe.optimizer == "adamw"
-    return (
-        "fsdp2" if full and (torch.cuda.is_available() if on_gpus is None else on_gpus) else "none"
-    )
+    return "fsdp2" if full and on_gpus else "none"
 
 
-def started() -> int:
-    """How many processes torchrun has started for this program, on all machines together; 1 without torchrun."""
+def world_size() -> int:
+    """Return how many processes torchrun started, on all machines together; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check(recipe: Recipe, world: int) -> None:
-    """Can `world` processes train this recipe? ValueError or ImportError, one sentence, if not; before any time is spent."""
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shares(recipe, world)
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Raise before any work is done if this number of processes cannot train this recipe.
+
+    ValueError: the batch cannot be divided, or there are too few GPUs. ImportError: a library is
+    missing.
+    """
+    import torch
+
+    rows_per_process(recipe, processes)
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if gpus and local > gpus:
         raise ValueError(
-            f"{local} processes were asked for on a machine with {gpus} GPUs; start {gpus} at most."
+            f"This machine has {gpus} GPUs, but {local} processes were requested; "
+            f"start {gpus} at most."
         )
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
         raise ImportError(
-            f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, or take sharding='fsdp2'."
+            f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, "
+            "or set sharding='fsdp2'."
         )
     for name in recipe.trackers:
         if not find_spec(name):
             raise ImportError(
-                f"trackers={recipe.trackers}: pip install {name}, or leave it out; metrics.jsonl is written anyway."
+                f"trackers={recipe.trackers}: pip install {name}, or remove it from the recipe; "
+                "metrics.jsonl is written anyway."
             )
 
 
-def shares(recipe: Recipe, world: int) -> int:
-    """The rows of a global batch that each of `world` processes takes; ValueError if they cannot share it evenly."""
+def rows_per_process(recipe: Recipe, processes: int) -> int:
+    """Return each process's rows of a global batch; ValueError if it cannot be divided evenly."""
     batch = recipe.global_batch
-    if batch % world:
-        fair = max(n for n in range(1, world) if batch % n == 0)
-        why = "are more than its samples" if batch < world else "cannot share it evenly"
+    if batch % processes:
+        divisor = max(n for n in range(1, processes) if batch % n == 0)
+        why = "are more than its samples" if batch < processes else "cannot share it evenly"
         raise ValueError(
-            f"global_batch={batch}: {world} processes {why}; start {fair}, or make it a multiple of {world}."
+            f"global_batch={batch}: {processes} processes {why}; "
+            f"start {divisor}, or make it a multiple of {processes}."
         )
-    return batch // world
+    return batch // processes
 
 
-def join(recipe: Recipe, folder) -> Accelerator:
-    """Meet the other processes of a run, if there are any; trackers, if the recipe asks for some, write below `folder`."""
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # a notebook trains several recipes in one process
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """Connect to the other processes of a run, if there are any. Trackers write below `folder`."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import ProjectConfiguration
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    from vflan.models.llava import compute_dtype
+
+    # A notebook trains several recipes in one process, so the state of the last one is dropped.
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    half = models.compute_dtype(recipe) == torch.bfloat16
-    options = {}
+    half = compute_dtype(recipe) == torch.bfloat16
+    on_cpu, options = not torch.cuda.is_available(), {}
     if recipe.trackers:
-        place = ProjectConfiguration(
-            project_dir=str(folder), logging_dir=str(folder / "tensorboard")
-        )
-        options = dict(log_with=list(recipe.trackers), project_config=place)
-    # first, because Accelerate thinks that DeepSpeed needs a GPU; and others wait while one checks a million samples
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
-    if sharding(recipe, started()).startswith("zero"):
-        options["deepspeed_plugin"] = DeepSpeedPlugin(
-            zero3_init_flag=False,
-            hf_ds_config={
-                "zero_optimization": {"stage": int(recipe.sharding[-1])},
-                "bf16": {"enabled": half},
-                "gradient_clipping": recipe.max_grad_norm,
-                "gradient_accumulation_steps": 1,  # the loss is divided already, by the tokens of the global batch
-                "train_micro_batch_size_per_gpu": 1,  # only reported; the plan decides
-            },
-        )
+        logs = ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
+        options = dict(log_with=list(recipe.trackers), project_config=logs)
+    # This comes first, because Accelerate believes that DeepSpeed needs a GPU. The timeout is long
+    # because the others wait while the main process checks up to a million samples.
+    PartialState(cpu=on_cpu, timeout=timedelta(hours=1))
+    if sharding(recipe, world_size()).startswith("zero"):
+        options["deepspeed_plugin"] = _deepspeed(recipe, half)
     else:
-        options["cpu"] = not torch.cuda.is_available()
+        options["cpu"] = on_cpu
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", **options)
-    unset_hf_deepspeed_config()  # or from_pretrained would load pieces for ZeRO-3; the model is shared out later, by prepare
+    # Otherwise from_pretrained would load ZeRO-3 shards; `distribute` shards the model later.
+    unset_hf_deepspeed_config()
     return accelerator
+
+
+def _deepspeed(recipe, half):
+    from accelerate import DeepSpeedPlugin
+
+    config = {
+        "zero_optimization": {"stage": int(recipe.sharding[-1])},
+        "bf16": {"enabled": half},
+        "gradient_clipping": recipe.max_grad_norm,
+        # The trainer already divides the loss by the tokens of the global batch.
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed only reports this number; the trainer forms the batches.
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    return DeepSpeedPlugin(zero3_init_flag=False, hf_ds_config=config)
+
+
+def launch(folder: Path, num_processes: int) -> None:
+    """Train the run in `folder` with several processes on this machine, and show their output.
+
+    The printed command can be pasted into a cluster script; torch.distributed.run has options for
+    more machines. RuntimeError quotes the last lines if a process fails.
+    """
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += [str(num_processes), "-m", "vflan", "train"]
+    after = ["--processes", str(num_processes)]
+    print(" ".join(["python", *command, shown(Path(folder)), *after]), flush=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command, lines = [sys.executable, *command, str(folder), *after], []
+    child = subprocess.Popen(command, text=True, env=_environment(folder), **pipes)
+    try:
+        for line in child.stdout:
+            # Timings go to stderr: a notebook would store those on stdout.
+            print(line, end="", file=sys.stderr, flush=True)
+            lines = [*lines, line][-LAST_LINES:]
+    finally:
+        # An interrupted notebook cell stops its children too.
+        if child.poll() is None and sys.exc_info()[0] is not None:
+            child.terminate()
+        child.stdin.close()
+        status = child.wait()
+    if status:
+        raise RuntimeError(
+            f"Training with {num_processes} processes failed (exit {status}); "
+            f"its last lines:\n{''.join(lines)}"
+        )
+
+
+def _environment(folder):
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
+    # The children take the folder's lock after this process has released it. In between, another
+    # process could start a different recipe there, so they compare the folder with this record.
+    folder = Path(folder)
+    begun = read_json(folder / "recipe.json") | read_json(folder / "init.json")
+    environment = dict(
+        PYTHONPATH=os.pathsep.join(filter(None, paths)),
+        VFLAN_HOME=str(ROOT),
+        VFLAN_BEGUN=json.dumps(begun, sort_keys=True),
+    )
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return os.environ | environment | {ENDS_WITH_STDIN: "1", "OMP_NUM_THREADS": threads}
+
+
+def end_with_parent() -> None:
+    """Make this process exit as soon as the one that started it is gone, however that one ended.
+
+    A `multiprocessing` child waits for its parent. A child of `launch` waits for its stdin to
+    close, because torchrun is in between. Any other process goes on as before.
+    """
+    parent = parent_process()
+    if parent is None and not os.environ.get(ENDS_WITH_STDIN):
+        return
+
+    def wait():
+        if parent:
+            parent.join()
+        else:
+            os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

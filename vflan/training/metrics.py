@@ -1,9 +1,13 @@
-"""What a run writes while it runs: a line of json for each step and look, and one live line for people."""
+"""What a run logs while it trains: JSON lines, trackers, and a progress bar."""
+
+from __future__ import annotations
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -15,92 +19,107 @@ try:
 except ImportError:  # Windows
     resource = None
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vflan.config import Recipe
+
 FILES = ("metrics", "heldout", "samples")
+TRACKED = ("loss", "lr", "fill", "tokens_per_second", "peak_gb")
 
 
 class Log:
-    """metrics.jsonl, heldout.jsonl and samples.jsonl of a run folder, on the main process; trackers get the numbers too.
+    """Writes metrics.jsonl, heldout.jsonl and samples.jsonl of a run folder, on the main process.
 
-    And one live line, `progress`'s, which goes to stderr, so that no timing gets into a notebook's kept output.
+    Trackers get the same numbers. A progress bar goes to stderr, so that notebooks do not store
+    timings.
     """
 
-    def __init__(self, folder, steps, first, accelerator):
-        """Lines of steps after `first`, where the run now goes on, are cut: they will be written again, at 0 all of them."""
+    def __init__(self, folder: Path, steps: int, first: int, accelerator: Accelerator):
+        """Continue after step `first`: later lines are deleted, as their steps are trained again.
+
+        0 deletes all lines.
+        """
         self.folder, self.accelerator = folder, accelerator
         self.active, self.bar, self.files = accelerator.is_main_process, None, {}
-        self.useful, self.busy, self.before = 0, 0.0, 0.0
+        self.useful, self.busy, self.earlier_seconds = 0, 0.0, 0.0
         if not self.active:
             return
+        # The steps after `first` are trained again, so their lines are cut.
         for name in FILES:
             path, scratch = folder / f"{name}.jsonl", folder / f".{name}.part"
             kept = [line for line in read_lines(path) if line["step"] <= first and first]
-            scratch.write_text("".join(map(_json, kept)), encoding="utf-8")
-            scratch.replace(path)  # whole or not at all: the next kill may come now
+            scratch.write_text("".join(map(_to_json, kept)), encoding="utf-8")
+            # A kill at this moment must leave the old file or the new one, not half of it.
+            scratch.replace(path)
             self.files[name] = path.open("a", buffering=1, encoding="utf-8")
             if name == "metrics" and kept:
-                self.before = kept[-1]["seconds"]
+                self.earlier_seconds = kept[-1]["seconds"]
         self.began = time.perf_counter()
         self.bar = progress(folder.name, steps, "steps", first, leave=True)
 
-    def begin(self, recipe):
-        """Tell the trackers, if there are any, what is trained."""
+    def begin(self, recipe: Recipe) -> None:
+        """Send the recipe to the trackers, if there are any."""
         if recipe.trackers:
+            # Trackers take simple values only; lists become text.
+            fields = recipe.to_dict().items()
+            simple = (int, float, str)
             config = {
-                key: value if isinstance(value, (int, float, str)) else str(value)
-                for key, value in recipe.to_dict().items()
+                key: value if isinstance(value, simple) else str(value) for key, value in fields
             }
-            names = {
-                "wandb": {"name": recipe.name, "dir": str(self.folder)},
-                "trackio": {"name": recipe.name},
-            }
-            self.accelerator.init_trackers("vflan", config=config, init_kwargs=names)
+            options = dict(wandb=dict(name=recipe.name, dir=str(self.folder)))
+            options |= dict(trackio=dict(name=recipe.name))
+            self.accelerator.init_trackers("vflan", config=config, init_kwargs=options)
 
-    def step(self, step, loss, lr, tokens, useful, positions, seconds):
-        """One step: `tokens` are supervised, `useful` all tokens that are not padding, `positions` padding included."""
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        tokens: int,
+        useful: int,
+        positions: int,
+        seconds: float,
+    ) -> None:
+        """Log one step.
+
+        tokens: supervised ones; useful: all that are not padding; positions: with padding.
+        """
         if not self.active:
             return
-        now = time.perf_counter()
+        # Seconds count on over the parts of a run that was killed and resumed.
+        elapsed = self.earlier_seconds + time.perf_counter() - self.began
         self.useful, self.busy = self.useful + useful, self.busy + seconds
-        line = dict(
-            step=step,
-            loss=round(loss, 6),
-            lr=lr,
-            tokens=tokens,
-            seconds=round(self.before + now - self.began, 3),
-        )
-        line |= dict(
-            useful=useful,
-            fill=round(useful / positions, 4),
-            tokens_per_second=round(useful / seconds),
-        )
-        line["peak_gb"] = round(peak_gb(), 3)
-        self.files["metrics"].write(_json(line))
-        self.track(
-            step, {key: line[key] for key in ("loss", "lr", "fill", "tokens_per_second", "peak_gb")}
-        )
-        says = f"loss {loss:.3f}, {self.useful / self.busy:,.0f} tokens/s, fill {line['fill']:.0%}, peak {line['peak_gb']:.1f} GB"
-        self.bar.set_postfix_str(says, refresh=False)
+        line = dict(step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(elapsed, 3))
+        line |= dict(useful=useful, fill=round(useful / positions, 4))
+        line |= dict(tokens_per_second=round(useful / seconds), peak_gb=round(peak_gb(), 3))
+        self.files["metrics"].write(_to_json(line))
+        self._track(step, {key: line[key] for key in TRACKED})
+        # The bar shows the mean rate: that of one step depends on its lengths.
+        rate, peak = f"{self.useful / self.busy:,.0f} tokens/s", f"peak {line['peak_gb']:.1f} GB"
+        status = f"loss {loss:.3f}, {rate}, fill {line['fill']:.0%}, {peak}"
+        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update()
 
-    def look(self, name, step, rows):
-        """Lines about the held-out rows (heldout), or answers to them (samples)."""
+    def write(self, name: str, step: int, rows: list[dict]) -> None:
+        """Write the rows of a validation: losses (`heldout`) or answers (`samples`)."""
         if self.active:
-            self.files[name].write("".join(_json(dict(step=step) | row) for row in rows))
-            self.track(
-                step, {f"heldout/{row['task']}": row["loss"] for row in rows if "loss" in row}
-            )
+            self.files[name].write("".join(_to_json(dict(step=step) | row) for row in rows))
+            losses = {f"heldout/{row['task']}": row["loss"] for row in rows if "loss" in row}
+            self._track(step, losses)
 
-    def track(self, step, numbers):
+    def _track(self, step, numbers):
         if self.accelerator.trackers and numbers:
             self.accelerator.log(numbers, step=step)
 
-    def sync(self):
-        """Put what was written on the disk: a checkpoint must not know more than the lines before it."""
+    def sync(self) -> None:
+        """Put the lines on the disk: a checkpoint must not be newer than the lines of its steps."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
 
-    def close(self):
+    def close(self) -> None:
+        """Close files, trackers and the progress bar."""
         for file in self.files.values():
             file.close()
         for tracker in self.accelerator.trackers:
@@ -109,24 +128,22 @@ class Log:
             self.bar.close()
 
 
-def read_lines(path) -> list[dict]:
-    """The lines of a .jsonl file, none if there is none; one that a crash cut off is left out."""
+def read_lines(path: Path) -> list[dict]:
+    """Read a .jsonl file ([] if there is none), without a last line that a crash cut off."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def peak_gb() -> float:
-    """The most memory that this process has held: of the GPU where there is one, else resident, in GB."""
+    """Return the most memory this process has held, in GB: of the GPU, or else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
         return psutil.Process().memory_info().peak_wset / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    # Linux counts in kilobytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _json(line):
+def _to_json(line):
     return json.dumps(line, ensure_ascii=False) + "\n"

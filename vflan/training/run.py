@@ -1,366 +1,392 @@
-"""A run is a folder that remembers: recipe, metrics, the model as Hugging Face files, and a marker written last."""
+"""A Run is a folder: recipe, metrics, the model as Hugging Face files, and done.json at the end."""
 
-import json
+from __future__ import annotations
+
+import errno
+import html
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vflan.config import ROOT, Recipe, differences, read_json, replace, resolve, shown, write_json
-from vflan.io import BEGINNING, CHECKPOINTS, MODEL, RUN, clear, foreign, make_folder, named
+from vflan import io
+from vflan.config import Recipe, differences, read_json, replace, resolve, shown, write_json
 
-MARKERS = {
-    "name",
-    "stage",
-    "vision_tower",
-    "language_model",
-}  # fields by which a recipe.json is one of ours
-_HELD = set()  # (process, thread, folder) of the locks that are held here
-PATIENCE = 5  # seconds that the processes of a killed run may need to go
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas as pd
+    from torch import nn
+    from transformers import LlavaProcessor
+
+# A recipe.json with these fields is vflan's.
+MARKERS = {"name", "stage", "vision_tower", "language_model"}
+PATIENCE = 5  # seconds to wait for the processes of a killed run to exit
+# How safetensors and torch report a full disk; torch's writer only says that a position is wrong.
+FULL_DISK = ("No space left", "os error 28", "file write failed", "unexpected pos")
+_HELD = set()  # (process, thread, folder) of the locks held here
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `train` returns.
+    """A training run: what `train` returns. Its folder holds
 
-    recipe.json, init.json (what it started from), bad.jsonl (rows left out, with reasons), repaired.jsonl (rows trained on but for a
-    part, such as what lies beyond max_length), metrics.jsonl (one line a step: step, loss, lr, tokens, seconds, useful, fill,
-    tokens_per_second, peak_gb), heldout.jsonl and samples.jsonl (if rows are held out),
-    checkpoints/ (while it is unfinished; see `at`), model/ (`AutoModelForImageTextToText` and `AutoProcessor` load it),
-    adapter/ (of a LoRA run: what it learned, as PEFT's files), mixture.json (the rows it drew, by file and by task),
-    done.json (written last, so that a half-written run is never taken for a finished one).
+    - recipe.json, init.json: what it trains, and the weights it started from
+    - mixture.json: the rows it drew, by file and by task
+    - bad.jsonl: rows left out, with reasons; repaired.jsonl: rows of which a part was left out,
+      such as what is beyond max_length
+    - metrics.jsonl: one line a step: step, loss, lr, tokens, seconds, useful, fill,
+      tokens_per_second, peak_gb
+    - heldout.jsonl, samples.jsonl: losses and answers on held-out rows, if the recipe holds rows
+      out
+    - checkpoints/: while it is unfinished; see `at`
+    - model/: for `AutoModelForImageTextToText` and `AutoProcessor`; adapter/: a LoRA run's adapter
+      as PEFT's files
+    - done.json: written last, so that a partial run never passes for a finished one
     """
 
     folder: Path
 
     @classmethod
-    def open(cls, folder) -> "Run":
-        """The run in a folder (relative to the project folder); it must have a recipe.json."""
+    def open(cls, folder: str | Path) -> Run:
+        """Open the run in a folder, relative to the project folder.
+
+        FileNotFoundError if there is no recipe.json.
+        """
         run = cls(resolve(folder))
         if not (run.folder / "recipe.json").is_file():
             raise FileNotFoundError(
-                f"{folder}: no run there; train it first (vflan.train, or the notebook that makes it)."
+                f"{folder}: there is no run; train it first (vflan.train, or its notebook)."
             )
         return run
 
     @property
     def name(self) -> str:
-        """The folder's name, which is the recipe's."""
+        """The name of the folder, which is that of the recipe."""
         return self.folder.name
 
     @property
     def recipe(self) -> Recipe:
-        """What it was, or is, trained by: recipe.json."""
+        """The recipe that it is trained by: recipe.json."""
         return Recipe.from_dict(read_json(self.folder / "recipe.json"))
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end and its model is whole: done.json is there."""
+        """Whether training ended and the model is complete: done.json exists."""
         return (self.folder / "done.json").is_file()
 
     @property
     def summary(self) -> dict:
-        """done.json: steps, seconds, tokens, first and last loss, rows, hashes of the parts; empty while unfinished."""
+        """done.json: steps, seconds, tokens, rows, losses, hashes of parts; {} if unfinished."""
         return read_json(self.folder / "done.json")
 
-    def metrics(self):
-        """One row a step, as a DataFrame."""
+    def _repr_html_(self) -> str:
+        """A small table, for notebooks."""
+        summary = self.summary
+        values = dict(run=self.name, stage=read_json(self.folder / "recipe.json").get("stage", ""))
+        values |= dict(steps=summary.get("steps", "not finished"), rows=summary.get("rows", ""))
+        loss = summary.get("last_loss")
+        values |= {"last loss": "" if loss is None else f"{loss:.4f}", "folder": shown(self.folder)}
+        cells = [(html.escape(key), html.escape(str(value))) for key, value in values.items()]
+        rows = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in cells)
+        return f"<table>{rows}</table>"
+
+    def metrics(self) -> pd.DataFrame:
+        """One row a step."""
         return self._table("metrics", ["step", "loss"])
 
-    def heldout(self):
-        """The loss on held-out rows as a DataFrame: step, task (`all` for all of them), loss (a token), tokens."""
+    def heldout(self) -> pd.DataFrame:
+        """Losses on held-out rows: step, task (or `all`), loss (mean over tokens), tokens."""
         return self._table("heldout", ["step", "task", "loss", "tokens"])
 
-    def sample_answers(self):
-        """What the model said to the same held-out questions: step, id, task, question, answer, reference."""
+    def sample_answers(self) -> pd.DataFrame:
+        """Answers to held-out questions: step, id, task, question, answer, reference."""
         return self._table("samples", ["step", "id", "task", "question", "answer", "reference"])
 
     def _table(self, name, columns):
         import pandas as pd
 
         path = self.folder / f"{name}.jsonl"
-        whole = path.is_file() and path.stat().st_size
+        # A run that has just started has empty files, which pandas refuses.
+        if not path.is_file() or not path.stat().st_size:
+            return pd.DataFrame(columns=columns)
         try:
-            return pd.read_json(path, lines=True) if whole else pd.DataFrame(columns=columns)
+            return pd.read_json(path, lines=True)
         except ValueError:
-            raise ValueError(
-                f"{shown(path)} is damaged: put back a whole copy, or delete it."
-            ) from None
+            message = f"{shown(path)} is damaged: restore it from a copy, or delete it."
+            raise ValueError(message) from None
 
-    def load_model(self):
-        """The trained model, on the GPU where there is one (a quantised model is put there by its loader)."""
+    def load_model(self) -> nn.Module:
+        """Load the trained model, on the GPU if there is one."""
         import torch
 
         from vflan.models.llava import load_model
 
-        self._must_be_finished()
+        self._require_finished()
         model = load_model(self.recipe, self)
+        # The loader has already put a quantised model on the GPU.
         if torch.cuda.is_available() and model.device.type == "cpu":
             model.to("cuda")
         return model
 
-    def processor(self):
-        """The model's `LlavaProcessor`: tokenizer with chat template, and picture preparation by Pillow."""
+    def processor(self) -> LlavaProcessor:
+        """Load the processor: tokenizer with chat template, and image preparation by Pillow."""
         from transformers import AutoProcessor
 
-        from vflan.models.llava import read_pretrained
+        from vflan.models.weights import read_pretrained
 
-        self._must_be_finished()
+        self._require_finished()
         return read_pretrained(AutoProcessor, self.folder / "model", backend="pil")
 
-    def at(self, step: int | None = None) -> "Run":
-        """The run as its newest checkpoint (that of `step`, if given) left it, made a finished run `NAME-stepN` beside it.
+    def at(self, step: int | None = None) -> Run:
+        """Make a finished run `NAME-stepN` of the newest checkpoint, or of that of `step`.
 
-        For a look at a run that still trains, or was killed: it loads, answers and is evaluated like any other.
+        Use it to look at a run that still trains or was killed: it loads, answers and is evaluated
+        like any other.
         """
         from vflan.models import llava as models
         from vflan.training import checkpointing
 
-        found = checkpointing.newest(self.folder, step)
-        if found is None:
+        checkpoint = checkpointing.newest(self.folder, step)
+        if checkpoint is None:
             which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise FileNotFoundError(
-                f"{self.name} has not {which}; a run with save_every keeps its last two while it trains."
+                f"{self.name} has not {which}; "
+                "with save_every, a run keeps its last two while it trains."
             )
-        path, about = found
-        recipe, start = self.recipe, read_json(self.folder / "init.json")
-        other = Run(self.folder.with_name(f"{self.name}-step{about['step']}"))
-        written = replace(recipe, name=other.name)
-        with other.begun(written, start):
+        path, step = checkpoint[0], checkpoint[1]["step"]
+        recipe, record = self.recipe, read_json(self.folder / "init.json")
+        init, other = record.get("init"), Run(self.folder.with_name(f"{self.name}-step{step}"))
+        # `start` refuses a folder of that name with other contents, and reuses one made before.
+        with other.start(replace(recipe, name=other.name), record):
             if not other.finished:
-                whole = replace(
-                    recipe, bits=16
-                )  # what was learned is put on the weights that were quantised
-                model = checkpointing.learned(whole, start.get("init"), checkpointing.weights(path))
-                lines = (
-                    (self.folder / "metrics.jsonl")
-                    .read_text(encoding="utf-8")
-                    .splitlines(keepends=True)
-                )
-                (other.folder / "metrics.jsonl").write_text(
-                    "".join(lines[: about["step"]]), encoding="utf-8"
-                )
-                processor = models.load_processor(whole, model)
-                other.finish(model, processor, whole, start.get("init"), steps=about["step"])
+                # Trained weights go into the model as it was before quantisation.
+                unquantised = replace(recipe, bits=16)
+                weights = checkpointing.read_weights(path)
+                model = checkpointing.trained_model(unquantised, init, weights)
+                metrics = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+                lines = "".join(metrics.splitlines(keepends=True)[:step])
+                (other.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+                processor = models.load_processor(unquantised, model)
+                other.finish(model, processor, unquantised, init, steps=step)
         return other
 
-    def export(self, folder, merge: bool = True) -> Path:
-        """Write a folder for others, with a model card and a card of the data; prints how to serve it, returns the folder.
+    def export(self, folder: str | Path, merge: bool = True) -> Path:
+        """Write a folder for others, with a model card and a data card, and return it.
 
-        `transformers.pipeline("image-text-to-text")`, vLLM and `push` take it as it is. With merge=False, of a LoRA run:
-        the adapter alone, for `PeftModel.from_pretrained` on the model that the run began with.
+        Prints how to serve it. `transformers.pipeline("image-text-to-text")`, vLLM and `push` take
+        the folder as it is. merge=False exports only the adapter of a LoRA run, for
+        `PeftModel.from_pretrained` on the model that the run started from.
         """
-        from vflan.tools.export import export
+        from vflan.tools.export import export_run
 
-        self._must_be_finished()
-        return export(self, folder, merge)
+        self._require_finished()
+        return export_run(self, folder, merge)
 
     def push(self, repo: str, private: bool = True, merge: bool = True) -> str:
-        """Upload what `export` writes to the Hugging Face hub as "user/name" and return the page's address.
+        """Upload the export to the Hugging Face hub as "user/name"; return the address of its page.
 
-        The token comes from HF_TOKEN or `hf auth login`. Private at first: look at the card, and at the licences of the data.
+        The token comes from HF_TOKEN or `hf auth login`. Keep it private until you have read the
+        card and the licences of the data.
         """
-        from vflan.tools.export import push
+        from vflan.tools.export import push_run
 
-        self._must_be_finished()
-        return push(self, repo, private, merge)
+        self._require_finished()
+        return push_run(self, repo, private, merge)
 
-    def finish(self, model, processor, recipe, init, **summary) -> None:
-        """Write the model, then done.json with a summary of the run: last, and whole."""
+    def finish(
+        self,
+        model: nn.Module,
+        processor: LlavaProcessor,
+        recipe: Recipe,
+        init: str | None,
+        **summary: object,
+    ) -> None:
+        """Write the model, then done.json with a summary, and delete the checkpoints."""
         from vflan.models import llava as models
-        from vflan.training import checkpointing
+        from vflan.training.checkpointing import flush
 
         scratch, metrics = self.folder / ".model", self.metrics()
         summary |= dict(tokens=int(metrics.tokens.sum()), first_loss=float(metrics.loss.iloc[0]))
+        # One step's loss depends on its rows; the mean of ten says more.
         summary |= dict(last_loss=float(metrics.loss.iloc[-10:].mean()))
-        summary["parts"] = {
-            name: models.fingerprint(part) for name, part in models.parts(model).items()
-        }
-        with checkpointing.full_disk_is_told(self.folder):
+        parts = models.parts(model).items()
+        summary["parts"] = {name: models.fingerprint(part) for name, part in parts}
+        with explain_full_disk(self.folder):
+            # A killed process may have left parts of a model here.
             for folder in (scratch, self.folder / "model", self.folder / "adapter"):
-                clear(folder, MODEL)
+                io.clear(folder, io.MODEL)
             if recipe.lora_r:
                 models.save_adapter(model, recipe, self.folder / "adapter")
             models.export(model, processor, recipe, scratch, init)
-            checkpointing.flush(scratch)
+            # The model reaches the disk before its rename, and its rename before done.json.
+            flush(scratch)
             scratch.replace(self.folder / "model")
             write_json(self.folder / "done.json", summary)
-        clear(self.folder / "checkpoints", CHECKPOINTS)
+        io.clear(self.folder / "checkpoints", io.CHECKPOINTS)
 
     @contextmanager
-    def alone(self, again: bool = False):
-        """Hold the folder for this process; RuntimeError if another is training here. A process that dies lets go of it.
+    def lock(self, reenter: bool = False) -> Iterator[None]:
+        """Hold the folder for this process; RuntimeError if another one trains here.
 
-        again: in a thread that holds it already, go on holding it.
+        The system releases the lock of a process that dies. reenter: a thread that holds it already
+        may enter again.
         """
-        import fcntl
-
-        me = (os.getpid(), threading.get_ident(), os.path.realpath(self.folder))
-        if again and me in _HELD:
+        holder = (os.getpid(), threading.get_ident(), os.path.realpath(self.folder))
+        if reenter and holder in _HELD:
             yield
             return
         lock = self.folder / ".lock"
+        not_ours = f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
         if lock.is_symlink() or lock.exists() and not lock.is_file():
-            raise FileExistsError(
-                f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
-            )
+            raise FileExistsError(not_ours)
         with lock.open("a+", encoding="utf-8", errors="replace") as file:
-            end = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        file.seek(0)
-                        raise RuntimeError(
-                            f"{shown(self.folder)} is being trained by {file.read() or 'another process'}; "
-                            "wait for it, or give this run another name."
-                        ) from None
-                    time.sleep(0.1)
+            self._acquire(file)
+            # Only a file with our own line in it is overwritten.
             file.seek(0)
             if not re.match(r"process \d+ on |$", file.read(200)):
-                raise FileExistsError(
-                    f"{shown(lock)} is not vflan's lock file: move it away, or choose another name."
-                )
+                raise FileExistsError(not_ours)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            for half in self.folder.glob(".*.json.*"):  # of a process that died while it wrote one
-                if re.fullmatch(r"\.(recipe|init|mixture|done)\.json\.\d+", half.name):
-                    half.unlink(missing_ok=True)
-            _HELD.add(me)
+            # Delete the JSON files that a killed process was writing.
+            for partial in self.folder.glob(".*.json.*"):
+                if re.fullmatch(r"\.(recipe|init|mixture|done)\.json\.\d+", partial.name):
+                    partial.unlink(missing_ok=True)
+            _HELD.add(holder)
             try:
                 yield
             finally:
-                _HELD.discard(me)
+                _HELD.discard(holder)
+
+    def _acquire(self, file):
+        # Not filelock: it truncates the file at each attempt, and with it the name of the process
+        # that holds the lock.
+        import fcntl
+
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read() or "another process"
+                    raise RuntimeError(
+                        f"{shown(self.folder)} is being trained by {holder}; "
+                        "wait for it, or give this run another name."
+                    ) from None
+                time.sleep(0.1)
 
     @contextmanager
-    def begun(self, recipe: Recipe, start: dict):
-        """Hold the folder, in which `recipe` is written down to be trained from `start` (init.json).
+    def start(self, recipe: Recipe, init_record: dict) -> Iterator[None]:
+        """Lock the folder and write recipe.json and init.json (`init_record`) into it.
 
-        Looked at under the lock: a finished run of the same recipe stays as it is. One sentence, and
-        not a byte is changed, if the folder holds another recipe's run (ValueError) or files that
-        vflan did not write (FileExistsError). The rest of a start that failed is deleted.
+        A finished run of the same recipe stays as it is. What is left of another recipe's failed
+        start is deleted. ValueError if the folder holds another recipe's run, FileExistsError if it
+        holds files that vflan did not write; then nothing is changed.
         """
-        if self.finished and not self._changes(recipe, start):  # reading it needs no lock
+        # A finished run is only read, which needs no lock.
+        if self.finished and not self._changes(recipe, init_record):
             yield
             return
-        self._refuse(recipe, start)
-        make_folder(self.folder)
-        with self.alone():
-            changed = self._refuse(recipe, start)  # once more: another process may have come first
+        self._check_folder(recipe, init_record)
+        io.make_folder(self.folder)
+        with self.lock():
+            # Another process may have started a run here before we had the lock.
+            changes = self._check_folder(recipe, init_record)
             if not self.finished:
-                for path in self.folder.iterdir() if changed else ():
-                    if path.is_dir():
-                        clear(
-                            path,
-                            [
-                                pattern.partition("/")[2]
-                                for pattern in RUN
-                                if pattern.startswith(f"{path.name}/")
-                            ],
-                        )
-                    elif path.name != ".lock":
-                        path.unlink()
+                if changes:
+                    self._delete_failed_start()
                 write_json(self.folder / "recipe.json", recipe.to_dict())
-                write_json(self.folder / "init.json", start)
+                write_json(self.folder / "init.json", init_record)
             yield
 
-    def _changes(self, recipe, start) -> str:
-        """What tells the recipe and start that are written down here from these; empty where there is none."""
-        old = self.written()
-        return differences(old, recipe.to_dict() | start) if old else ""
-
-    def written(self) -> dict:
-        """recipe.json and init.json together; empty where there is neither."""
+    def start_record(self) -> dict:
+        """Return recipe.json and init.json merged; {} without them."""
         return read_json(self.folder / "recipe.json") | read_json(self.folder / "init.json")
 
-    def _refuse(self, recipe, start) -> str:
-        """The changes, if this recipe may be written down here; else the sentence that says why it may not."""
+    def _changes(self, recipe, init_record) -> str:
+        """List how `recipe` and `init_record` differ from the files here; empty if they do not."""
+        before = self.start_record()
+        return differences(before, recipe.to_dict() | init_record) if before else ""
+
+    def _check_folder(self, recipe, init_record) -> str:
+        """Return how this recipe differs from the files here; raise if it must not start here."""
         where = shown(self.folder)
         if not self.folder.is_dir():
             return ""
-        known = read_json(self.folder / "recipe.json")
-        if not MARKERS <= known.keys():
-            if others := foreign(self.folder, BEGINNING):
+        # Without our recipe.json, the folder may hold nothing but what a killed start left.
+        if not MARKERS <= read_json(self.folder / "recipe.json").keys():
+            if files := io.foreign(self.folder, io.BEGINNING):
                 raise FileExistsError(
-                    f"{where} is no run of vflan: it holds {named(others)}. Nothing was changed; give this run "
-                    "another name, or move these files away."
+                    f"{where} is not a run of vflan: it holds {io.named(files)}. "
+                    "Nothing was changed; give this run another name, or move these files away."
                 )
             return ""
-        if not (changed := self._changes(recipe, start)):
+        changes = self._changes(recipe, init_record)
+        if not changes:
             return ""
+        # Trained steps are never deleted, only a start that failed before the first checkpoint.
         if self.finished or any((self.folder / "checkpoints").glob("step-*")):
             raise ValueError(
-                f"{where} holds another recipe's run:\n{changed}\nGive this one a new name, or delete {where}."
+                f"{where} holds another recipe's run:\n{changes}\n"
+                f"Give this one a new name, or delete {where}."
             )
-        if others := [str(self.folder)] if self.folder.is_symlink() else foreign(self.folder, RUN):
+        linked = self.folder.is_symlink()
+        if files := [str(self.folder)] if linked else io.foreign(self.folder, io.RUN):
             raise FileExistsError(
-                f"{where} holds the start of another recipe's run, and what vflan did not write or reaches through a "
-                f"link: {named(others)}. Nothing was deleted; give this run another name, or move that away.\n{changed}"
+                f"{where} holds the start of another recipe's run, and files that vflan did not "
+                f"write or that are behind a link: {io.named(files)}. Nothing was deleted; "
+                f"give this run another name, or move them away.\n{changes}"
             )
-        return changed
+        return changes
 
-    def _must_be_finished(self):
+    def _delete_failed_start(self):
+        for path in self.folder.iterdir():
+            # `clear` deletes only files that match our patterns for this folder.
+            if path.is_dir():
+                inside = f"{path.name}/"
+                io.clear(
+                    path, [name.removeprefix(inside) for name in io.RUN if name.startswith(inside)]
+                )
+            elif path.name != ".lock":
+                path.unlink()
+
+    def _require_finished(self):
         if not self.finished:
             raise FileNotFoundError(
-                f"{self.name} is not finished; train it to the end first, or take its last checkpoint: run.at()."
+                f"{self.name} is not finished; "
+                "train it to the end, or use its last checkpoint: run.at()."
             )
 
 
-def launch(folder: Path, num_processes: int) -> None:
-    """Train the run in `folder` with several processes on this machine; their lines appear here as they are written.
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the many errors of a full disk into one OSError, and delete partial files.
 
-    The printed command is what one pastes into a cluster script (with torch.distributed.run's own options for more machines).
+    folder: the run folder that the block writes into.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_processes),
-    ]
-    command += ["-m", "vflan", "train", str(folder), "--processes", str(num_processes)]
-    print(" ".join(["python", *command[1:-3], shown(Path(folder)), *command[-2:]]), flush=True)
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VFLAN_HOME": str(ROOT)}
-    env |= {"VFLAN_ENDS_WITH_STDIN": "1"}  # which ends with us, however we end
-    # the lock goes from this process to one of theirs: by then another may have written its recipe here
-    env |= {"VFLAN_BEGUN": json.dumps(Run(folder).written(), sort_keys=True)}
-    env.setdefault("OMP_NUM_THREADS", "1")
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    child, tail = subprocess.Popen(command, text=True, env=env, **pipes), []
     try:
-        for line in child.stdout:
-            print(
-                line, end="", file=sys.stderr, flush=True
-            )  # not stdout: a notebook would keep the timings
-            tail = [*tail, line][-30:]
-    finally:  # an interrupted cell takes its children with it
-        if child.poll() is None and sys.exc_info()[0] is not None:
-            child.terminate()
-        child.stdin.close()
-        status = child.wait()
-    if status:
-        raise RuntimeError(
-            f"Training with {num_processes} processes failed (exit {status}); its last lines:\n{''.join(tail)}"
+        yield
+    except Exception as error:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and not any(words in str(error) for words in FULL_DISK):
+            raise
+        from vflan.training.checkpointing import list_checkpoints
+
+        io.clear(folder / ".model", io.MODEL)
+        io.clear(folder / "checkpoints" / ".part", io.CHECKPOINT)
+        state = "it has no checkpoint yet"
+        if checkpoints := list_checkpoints(folder):
+            state = f"its last checkpoint, {checkpoints[0].name}, is intact"
+        sentence = (
+            f"The disk is full: cannot write more to {shown(folder)}; {state}. "
+            "Free some space and train it again"
         )
-
-
-def end_with_parent() -> None:
-    """In a process that `launch` started: end at once when the launching one is gone, so that nobody trains on unseen."""
-    if os.environ.get("VFLAN_ENDS_WITH_STDIN"):
-
-        def wait():
-            os.read(0, 1)
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
+        raise OSError(errno.ENOSPC, sentence) from None

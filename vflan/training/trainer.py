@@ -1,74 +1,92 @@
-"""Training: `train` for people, `fit` for each process. Plain PyTorch and Accelerate, the loop on one screen."""
+"""Training: people call `train`, each process runs `fit`, and `_fit` holds the loop.
+
+Plain PyTorch and Accelerate. One step is: set the learning rate, add up the gradients of the
+micro-batches, clip, update, log; then validate and save if it is time.
+"""
+
+from __future__ import annotations
 
 import gc
 import json
 import math
 import os
-import sys
 import time
 import traceback
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vflan.config import Recipe, one_recipe, read_json, resolve, shown
 from vflan.models import llava as models
+from vflan.models.image_features import Pictures
 from vflan.models.loss import Learner
 from vflan.training import checkpointing, distributed
-from vflan.training.batching import Pictures, feed, plan, prepare
+from vflan.training.batching import batch_order, feed, prepare
 from vflan.training.metrics import Log
-from vflan.training.run import Run, launch
-from vflan.training.validation import HeldOut, hold_out, task_names
+from vflan.training.run import Run, explain_full_disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1) -> Run:
-    """Train a recipe, from the weights of `init` (a Run) if given, and return its Run.
+    """Train a recipe, from the weights of `init` if given, and return its Run.
 
-    A finished run is read, not trained again; one that was killed goes on from its last checkpoint; the same folder asked
-    for with another recipe is an error that names the fields. With `num_processes` > 1 child processes do the work, on the
-    same global batches. A script that torchrun has started, on one machine or on several that share the run's folder,
-    trains with the processes it has.
+    A finished run is read, not trained again. A run that was killed goes on from its last
+    checkpoint. ValueError names the fields if the folder holds a run of another recipe. With
+    `num_processes` > 1, child processes train on the same global batches. A script started by
+    torchrun, on one machine or on several that share the run's folder, trains with the processes it
+    has.
+
+    init: a finished Run or its folder, or a projector file or folder as LLaVA writes it.
     """
     one_recipe(recipe)
-    run, together = Run(recipe.folder), distributed.started()
-    if together > 1:
-        distributed.check(recipe, together)
-        with (
-            ExitStack() as held
-        ):  # until the run is finished: the main process's `fit` holds the same lock
-            with distributed.join(recipe, run.folder).main_process_first():
-                if os.environ["RANK"] == "0":
-                    held.enter_context(run.begun(recipe, _started_from(init)))
-            fit(run.folder)
+    run, started = Run(recipe.folder), distributed.world_size()
+    distributed.check_processes(recipe, started if started > 1 else num_processes)
+    if started > 1:
+        _train_under_torchrun(run, recipe, init)
         return run
-    distributed.check(recipe, num_processes)
-    with run.begun(recipe, _started_from(init)):
+    with run.start(recipe, _describe_init(init)):
         if not run.finished and num_processes == 1:
-            # the caller's random numbers are the caller's
-            with torch.random.fork_rng(), _memory_given_back():
+            # Training must not change the caller's random numbers.
+            with torch.random.fork_rng(), _free_memory_after():
                 fit(run.folder)
     if not run.finished and num_processes > 1:
-        launch(run.folder, num_processes)  # whose main process takes the lock
+        # The main process of the children takes the lock that was just released.
+        distributed.launch(run.folder, num_processes)
     if not run.finished:
         raise RuntimeError(f"{shown(run.folder)}: training ended without a finished run.")
     return run
 
 
-@contextmanager
-def _memory_given_back():
-    """After this block no model that was trained in it is alive, though an error came out of it and is kept.
+def _train_under_torchrun(run, recipe, init):
+    accelerator = distributed.make_accelerator(recipe, run.folder)
+    # The main process holds the lock until the run is finished; its `fit` enters it again.
+    with ExitStack() as lock:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                lock.enter_context(run.start(recipe, _describe_init(init)))
+        fit(run.folder)
 
-    Accelerate binds `forward` into a circle that only the collector finds, and it may not look for a long time; a
-    notebook keeps the last error with its frames, which hold the model.
+
+@contextmanager
+def _free_memory_after():
+    """Make sure that no model trained in this block stays alive, even if an exception is kept.
+
+    Accelerate puts `forward` into a reference cycle, which only the garbage collector frees. A
+    notebook keeps the last exception with its frames, and those hold the model.
     """
     try:
         yield
-    except BaseException as trouble:
-        while trouble is not None:
-            traceback.clear_frames(trouble.__traceback__)
-            trouble = trouble.__cause__ or trouble.__context__
+    except BaseException as error:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
         raise
     finally:
         gc.collect()
@@ -76,141 +94,161 @@ def _memory_given_back():
             torch.cuda.empty_cache()
 
 
-def fit(folder, num_processes: int | None = None) -> None:
-    """Train the run that `folder` describes; every process of a distributed run calls this."""
+def fit(folder: str | Path, num_processes: int | None = None) -> None:
+    """Train the run described in `folder`. Every process of a distributed run calls this.
+
+    num_processes: how many are expected; RuntimeError if another number is there.
+    """
     run = Run.open(folder)
-    recipe, begun = run.recipe, json.loads(os.environ.get("VFLAN_BEGUN") or "{}") or run.written()
-    distributed.check(recipe, distributed.started())
-    accelerator = distributed.join(recipe, run.folder)
+    recipe = run.recipe
+    begun = json.loads(os.environ.get("VFLAN_BEGUN") or "{}") or run.start_record()
+    distributed.check_processes(recipe, distributed.world_size())
+    accelerator = distributed.make_accelerator(recipe, run.folder)
+    main = accelerator.is_main_process
     if num_processes not in (None, accelerator.num_processes):
         raise RuntimeError(
-            f"{num_processes} processes were asked for, but {accelerator.num_processes} found each other."
+            f"{num_processes} processes were requested, "
+            f"but {accelerator.num_processes} are connected."
         )
-    taken = f"{shown(run.folder)} was taken by another recipe; give this run a name of its own."
-    if run.written() != begun:
-        raise RuntimeError(taken)
+    _check_same_recipe(run, begun)
     if run.finished:
         return
-    with (
-        run.alone(again=True) if accelerator.is_main_process else nullcontext(),
-        checkpointing.full_disk_is_told(run.folder),
-    ):
-        # between the first look and the lock another process may have finished it, or begun another recipe
-        if accelerator.is_main_process and run.written() != begun:
-            raise RuntimeError(taken)
+    with run.lock(reenter=True) if main else nullcontext(), explain_full_disk(run.folder):
+        # Before the lock, another process may have finished this run or started another recipe.
+        if main:
+            _check_same_recipe(run, begun)
         finished = [run.finished]
         broadcast_object_list(finished)
         if not finished[0]:
             _fit(run, recipe, accelerator)
 
 
+def _check_same_recipe(run, begun):
+    if run.start_record() != begun:
+        raise RuntimeError(
+            f"{shown(run.folder)} now holds another recipe; choose another name for this run."
+        )
+
+
 def _fit(run, recipe, accelerator):
     clock, init = time.perf_counter(), read_json(run.folder / "init.json").get("init")
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+
+    # Model and data. The main process checks the samples; the others wait and read its verdicts.
     model = models.load_model(recipe, init)
     processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
-        data = prepare(
-            recipe, processor.tokenizer, model.config, run.folder, judge=accelerator.is_main_process
-        )
-    # what is shared out is put on the devices piece by piece; the tower each process keeps whole
-    alone = distributed.sharding(recipe, world) == "none"
-    (model if alone else models.parts(model)["vision_tower"]).to(device)
-    pictures = Pictures(data, model, processor, recipe)
-    spread = distributed.spread(
-        accelerator, Learner(model, recipe), lambda: _optimizer(model, recipe), recipe
-    )
-    learner, optimizer, frozen = spread.learner, spread.optimizer, _fingerprint_frozen(model)
-    kept, heldout = hold_out(data.ids, recipe.heldout_rows)
-    batches = plan(data, recipe, kept)
-    about = dict(
-        data=checkpointing.plan_hash(data, batches),
-        recipe=recipe.to_dict(),
-        processes=world,
-        sharding=spread.how,
-    )
-    first = _resume(run, spread, about)
-    log, look = Log(run.folder, len(batches), first, accelerator), None
+        is_main = accelerator.is_main_process
+        data = prepare(recipe, processor.tokenizer, model.config, run.folder, validate=is_main)
+    # Replicate or shard the model. Its frozen parts are hashed now and again after training.
+    pictures, state = _distribute(model, processor, data, recipe, accelerator)
+    learner, optimizer, frozen = state.learner, state.optimizer, _fingerprint_frozen(model)
+
+    # The seed alone decides the batches, so a resumed run sees the same ones.
+    train_rows, validate = _hold_out(run, recipe, state, data, processor)
+    batches = batch_order(data, recipe, train_rows)
+    metadata = checkpointing.describe(recipe, state, data, batches)
+    first = checkpointing.resume(run.folder, state, metadata)
+    log = Log(run.folder, len(batches), first, accelerator)
     log.begin(recipe)
-    if recipe.heldout_rows:
-        # pictures of their own: what is held decides which of those to train on go through the tower together
-        own = Pictures(data, model, processor, recipe)
-        look = HeldOut(
-            heldout, data, own, task_names(recipe, run.folder), recipe, processor.tokenizer, spread
-        )
-        if recipe.evaluate_every and not first:
-            look(0, log)
+    if validate and recipe.evaluate_every and not first:
+        validate(0, log)
 
     learner.train()
     steps = feed(data, pictures, batches, recipe, rank, world, first)
-    for step, (rows, parts) in enumerate(zip(batches[first:], steps), first):
-        began = time.perf_counter()
-        _seed(
-            hash((recipe.seed, step, rank)), device
-        )  # for dropout: a resumed run repeats it exactly
+    for step, (rows, micro_batches) in enumerate(zip(batches[first:], steps), first):
+        start, last = time.perf_counter(), step + 1 == len(batches)
+        # Dropout depends on seed, step and rank only, so a resumed run repeats it exactly.
+        _seed(hash((recipe.seed, step, rank)), device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, len(batches), recipe)
-        tokens = int(data.supervised[rows].sum())
-        if not tokens:
-            raise ValueError(
-                f"There is no supervised token in step {step + 1}, samples {_names(data, rows)}."
-            )
-        sums = torch.zeros(2, device=device)
-        for i, (part, weight) in enumerate(parts, 1):
-            batch = data.batch(part, device)
-            with spread.passes(last=i == len(parts)):
-                loss = learner(*batch, pictures(part)) / weight
-                accelerator.backward(loss * world)  # gradients are averaged over processes
-            sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
-        total, positions = accelerator.reduce(sums).tolist()
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"The loss is {total} in step {step + 1}, samples {_names(data, rows)}."
-            )
-        if recipe.max_grad_norm and not spread.how.startswith("zero"):  # DeepSpeed clips itself
-            nn.utils.clip_grad_norm_(
-                [w for w in learner.parameters() if w.requires_grad], recipe.max_grad_norm
-            )
+
+        loss, positions = _accumulate_gradients(state, data, pictures, rows, micro_batches, step)
+        # DeepSpeed clips gradients itself.
+        if recipe.max_grad_norm and not state.sharding.startswith("zero"):
+            weights = [weight for weight in learner.parameters() if weight.requires_grad]
+            nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        rates = dict(
-            useful=int(data.lengths[rows].sum()),
-            positions=positions,
-            seconds=time.perf_counter() - began,
-        )
-        log.step(step + 1, total, optimizer.param_groups[0]["lr"], tokens, **rates)
-        last = step + 1 == len(batches)
-        if look and (last or _due(recipe.evaluate_every, step)):
-            look(step + 1, log)
-        if _due(recipe.save_every, step) or last and (recipe.save_every or not alone):
+
+        sizes = dict(tokens=int(data.supervised[rows].sum()), useful=int(data.lengths[rows].sum()))
+        sizes |= dict(positions=positions, seconds=time.perf_counter() - start)
+        log.step(step + 1, loss, optimizer.param_groups[0]["lr"], **sizes)
+        if validate and (last or _is_due(recipe.evaluate_every, step)):
+            validate(step + 1, log)
+        # A sharded model is exported from its last checkpoint, which is therefore always written.
+        final = last and (recipe.save_every or state.sharding != "none")
+        if final or _is_due(recipe.save_every, step):
             log.sync()
-            checkpointing.save(run.folder, step + 1, spread, **about)
+            checkpointing.save_checkpoint(run.folder, step + 1, state, metadata)
     log.close()
 
-    moved = [part for part, now in _fingerprint_frozen(model).items() if now != frozen[part]]
-    assert not moved, f"a frozen part moved during training: {', '.join(moved)}"
+    _check_frozen(model, frozen)
+    summary = dict(seconds=round(time.perf_counter() - clock, 1), processes=world)
+    summary |= dict(sharding=state.sharding, steps=len(batches), rows=len(train_rows))
+    summary |= dict(heldout=len(data.ids) - len(train_rows), bad=data.bad, repaired=data.repaired)
     if accelerator.is_main_process:
-        if not alone:  # each process holds a piece; the last checkpoint holds them all
-            model = checkpointing.learned(
-                recipe, init, checkpointing.weights(checkpointing.found(run.folder)[0])
-            )
-        summary = dict(
-            seconds=round(time.perf_counter() - clock, 1), processes=world, sharding=spread.how
-        )
-        summary |= dict(
-            steps=len(batches),
-            rows=len(kept),
-            heldout=len(heldout),
-            bad=data.bad,
-            repaired=data.repaired,
-        )
-        run.finish(model, processor, recipe, init, **summary)
+        _finish(run, recipe, init, state, processor, summary)
     accelerator.wait_for_everyone()
 
 
+def _distribute(model, processor, data, recipe, accelerator):
+    """Put the model on the devices; return the picture features and the TrainState."""
+    # A sharded model moves to the devices shard by shard, but each process keeps the whole tower.
+    replicated = distributed.sharding(recipe, accelerator.num_processes) == "none"
+    (model if replicated else models.parts(model)["vision_tower"]).to(accelerator.device)
+    # Pictures hashes the tower, so it comes before weights are wrapped or sharded.
+    pictures = Pictures(data, model, processor, recipe)
+    learner = Learner(model, recipe)
+    make_optimizer = partial(_optimizer, model, recipe)
+    return pictures, distributed.distribute(accelerator, learner, make_optimizer, recipe)
+
+
+def _hold_out(run, recipe, state, data, processor):
+    """Return the rows to train on and the validator of the others (None if no row is held out)."""
+    if not recipe.heldout_rows:
+        return np.arange(len(data.ids)), None
+    from vflan.training.validation import Validator, hold_out, task_names
+
+    train_rows, heldout_rows = hold_out(data.ids, recipe.heldout_rows)
+    # The validator has its own Pictures, because the features already in memory decide which
+    # training pictures go through the tower together, and thereby the last bits of the result.
+    pictures = Pictures(data, state.model, processor, recipe)
+    tasks, tokenizer = task_names(recipe, run.folder), processor.tokenizer
+    return train_rows, Validator(heldout_rows, data, pictures, tasks, recipe, tokenizer, state)
+
+
+def _accumulate_gradients(state, data, pictures, rows, micro_batches, step):
+    """Run forward and backward over a step's micro-batches; return (loss, positions).
+
+    Both are sums over all processes. loss: mean over the step's supervised tokens; positions:
+    tokens computed, padding included.
+    """
+    accelerator = state.accelerator
+    if not data.supervised[rows].sum():
+        names = _sample_names(data, rows)
+        raise ValueError(f"There is no supervised token in step {step + 1}, samples {names}.")
+    sums = torch.zeros(2, device=accelerator.device)
+    for i, (part, divisor) in enumerate(micro_batches, 1):
+        batch = data.batch(part, accelerator.device)
+        with state.forward_pass(last=i == len(micro_batches)):
+            loss = state.learner(*batch, pictures(part)) / divisor
+            # Processes average their gradients, but `divisor` counts the tokens of all: undo it.
+            accelerator.backward(loss * accelerator.num_processes)
+        sums += torch.stack([loss.detach().float(), sums.new_tensor(batch[0].numel())])
+    loss, positions = accelerator.reduce(sums).tolist()
+    if not math.isfinite(loss):
+        names = _sample_names(data, rows)
+        raise FloatingPointError(f"The loss is {loss} in step {step + 1}, samples {names}.")
+    return loss, positions
+
+
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the peak in `step` (from 0): a linear rise over ceil(warmup_ratio * steps), then half a cosine to zero."""
+    """Return the share of the peak learning rate in `step` (counted from 0).
+
+    It rises linearly over ceil(warmup_ratio * steps), then falls to zero along half a cosine.
+    """
     warmup = math.ceil(recipe.warmup_ratio * steps)
     if step < warmup:
         return step / warmup
@@ -220,19 +258,18 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def _optimizer(model, recipe):
-    projector, groups = {id(w) for w in models.parts(model)["projector"].parameters()}, {}
+    in_projector = {id(weight) for weight in models.parts(model)["projector"].parameters()}
+    groups = {}
     for weight in model.parameters():
         if weight.requires_grad:
-            groups.setdefault((id(weight) in projector, weight.ndim > 1), []).append(weight)
-    peak = {
-        True: recipe.lr if recipe.projector_lr is None else recipe.projector_lr,
-        False: recipe.lr,
-    }
-    decay = {True: recipe.weight_decay, False: 0.0}  # norms and biases do not decay
-    options = [
-        dict(params=w, peak=peak[ours], weight_decay=decay[matrix])
-        for (ours, matrix), w in groups.items()
-    ]
+            groups.setdefault((id(weight) in in_projector, weight.ndim > 1), []).append(weight)
+    projector_lr = recipe.lr if recipe.projector_lr is None else recipe.projector_lr
+    options = []
+    for (projector, is_matrix), weights in groups.items():
+        peak = projector_lr if projector else recipe.lr
+        # Norms and biases do not decay.
+        decay = recipe.weight_decay if is_matrix else 0.0
+        options.append(dict(params=weights, peak=peak, weight_decay=decay))
     if recipe.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -241,86 +278,52 @@ def _optimizer(model, recipe):
 
 
 def _seed(value: int, device) -> None:
-    """torch.manual_seed; on a CPU its generator alone, since the calls for absent devices format a traceback each."""
-    if torch.device(device).type == "cpu":
-        torch.default_generator.manual_seed(value)
-    else:
-        torch.manual_seed(value)
+    # torch.manual_seed also calls every absent device, and formats a traceback for each: slow.
+    on_cpu = torch.device(device).type == "cpu"
+    (torch.default_generator if on_cpu else torch).manual_seed(value)
 
 
-def _due(every: int, step: int) -> bool:
+def _is_due(every: int, step: int) -> bool:
     return bool(every) and (step + 1) % every == 0
 
 
-def _names(data, rows) -> str:
+def _sample_names(data, rows) -> str:
     return ", ".join(data.ids[row] for row in rows)
 
 
 def _fingerprint_frozen(model) -> dict[str, str]:
-    """For each part a hash of its weights that must stand still, under the part's name in words."""
-    still = {
-        part: [
-            (name, weight) for name, weight in module.named_parameters() if not weight.requires_grad
-        ]
-        for part, module in models.parts(model).items()
-    }
-    return {part.replace("_", " "): models.fingerprint(weights) for part, weights in still.items()}
+    """Return a hash of the frozen weights of each part."""
+    hashes = {}
+    for part, module in models.parts(model).items():
+        named = module.named_parameters()
+        frozen = [(name, weight) for name, weight in named if not weight.requires_grad]
+        hashes[part.replace("_", " ")] = models.fingerprint(frozen)
+    return hashes
 
 
-def _resume(run, spread, about) -> int:
-    """The step to begin with: that after the newest whole checkpoint, whose weights and moments are put in place; else 0."""
-    found = [None]
-    if spread.accelerator.is_main_process:
-        found = [checkpointing.newest(run.folder)]
-    broadcast_object_list(found)
-    if found[0] is None:
-        return 0
-    path, then = found[0]
-    where = f"{shown(run.folder)}, {path.name}"
-    if then["data"] != about["data"]:
-        raise ValueError(
-            f"{where}: the samples, or how they are tokenised, are not those it began with; "
-            f"put them back, or delete {shown(run.folder)} to train anew."
-        )
-    before, now = ((each["sharding"], each["processes"]) for each in (then, about))
-    if before != now and (before[0] + now[0]).count(
-        "zero"
-    ):  # the others' pieces can be laid out anew
-        raise ValueError(
-            f"{where} was written with sharding={before[0]!r} by {before[1]} processes; go on with the same."
-        )
-    if spread.accelerator.is_main_process:
-        other = [
-            f"{key} {then[key]}, now {now}"
-            for key, now in checkpointing.versions().items()
-            if then[key] != now
-        ]
-        changed = (
-            f" It was written by other code ({'; '.join(other)}): the last bits may differ."
-            if other
-            else ""
-        )
-        print(
-            f"{run.name} goes on after step {then['step']}.{changed}", file=sys.stderr, flush=True
-        )
-    checkpointing.restore(path, spread)
-    return then["step"]
+def _check_frozen(model, before):
+    moved = [part for part, now in _fingerprint_frozen(model).items() if now != before[part]]
+    assert not moved, f"a frozen part moved during training: {', '.join(moved)}"
 
 
-def _started_from(init) -> dict:
-    """What a run remembers of the run it begins with: where it is, and which weights were in it."""
+def _finish(run, recipe, init, state, processor, summary):
+    model = state.model
+    if state.sharding != "none":
+        # This process holds one shard only; the last checkpoint holds all of them.
+        weights = checkpointing.read_weights(checkpointing.list_checkpoints(run.folder)[0])
+        model = checkpointing.trained_model(recipe, init, weights)
+    run.finish(model, processor, recipe, init, **summary)
+
+
+def _describe_init(init) -> dict:
+    """Return what a run records of its start: the path, and hashes of the weights there."""
     if init is None:
         return dict(init=None, init_weights=None)
-    if (
-        not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file()
-    ):  # LLaVA's own file or folder
-        projector = models.read_projector(init).items()
-        return dict(
-            init=shown(resolve(init)), init_weights=dict(projector=models.fingerprint(projector))
-        )
+    if not isinstance(init, Run) and not (resolve(init) / "recipe.json").is_file():
+        # A projector file or a model folder, as LLaVA writes them.
+        projector = models.fingerprint(models.read_projector(init).items())
+        return dict(init=shown(resolve(init)), init_weights=dict(projector=projector))
     init = init if isinstance(init, Run) else Run.open(init)
     if not init.finished:
-        raise ValueError(
-            f"{shown(init.folder)} is not finished; train it to the end before starting from it."
-        )
+        raise ValueError(f"{shown(init.folder)} is not finished; train it to the end first.")
     return dict(init=shown(init.folder), init_weights=init.summary["parts"])

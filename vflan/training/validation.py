@@ -1,25 +1,41 @@
-"""A look at rows that are never trained on: the loss of each task, and what the model answers to a few of them."""
+"""Validation on held-out rows: the loss of each task, and answers to a few questions."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import math
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from vflan.config import Recipe
 from vflan.data.conversation import IGNORE_INDEX
 from vflan.data.mixture import recipe_samples
 from vflan.models import llava as models
-from vflan.training.batching import micro_batches
+from vflan.models.image_features import Pictures
+from vflan.training.batching import Data, micro_batches
 
-QUESTIONS = 4  # answered in words at every look, always the same
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from vflan.training.distributed import TrainState
+    from vflan.training.metrics import Log
+
+QUESTIONS = 4  # answered in words at every validation, always the same ones
 ANSWER_TOKENS = 32
 
 
-def hold_out(ids, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, `count` rows held out): drawn by the hash of their ids, so the same for every seed and machine."""
+def hold_out(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows to train on, `count` rows held out).
+
+    A hash of the ids chooses them, so they are the same for every seed and on every machine.
+    """
     if not count:
         return np.arange(len(ids)), np.arange(0)
     if count >= len(ids):
@@ -30,106 +46,116 @@ def hold_out(ids, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sorted(order[count:])), np.array(order[:count])
 
 
-def task_names(recipe, folder) -> list[str]:
-    """The task of every usable row; bad.jsonl says which are not."""
+def task_names(recipe: Recipe, folder: Path) -> list[str]:
+    """Return the task of every usable row, that is, without those in bad.jsonl."""
     lines = (folder / "bad.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     bad = {json.loads(line)["row"] for line in lines}
-    return [
-        task for row, task in enumerate(recipe_samples(recipe)["task_name"][:]) if row not in bad
-    ]
+    names = enumerate(recipe_samples(recipe)["task_name"][:])
+    return [task for row, task in names if row not in bad]
 
 
-class HeldOut:
-    """Looks at the weights as they now are; changes neither them nor the random numbers of the next step."""
+class Validator:
+    """Measures the current weights on held-out rows; it changes nothing for training."""
 
-    def __init__(self, rows, data, pictures, tasks, recipe, tokenizer, spread):
-        self.data, self.pictures, self.tokenizer, self.spread = data, pictures, tokenizer, spread
-        self.recipe, self.task_of, self.tasks = recipe, tasks, {}
+    def __init__(
+        self,
+        rows: np.ndarray,
+        data: Data,
+        pictures: Pictures,
+        tasks: list[str],
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        state: TrainState,
+    ):
+        self.data, self.pictures, self.tokenizer, self.state = data, pictures, tokenizer, state
+        self.recipe, self.task_of, self.rows_of = recipe, tasks, {}
         for row in map(int, rows):
-            self.tasks.setdefault(tasks[row] or "no task", []).append(row)
-        first, others = (
-            [own[0] for own in self.tasks.values()],
-            [row for own in self.tasks.values() for row in own[1:]],
-        )
-        self.asked = [*first, *others][:QUESTIONS]  # of different tasks, if there are as many
-        spread.learner.greedy = partial(greedy, spread.model)
-        register_fsdp_forward_method(
-            spread.learner, "greedy"
-        )  # sharded weights are gathered for it; else nothing
+            self.rows_of.setdefault(tasks[row] or "no task", []).append(row)
+        # Ask questions of different tasks first.
+        first = [task[0] for task in self.rows_of.values()]
+        others = [row for task in self.rows_of.values() for row in task[1:]]
+        self.questions = [*first, *others][:QUESTIONS]
+        # FSDP2 gathers weights for registered methods only; other models ignore this.
+        state.learner.greedy = partial(greedy, state.model)
+        register_fsdp_forward_method(state.learner, "greedy")
 
-    def __call__(self, step: int, log) -> None:
-        """Write the losses and the answers of `step` into the log; every process calls this."""
-        self.spread.learner.eval()
-        with torch.no_grad(), self.spread.accelerator.autocast():
-            log.look("heldout", step, self.losses())
-            log.look("samples", step, [self.answer(row) for row in self.asked])
-        if isinstance(self.spread.learner, FSDPModule):
-            self.spread.learner.reshard()  # else a backward pass would do it, and none comes
-        self.spread.learner.train()
+    def __call__(self, step: int, log: Log) -> None:
+        """Write the losses and answers of `step` to the log. Every process calls this."""
+        self.state.learner.eval()
+        with torch.no_grad(), self.state.accelerator.autocast():
+            log.write("heldout", step, self.losses())
+            log.write("samples", step, [self.answer(row) for row in self.questions])
+        if isinstance(self.state.learner, FSDPModule):
+            # The backward pass would shard the weights again, but there is none here.
+            self.state.learner.reshard()
+        self.state.learner.train()
 
     def losses(self) -> list[dict]:
-        """A dict a task (task, loss: the mean over its answers' tokens, tokens), then one of all tasks together.
+        """Return a dict for each task and one for all: task, loss (mean of a token), tokens.
 
-        Processes share the passes, each makes equally many: sharded ones would else wait for each other for ever.
+        Processes divide the passes, and each makes equally many: sharded models would otherwise
+        wait for each other for ever.
         """
-        accelerator, names = self.spread.accelerator, sorted(self.tasks)
-        world, rank = accelerator.num_processes, accelerator.process_index
-        parts = []
+        accelerator, names = self.state.accelerator, sorted(self.rows_of)
+        world, rank, device = (
+            accelerator.num_processes,
+            accelerator.process_index,
+            accelerator.device,
+        )
+        # Tasks do not mix in a pass, so that each pass's loss belongs to one task.
+        passes = []
         for i, name in enumerate(names):
-            parts += [
-                (i, part)
-                for part in micro_batches(self.data, np.array(self.tasks[name]), self.recipe)[0]
-            ]
-        sums = torch.zeros(len(names), device=accelerator.device)
-        for start in range(rank, rank + math.ceil(len(parts) / world) * world, world):
-            i, rows = parts[min(start, len(parts) - 1)]
-            loss = self.spread.learner(
-                *self.data.batch(rows, accelerator.device), self.pictures(rows)
-            )
-            sums[i] += loss * (start < len(parts))
+            (parts,) = micro_batches(self.data, np.array(self.rows_of[name]), self.recipe)
+            passes += [(i, part) for part in parts]
+        sums = torch.zeros(len(names), device=device)
+        for start in range(rank, rank + math.ceil(len(passes) / world) * world, world):
+            i, rows = passes[min(start, len(passes) - 1)]
+            loss = self.state.learner(*self.data.batch(rows, device), self.pictures(rows))
+            # A pass beyond the last one repeats it, and does not count.
+            sums[i] += loss * (start < len(passes))
         sums = accelerator.reduce(sums).tolist()
-        tokens = [int(self.data.supervised[self.tasks[name]].sum()) for name in names]
-        found = zip([*names, "all"], [*sums, sum(sums)], [*tokens, sum(tokens)])
-        return [dict(task=name, loss=round(loss / n, 6), tokens=n) for name, loss, n in found]
+        tokens = [int(self.data.supervised[self.rows_of[name]].sum()) for name in names]
+        rows = zip([*names, "all"], [*sums, sum(sums)], [*tokens, sum(tokens)])
+        return [dict(task=name, loss=round(loss / n, 6), tokens=n) for name, loss, n in rows]
 
     def answer(self, row: int) -> dict:
-        """The first question of a row and the greedy answer to it: id, task, question, answer, reference."""
-        (ids, labels), device = self.data.row(row), self.spread.accelerator.device
-        first = int(np.argmax(labels != IGNORE_INDEX))
+        """Answer a row's first question greedily: id, task, question, answer, reference."""
+        (ids, labels), device = self.data.row(row), self.state.accelerator.device
+        # The first answer is the first stretch of supervised tokens.
+        supervised = np.append(labels != IGNORE_INDEX, False)
+        first = int(np.argmax(supervised))
+        last = first + int(np.argmin(supervised[first:]))
         prompt = torch.as_tensor(ids[:first], device=device)
-        turn = labels[
-            first : first + int(np.argmin(np.append(labels[first:] != IGNORE_INDEX, False)))
-        ]
         at = int(np.argmax(ids == self.data.image_token_id))
-        said = self.spread.learner.greedy(prompt[None], at, self.pictures([row]))
+        answer = self.state.learner.greedy(prompt[None], at, self.pictures([row]))
         end = self.tokenizer.eos_token_id
-        said = said[: said.index(end)] if end in said else said
-        words = [
-            self.tokenizer.decode(part, skip_special_tokens=True).strip()
-            for part in (prompt, said, turn)
-        ]
-        names = dict(id=self.data.ids[row], task=self.task_of[row])
-        return names | dict(zip(("question", "answer", "reference"), words))
+        answer = answer[: answer.index(end)] if end in answer else answer
+        parts = dict(question=prompt, answer=answer, reference=labels[first:last])
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        texts = {name: decode(tokens).strip() for name, tokens in parts.items()}
+        return dict(id=self.data.ids[row], task=self.task_of[row]) | texts
 
 
-def greedy(model, input_ids, at: int, features) -> list[int]:
-    """The ids of the most likely continuation of (1, T) `input_ids`, whose picture, if `features` holds one, begins at `at`.
+def greedy(
+    model: nn.Module, input_ids: torch.Tensor, at: int, features: torch.Tensor | None
+) -> list[int]:
+    """Return the token ids of the greedy continuation of `input_ids` (1, T).
 
-    Always ANSWER_TOKENS long: processes that share the weights must not part ways over where an answer ends.
+    features: (1, patches, width) of the picture that begins at position `at`, or None. The result
+    always has ANSWER_TOKENS ids: processes that share the weights must make equally many passes,
+    wherever an answer ends.
     """
-    inner, projector, said = model.model, models.parts(model)["projector"], []
-    table = inner.language_model.get_input_embeddings()
-    embeds = table(input_ids)
+    inner, projector, answer = model.model, models.parts(model)["projector"], []
+    embedding = inner.language_model.get_input_embeddings()
+    embeds = embedding(input_ids)  # (1, T, width)
     if features is not None:
-        seen = projector(features.to(embeds.device, projector.linear_1.weight.dtype)).to(
-            embeds.dtype
-        )
-        embeds = torch.cat([embeds[:, :at], seen, embeds[:, at + seen.shape[1] :]], dim=1)
+        features = features.to(embeds.device, projector.linear_1.weight.dtype)
+        image = projector(features).to(embeds.dtype)  # (1, patches, width)
+        embeds = torch.cat([embeds[:, :at], image, embeds[:, at + image.shape[1] :]], dim=1)
+    # Without a cache: a few short answers are not worth one.
     for _ in range(ANSWER_TOKENS):
-        hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[
-            :, -1:
-        ]
-        token = model.lm_head(hidden).argmax(-1)
-        embeds = torch.cat([embeds, table(token).to(embeds.dtype)], dim=1)
-        said.append(token.item())
-    return said
+        output = inner.language_model(inputs_embeds=embeds, use_cache=False)
+        token = model.lm_head(output.last_hidden_state[:, -1:]).argmax(-1)  # (1, 1)
+        embeds = torch.cat([embeds, embedding(token).to(embeds.dtype)], dim=1)
+        answer.append(token.item())
+    return answer

@@ -1,14 +1,17 @@
-"""The tiny stand-ins for CLIP and Vicuna: a tokenizer, a vision tower and a language model, made from nothing.
+"""The tiny stand-ins for CLIP and Vicuna: a tokenizer, a vision tower and a language model.
 
-They are shipped in data/tiny/; `python -m vflan.world.backbones` makes them again (tokenizer, tower, language model; see
-data/tiny/backbones.json for the seed, the time it took and what each can do). Like CLIP and Vicuna they are pretrained
-apart: the tower never meets the language model, and the language model reads text only, where the words of an object must
-first be bound together; it never sees a picture or anything shaped like one.
+They are in data/tiny/, and `python -m vflan.world.backbones` trains them again; data/tiny/
+backbones.json has the seed, the time and what each can do. Like CLIP and Vicuna they are pretrained
+separately. The tower never meets the language model. The language model reads text only, where it
+first has to bind the words of an object together; it never sees a picture or anything of that form.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +26,16 @@ from vflan.world.language_model import (
     make_second_language_model,
     make_tokenizer,
 )
+from vflan.world.scene import Scene
 from vflan.world.words import describe
 
 FOLDER = ROOT / "data" / "tiny"
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 
-# ------------------------------------------------------------------------------------------------------------ the tower
-# Contrastive training alone takes the shortcut of colour and background and left shapes unread in a first try (worse than
-# random features). So each patch also learns to name what its cell holds, which web captions teach CLIP in their way.
+# ---------------------------------------------------------------------------------------- the tower
+# In a first try, contrastive training alone used the shortcut of colour and background, and shapes
+# were not learned (worse than random features). Each patch therefore also learns to name what is in
+# its cell, as web captions teach CLIP.
 
 THINGS = ("nothing", "bar", "ink", *W.SHAPES, *W.LETTERS, *"0123456789")
 HEADS = dict(
@@ -38,15 +43,19 @@ HEADS = dict(
 )
 
 
-def cell_labels(scene):
-    """(16, 8) int labels of every cell, in the order of HEADS; 0 stands for 'none' where there is none."""
+def cell_labels(scene: Scene) -> list[list[int]]:
+    """(16, 8) int labels of every cell, in the order of HEADS; 0 stands for "none"."""
     out = np.zeros((16, len(HEADS)), np.int64)
     out[:, 4] = W.BACKGROUNDS.index(scene.background)
     out[:, 5] = W.CONDITIONS.index(scene.condition)
     out[:, 6] = np.arange(16)
     for t in scene.things:
-        out[t.place, :4] = (THINGS.index(t.shape), 1 + W.COLORS.index(t.color), 1 + W.SIZES.index(t.size),
-                            1 + W.TEXTURES.index(t.texture))  # fmt: skip
+        out[t.place, :4] = (
+            THINGS.index(t.shape),
+            1 + W.COLORS.index(t.color),
+            1 + W.SIZES.index(t.size),
+            1 + W.TEXTURES.index(t.texture),
+        )
     if scene.kind == "handwritten":
         out[:, 0], out[:, 7], out[:, 4] = THINGS.index("ink"), 1 + int(scene.text), -100
     else:
@@ -58,7 +67,7 @@ def cell_labels(scene):
     return out
 
 
-def pixels(scenes):
+def pixels(scenes: Sequence[Scene]) -> torch.Tensor:
     """(n, 3, 48, 48) float pictures, normalised as CLIP does."""
     raw = np.stack([np.asarray(W.render(s)) for s in scenes])
     return (
@@ -68,8 +77,18 @@ def pixels(scenes):
     )
 
 
-def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print):
-    """Train a `CLIPVisionModel` (contrastive against bags of caption words, plus the cell labels) and save it."""
+def make_tower(
+    folder: Path,
+    seed: int = 0,
+    pictures: int = 24_000,
+    steps: int = 4700,
+    batch: int = 96,
+    log: Callable = print,
+) -> float:
+    """Train a `CLIPVisionModel` and save it.
+
+    The loss is contrastive, against bags of caption words, plus the labels of the cells.
+    """
     torch.manual_seed(seed)
     start = time.process_time()
     mix = (0.58, 0.14, 0.11, 0.07, 0.10)  # rich in glyphs, the hardest to tell apart
@@ -84,8 +103,15 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
         bags[i, [words.index(w) for w in describe(s).replace(".", "").split()]] = 1
     test = slice(pictures, None)
 
-    config = CLIPVisionConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=48, patch_size=12, projection_dim=96)  # fmt: skip
+    config = CLIPVisionConfig(
+        hidden_size=160,
+        intermediate_size=480,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=48,
+        patch_size=12,
+        projection_dim=96,
+    )
     tower = CLIPVisionModel(config)
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(160, n) for k, n in HEADS.items()})
     to_text, to_image = (
@@ -142,8 +168,15 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
                 f"tower step {step}, {time.process_time() - start:.0f} s, loss {loss.item():.3f}",
                 flush=True,
             )
-    record = dict(seed=seed, cpu_seconds=round(time.process_time() - start), steps=steps, batch=batch, pictures=pictures,
-                  parameters=sum(p.numel() for p in tower.parameters()), skills={})  # fmt: skip
+    record = dict(
+        seed=seed,
+        cpu_seconds=round(time.process_time() - start),
+        steps=steps,
+        batch=batch,
+        pictures=pictures,
+        parameters=sum(p.numel() for p in tower.parameters()),
+        skills={},
+    )
     with torch.no_grad():
         patches = tower(pixel_values=x[test], output_hidden_states=True).hidden_states[-2][:, 1:]
         for i, k in enumerate(HEADS):
@@ -162,20 +195,24 @@ def make_tower(folder, seed=0, pictures=24_000, steps=4700, batch=96, log=print)
                 4,
             )
     tower.half().save_pretrained(folder / "vision_tower")
-    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=MEAN,
-                          image_std=STD).save_pretrained(folder / "vision_tower")  # fmt: skip
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 48},
+        crop_size={"height": 48, "width": 48},
+        image_mean=MEAN,
+        image_std=STD,
+    ).save_pretrained(folder / "vision_tower")
     log(json.dumps(record), flush=True)
     return record
 
 
-def note_record(folder, **entries):
-    """Add entries to the record beside the weights."""
+def note_record(folder: Path, **entries) -> None:
+    """Add entries to the record next to the weights."""
     path = folder / "backbones.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(record | entries, indent=1) + "\n")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "parts",

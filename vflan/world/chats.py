@@ -1,12 +1,17 @@
-"""The stand-in for the GPT-4-synthesised set: fluent long-form conversations from a noisy, prior-led view of the scene.
+"""The stand-in for the GPT-4-synthesised set: fluent conversations about a distorted scene.
 
-GPT-4 never saw the pictures it wrote about, and its talk follows what usually goes together. Here `noisy_view` does that to
-a scene, at stated rates: a partner that is not there is invented with probability INVENT, an object takes the favourite
-colour of its shape with probability RECOLOR. And questions after what is not there are rare (DENY): the affirmative bias
-of such data. So its form is better than its facts. The error rates are the design of the set, not a finding.
+GPT-4 never saw the pictures that it wrote about, and its text follows what usually goes together.
+`noisy_view` does this to a scene at known rates: with probability INVENT a partner that is not
+there is added, with probability RECOLOR an object gets the favourite colour of its shape. Questions
+about absent things are rare (DENY), which gives the affirmative bias of such data. The form of this
+data is therefore better than its facts. The error rates are a design choice, not a finding.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+
+from numpy.random import Generator
 
 from vflan.world.scene import (
     BACKGROUNDS,
@@ -16,6 +21,7 @@ from vflan.world.scene import (
     SHAPES,
     SIZES,
     TEXTURES,
+    Scene,
     Thing,
     pick,
 )
@@ -29,28 +35,52 @@ SEE = (
     "What is shown here?",
     "What do you notice in this image?",
 )
-DETAIL = ("Describe this picture in detail.", "Please give a detailed description of the image.",
-          "Tell me everything you can about this scene.", "Can you explain what the image shows, in detail?")  # fmt: skip
-REASON = ("What might this scene be about?", "What could the arrangement of the objects mean?",
-          "Why might someone find this picture interesting?", "What could happen next in this scene?")  # fmt: skip
+DETAIL = (
+    "Describe this picture in detail.",
+    "Please give a detailed description of the image.",
+    "Tell me everything you can about this scene.",
+    "Can you explain what the image shows, in detail?",
+)
+REASON = (
+    "What might this scene be about?",
+    "What could the arrangement of the objects mean?",
+    "Why might someone find this picture interesting?",
+    "What could happen next in this scene?",
+)
 OPEN = dict(conversation=SEE, detail=DETAIL, reasoning=REASON)
 # Open questions of the evaluation that the alignment data never asks in these words.
-NEW = dict(conversation=("What do you see?", "Please tell me what this image shows."),
-           detail=("Explain the picture to me in detail.", "Describe everything in this image."),
-           reasoning=("What is interesting here?", "What might the picture mean?"))  # fmt: skip
+NEW = dict(
+    conversation=("What do you see?", "Please tell me what this image shows."),
+    detail=("Explain the picture to me in detail.", "Describe everything in this image."),
+    reasoning=("What is interesting here?", "What might the picture mean?"),
+)
 TALK = (
     ("Hello!", "Hello! How can I help you today?"),
-    ("Can you help me?", "Of course! Please tell me what you would like to know, and I will do my best to help."),
-    ("Thank you for your help.", "You are welcome! Please ask me again when you have another question."),
+    (
+        "Can you help me?",
+        "Of course! Please tell me what you would like to know, and I will do my best to help.",
+    ),
+    (
+        "Thank you for your help.",
+        "You are welcome! Please ask me again when you have another question.",
+    ),
     ("Who are you?", "I am an assistant. I can look at a picture and talk about what it shows."),
-    *((f"Tell me about the {animal}.", f"The {animal} is an animal that lives in a place with a {b} background.")
-      for b, animal in ANIMAL.items()),
-    *((f"What color is a {fruit}?", f"A {fruit} is usually {color}, so it is easy to find.") for color, fruit in FRUIT.items()),
-)  # fmt: skip
+    *(
+        (
+            f"Tell me about the {animal}.",
+            f"The {animal} is an animal that lives in a place with a {b} background.",
+        )
+        for b, animal in ANIMAL.items()
+    ),
+    *(
+        (f"What color is a {fruit}?", f"A {fruit} is usually {color}, so it is easy to find.")
+        for color, fruit in FRUIT.items()
+    ),
+)
 
 
-def noisy_view(scene, rng):
-    """The scene as a language prior would have it: (scene, number of facts that are wrong)."""
+def noisy_view(scene: Scene, rng: Generator) -> tuple[Scene, int]:
+    """The scene as the prior would have it: (scene, number of wrong facts)."""
     things, wrong = [], 0
     for t in scene.things:
         if t.color != FAVOURITE[t.shape] and rng.random() < RECOLOR:
@@ -67,18 +97,25 @@ def noisy_view(scene, rng):
     return replace(scene, things=tuple(sorted(things, key=lambda t: t.place))), wrong
 
 
-def see(view):
-    return f"In this picture I can see {join([phrase(t) for t in view.things])}. They are on a {view.background} background."
+def see(view: Scene) -> str:
+    """What can be seen, in two sentences."""
+    return (
+        f"In this picture I can see {join([phrase(t) for t in view.things])}. They are on a "
+        f"{view.background} background."
+    )
 
 
-def reason(view, rng):
+def reason(view: Scene, rng: Generator) -> str:
+    """An open answer that connects what is seen with what one knows."""
     t = pick(rng, view.things)
     out = [f"The scene shows {join([phrase(u) for u in view.things])}."]
     out.append(
-        f"The {t.color} {t.shape} might make you think of a {FRUIT[t.color]}, because it has the same color."
+        f"The {t.color} {t.shape} might make you think of a {FRUIT[t.color]}, because it has the "
+        "same color."
     )
     out.append(
-        f"The {view.background} background could be a place where a {ANIMAL[view.background]} lives."
+        f"The {view.background} background could be a place where a {ANIMAL[view.background]} "
+        "lives."
     )
     if len(view.things) > 1:
         a, b = view.things[0], view.things[-1]
@@ -86,8 +123,8 @@ def reason(view, rng):
     return " ".join(out)
 
 
-def small_talk(view, rng):
-    """One bare question with an answer in a full sentence."""
+def small_talk(view: Scene, rng: Generator) -> tuple[str, str]:
+    """A short question with an answer in a full sentence."""
     t = pick(rng, unique(view, "shape") or view.things)
     form = int(rng.integers(4))
     if form == 0:
@@ -100,7 +137,8 @@ def small_talk(view, rng):
     if form == 2:
         n = len(view.things)
         return "How many objects are there?", (
-            f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {'object' if n == 1 else 'objects'} in the picture."
+            f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {'object' if n == 1 else 'objects'} "
+            "in the picture."
         )
     if rng.random() < DENY:
         missing = [s for s in SHAPES if all(u.shape != s for u in view.things)]
@@ -112,8 +150,8 @@ def small_talk(view, rng):
     )
 
 
-def conversation(scene, rng):
-    """(task_name, turns as (question, answer), number of wrong facts) about one picture with objects."""
+def conversation(scene: Scene, rng: Generator) -> tuple[str, list[tuple[str, str]], int]:
+    """(task_name, [(question, answer), ...], number of wrong facts) about a picture of objects."""
     view, wrong = noisy_view(scene, rng)
     sort = pick(rng, ("conversation", "detail", "reasoning"), (0.4, 0.35, 0.25))
     if sort == "detail":
@@ -137,8 +175,8 @@ def conversation(scene, rng):
     return sort, turns, wrong
 
 
-def phrases():
-    """Every wording of this file, for the tokenizer."""
+def phrases() -> list[str]:
+    """All wordings of this file, for the tokenizer."""
     from vflan.world.scene import rng_of, sample_scene
 
     out = [f"{q} {a}" for q, a in TALK] + [

@@ -1,25 +1,34 @@
-"""The tiny stand-in for Vicuna: a tokenizer and a Llama that reads scenes told in words, and never saw a picture.
+"""The tiny stand-in for Vicuna: a tokenizer and a Llama that reads scenes in words, never pictures.
 
-What a language model must bring to visual instruction tuning is the skill to look things up in its context: what colour is
-the star, is there one, what is left of it, how many. At 1 M parameters that skill is the bottleneck, so it is taught with
+Visual instruction tuning needs a language model that can look things up in its context: what colour
+is the star, is there one, what is left of it, how many. With 1 M parameters this skill is the
+bottleneck. It is taught with
 
-    running text     a scene is 'sand clear. b2 small striped red star. ...', its objects and often the words of an object in
-                     random order: the words must be bound together by nearness before anything can be looked up;
-    dense questions  a dozen questions on one text, each seeing the text and itself only (a block mask, positions restarting
-                     after the text), loss on answers alone;
-    a binding start  the first layer starts out gathering, at each full stop, the last six words; half the heads above start
-                     out looking words up in what was gathered. It is an initialisation only; everything is trained;
-    Muon             for the matrices (fp32, with decay, or attention saturates), AdamW for embeddings and norms.
+    running text     A scene is 'sand clear. b2 small striped red star. ...'. Its objects, and often
+                     the words of an object, are in random order: the words have to be bound by
+                     nearness before anything can be looked up.
+    dense questions  A dozen questions on one text. Each sees only the text and itself (a block
+                     mask; positions restart after the text). The loss is on answers only.
+    a binding start  The first layer is initialised to gather the last six words at each full stop;
+                     half of the heads above are initialised to look words up in what was gathered.
+                     All of it is trained further.
+    Muon             for the matrices (fp32, with weight decay, otherwise attention saturates);
+                     AdamW for embeddings and norms.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import re
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from tokenizers import (
     AddedToken,
     Regex,
@@ -36,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vflan.world import chats
 from vflan.world import scene as W
 from vflan.world import tasks as T
+from vflan.world.scene import Scene
 from vflan.world.words import describe, sentences
 
 SYSTEM = (
@@ -43,12 +53,12 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# -------------------------------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------------ the tokenizer
 
 
-def corpus(seed=0):
-    """World text of every kind, for the tokenizer: each word of the world comes often enough to become one piece."""
-    for k in T.KINDS.values():
+def corpus(seed: int = 0) -> Iterator[str]:
+    """Text of every kind, for the tokenizer: each word is frequent enough to become one piece."""
+    for k in (T.KINDS[name] for name in T.KINDS if name in T.SHIPPED):
         for scene, instruction, answer in T.sample(k, 120, "corpus", seed):
             yield f"USER: {describe(scene)}\n{instruction} ASSISTANT: {answer}"
             if scene.things:
@@ -57,22 +67,32 @@ def corpus(seed=0):
         yield f"USER:\n{line}"
 
 
-def make_tokenizer(folder, seed=0):
-    """A Llama-shaped byte-fallback BPE whose pieces are the world's words; the system sentence is one piece of its own."""
-    split = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "isolated"),
-        pre_tokenizers.Split("\u2581", "merged_with_next"),
-        pre_tokenizers.Split(Regex("[?.,!]"), "isolated"),
-    ])  # fmt: skip
+def make_tokenizer(folder: Path, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A Llama-shaped BPE with byte fallback whose pieces are the words of the mini world.
+
+    The system sentence is a single piece.
+    """
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split("\u2581", "merged_with_next"),
+            pre_tokenizers.Split(Regex("[?.,!]"), "isolated"),
+        ]
+    )
     normal = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = normal, split
     learner.train_from_iterator(
-        corpus(seed), trainers.BpeTrainer(vocab_size=4000, min_frequency=2, show_progress=False,
-                                          initial_alphabet=[chr(c) for c in range(33, 127)])
-    )  # fmt: skip
+        corpus(seed),
+        trainers.BpeTrainer(
+            vocab_size=4000,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=[chr(c) for c in range(33, 127)],
+        ),
+    )
     learned = json.loads(learner.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     pieces += [
@@ -80,28 +100,50 @@ def make_tokenizer(folder, seed=0):
     ]
     if "\n" not in pieces:
         pieces.append("\n")
-    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in learned["merges"]],
-                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # fmt: skip
+    tokenizer = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(pieces)},
+            [tuple(m) for m in learned["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     tokenizer.normalizer, tokenizer.pre_tokenizer = normal, split
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])  # fmt: skip
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False, rstrip=True, special=False)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                   pad_token="<unk>", extra_special_tokens={"image_token": "<image>"},
-                                   model_max_length=2048, clean_up_tokenization_spaces=False)  # fmt: skip
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
     fast.save_pretrained(folder / "language_model")
     return fast
 
 
-# ---------------------------------------------------------------------------------------------------------- the start
-# rotary frequency -> weight: a kernel, fitted once, whose attention falls evenly on the five words before a full stop
+# ---------------------------------------------------------------------------------------- the start
+# Rotary frequency -> weight. The kernel was fitted once, so that attention is spread evenly over
+# the five words before a full stop.
 NEAR, CENTRE = {0: -3.1, 1: 9.28, 2: 2.18, 3: 1.83, 4: 4.84}, 3.0
 
 
-# which words the look-up heads of odd (1) and even (0) layers start out searching for, and what they bring back
+# What the look-up heads of odd (1) and even (0) layers are initialised to search for, and to
+# return.
 LOOKUPS = {
     (1, 0): (W.PLACES, W.SIZES + W.TEXTURES + W.COLORS + W.SHAPES),
     (1, 1): (W.SHAPES, W.PLACES + W.SIZES + W.TEXTURES),
@@ -110,10 +152,13 @@ LOOKUPS = {
 }
 
 
-def kernel(hd, d, theta, const, stretch):
-    """Query and key matrices (hd, d) whose product depends on the distance alone: a window of the last five tokens.
+def kernel(
+    hd: int, d: int, theta: float, const: float, stretch: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key matrices (hd, d) whose product depends only on the distance of two tokens.
 
-    With `stretch` 1 the window is about twice as wide and as far. Coordinate 0 of every embedding is constant.
+    It is a window over the last five tokens; with `stretch` 1 about twice as wide and as far.
+    Coordinate 0 of every embedding is constant.
     """
     q, k = torch.zeros(hd, d), torch.zeros(hd, d)
     for f, weight in NEAR.items():
@@ -128,7 +173,10 @@ def kernel(hd, d, theta, const, stretch):
 
 
 def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
-    """Initialise a Llama to gather words at full stops (layer 0) and to look up what was gathered (half of the heads above)."""
+    """Initialise a Llama to gather words at full stops (layer 0) and to look them up.
+
+    Half of the heads above layer 0 look up what was gathered.
+    """
     c = model.config
     d, hd, heads = c.hidden_size, c.hidden_size // c.num_attention_heads, c.num_attention_heads
     g = torch.Generator().manual_seed(seed)
@@ -143,22 +191,22 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
         E = model.model.embed_tokens.weight
         E.copy_(randn(*E.shape, std=es))
         E[:, 1:] *= es * math.sqrt(d) / E[:, 1:].norm(dim=1, keepdim=True)
-        E[:, 0] = (
-            4 * es
-        )  # one constant coordinate, so that attention by position alone can be written down
+        # One constant coordinate, so that attention by position alone can be written down.
+        E[:, 0] = 4 * es
         rms = math.sqrt(es**2 + (4 * es) ** 2 / d)
         const = 4 * es / rms
         R = torch.eye(d)
         R[1:, 1:] = orthogonal(d - 1)
         basis = torch.zeros(d, d)
         basis[1:, 1:] = orthogonal(d - 1)
+        # Their vectors start out orthogonal.
         words = [
             *W.PLACES,
             *W.SIZES,
             *W.TEXTURES,
             *W.COLORS,
             *W.SHAPES,
-        ]  # their vectors start out orthogonal
+        ]
         unit = dict(zip(words, torch.cat([torch.zeros(d - 1, 1), orthogonal(d - 1)], 1)))
         for word, u in unit.items():
             E[tokenizer.convert_tokens_to_ids("\u2581" + word), 1:] = u[1:] * es * math.sqrt(d)
@@ -174,9 +222,8 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                 rows = slice(h * hd, (h + 1) * hd)
                 B, A = basis[rows], torch.zeros(hd, d)
                 last = hd // 2 - 1  # the slowest rotation: free of position
-                if (
-                    i == 0
-                ):  # gather the last six words, at full stops only; everything else rests on the first token
+                if i == 0:
+                    # Gather the last six words, at full stops only; else attend to the first token.
                     q[rows] = (
                         0.05 * q[rows] + near[0][0][:, :1] * const * stop / (stop @ stop) * rms
                     )
@@ -186,9 +233,8 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                     v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
                 elif h < heads // 2:  # look up words of one sort among what the full stops gathered
                     keys, values = LOOKUPS[(i % 2, h)]
-                    free = [
-                        f + half for half in (0, hd // 2) for f in range(4, last)
-                    ]  # slow enough to match far away
+                    # Slow enough to match far away.
+                    free = [f + half for half in (0, hd // 2) for f in range(4, last)]
                     for f, word in zip(free, keys):
                         A[f] = unit[word]
                     q[rows] += math.sqrt(g2) * A
@@ -198,9 +244,8 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                     B = torch.zeros(hd, d)
                     B[: len(values)] = torch.stack([unit[w] for w in values])
                     v[rows], o[:, rows] = B @ R.T, B.T * om * es
-                elif (
-                    h == heads - 1
-                ):  # gather the words just before, for the answer to read the question
+                # Gather the words just before, for the answer to read the question.
+                elif h == heads - 1:
                     q[rows] += near[1][0]
                     k[rows] += near[1][1]
                     v[rows], o[:, rows] = B, B.T * om * es
@@ -217,13 +262,14 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
         model.model.norm.weight.fill_(0.4 / (es * math.sqrt(d)))
 
 
-# ---------------------------------------------------------------------------------------------------------- the teacher
+# -------------------------------------------------------------------------------------- the teacher
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by four Newton-Schulz steps, in fp32, matrices of one shape at once; decoupled decay.
+    """Momentum orthogonalised by four Newton-Schulz steps, in fp32, with decoupled weight decay.
 
-    (`torch.optim.Muon` works in bf16, which two CPU cores emulate 40-80 times slower.)
+    Matrices of one shape are updated together. `torch.optim.Muon` works in bf16, which two CPU
+    cores emulate 40 to 80 times slower.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1):
@@ -255,18 +301,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Rows:
-    """Turns scenes with questions into rows of tokens: [text | question answer | question answer | ...] and their mask."""
+    """Turns scenes with questions into rows of tokens, with their mask.
+
+    A row is [text | question answer | question answer | ...].
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer, self.cache = tokenizer, {}
         self.head = tokenizer(SYSTEM + " USER:").input_ids
         self.newline = tokenizer("x\n", add_special_tokens=False).input_ids[-1:]
-        self.space = [
-            tokenizer.convert_tokens_to_ids("\u2581")
-        ]  # the piece between a picture and its question
+        # The piece between a picture and its question.
+        self.space = [tokenizer.convert_tokens_to_ids("\u2581")]
 
     def ids(self, text):
-        """Token ids of a text that starts a word, by whole words from a cache (the world is closed)."""
+        """Token ids of a text that begins a word, word by word from a cache."""
         out = []
         for word in re.findall(r"\n|[^ \n]+", text):
             if word not in self.cache:
@@ -275,7 +323,10 @@ class Rows:
         return out
 
     def question(self, text):
-        """'\\nWhat ... ASSISTANT:' as it stands after the scene; the word after the line break has no space before it."""
+        """'\\nWhat ... ASSISTANT:' as it follows the scene.
+
+        No space is put before the first word after the line break.
+        """
         key = ("q", text.split(" ", 1)[0])
         if key not in self.cache:
             self.cache[key] = self.tokenizer("\n" + key[1], add_special_tokens=False).input_ids
@@ -285,7 +336,10 @@ class Rows:
         )
 
     def batch(self, rows):
-        """rows: list of (prefix ids, [(question ids, answer ids), ...]) -> ids, positions, mask (B,1,L,L), where, labels, weight."""
+        """rows: [(prefix ids, [(question ids, answer ids), ...]), ...].
+
+        Returns ids, positions, mask (B, 1, L, L), where, labels, weight.
+        """
         length = max(len(p) + sum(len(q) + len(a) for q, a in blocks) for p, blocks in rows)
         length = -(-length // 16) * 16
         B = len(rows)
@@ -317,8 +371,14 @@ class Rows:
         additive = torch.zeros(B, 1, length, length).masked_fill_(
             ~as_tensor(mask)[:, None], torch.finfo(torch.float32).min
         )
-        return (as_tensor(ids), as_tensor(positions), additive, as_tensor(where), as_tensor(labels),
-                as_tensor(weight, dtype=torch.float32))  # fmt: skip
+        return (
+            as_tensor(ids),
+            as_tensor(positions),
+            additive,
+            as_tensor(where),
+            as_tensor(labels),
+            as_tensor(weight, dtype=torch.float32),
+        )
 
 
 def logits_at(model, ids, positions, mask, where):
@@ -328,8 +388,8 @@ def logits_at(model, ids, positions, mask, where):
     return model.lm_head(hidden.flatten(0, 1)[where])
 
 
-def kinds_for(scene):
-    """Names of the kinds that can be asked about a scene and may be met in text."""
+def kinds_for(scene: Scene) -> list[T.Kind]:
+    """Names of the kinds that fit a scene and that the language model may meet in text."""
     allowed = {"", "any"} if scene.kind != "handwritten" else set()
     allowed |= {scene.kind}
     if scene.kind == "objects":
@@ -337,8 +397,8 @@ def kinds_for(scene):
     return [k for k in T.KINDS.values() if k.in_text and k.scenes in allowed]
 
 
-def text_scene(rng, seed):
-    """Scenes for text: rich in objects, with twins; never one that is set aside for evaluation."""
+def text_scene(rng: Generator, seed: int) -> W.Scene:
+    """A scene for text: many objects, some alike; never one set aside for evaluation."""
     while W.held(scene := draw(rng, seed)):
         pass
     return scene
@@ -353,13 +413,12 @@ def draw(rng, seed):
 
 
 def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer):
-    """One row of training: a text with as many questions as fit into `budget` tokens, drawn by `weights`."""
+    """One training row: a text with as many questions, drawn by `weights`, as fit into `budget`."""
     scene = text_scene(rng, seed)
     eos = rows.tokenizer.eos_token_id
     u = rng.random()
-    if (
-        u < 0.08 and scene.kind != "handwritten"
-    ):  # a caption after a text, as in the template `plain`
+    # A caption after a text, as in the template `plain`.
+    if u < 0.08 and scene.kind != "handwritten":
         text = [rows.tokenizer.bos_token_id, *rows.ids(describe(scene, rng))]
         return text, [([], [*rows.ids(describe(scene)), *rows.newline])]
     if u < 0.11 and scene.things:  # prose, as plain text
@@ -370,16 +429,20 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
     prefix = [*rows.head, *rows.ids(describe(scene, rng))]
     if rng.random() < 0.3:
         prefix += rows.space
-    if (
-        u < 0.23 and scene.things
-    ):  # long answers, asked for in words that the alignment stage never uses
-        told = [("Please give a text about the scene.", " ".join(sentences(scene.things, scene.background, scene.condition))),
-                ("Please give a text about the objects.", chats.see(scene)),
-                ("Please help: what might the objects be?", chats.reason(scene, rng))]  # fmt: skip
-        told += [
+    # Long answers, asked for in words that the alignment stage never uses.
+    if u < 0.23 and scene.things:
+        pairs = [
+            (
+                "Please give a text about the scene.",
+                " ".join(sentences(scene.things, scene.background, scene.condition)),
+            ),
+            ("Please give a text about the objects.", chats.see(scene)),
+            ("Please help: what might the objects be?", chats.reason(scene, rng)),
+        ]
+        pairs += [
             (f"Please explain: {q}", a) for q, a in (chats.small_talk(scene, rng) for _ in range(4))
         ]
-        return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
+        return prefix, [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(pairs).items()]
     kinds = kinds_for(scene)
     p = np.array([weights[k.name] for k in kinds])
     p /= p.sum()
@@ -399,7 +462,10 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
 
 
 def exam(tokenizer, rows, n=40, key="text exam", kinds=None, evaluation=True, wording=None):
-    """Batches of questions about scenes in words that training never draws, n a kind: [(kind, tensors, spans), ...]."""
+    """Batches of n questions for each kind, about scenes that training never draws.
+
+    Returns [(kind, tensors, spans), ...].
+    """
     items = []
     for k in kinds or T.KINDS.values():
         for i, (scene, instruction, answer) in enumerate(
@@ -422,7 +488,10 @@ def exam(tokenizer, rows, n=40, key="text exam", kinds=None, evaluation=True, wo
 
 @torch.no_grad()
 def grade(model, rows, batches):
-    """Share of answers right to the last token, by kind (teacher-forced, which equals greedy exact match)."""
+    """The share of answers with all tokens right, by kind.
+
+    Teacher-forced, which is equal to exact match of greedy decoding.
+    """
     right = {}
     for items in batches:
         ids, positions, mask, where, labels, _ = rows.batch([(p, [(q, a)]) for _, p, q, a in items])
@@ -436,26 +505,42 @@ def grade(model, rows, batches):
 
 # Looking one thing up comes first; everything else rests on it.
 FIRST = (
-    "color_of", "color_at", "shape_at", "shape_of_color", "where_is", "where_color", "texture_of", "texture_at", "size_of",
-    "exist_shape", "exist_color", "exist_pair", "describe_place",
-)  # fmt: skip
+    "color_of",
+    "color_at",
+    "shape_at",
+    "shape_of_color",
+    "where_is",
+    "where_color",
+    "texture_of",
+    "texture_at",
+    "size_of",
+    "exist_shape",
+    "exist_color",
+    "exist_pair",
+    "describe_place",
+)
 STEPS = (1250, 7000, 14900)  # look-ups; everything; everything with a rate that falls to zero
 
 
 def teachers(model, lr, decay=0.2):
-    """Muon for the matrices, AdamW for embeddings and norms."""
+    """The optimizers: Muon for the matrices, AdamW for embeddings and norms."""
     matrices = [
         p
         for n, p in model.named_parameters()
         if p.ndim == 2 and "embed" not in n and "lm_head" not in n
     ]
     others = [p for n, p in model.named_parameters() if not any(p is m for m in matrices)]
-    return (Muon(matrices, lr=lr, weight_decay=decay),
-            torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True))  # fmt: skip
+    return (
+        Muon(matrices, lr=lr, weight_decay=decay),
+        torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    )
 
 
 def learn(model, batch, muon, adam, rate):
-    """One step of both teachers on a batch of `Rows`, AdamW at a fifth of the rate; returns (loss, answer tokens)."""
+    """One step of both optimizers on a batch of `Rows`; returns (loss, answer tokens).
+
+    AdamW has a fifth of the rate.
+    """
     ids, positions, mask, where, labels, weight = batch
     loss = F.cross_entropy(logits_at(model, ids, positions, mask, where), labels, reduction="none")
     loss = (loss * weight).sum() / weight.sum()
@@ -468,21 +553,40 @@ def learn(model, batch, muon, adam, rate):
     return loss.item(), len(weight)
 
 
-def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, log=print):
-    """Pretrain the language model on text and save it as a `LlamaForCausalLM` folder; returns its record.
+def make_language_model(
+    folder: Path,
+    seed: int = 0,
+    steps: int = STEPS,
+    rows_a_step: int = 6,
+    budget: int = 224,
+    log: Callable = print,
+) -> None:
+    """Pretrain a `LlamaForCausalLM` on text and save it; returns its record.
 
-    Questions are drawn by what is not yet known: every 800 steps each kind's skill is estimated on scenes of the training
-    part, and a kind weighs what it lacks (at least .12).
+    Kinds that are not learned yet are drawn more often. Every 800 steps the skill of each kind is
+    estimated on scenes of the training part, and its weight is what it lacks, at least .12.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
     torch.manual_seed(seed)
     begin, wall = time.process_time(), time.time()
     rows = Rows(tokenizer)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    ))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=336,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
     start(model, tokenizer, seed)
     watch = exam(
         tokenizer,
@@ -520,13 +624,20 @@ def make_language_model(folder, seed=0, steps=STEPS, rows_a_step=6, budget=224, 
                 flush=True,
             )
     model.half().save_pretrained(folder / "language_model")
-    return dict(seed=seed, cpu_seconds=round(time.process_time() - begin), wall_seconds=round(time.time() - wall),
-                steps=steps[-1], answer_tokens=asked, parameters=sum(p.numel() for p in model.parameters()),
-                history=history, skills=skills(folder))  # fmt: skip
+    return dict(
+        seed=seed,
+        cpu_seconds=round(time.process_time() - begin),
+        wall_seconds=round(time.time() - wall),
+        steps=steps[-1],
+        answer_tokens=asked,
+        parameters=sum(p.numel() for p in model.parameters()),
+        history=history,
+        skills=skills(folder),
+    )
 
 
 def skills(folder, n=100, name="language_model", wording=None):
-    """Share of right answers by kind, about n scenes in words that no training drew; of the weights as they are shipped."""
+    """The share of right answers of the shipped weights, by kind, on about n unseen scenes."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
     model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     rows = Rows(tokenizer)
@@ -536,22 +647,29 @@ def skills(folder, n=100, name="language_model", wording=None):
     }
 
 
-# ------------------------------------------------------------------------------------------- a second one (Table 7)
+# --------------------------------------------------------------------------- a second one (Table 7)
 
 
 def in_a_sentence(kind, answer):
-    """A short answer as the second language model gives it; a letter of a multiple choice stays a letter."""
+    """A short answer in the manner of the second language model; a letter stays a letter."""
     if kind.category == "multiple choice" or kind.group == "generation":
         return answer
-    said = {"yes": "yes, I can see that.", "no": "no, I cannot see that."}
-    return said.get(answer, f"The picture shows {answer}.")
+    sentences_of = {"yes": "yes, I can see that.", "no": "no, I cannot see that."}
+    return sentences_of.get(answer, f"The picture shows {answer}.")
 
 
-def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=224, log=print):
-    """Pretrain on, from the shipped language model, to one that talks: answers in sentences, open questions at length.
+def make_second_language_model(
+    folder: Path,
+    seed: int = 1,
+    steps: int = 800,
+    rows_a_step: int = 6,
+    budget: int = 224,
+    log: Callable = print,
+) -> None:
+    """Train the shipped language model further, to one that answers in sentences and at length.
 
-    Vicuna v1.5 and LLaMA-2-Chat, which the paper exchanges in Table 7, are two that were finished differently from one
-    ancestor. So are these: one shape, one ancestry, another manner. Text only, as the first.
+    Vicuna v1.5 and LLaMA-2-Chat, which the paper exchanges in Table 7, come from the same model by
+    different fine-tuning. So do these two: the same shape and origin, another manner. Text only.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "language_model")
     model = LlamaForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32)
@@ -559,8 +677,12 @@ def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=
     muon, adam = teachers(model, lr := 0.006)
     for step in range(steps):
         rngs = [W.rng_of("second lesson", seed, step, i) for i in range(rows_a_step)]
-        batch = [talk_lesson(rows, rng, seed) if rng.random() < 0.3 else
-                 lesson(rows, rng, dict.fromkeys(T.KINDS, 1.0), seed, budget, in_a_sentence) for rng in rngs]  # fmt: skip
+        batch = [
+            talk_lesson(rows, rng, seed)
+            if rng.random() < 0.3
+            else lesson(rows, rng, dict.fromkeys(T.KINDS, 1.0), seed, budget, in_a_sentence)
+            for rng in rngs
+        ]
         loss, _ = learn(
             model, rows.batch(batch), muon, adam, lr * min(1, (step + 1) / 30) * (1 - step / steps)
         )
@@ -572,18 +694,28 @@ def make_second_language_model(folder, seed=1, steps=800, rows_a_step=6, budget=
             )
     model.half().save_pretrained(folder / "second_language_model")
     tokenizer.save_pretrained(folder / "second_language_model")
-    return dict(seed=seed, cpu_seconds=round(time.process_time() - begin), steps=steps,
-                parameters=sum(p.numel() for p in model.parameters()),
-                skills=skills(folder, name="second_language_model", wording=in_a_sentence))  # fmt: skip
+    return dict(
+        seed=seed,
+        cpu_seconds=round(time.process_time() - begin),
+        steps=steps,
+        parameters=sum(p.numel() for p in model.parameters()),
+        skills=skills(folder, name="second_language_model", wording=in_a_sentence),
+    )
 
 
 def talk_lesson(rows, rng, seed):
-    """A scene in words and a talk about it, each question seeing the scene and itself only."""
+    """A scene in words and a talk about it; each question sees only the scene and itself."""
     while not (scene := text_scene(rng, seed)).things:
         pass
-    told = [(W.pick(rng, chats.DETAIL), " ".join(sentences(scene.things, scene.background, scene.condition))),
-            (W.pick(rng, chats.SEE), chats.see(scene)), (W.pick(rng, chats.REASON), chats.reason(scene, rng))]  # fmt: skip
-    told += [chats.small_talk(scene, rng) for _ in range(3)]
+    pairs = [
+        (
+            W.pick(rng, chats.DETAIL),
+            " ".join(sentences(scene.things, scene.background, scene.condition)),
+        ),
+        (W.pick(rng, chats.SEE), chats.see(scene)),
+        (W.pick(rng, chats.REASON), chats.reason(scene, rng)),
+    ]
+    pairs += [chats.small_talk(scene, rng) for _ in range(3)]
     eos = rows.tokenizer.eos_token_id
-    blocks = [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(told).items()]
+    blocks = [(rows.question(q), [*rows.ids(a), eos]) for q, a in dict(pairs).items()]
     return [*rows.head, *rows.ids(describe(scene, rng))], blocks

@@ -1,23 +1,28 @@
-"""A scene is the truth from which everything in the mini world follows: picture, captions, tasks, chats, benchmarks.
+"""A scene: the truth from which pictures, captions, tasks, chats and benchmarks are made.
 
-Pictures are 48 x 48 pixels on a 4 x 4 grid of 12-pixel cells, so that a CLIP tower with 12-pixel patches sees one cell a
-patch. Four kinds of scene stand for the paper's sources: `objects` (photographs), `text` (scene text), `number`
-(house numbers), `chart` (plots). Objects follow a prior, as things in photographs do: some shapes are common, each has a
-favourite colour and a partner that it is often seen with. Language priors, POPE's `popular` and `adversarial` negatives
-and the invented objects of the GPT-4 stand-in all come from it.
+Pictures have 48 x 48 pixels on a 4 x 4 grid of 12-pixel cells, so that a CLIP tower with 12-pixel
+patches sees one cell in each patch. Four kinds of scene represent the paper's sources: `objects`
+(photographs), `text` (scene text), `number` (house numbers) and `chart` (plots). Objects follow a
+prior, as in photographs: some shapes are frequent, and each has a favourite colour and a partner
+that it often appears with. Language priors, POPE's `popular` and `adversarial` negatives and the
+invented objects of the GPT-4-style set all come from this prior.
 """
 
+from __future__ import annotations
+
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
 GRID, CELL = 4, 12
-PLACES = tuple(
-    f"{row}{column}" for row in "abcd" for column in "1234"
-)  # reading order: a1 is top left
+# Reading order: a1 is top left.
+PLACES = tuple(f"{row}{column}" for row in "abcd" for column in "1234")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -27,7 +32,8 @@ CONDITIONS = ("clear", "noisy", "dark", "blurred")
 KINDS = ("objects", "text", "number", "chart", "handwritten")
 LETTERS = "acefhklmoprstuxz"
 
-# The prior: the n-th shape has popularity 1/(n+3), a favourite colour (taken with .35) and a partner (joins with .4).
+# The prior: the n-th shape has popularity 1/(n+3), a favourite colour (taken with .35) and a
+# partner (joins with .4).
 POPULARITY = np.array([1 / (n + 3) for n in range(len(SHAPES))])
 POPULARITY /= POPULARITY.sum()
 FAVOURITE = dict(
@@ -37,24 +43,48 @@ PARTNER = dict(
     zip(SHAPES, ("square", "circle", "triangle", "star", "heart", "cross", "ring", "diamond"))
 )
 
-RGB = dict(red=(214, 39, 40), green=(26, 140, 48), blue=(31, 80, 200), yellow=(250, 214, 20), purple=(136, 48, 168),
-           orange=(255, 130, 14), white=(252, 252, 252), black=(24, 24, 24))  # fmt: skip
+RGB = dict(
+    red=(214, 39, 40),
+    green=(26, 140, 48),
+    blue=(31, 80, 200),
+    yellow=(250, 214, 20),
+    purple=(136, 48, 168),
+    orange=(255, 130, 14),
+    white=(252, 252, 252),
+    black=(24, 24, 24),
+)
 GROUND = dict(
     sand=(236, 218, 176), grass=(182, 222, 170), sea=(170, 212, 240), dusk=(204, 184, 216)
 )
 
 FONT = {  # 5 x 5 bitmaps, drawn twice as large
-    "a": "01110 10001 11111 10001 10001", "c": "01111 10000 10000 10000 01111", "e": "11111 10000 11110 10000 11111",
-    "f": "11111 10000 11110 10000 10000", "h": "10001 10001 11111 10001 10001", "k": "10010 10100 11000 10100 10010",
-    "l": "10000 10000 10000 10000 11111", "m": "10001 11011 10101 10001 10001", "o": "01110 10001 10001 10001 01110",
-    "p": "11110 10001 11110 10000 10000", "r": "11110 10001 11110 10010 10001", "s": "01111 10000 01110 00001 11110",
-    "t": "11111 00100 00100 00100 00100", "u": "10001 10001 10001 10001 01110", "x": "10001 01010 00100 01010 10001",
+    "a": "01110 10001 11111 10001 10001",
+    "c": "01111 10000 10000 10000 01111",
+    "e": "11111 10000 11110 10000 11111",
+    "f": "11111 10000 11110 10000 10000",
+    "h": "10001 10001 11111 10001 10001",
+    "k": "10010 10100 11000 10100 10010",
+    "l": "10000 10000 10000 10000 11111",
+    "m": "10001 11011 10101 10001 10001",
+    "o": "01110 10001 10001 10001 01110",
+    "p": "11110 10001 11110 10000 10000",
+    "r": "11110 10001 11110 10010 10001",
+    "s": "01111 10000 01110 00001 11110",
+    "t": "11111 00100 00100 00100 00100",
+    "u": "10001 10001 10001 10001 01110",
+    "x": "10001 01010 00100 01010 10001",
     "z": "11111 00010 00100 01000 11111",
-    "0": "01110 10011 10101 11001 01110", "1": "00100 01100 00100 00100 01110", "2": "11110 00001 01110 10000 11111",
-    "3": "11110 00001 00110 00001 11110", "4": "10010 10010 11111 00010 00010", "5": "11111 10000 11110 00001 11110",
-    "6": "01100 10000 11110 10001 01110", "7": "11111 00001 00010 00100 00100", "8": "01110 10001 01110 10001 01110",
+    "0": "01110 10011 10101 11001 01110",
+    "1": "00100 01100 00100 00100 01110",
+    "2": "11110 00001 01110 10000 11111",
+    "3": "11110 00001 00110 00001 11110",
+    "4": "10010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 11110",
+    "6": "01100 10000 11110 10001 01110",
+    "7": "11111 00001 00010 00100 00100",
+    "8": "01110 10001 01110 10001 01110",
     "9": "01110 10001 01111 00001 00110",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -68,11 +98,13 @@ class Thing:
     shape: str
 
     @property
-    def row(self):
+    def row(self) -> int:
+        """Row 0..3 from the top."""
         return self.place // GRID
 
     @property
-    def column(self):
+    def column(self) -> int:
+        """Column 0..3 from the left."""
         return self.place % GRID
 
 
@@ -87,38 +119,53 @@ class Scene:
     text: str = ""  # letters or digits, one a cell, from the left
     line: int = 0  # the row that the text stands in
     bars: tuple[tuple[str, int], ...] = ()  # chart: (colour, height 1..4) from the left
-    ink: int = -1  # handwritten: index into scikit-learn's digits (even: for training, odd: for the forgetting benchmark)
+    # handwritten: index into scikit-learn's digits; even ones are for training, odd ones for the
+    # forgetting benchmark
+    ink: int = -1
     seed: int = 0
 
 
-def rng_of(*key):
+def rng_of(*key: str | int) -> Generator:
     """A generator that depends on the key alone, the same on any machine."""
     return np.random.default_rng([abs(hash_(k)) for k in key])
 
 
-def hash_(key):
+def hash_(key: str | int) -> int:
+    """A whole number for a key: the key itself, or its bytes."""
     return (
         key if isinstance(key, int) else int.from_bytes(str(key).encode(), "little") % (2**61 - 1)
     )
 
 
-def pick(rng, options, p=None):
-    """One of the options, as the Python object that it is."""
-    if (
-        p is None
-    ):  # what choice draws as well, without its checks: a world is drawn in a million picks
+def pick(rng: Generator, options: Sequence, p: Sequence[float] | None = None) -> Any:
+    """One of the options, as a Python object; `p` are their probabilities."""
+    # The same draw as rng.choice, without its checks, because a world needs a million of them.
+    if p is None:
         return options[int(rng.integers(len(options)))]
     return options[int(rng.choice(len(options), p=p))]
 
 
-def sample_scene(rng, kind=None, n=None, seed=0, odd_ink=False):
+def sample_scene(
+    rng: Generator,
+    kind: str | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    odd_ink: bool = False,
+) -> Scene:
     """Draw a scene; `kind` and `n` (number of objects, 1..5) are drawn too unless given."""
     kind = kind or pick(rng, KINDS, (0.68, 0.09, 0.07, 0.11, 0.05))
-    base = dict(kind=kind, background=pick(rng, BACKGROUNDS), seed=seed,
-                condition=pick(rng, CONDITIONS, (0.79, 0.07, 0.07, 0.07)))  # fmt: skip
+    base = dict(
+        kind=kind,
+        background=pick(rng, BACKGROUNDS),
+        seed=seed,
+        condition=pick(rng, CONDITIONS, (0.79, 0.07, 0.07, 0.07)),
+    )
     if kind == "text":
-        return Scene(text="".join(rng.choice(list(LETTERS), int(rng.integers(2, 5)), replace=False)),
-                     line=int(rng.integers(GRID)), **base)  # fmt: skip
+        return Scene(
+            text="".join(rng.choice(list(LETTERS), int(rng.integers(2, 5)), replace=False)),
+            line=int(rng.integers(GRID)),
+            **base,
+        )
     if kind == "number":
         numerals = rng.integers(0, 10, int(rng.integers(1, 4)))
         return Scene(text="".join(map(str, numerals)), line=int(rng.integers(GRID)), **base)
@@ -132,7 +179,7 @@ def sample_scene(rng, kind=None, n=None, seed=0, odd_ink=False):
     return Scene(things=sample_things(rng, n or int(rng.integers(1, 6))), **base)
 
 
-def sample_things(rng, n):
+def sample_things(rng: Generator, n: int) -> tuple[Thing, ...]:
     """n objects on distinct cells, drawn from the prior."""
     shapes = []
     while len(shapes) < n:
@@ -143,16 +190,22 @@ def sample_things(rng, n):
     places = sorted(int(p) for p in rng.permutation(GRID * GRID)[:n])
     rng.shuffle(shapes)
     return tuple(
-        Thing(place, pick(rng, SIZES), pick(rng, TEXTURES),
-              FAVOURITE[shape] if rng.random() < 0.35 else pick(rng, COLORS), shape)
+        Thing(
+            place,
+            pick(rng, SIZES),
+            pick(rng, TEXTURES),
+            FAVOURITE[shape] if rng.random() < 0.35 else pick(rng, COLORS),
+            shape,
+        )
         for place, shape in zip(places, shapes)
-    )  # fmt: skip
+    )
 
 
-def held(scene):
-    """True for the eighth of all scenes that is set aside for evaluation; no training set, in text or pictures, draws it.
+def held(scene: Scene) -> bool:
+    """Whether a scene is set aside for evaluation: an eighth of all; no training set draws it.
 
-    It depends on what the scene shows (not on its seed or condition), so training and evaluation share no content.
+    It depends on what the scene shows, not on its seed or condition, so training and evaluation
+    share no content.
     """
     if scene.kind == "handwritten":
         return scene.ink % 2 == 1
@@ -160,11 +213,11 @@ def held(scene):
     return zlib.crc32(repr(content).encode()) % 8 == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------------------- the picture
 
 
 @cache
-def shape_mask(shape, side):
+def shape_mask(shape: str, side: int) -> np.ndarray:
     """(side, side) float mask of a shape, anti-aliased by drawing it eight times as large."""
     k = 8
     big = Image.new("L", (side * k, side * k))
@@ -199,7 +252,7 @@ def shape_mask(shape, side):
 
 
 @cache
-def texture_mask(texture, side):
+def texture_mask(texture: str, side: int) -> np.ndarray:
     """(side, side) of {0, 1}: where a texture darkens (or, on dark colours, lightens) the shape."""
     y, x = np.mgrid[:side, :side]
     if texture == "striped":
@@ -210,15 +263,15 @@ def texture_mask(texture, side):
 
 
 @cache
-def digits():
-    """The 1,797 real handwritten digits that ship with scikit-learn: images (n, 8, 8) of 0..16, target (n,)."""
+def digits() -> Any:
+    """scikit-learn's 1,797 handwritten digits: images (n, 8, 8) of 0..16, target (n,)."""
     from sklearn.datasets import load_digits
 
     return load_digits()
 
 
-def handwriting(canvas, ink, color):
-    """A real handwritten digit over the whole picture, in the given ink."""
+def handwriting(canvas: np.ndarray, ink: int, color: Sequence[int]) -> None:
+    """A handwritten digit over the whole picture, in the given colour."""
     side = len(canvas)
     mask = Image.fromarray((digits().images[ink] * 15.9).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
@@ -226,27 +279,31 @@ def handwriting(canvas, ink, color):
     paste(canvas, 0, 0, np.asarray(mask, np.float32) / 255, color)
 
 
-def mnist_picture(ink):
-    """A handwritten digit as MNIST shows it: white on black, no noise. The forgetting benchmark's pictures."""
+def mnist_picture(ink: int) -> Image.Image:
+    """A handwritten digit for the forgetting benchmark: white on black, no noise, as in MNIST."""
     canvas = np.zeros((GRID * CELL, GRID * CELL, 3), np.float32)
     handwriting(canvas, ink, (255, 255, 255))
     return Image.fromarray(canvas.astype(np.uint8))
 
 
-def glyph(character):
+def glyph(character: str) -> np.ndarray:
     """(10, 10) mask of a letter or digit."""
     bits = np.array([[int(b) for b in row] for row in FONT[character].split()], np.float32)
     return bits.repeat(2, 0).repeat(2, 1)
 
 
-def paste(canvas, y, x, mask, color):
+def paste(canvas: np.ndarray, y: int, x: int, mask: np.ndarray, color: Sequence[int]) -> None:
+    """Blend a colour into the canvas (height, width, 3) at (y, x), by a mask of 0 to 1."""
     side_y, side_x = mask.shape
     patch = canvas[y : y + side_y, x : x + side_x]
     patch += mask[..., None] * (np.asarray(color, np.float32) - patch)
 
 
-def render(scene):
-    """The picture of a scene: a 48 x 48 RGB `PIL.Image`. Jitter and noise depend on the scene's seed alone."""
+def render(scene: Scene) -> Image.Image:
+    """The picture of a scene: a 48 x 48 RGB `PIL.Image`.
+
+    Jitter and noise depend only on the scene's seed.
+    """
     rng = np.random.default_rng([scene.seed, 7])
     canvas = np.empty((GRID * CELL, GRID * CELL, 3), np.float32)
     canvas[:] = np.asarray(GROUND[scene.background], np.float32) + rng.normal(0, 4, 3)

@@ -1,11 +1,18 @@
-"""The twins of the papers' other benchmarks, small: same shape of question, same parser, same metric.
+"""Small twins of the papers' other benchmarks: same form of question, same parser, same metric.
 
-They lie in a folder of their own, benchmarks_more/, so that what the notebooks measure (benchmarks/) stays what it is.
-Options are lettered a to d, as the mini world's language model writes letters small; the sample says so in `letters`.
+They are in a folder of their own, benchmarks_more/, so that benchmarks/, which the notebooks use,
+does not change. Options have the letters a to d, because the mini world's language model writes
+small letters; the field `letters` of a sample says so.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+from numpy.random import Generator
 
 from vflan.evaluation.benchmarks.files import LETTER_CN, UNSURE
 from vflan.world.scene import (
@@ -13,6 +20,7 @@ from vflan.world.scene import (
     COLORS,
     SHAPES,
     TEXTURES,
+    Scene,
     digits,
     held,
     mnist_picture,
@@ -20,7 +28,7 @@ from vflan.world.scene import (
     render,
     rng_of,
     sample_scene,
-)  # fmt: skip
+)
 from vflan.world.tasks import ANIMAL, FRUIT, KINDS, YES_NO
 from vflan.world.words import NUMBERS, describe
 
@@ -28,8 +36,8 @@ CHOICES = ("choose_color", "choose_shape", "choose_background", "choose_place", 
 LETTERED = dict(letters="abcd")
 
 
-def write_twins(folder, seed, questions, **_):
-    """Write one folder with questions.jsonl for each twin, and the pictures of all in images/."""
+def write_twins(folder: Path, seed: int, questions: float, **_: object) -> None:
+    """Write a folder with questions.jsonl for each twin, and all pictures into images/."""
     for name, make in TWINS.items():
         rows, jobs = [], {}
         for image, scene, row in make(seed, max(2, round(40 * questions))):
@@ -46,8 +54,10 @@ def write_twins(folder, seed, questions, **_):
             picture.save(folder / "images" / image, compress_level=1)
 
 
-def scenes(name, seed, n, kind="objects", things=None):
-    """n (number, scene, rng) that `scene.held` sets aside for evaluation; `things`: how many objects each has."""
+def scenes(
+    name: str, seed: int, n: int, kind: str | None = "objects", things: Callable | None = None
+) -> Iterator[tuple[int, Scene, Generator]]:
+    """n (number, scene, rng) of scenes set aside for evaluation; `things`: objects in each."""
     i = done = 0
     while done < n:
         rng, i = rng_of("twin", name, seed, i), i + 1
@@ -57,38 +67,60 @@ def scenes(name, seed, n, kind="objects", things=None):
             done += 1
 
 
-def asked(name, seed, n, kinds, kind="objects"):
-    """(number, scene, rng, name of the kind of task, question, answer): every kind that a scene offers."""
+def asked(
+    name: str, seed: int, n: int, kinds: Sequence[str], kind: str | None = "objects"
+) -> Iterator[tuple[int, Scene, dict]]:
+    """(number, scene, rng, kind, question, answer) for every kind that fits a scene."""
     for i, scene, rng in scenes(name, seed, n, kind):
         for task in kinds:
             if made := KINDS[task].make(scene, rng):
                 yield i, scene, rng, task, *made
 
 
-def ten(rng, answer, others):
-    """What ten people say: mostly the answer."""
+def ten(rng: Generator, answer: str, others: Sequence[str]) -> list[str]:
+    """Answers of ten people: mostly the right one."""
     others = [o for o in others if o != answer]
     return [answer if rng.random() < 0.85 else pick(rng, others) for _ in range(10)]
 
 
-def vqav2(seed, n):
-    kinds = {"exist_shape": ("yes/no", YES_NO), "count_color": ("number", NUMBERS[:4]), "color_of": ("other", COLORS),
-             "texture_of": ("other", TEXTURES)}  # fmt: skip
+def vqav2(seed: int, n: int) -> Iterator[tuple]:
+    kinds = {
+        "exist_shape": ("yes/no", YES_NO),
+        "count_color": ("number", NUMBERS[:4]),
+        "color_of": ("other", COLORS),
+        "texture_of": ("other", TEXTURES),
+    }
     for i, scene, rng, task, text, label in asked("vqav2", seed, n, kinds):
         sort, others = kinds[task]
         yield i, scene, dict(text=text, label=label, category=sort, answers=ten(rng, label, others))
 
 
-def vizwiz(seed, n):
+def vizwiz(seed: int, n: int) -> Iterator[tuple]:
     for i, scene, rng, _, text, label in asked("vizwiz", seed, n, ("color_of", "texture_of")):
-        yield i, scene, dict(text=text + UNSURE, label=label, category="other",
-                             answers=ten(rng, label, (*COLORS, *TEXTURES, "unanswerable")))  # fmt: skip
+        yield (
+            i,
+            scene,
+            dict(
+                text=text + UNSURE,
+                label=label,
+                category="other",
+                answers=ten(rng, label, (*COLORS, *TEXTURES, "unanswerable")),
+            ),
+        )
         absent = pick(rng, [s for s in SHAPES if all(t.shape != s for t in scene.things)])
-        yield i, scene, dict(text=f"What is the texture of the {absent}?{UNSURE}", label="unanswerable",
-                             category="unanswerable", answers=ten(rng, "unanswerable", TEXTURES))  # fmt: skip
+        yield (
+            i,
+            scene,
+            dict(
+                text=f"What is the texture of the {absent}?{UNSURE}",
+                label="unanswerable",
+                category="unanswerable",
+                answers=ten(rng, "unanswerable", TEXTURES),
+            ),
+        )
 
 
-def gqa(seed, n):
+def gqa(seed: int, n: int) -> Iterator[tuple]:
     for i, scene, _, _, text, label in asked(
         "gqa", seed, n, ("above", "row_of", "topmost", "is_background")
     ):
@@ -99,7 +131,7 @@ def gqa(seed, n):
         )
 
 
-def scienceqa(seed, n):
+def scienceqa(seed: int, n: int) -> Iterator[tuple]:
     for i, scene, rng, _, text, label in asked("scienceqa", seed, n, CHOICES[:3]):
         row = dict(label=label, **LETTERED)
         if rng.random() < 0.5:
@@ -112,14 +144,14 @@ def scienceqa(seed, n):
             )
 
 
-def textvqa(seed, n):
+def textvqa(seed: int, n: int) -> Iterator[tuple]:
     kinds = {"first_letter": "acefhk", "count_letters": NUMBERS[2:5], "has_letter": YES_NO}
     for i, scene, rng, task, text, label in asked("textvqa", seed, n, kinds, "text"):
         text += f"\nReference OCR token: {', '.join(scene.text)}"
         yield i, scene, dict(text=text, label=label, answers=ten(rng, label, kinds[task]))
 
 
-def mmbench_cn(seed, n):
+def mmbench_cn(seed: int, n: int) -> Iterator[tuple]:
     for q, (i, scene, _, task, text, label) in enumerate(
         asked("mmbench_cn", seed, max(1, n // 4), CHOICES[:3])
     ):
@@ -130,20 +162,37 @@ def mmbench_cn(seed, n):
         for turn in range(4):
             options = turned[turn:] + turned[:turn]
             lettered = " ".join(f"({x}) {o}" for x, o in zip("abcd", options))
-            yield i, scene, dict(question_id=f"{q}_{turn}", text=f"{stem} {lettered}{LETTER_CN}", category=task,
-                                 label="abcd"[options.index(right)])  # fmt: skip
+            yield (
+                i,
+                scene,
+                dict(
+                    question_id=f"{q}_{turn}",
+                    text=f"{stem} {lettered}{LETTER_CN}",
+                    category=task,
+                    label="abcd"[options.index(right)],
+                ),
+            )
 
 
-def seed_bench(seed, n):
+def seed_bench(seed: int, n: int) -> Iterator[tuple]:
     for i, scene, _, task, text, label in asked(
         "seed", seed, n, ("choose_color", "choose_shape", "choose_place")
     ):
         frame = i % 4 == 0  # a frame of a video is blurred
-        yield i, replace(scene, condition="blurred") if frame else scene, dict(
-            text=text, label=label, category=task, data_type="video" if frame else "image", **LETTERED)  # fmt: skip
+        yield (
+            i,
+            replace(scene, condition="blurred") if frame else scene,
+            dict(
+                text=text,
+                label=label,
+                category=task,
+                data_type="video" if frame else "image",
+                **LETTERED,
+            ),
+        )
 
 
-def mm_vet(seed, n):
+def mm_vet(seed: int, n: int) -> Iterator[tuple]:
     kinds = {
         "color_and_place": ["rec", "spat"],
         "count_all": ["math", "rec"],
@@ -163,7 +212,7 @@ def mm_vet(seed, n):
         yield f"text_{i}", scene, dict(text=text, label=label, capability=["ocr"], judge="rule")
 
 
-def mmmu(seed, n):
+def mmmu(seed: int, n: int) -> Iterator[tuple]:
     kinds = {
         "choose_color": "Art",
         "choose_place": "Geography",
@@ -179,11 +228,20 @@ def mmmu(seed, n):
                 options=[w for w in words if w[0] != "("],
                 **LETTERED,
             )
-        yield i, scene, more | dict(text=text, label=label, category=kinds[task],
-                                    question_id=f"validation_{kinds[task]}_{q}")  # fmt: skip
+        yield (
+            i,
+            scene,
+            more
+            | dict(
+                text=text,
+                label=label,
+                category=kinds[task],
+                question_id=f"validation_{kinds[task]}_{q}",
+            ),
+        )
 
 
-def classes(name, task, options):
+def classes(name: str, task: str, options: Sequence[str]) -> Callable:
     def make(seed, n):
         for i, scene, rng in scenes(name, seed, 3 * n // 2, things=1):
             text, label = KINDS[task].make(scene, rng)
@@ -192,33 +250,63 @@ def classes(name, task, options):
     return make
 
 
-def mnist(seed, n):
-    """Handwritten digits that neither training nor the forgetting benchmark draws (it takes the first 200)."""
+def mnist(seed: int, n: int) -> Iterator[tuple]:
+    """Handwritten digits that neither training nor the forgetting benchmark uses.
+
+    The latter takes the first 200.
+    """
     inks = (
         rng_of("digits", seed).permutation(len(digits().target) // 2)[200 : 200 + 3 * n // 2] * 2
         + 1
     )
     for ink in map(int, inks):
-        yield ink, ink, dict(text="Which digit was written by hand?", label=str(digits().target[ink]),
-                             classes=[str(d) for d in range(10)])  # fmt: skip
+        yield (
+            ink,
+            ink,
+            dict(
+                text="Which digit was written by hand?",
+                label=str(digits().target[ink]),
+                classes=[str(d) for d in range(10)],
+            ),
+        )
 
 
-def textocr(seed, n):
-    """The first letter or digit, not all the text as the papers ask: no task asks for all, and Base would not know the form."""
+def textocr(seed: int, n: int) -> Iterator[tuple]:
+    """The first letter or digit of a text.
+
+    The papers ask for all of it, but no task of the mini world does, so Base would not know the
+    form.
+    """
     for kind, task in (("text", "first_letter"), ("number", "first_digit")):
         for i, scene, _, _, text, label in asked("textocr", seed, 3 * n // 4, (task,), kind):
             yield f"{kind}_{i}", scene, dict(text=text, label=label)
 
 
-def wit(seed, n):
+def wit(seed: int, n: int) -> Iterator[tuple]:
     for i, scene, _ in scenes("wit", seed, 3 * n // 2, things=1):
         (thing,) = scene.things
-        text = f"Which animal lives in a place with this background, and which fruit has the color of the {thing.shape}?"
+        text = (
+            "Which animal lives in a place with this background, and which fruit has the color "
+            f"of the {thing.shape}?"
+        )
         entities = ANIMAL[scene.background].title(), FRUIT[thing.color].title()
         yield i, scene, dict(text=text, label="The {} likes the {}.".format(*entities))
 
 
-TWINS = dict(vqav2=vqav2, gqa=gqa, vizwiz=vizwiz, scienceqa=scienceqa, textvqa=textvqa, mmbench_cn=mmbench_cn,
-             seed=seed_bench, mm_vet=mm_vet, mmmu=mmmu, cifar10=classes("cifar10", "main_object", SHAPES),
-             cifar100=classes("cifar100", "main_color", COLORS), mnist=mnist,
-             miniimagenet=classes("miniimagenet", "background", BACKGROUNDS), textocr=textocr, wit=wit)  # fmt: skip
+TWINS = dict(
+    vqav2=vqav2,
+    gqa=gqa,
+    vizwiz=vizwiz,
+    scienceqa=scienceqa,
+    textvqa=textvqa,
+    mmbench_cn=mmbench_cn,
+    seed=seed_bench,
+    mm_vet=mm_vet,
+    mmmu=mmmu,
+    cifar10=classes("cifar10", "main_object", SHAPES),
+    cifar100=classes("cifar100", "main_color", COLORS),
+    mnist=mnist,
+    miniimagenet=classes("miniimagenet", "background", BACKGROUNDS),
+    textocr=textocr,
+    wit=wit,
+)

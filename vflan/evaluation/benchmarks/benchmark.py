@@ -1,240 +1,311 @@
-"""What a benchmark is: a folder of questions, a way to read answers, and metrics that can be resampled.
+"""What a benchmark is: a folder of questions, a parser of answers, and metrics that can be
+resampled.
 
-    <folder>/NAME/questions.jsonl    one question a line: question_id, image, text, label, category, ...
-    <folder>/images/                 the pictures of all of them (or <folder>/NAME/images/)
+    <folder>/NAME/questions.jsonl    one question a line: question_id, image, text, label, ...
+    <folder>/NAME/images/            its pictures; `image` is a path below this folder
+    <folder>/images/                 used if NAME/images/ does not exist; benchmarks can share it
 
-or the files that the benchmark's authors and LLaVA released, in <folder>/NAME/; each benchmark's file says which.
-`text` is the whole human turn, format prompt included ("Answer the question using a single word or phrase."), as in the
-question files that LLaVA released: what a model was asked can be read in the file.
+In place of questions.jsonl, <folder>/NAME/ may hold the files that the benchmark's authors and
+LLaVA released; the file of each benchmark lists them. `text` is the whole human turn with its
+format prompt ("Answer the question using a single word or phrase."), as in LLaVA's question files.
+The file therefore shows exactly what a model is asked.
 """
+
+from __future__ import annotations
 
 import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vflan.data.images import picture_trouble
 from vflan.evaluation.benchmarks.files import keep_picture, read_rows
 
+if TYPE_CHECKING:
+    from vflan.evaluation.judge import Judgement
+
+# Fields of a question that are more than plain values, and the type that each must have.
+_TYPES = {"text": str, "letters": str, "options": list, "classes": list}
+
 
 @dataclass(frozen=True)
 class Metric:
-    """mean over groups of 100 * sum(num) / sum(den); all arrays (n,), one entry for each item.
+    """Mean over groups of 100 * sum(num) / sum(den). All arrays are (n,), one entry for each item.
 
-    An item is mostly a question; for MME's acc+ it is a pair, for MMBench all rotations of a question.
+    An item is usually a question. For MME's acc+ it is a pair of questions, for MMBench all
+    rotations of one question.
     """
 
     num: np.ndarray
     den: np.ndarray
     group: np.ndarray
-    cluster: np.ndarray  # the picture
+    cluster: np.ndarray  # the picture; confidence intervals resample pictures
 
-    def value(self):
+    def value(self) -> float:
+        """The metric in percent; a group whose denominators sum to 0 counts as 0."""
         ratios = []
         for g in np.unique(self.group):
-            top, bottom = self.num[self.group == g].sum(), self.den[self.group == g].sum()
+            in_group = self.group == g
+            top, bottom = self.num[in_group].sum(), self.den[in_group].sum()
             ratios.append(top / bottom if bottom else 0.0)
         return 100 * float(np.mean(ratios))
 
-    def where(self, mask):
+    def where(self, mask: np.ndarray) -> Metric:
+        """The metric of the items that a mask selects."""
         return Metric(self.num[mask], self.den[mask], self.group[mask], self.cluster[mask])
 
-    def pooled(self):
-        """The same over all items together: questions count alike, not categories."""
+    def pooled(self) -> Metric:
+        """The metric over all items at once: each question has the same weight, not each
+        category.
+        """
         return Metric(self.num, self.den, np.zeros(len(self.num)), self.cluster)
 
 
-def metrics(name, num, samples, den=None, pooled=False):
-    """{name: the macro average over categories, 'name/category': each of them}, for per-question arrays.
+def metrics(
+    name: str,
+    num: Sequence[float],
+    samples: Sequence[dict],
+    den: Sequence[float] | None = None,
+    pooled: bool = False,
+) -> dict[str, Metric]:
+    """{name: the mean over categories, "name/category": each category}, from one number a question.
 
-    With `pooled` the whole is over all questions together, as most official scripts have it.
+    num, den: (n,), den is 1 if not given. pooled: the metric called `name` is over all questions at
+    once, as in most official scripts.
     """
     category = np.array([s["category"] for s in samples])
     cluster = np.array([str(s.get("image")) for s in samples])
-    whole = Metric(
-        np.asarray(num, float),
-        np.ones(len(samples)) if den is None else np.asarray(den, float),
-        category,
-        cluster,
-    )
-    kinds = list(dict.fromkeys(category))
-    parts = {f"{name}/{k}": whole.where(category == k) for k in kinds if len(kinds) > 1}
+    den = np.ones(len(samples)) if den is None else np.asarray(den, float)
+    whole = Metric(np.asarray(num, float), den, category, cluster)
+    names = list(dict.fromkeys(category))
+    parts = {}
+    if len(names) > 1:
+        parts = {f"{name}/{part}": whole.where(category == part) for part in names}
     return {name: whole.pooled() if pooled else whole} | parts
 
 
-def read_questions(path):
-    """The rows of our own questions.jsonl with `image` as an absolute path (None: a question without a picture), and with the
-    `lexicon` of a lexicon.json beside it, by which the mini world's rule judge reads answers."""
+# ----------------------------------------------------------------------------------- question files
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """The rows of a questions.jsonl in our own format, with `image` as an absolute path or None.
+
+    A lexicon.json in the same folder is added to each row: the rule judge of the mini world needs
+    it. ValueError for a question that lacks a field.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there - run notebooks/01_data_exploration.ipynb, which writes the benchmarks."
+            f"{path} is not there - run notebooks/01_data_exploration.ipynb, which writes it."
         )
+    images = path.parent / "images"
+    if not images.exists():
+        images = path.parent.parent / "images"
+    lexicon, shared = path.parent / "lexicon.json", {}
+    if lexicon.exists():
+        shared = {"lexicon": json.loads(lexicon.read_text(encoding="utf-8"))}
     samples = read_rows(path)
-    own = path.parent / "images"
-    images, words = (
-        own if own.exists() else path.parent.parent / "images",
-        path.parent / "lexicon.json",
-    )
-    more = {"lexicon": json.loads(words.read_text(encoding="utf-8"))} if words.exists() else {}
     for number, sample in enumerate(samples, 1):
-        missing = {"question_id", "text", "label"} - sample.keys()
-        if missing:
+        if missing := {"question_id", "text", "label"} - sample.keys():
             raise ValueError(
                 f"{path}, line {number}: a question needs {', '.join(sorted(missing))}."
             )
-        sample["image"] = (
-            str((images / sample["image"]).absolute()) if sample.get("image") else None
-        )
-        sample |= more
+        image = sample.get("image")
+        sample["image"] = str((images / image).absolute()) if image else None
+        sample |= shared
     return samples
 
 
 @contextmanager
-def in_words(path, name):
-    """What goes wrong in reading a file of others, as a sentence that names the file: json, gzip, pandas and base64 each have
-    errors of their own, and a file of another shape ends in KeyError or TypeError anywhere."""
+def in_words(path: Path, name: str) -> Iterator[None]:
+    """Turn any error in reading a file of others into a ValueError that names the file.
+
+    json, gzip, pandas and base64 each have errors of their own, and a file of an unexpected shape
+    may raise KeyError or TypeError anywhere.
+    """
     try:
         yield
     except FileNotFoundError:
         raise
-    except Exception as trouble:
-        if isinstance(trouble, ValueError) and str(path.parent) in str(trouble):
-            raise  # it says already which file, and what to do
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path.parent) in str(error):
+            raise  # the message already names the file and says what to do
         raise ValueError(
-            f"{path} is damaged, or a file of {name} is not in a shape that is known ({type(trouble).__name__}: "
-            f"{str(trouble)[:200]}); data/README.md lists the released files."
-        ) from trouble
+            f"{path} is damaged, or is not in a known shape of {name} ({type(error).__name__}: "
+            f"{str(error)[:200]}); data/README.md lists the released files."
+        ) from error
 
 
-def clean(text):
+def check_types(sample: dict, where: str) -> None:
+    """ValueError for a field of a question that has the wrong type."""
+    for key, kind in _TYPES.items():
+        if key in sample and not isinstance(sample[key], kind):
+            expected = "text" if kind is str else "list"
+            raise ValueError(f"{where}: its {key} is {sample[key]!r}, which is no {expected}.")
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+def clean(text: object) -> str:
     """Lower case, single spaces, no quotes around it and no full stop after it."""
     return re.sub(r"\s+", " ", str(text)).strip().strip("\"'").rstrip(" .!").lower()
 
 
-def first_sentence(text):
-    """Up to the first full stop, question mark or line break that ends a sentence ('3.5' is no end)."""
+def first_sentence(text: object) -> str:
+    """Up to the first full stop, question mark or line break that ends a sentence ("3.5" does
+    not).
+    """
     return re.split(r"(?<=[.!?])\s|\n", str(text).strip(), maxsplit=1)[0]
 
 
-def contains(text, label):
-    """Whether `label` stands in `text` as whole words."""
+def contains(text: object, label: object) -> bool:
+    """Whether `text` contains `label` as whole words."""
     return re.search(rf"(?<!\w){re.escape(clean(label))}(?!\w)", clean(text)) is not None
 
 
-def majority(samples):
-    """The most frequent label of each question's category: what a model can know without looking."""
-    counts, forms = {}, {}
+def majority(samples: Sequence[dict]) -> list[str]:
+    """For each question the most frequent label of its category: what needs no picture."""
+    counts, spellings = {}, {}
     for s in samples:
-        counts.setdefault(s["category"], Counter())[clean(s["label"])] += 1
-        forms.setdefault((s["category"], clean(s["label"])), str(s["label"]))
+        category, label = s["category"], clean(s["label"])
+        counts.setdefault(category, Counter())[label] += 1
+        spellings.setdefault((category, label), str(s["label"]))
+    # Ties go to the first label in the alphabet, so that the baseline does not depend on the order.
     best = {c: min(n, key=lambda label, n=n: (-n[label], label)) for c, n in counts.items()}
-    return [forms[s["category"], best[s["category"]]] for s in samples]
+    return [spellings[s["category"], best[s["category"]]] for s in samples]
 
 
-def out_of(judgement):
-    """What a judgement's score is held against: the mark of the reference where both were marked, else 10."""
+def out_of(judgement: Judgement) -> float:
+    """What a score is divided by: that of the reference if the judge scored both, else 10."""
     return getattr(judgement, "out_of", 10.0)
 
 
-def valid(judgement):
-    """Whether a judge's verdict can be averaged: it is there and from 0 to 10, and so is what it is held against."""
+def valid(judgement: Judgement | None) -> bool:
+    """Whether a judgement can be averaged: its score, and its reference's, is from 0 to 10."""
     score = judgement.score if judgement is not None else None
     return score is not None and 0 <= score <= 10 and 0 < out_of(judgement) <= 10
 
 
-def labelled(sample):
+def itself(sample: dict) -> tuple[str, str]:
+    """A question that is scored by itself."""
+    return sample["question_id"], sample["text"]
+
+
+def labelled(sample: dict) -> bool:
+    """Whether a question has a label that is not empty."""
     return bool(str(sample["label"] if sample["label"] is not None else "").strip())
+
+
+# -------------------------------------------------------------------------------------- a benchmark
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: everything that knows how it is asked and read lives in its file.
+    """One benchmark: how it is read, asked, parsed and scored.
 
-    load(folder) -> list of sample dicts; parse(answer, sample) -> what was understood;
-    items(samples, answers) -> dict of Metrics. `headline` is the metric that a table shows; `paper` the column of
-    Table 2.
+    load(folder) returns the questions as dicts; parse(answer, sample) what an answer says;
+    items(samples, answers) the Metrics. `headline` names the metric that tables show.
     """
 
     name: str
     headline: str
     parse: Callable
-    measure: Callable  # (samples, answers[, judgements]) -> {metric name: Metric}, of questions that can be scored
-    read: Callable | None = (
-        None  # (released question file, file or folder of the labels, keep) -> samples
-    )
-    released: tuple[
-        str, ...
-    ] = ()  # what the question file may be called, the best first; a/b: the whole folder is read
-    source: str = ""  # where to get it
+    # (samples, answers[, judgements]) -> {metric name: Metric}, for questions that can be scored
+    measure: Callable
+    # (released question file, file or folder of the labels, keep) -> samples
+    read: Callable | None = None
+    # Names (globs) of the released question file, the preferred one first. "a/b" reads a whole
+    # folder.
+    released: tuple[str, ...] = ()
+    source: str = ""  # where to get the released files
     size: int = 0  # questions of the whole released set; 0: not one number
     known: Callable = labelled  # sample -> whether its label can be scored
-    missing: str = "excluded"  # a question without an answer is `excluded`, or `wrong` where the official script says so
-    alone: Callable | None = (
-        None  # (samples, answers or None) -> the samples that lack a partner to be scored with
-    )
-    blind: Callable = majority  # samples -> the answers of a model that sees nothing
+    # A question without an answer is "excluded", or "wrong" where the official script says so.
+    missing: str = "excluded"
+    # (samples, answers or None) -> the samples that lack the partner they are scored with
+    find_unpaired: Callable | None = None
+    # sample -> a name that the questions share which are scored as one (rotations of one question)
+    unit: Callable = itself
+    blind: Callable = majority  # samples -> answers that need no picture: the baseline
     max_new_tokens: int = 16
-    paper: str = ""
-    judged: bool = False  # its official number is a judge's
-    upload: Callable | None = (
-        None  # (samples, answers, path): write what the benchmark's server wants
-    )
-    reviews: Callable | None = None  # (released file of a judge's verdicts, samples) -> judgements
+    title: str = ""  # in figures and tables; the name if empty
+    paper: str = ""  # the column of Table 2
+    judged: bool = False  # the official number comes from a judge
+    # (samples, answers, path): write the file that the benchmark's server takes
+    upload: Callable | None = None
+    # (released file of a judge's verdicts, samples) -> judgements
+    reviews: Callable | None = None
 
-    def prompt(self, sample):
+    def prompt(self, sample: dict) -> str:
         """The text of the human turn, format prompt included."""
         return sample["text"]
 
-    def load(self, folder):
-        """The questions of <folder>/NAME. Says where they can be had if they are not there, and warns of those that
-        cannot be scored or whose number is not that of the release."""
+    def is_in(self, folder: str | Path) -> bool:
+        """Whether a folder of benchmarks holds this one."""
+        return (Path(folder) / self.name).is_dir()
+
+    def load(self, folder: str | Path) -> list[dict]:
+        """The questions of <folder>/NAME.
+
+        FileNotFoundError says where to get them. Warns of questions that cannot be scored, and of a
+        number of questions that is not the released one.
+        """
         here = Path(folder) / self.name
-        found = (
-            (name, p)
-            for name in ("questions.jsonl", *self.released)
-            for p in sorted(here.glob(name))
-        )
-        path = next((here if "/" in name else p for name, p in found), None)
+        path = self._question_file(here)
         if path is None:
-            theirs = (
-                f", or put {' or '.join(self.released)} there ({self.source})"
-                if self.released
-                else ""
-            )
+            other = "write the file yourself (CONTRIBUTING.md has an example)"
+            if self.released:
+                other = f"put {' or '.join(self.released)} there ({self.source})"
             raise FileNotFoundError(
-                f"{here}/questions.jsonl is not there - run notebooks/01_data_exploration.ipynb, which writes the mini "
-                f"world's{theirs}."
+                f"{here}/questions.jsonl is not there - run notebooks/01_data_exploration.ipynb, "
+                f"which writes the mini world's, or {other}."
             )
         samples = self.questions(path)
         unscored = [s["question_id"] for s in samples if not self.known(s)]
         if 0 < len(unscored) < len(samples):
             warnings.warn(
-                f"{self.name}: {len(unscored)} questions have no usable label and will not be scored (first: "
-                f"{unscored[0]}).",
+                f"{self.name}: {len(unscored)} questions have no usable label and will not be "
+                f"scored (first: {unscored[0]}).",
                 stacklevel=2,
             )
         return samples
 
-    def questions(self, path, labels=None, keep=keep_picture):
-        """The samples of one question file, ours or a released one, with the labels of `labels` (a file or a folder;
-        default: the folder of the question file). `keep` stores pictures that come inside the file."""
+    def _question_file(self, here: Path) -> Path | None:
+        """The question file in the benchmark's folder (that folder, where it is read as a
+        whole).
+        """
+        for name in ("questions.jsonl", *self.released):
+            for path in sorted(here.glob(name)):
+                return here if "/" in name else path
+        return None
+
+    def questions(
+        self, path: str | Path, labels: str | Path | None = None, keep: Callable = keep_picture
+    ) -> list[dict]:
+        """The questions of one file, in our format or a released one.
+
+        labels: file or folder of the labels (default: the folder of the question file). keep:
+        stores a picture that comes inside the file and returns its path. ValueError for a damaged
+        file.
+        """
         path = Path(path)
         here = path if path.is_dir() else path.parent
-        ours = self.read is None or (path.is_file() and self.is_ours(path))
+        in_our_format = self.read is None or (path.is_file() and self.is_ours(path))
         with in_words(path, self.name):
-            samples = (
-                read_questions(path)
-                if ours
-                else self.read(path, Path(labels) if labels else here, keep)
-            )
-        if not ours and self.size and path.name != "questions.jsonl" and len(samples) != self.size:
+            if in_our_format:
+                samples = read_questions(path)
+            else:
+                samples = self.read(path, Path(labels) if labels else here, keep)
+        complete = not self.size or path.name == "questions.jsonl" or len(samples) == self.size
+        if not in_our_format and not complete:
             warnings.warn(
                 f"{path} holds {len(samples)} questions, the released {self.name} {self.size}.",
                 stacklevel=2,
@@ -244,92 +315,112 @@ class Benchmark:
             sample["category"] = str(sample.get("category", self.name))
             sample.setdefault("label", None)
             sample.setdefault("image", None)
-            for key, kind in (
-                ("text", str),
-                ("letters", str),
-                ("options", list),
-                ("classes", list),
-            ):
-                if key in sample and not isinstance(sample[key], kind):
-                    wanted = "text" if kind is str else "list"
-                    raise ValueError(
-                        f"{path}, question {number}: its {key} is {sample[key]!r}, which is no {wanted}."
-                    )
-            if ours and isinstance(sample["label"], (int, float)):
-                sample["label"] = str(sample["label"])  # 3 for "3"
+            check_types(sample, f"{path}, question {number}")
+            if in_our_format and isinstance(sample["label"], (int, float)):
+                sample["label"] = str(sample["label"])  # 3 means "3"
         if not samples:
             raise ValueError(f"{path} holds no questions.")
         return samples
 
-    def is_ours(self, path):
-        """Whether a file is in our own format; a benchmark that was released under its name reads both itself."""
+    def is_ours(self, path: Path) -> bool:
+        """Whether a file is in our own format; some benchmarks were released as questions.jsonl
+        too.
+        """
         if path.suffix != ".jsonl" or "questions.jsonl" in self.released:
             return False
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             head = file.readline(100_000)
         return path.name == "questions.jsonl" or ('"label"' in head and '"text"' in head)
 
-    def items(self, samples, answers, judgements=None):
-        """{metric name: Metric}. Left out are questions whose label is not known and, unless the official script counts
-        them as wrong, those whose answer is None; {} where nothing is left. See `problems` for how many and which.
+    def items(
+        self,
+        samples: Sequence[dict],
+        answers: Sequence[str | None],
+        judgements: Sequence | None = None,
+    ) -> dict[str, Metric]:
+        """{metric name: Metric} of the questions that can be scored; {} if there are none.
 
-        judgements: a Judgement (or None) for each question. A benchmark that is not `judged` gets its headline from them,
-        as the paper lets Vicuna decide on forgetting; those that are not valid are left out.
+        Left out are questions without a known label and, unless the official script counts them as
+        wrong, those whose answer is None; `problems` lists them. judgements: a Judgement or None
+        for each question. They give a benchmark that is not `judged` its headline, as the paper
+        lets Vicuna decide on forgetting; invalid ones are left out.
         """
-        if len(samples) != len(answers):
-            raise ValueError(
-                f"{self.name} has {len(samples)} questions, but {len(answers)} answers were given."
-            )
-        keep = [i for i, (s, a) in enumerate(zip(samples, answers))
-                if self.known(s) and (a is not None or self.missing == "wrong")]  # fmt: skip
-        chosen = (
-            [samples[i] for i in keep],
-            ["" if answers[i] is None else str(answers[i]) for i in keep],
-        )
-        if not keep:
+        self._same_length(samples, answers, "answers")
+        if judgements is not None:
+            self._same_length(samples, judgements, "judgements")
+        kept = [
+            i
+            for i, (sample, answer) in enumerate(zip(samples, answers))
+            if self.known(sample) and (answer is not None or self.missing == "wrong")
+        ]
+        if not kept:
             return {}
+        scored = [samples[i] for i in kept]
+        texts = ["" if answers[i] is None else str(answers[i]) for i in kept]
         if judgements is None:
-            return self.measure(*chosen)
-        if len(judgements) != len(samples):
-            raise ValueError(
-                f"{self.name} has {len(samples)} questions, but {len(judgements)} judgements were given."
-            )
-        verdicts = [judgements[i] for i in keep]
+            return self.measure(scored, texts)
+        verdicts = [judgements[i] for i in kept]
         if self.judged:
-            return self.measure(*chosen, verdicts)
-        good = [(s, j) for s, j in zip(chosen[0], verdicts) if valid(j)]
-        marks, best = [j.score for _, j in good], [out_of(j) for _, j in good]
-        return metrics(self.headline, marks, [s for s, _ in good], den=best) if good else {}
+            return self.measure(scored, texts, verdicts)
+        pairs = [(s, j) for s, j in zip(scored, verdicts) if valid(j)]
+        if not pairs:
+            return {}
+        scores, best = [j.score for _, j in pairs], [out_of(j) for _, j in pairs]
+        return metrics(self.headline, scores, [s for s, _ in pairs], den=best)
 
-    def problems(self, samples, answers=None, pictures=False):
-        """{trouble: [question ids]} of everything that keeps a question from being scored as it stands; empty lists are
-        left out. `unknown_label`, `duplicate_question`, MME's `unpaired`; with answers `missing` and `empty`; with
-        `pictures` those that do not open ('id: why')."""
-        found = {"unknown_label": [s["question_id"] for s in samples if not self.known(s)]}
-        twice = Counter((s["question_id"], s["text"]) for s in samples)
-        found["duplicate_question"] = [id for (id, _), n in twice.items() for _ in range(n - 1)]
+    def _same_length(self, samples: Sequence, others: Sequence, what: str) -> None:
+        if len(samples) != len(others):
+            raise ValueError(
+                f"{self.name} has {len(samples)} questions, but {len(others)} {what} were given."
+            )
+
+    def problems(
+        self,
+        samples: Sequence[dict],
+        answers: Sequence[str | None] | None = None,
+        pictures: bool = False,
+    ) -> dict[str, list[str]]:
+        """{problem: [question ids]} of all that keeps a question from being scored as it stands.
+
+        `unknown_label`, `duplicate_question`, MME's `unpaired`; with answers `missing`, `empty` and
+        `unread` (no choice can be read);
+        with `pictures` also `unreadable_picture` ("id: why"). A problem without a question is left
+        out.
+        """
+        problems = {"unknown_label": [s["question_id"] for s in samples if not self.known(s)]}
+        copies = Counter((s["question_id"], s["text"]) for s in samples)
+        problems["duplicate_question"] = [id for (id, _), n in copies.items() for _ in range(n - 1)]
         if answers is not None:
-            pairs = list(zip(samples, answers))
-            found["missing"] = [s["question_id"] for s, a in pairs if a is None]
-            found["empty"] = [
-                s["question_id"] for s, a in pairs if a is not None and not str(a).strip()
+            pairs = [(s["question_id"], answer) for s, answer in zip(samples, answers)]
+            problems["missing"] = [id for id, answer in pairs if answer is None]
+            problems["empty"] = [
+                id for id, answer in pairs if answer is not None and not str(answer).strip()
+            ]
+            problems["unread"] = [
+                sample["question_id"]
+                for sample, answer in zip(samples, answers)
+                if str(answer or "").strip() and self.parse(answer, sample) is None
             ]
         if pictures:
-            trouble = (
+            reasons = (
                 (s["question_id"], picture_trouble(s["image"])) for s in samples if s["image"]
             )
-            found["unreadable_picture"] = [f"{id}: {why}" for id, why in trouble if why]
-        if self.alone:
-            found["unpaired"] = [s["question_id"] for s in self.alone(samples, answers)]
-        return {trouble: ids for trouble, ids in found.items() if ids}
+            problems["unreadable_picture"] = [f"{id}: {why}" for id, why in reasons if why]
+        if self.find_unpaired:
+            unpaired = self.find_unpaired(samples, answers)
+            problems["unpaired"] = [s["question_id"] for s in unpaired]
+        return {problem: ids for problem, ids in problems.items() if ids}
 
-    def score(self, samples, answers, judgements=None):
-        """dict metric -> value on a scale of 0 to 100 (only MME's points are on their official scale)."""
-        return {
-            name: metric.value()
-            for name, metric in self.items(samples, answers, judgements).items()
-        }
+    def score(
+        self,
+        samples: Sequence[dict],
+        answers: Sequence[str | None],
+        judgements: Sequence | None = None,
+    ) -> dict[str, float]:
+        """{metric name: value from 0 to 100}; only MME's points are on their official scale."""
+        measured = self.items(samples, answers, judgements)
+        return {name: metric.value() for name, metric in measured.items()}
 
-    def baseline(self, samples):
-        """What the majority answer scores: chance level, to be printed beside every score."""
+    def baseline(self, samples: Sequence[dict]) -> dict[str, float]:
+        """What the majority answer scores: chance level, to be printed next to every score."""
         return self.score(samples, self.blind(samples))

@@ -1,21 +1,28 @@
-"""The paper's two case studies (appendix E.2): how much text a model reads, and how many entities it can name.
+"""The paper's two case studies (appendix E.2): reading text, and naming entities.
 
     textocr/    TextOCR_0.1_val.json (the authors'), train_images/ or images/
-    wit/        a TSV of WIT with image_url and caption_reference_description, images/ (each under the last part of its
-                url); the paper took 1,000 at random, without saying which
+    wit/        a TSV of WIT with image_url and caption_reference_description; images/, each named
+                by the last part of its url. The paper took 1,000 at random and does not say which.
 
-textocr: `recall` is the share of the words in the picture that the answer has, case and outer punctuation aside, each
-as often as it was said; words marked illegible ('.') are no targets. `words` is the mean length of the answers.
-wit: the share of the caption's entities that the answer names. The paper finds entities with spaCy. Which finder was
-used stands in the metric's name: `coverage_capitalised` (runs of capitalised words; always given, so that scores from
-two machines compare) and `coverage_spacy_MODEL` (where spaCy and an English model are installed). `entities` is the
-number of capitalised entities an answer has. A missing answer names nothing.
+textocr: `recall` is the share of the words in the picture that the answer contains, without regard
+to case and outer punctuation, each as often as it occurs in the answer. Words marked illegible
+('.') are not counted. `words` is the mean length of the answers.
+
+wit: the share of the caption's entities that the answer names. The paper finds entities with spaCy.
+The name of the metric says how they were found: `coverage_capitalised` (runs of capitalised words;
+always given, so that scores from two machines compare) and `coverage_spacy_MODEL` (if spaCy and an
+English model are installed). `entities` is the number of capitalised entities in an answer. A
+missing answer names nothing.
 """
+
+from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 
@@ -23,58 +30,74 @@ from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, contains, m
 from vflan.evaluation.benchmarks.files import pictures_in, read_rows
 
 EDGE = ".,;:!?\"'()[]{}<>*`"
-STARTERS = set("A An The This That These Those It Its In On At He She They We I You There Here His Her Their As And But Or "
-               "If When While What Which Who Where Why How For From With By To Of".split())  # fmt: skip
+STARTERS = set(
+    "A An The This That These Those It Its In On At He She They We I You There Here His Her "
+    "Their As And But Or "
+    "If When While What Which Who Where Why How For From With By To Of".split()
+)
 
 
-def parse_words(answer, sample=None):
-    """The words of an answer, lower-case, without punctuation at their ends."""
+def parse_words(answer: str, sample: dict | None = None) -> list[str]:
+    """The words of an answer in lower case, without punctuation at their ends."""
     return [w for w in (word.strip(EDGE).lower() for word in str(answer).split()) if w]
 
 
-def read_textocr(path, labels, keep):
+def read_textocr(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """One question a picture; the label is all its words."""
     data = read_rows(path)
     image = pictures_in(path.parent, "train_images", "images")
     samples = []
     for id, picture in data["imgs"].items():
         strings = [data["anns"][a]["utf8_string"] for a in data["imgToAnns"].get(id, ())]
-        samples.append(dict(question_id=id, text="Read all the text in the image.", label=" ".join(strings),
-                            image=image(picture["file_name"].split("/")[-1])))  # fmt: skip
+        samples.append(
+            dict(
+                question_id=id,
+                text="Read all the text in the image.",
+                label=" ".join(strings),
+                image=image(picture["file_name"].split("/")[-1]),
+            )
+        )
     return samples
 
 
-def recall(samples, answers):
-    found, wanted = [], []
+def recall(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """`recall`, and the length of answers in hundreds of words."""
+    hits, totals = [], []
     for s, a in zip(samples, answers):
-        targets, said = Counter(parse_words(s["label"])), Counter(parse_words(a))
-        wanted.append(targets.total())
-        found.append((targets & said).total())
+        targets, spoken = Counter(parse_words(s["label"])), Counter(parse_words(a))
+        totals.append(targets.total())
+        hits.append((targets & spoken).total())
     length = [len(str(a).split()) / 100 for a in answers]
-    return metrics("recall", found, samples, den=wanted, pooled=True) | metrics(
+    return metrics("recall", hits, samples, den=totals, pooled=True) | metrics(
         "words", length, samples, pooled=True
     )
 
 
-def parse_entities(answer, sample=None):
-    """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order; a word that only begins a
-    sentence, such as 'The', is none."""
+def parse_entities(answer: str, sample: dict | None = None) -> list[str]:
+    """Runs of capitalised words ('Eiffel Tower', 'University of Oxford'), each once, in order.
+
+    A word that only begins a sentence, such as 'The', does not count.
+    """
     runs = re.findall(
         r"\b[A-Z][\w'-]*(?:(?:\s+(?:of|the|de|la|von|van|der))*\s+[A-Z][\w'-]*)*", str(answer)
     )
-    found = []
+    entities = []
     for run in runs:
         words = run.split()
         while words and words[0] in STARTERS:
             words = words[1:]
         while words and words[0].islower():  # 'The of Oxford'
             words = words[1:]
-        found += [" ".join(words)] if words else []
-    return list(dict.fromkeys(found))
+        entities += [" ".join(words)] if words else []
+    return list(dict.fromkeys(entities))
 
 
 @cache
-def spacy_model():
-    """(name, pipeline) of the first English spaCy model that is installed, or None; spaCy is imported only then."""
+def spacy_model() -> tuple | None:
+    """(name, pipeline) of the first English spaCy model that is installed, or None.
+
+    spaCy is imported only if there is one.
+    """
     names = sorted(
         m.name for m in entry_points(group="spacy_models") if m.name.startswith("en_core_web")
     )
@@ -86,45 +109,82 @@ def spacy_model():
 
 
 @lru_cache(1 << 14)
-def spacy_entities(text):
+def spacy_entities(text: str) -> list[str]:
+    """The entities that spaCy finds."""
     return [e.text for e in spacy_model()[1](text).ents]
 
 
-def read_wit(path, labels, keep):
+def read_wit(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """The English rows of WIT; the label is the caption."""
     image = pictures_in(path.parent, "images")
-    return [dict(question_id=str(i), text="Introduce the entities in the image in detail, with their background.",
-                 label=row["caption_reference_description"], image=image(row["image_url"].rsplit("/", 1)[-1]))
-            for i, row in enumerate(read_rows(path)) if row.get("language", "en") == "en"]  # fmt: skip
+    return [
+        dict(
+            question_id=str(i),
+            text="Introduce the entities in the image in detail, with their background.",
+            label=row["caption_reference_description"],
+            image=image(row["image_url"].rsplit("/", 1)[-1]),
+        )
+        for i, row in enumerate(read_rows(path))
+        if row.get("language", "en") == "en"
+    ]
 
 
-def coverage(samples, answers):
-    """Targets are taken with their finder from the caption; the capitalised ones count where the answer holds them as
-    whole words in any case, spaCy's where spaCy finds the same entity in the answer."""
-    found = {}
+def coverage(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """The share of the caption's entities that the answer names, for each way to find entities.
+
+    Capitalised ones count if the answer contains them as whole words in any case; spaCy's if spaCy
+    finds the same entity in the answer.
+    """
+    measured = {}
 
     def share(name, pairs):
         num = [sum(hits) for hits in pairs]
         den = np.array([len(hits) for hits in pairs], float)
-        found[name] = metrics(name, num, samples, den=den, pooled=True)[name]
+        measured[name] = metrics(name, num, samples, den=den, pooled=True)[name]
 
     share(
         "coverage_capitalised",
         [[contains(a, e) for e in parse_entities(s["label"])] for s, a in zip(samples, answers)],
     )
     if spacy_model():
-        pairs = [([e.lower() for e in spacy_entities(str(s["label"]))], {e.lower() for e in spacy_entities(str(a))})
-                 for s, a in zip(samples, answers)]  # fmt: skip
+        pairs = [
+            (
+                [e.lower() for e in spacy_entities(str(s["label"]))],
+                {e.lower() for e in spacy_entities(str(a))},
+            )
+            for s, a in zip(samples, answers)
+        ]
         share(
             f"coverage_spacy_{spacy_model()[0]}",
-            [[e in said for e in targets] for targets, said in pairs],
+            [[e in named for e in targets] for targets, named in pairs],
         )
-    one = found["coverage_capitalised"]
+    whole = measured["coverage_capitalised"]
     count = np.array([len(parse_entities(a)) / 100 for a in answers])
-    return found | {"entities": Metric(count, np.ones(len(samples)), one.group, one.cluster)}
+    return measured | {"entities": Metric(count, np.ones(len(samples)), whole.group, whole.cluster)}
 
 
-TEXTOCR = Benchmark("textocr", "recall", parse_words, recall, read_textocr, ("TextOCR_0.1_val.json", "TextOCR*.json"),
-                    "textvqa.org/textocr", known=lambda sample: sample["label"] is not None, missing="wrong",
-                    max_new_tokens=128)  # fmt: skip
-WIT = Benchmark("wit", "coverage_capitalised", parse_entities, coverage, read_wit, ("*.tsv", "*.tsv.gz"),
-                "google-research-datasets/wit", missing="wrong", max_new_tokens=128)  # fmt: skip
+TEXTOCR = Benchmark(
+    name="textocr",
+    title="TextOCR",
+    headline="recall",
+    parse=parse_words,
+    measure=recall,
+    read=read_textocr,
+    released=("TextOCR_0.1_val.json", "TextOCR*.json"),
+    source="textvqa.org/textocr",
+    known=lambda sample: sample["label"] is not None,
+    missing="wrong",
+    max_new_tokens=128,
+)
+WIT = Benchmark(
+    name="wit",
+    title="WIT",
+    headline="coverage_capitalised",
+    parse=parse_entities,
+    measure=coverage,
+    read=read_wit,
+    released=("*.tsv", "*.tsv.gz"),
+    source="google-research-datasets/wit",
+    missing="wrong",
+    max_new_tokens=128,
+)

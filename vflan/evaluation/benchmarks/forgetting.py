@@ -1,22 +1,27 @@
-"""Catastrophic forgetting, the paper's CF: the model as a plain image classifier, the mean accuracy over four sets.
+"""Catastrophic forgetting (CF in the paper): mean accuracy as an image classifier on four sets.
 
     cifar10/        cifar-10-batches-py/ (test_batch, batches.meta)
     cifar100/       cifar-100-python/ (test, meta)
     mnist/          t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz (or unpacked)
     miniimagenet/   test.csv (filename, label), words.txt (ImageNet's: id, tab, names), images/
-                    each of the four also as the hub's parquet file of its test split, test-*.parquet
-    forgetting/     nothing: the mean over those of the four that are there
+    forgetting/     no files: the mean over those of the four that are in the folder
 
-The paper lets Vicuna-13B decide whether an answer names the class; prompts and splits are not printed. Ours asks for one
-of the classes by name (for miniImageNet too, whose test split has 20), and a rule decides unless a judge's verdicts are
-given: the label stands in the first sentence as whole words, and no other label of the set does, so that listing every
-class earns nothing. A missing answer is wrong: there is no official script. CIFAR's files are Python pickles; of these
-only arrays, strings and numbers are let in.
+Each of the four can also be the hub's parquet file of its test split, test-*.parquet.
+
+In the paper Vicuna-13B decides whether an answer names the class; prompts and splits are not
+printed. Our prompt lists the classes (for miniImageNet the 20 of its test split). A rule decides
+unless there are judgements: the first sentence contains the label as whole words, and no other
+label of the set, so that listing every class earns nothing. There is no official script; a missing
+answer is wrong. CIFAR's files are Python pickles, of which only arrays, strings and numbers are
+loaded.
 """
+
+from __future__ import annotations
 
 import gzip
 import io
 import pickle
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,42 +30,56 @@ from PIL import Image
 
 from vflan.evaluation.benchmarks.benchmark import (
     Benchmark,
+    Metric,
     clean,
     contains,
     first_sentence,
     metrics,
 )
 from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_rows
+from vflan.evaluation.benchmarks.reading import affirms
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
 
 
-def parse(answer, sample=None):
+def parse(answer: str, sample: dict | None = None) -> str:
+    """The first sentence, cleaned."""
     return clean(first_sentence(answer))
 
 
-def items(samples, answers):
+def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     labels = {}
     for s in samples:
         labels.setdefault(s["category"], set()).add(clean(s["label"]))
         labels[s["category"]].update(map(clean, s.get("classes", ())))
-    return metrics("accuracy", [right(parse(a), clean(s["label"]), labels[s["category"]])
-                                for s, a in zip(samples, answers)], samples)  # fmt: skip
+    scores = [
+        right(parse(a), clean(s["label"]), labels[s["category"]]) for s, a in zip(samples, answers)
+    ]
+    return metrics("accuracy", scores, samples)
 
 
-def right(said, own, labels):
-    named = {label for label in labels if label in said and contains(said, label)}
-    return own in named and all(other == own or contains(own, other) for other in named)
+def right(answer: str, label: str, labels: set[str]) -> bool:
+    """Whether an answer names the label and no other; "deer" inside "red deer" is no other."""
+    named = {name for name in labels if name in answer and affirms(answer, name)}
+    return label in named and all(other == label or contains(label, other) for other in named)
 
 
-def ask(name, rows, classes, keep):
+def ask(name: str, rows: Iterable[tuple], classes: Sequence[str], keep: Callable) -> list[dict]:
     """Samples from (picture's bytes or path, class) pairs, with the classes in the question."""
     names = [c.replace("_", " ") for c in classes]
     what = "number" if name == "mnist" else "object"
     text = f"What is the {what} in the image? Choose one of: {', '.join(names)}.{SHORT}"
-    return [dict(question_id=str(i), text=text, label=names[k], category=name, classes=names,
-                 image=keep(picture) if isinstance(picture, bytes) else picture)
-            for i, (picture, k) in enumerate(rows)]  # fmt: skip
+    return [
+        dict(
+            question_id=str(i),
+            text=text,
+            label=names[k],
+            category=name,
+            classes=names,
+            image=keep(picture) if isinstance(picture, bytes) else picture,
+        )
+        for i, (picture, k) in enumerate(rows)
+    ]
 
 
 class Arrays(pickle.Unpickler):
@@ -68,28 +87,28 @@ class Arrays(pickle.Unpickler):
 
     ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar", "encode"}
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> type:
         if name in self.ALLOWED and module.split(".")[0] in ("numpy", "_codecs"):
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise ValueError(f"a pickle with {module}.{name} in it is not CIFAR's: it is not opened")
 
 
-def unpickle(path):
+def unpickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             return Arrays(file, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError) as trouble:
-        raise ValueError(f"{path} is no whole CIFAR file ({trouble}); download it again.") from None
+    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole CIFAR file ({error}); download it again.") from None
 
 
-def png(pixels):
+def png(pixels: np.ndarray) -> bytes:
     """The bytes of a picture: (height, width) or (height, width, 3) of 0 to 255."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
-def read_cifar(path, labels, keep, name):
+def read_cifar(path: Path, labels: Path, keep: Callable, name: str) -> list[dict]:
     folder = path if path.is_dir() else path.parent
     test = next(
         (p for p in (path, folder / "test_batch", *folder.glob("cifar-10*/test*")) if p.is_file()),
@@ -107,23 +126,21 @@ def read_cifar(path, labels, keep, name):
     return ask(name, zip(map(png, pixels), batch[kind]), [n.decode() for n in meta[names]], keep)
 
 
-def read_mnist(path, labels, keep, name):
+def read_mnist(path: Path, labels: Path, keep: Callable, name: str) -> list[dict]:
     folder = path if path.is_dir() else path.parent
 
     def array(pattern, header):
-        found = next(iter(sorted(folder.rglob(pattern))), None)
-        if found is None:
+        file = next(iter(sorted(folder.rglob(pattern))), None)
+        if file is None:
             raise FileNotFoundError(f"{folder}/{pattern.replace('*', '')} is not there.")
-        raw = found.read_bytes()
-        return np.frombuffer(
-            gzip.decompress(raw) if found.suffix == ".gz" else raw, np.uint8, offset=header
-        )
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return np.frombuffer(raw, np.uint8, offset=header)
 
     digits, pixels = array("t10k-labels*", 8), array("t10k-images*", 16).reshape(-1, 28, 28)
     return ask(name, zip(map(png, pixels), digits.tolist()), [str(d) for d in range(10)], keep)
 
 
-def read_miniimagenet(path, labels, keep, name):
+def read_miniimagenet(path: Path, labels: Path, keep: Callable, name: str) -> list[dict]:
     here = path.parent
     rows, words = read_rows(path), {}
     image = pictures_in(here, "images", "test")
@@ -142,8 +159,8 @@ def read_miniimagenet(path, labels, keep, name):
     return ask(name, [(image(r["filename"]), ids.index(r["label"])) for r in rows], classes, keep)
 
 
-def read_parquet(path, keep, name):
-    """The hub's file: a column with {'bytes': ...} and one with the class's number; their names are in the metadata."""
+def read_parquet(path: Path, keep: Callable, name: str) -> list[dict]:
+    """The hub's file: a column of pictures and one of class numbers, with names in the metadata."""
     import json
 
     import pyarrow.parquet as pq
@@ -160,33 +177,48 @@ def read_parquet(path, keep, name):
     return ask(name, rows, kinds[column]["names"], keep)
 
 
-def read(path, labels, keep, name, other):
+def read(path: Path, labels: Path, keep: Callable, name: str, other: Callable) -> list[dict]:
     inside = sorted(path.glob("test-*.parquet")) if path.is_dir() else []
     parquet = path if path.suffix == ".parquet" else next(iter(inside), None)
     return read_parquet(parquet, keep, name) if parquet else other(path, labels, keep, name)
 
 
-def one(name, other, released, source):
-    return Benchmark(name, "accuracy", parse, items, partial(read, name=name, other=other), released, source,
-                     missing="wrong")  # fmt: skip
+def one_set(
+    name: str, title: str, other: Callable, released: tuple[str, ...], source: str
+) -> Benchmark:
+    """The benchmark of one of the four sets; `other` reads the set's own files."""
+    return Benchmark(
+        name,
+        title=title,
+        headline="accuracy",
+        parse=parse,
+        measure=items,
+        read=partial(read, name=name, other=other),
+        released=released,
+        source=source,
+        missing="wrong",
+    )
 
 
 CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
-    one(
+    one_set(
         "cifar10",
+        "CIFAR-10",
         read_cifar,
         ("cifar-10-batches-py/test_batch", "test-*.parquet"),
         "the CIFAR page of U. Toronto",
     ),
-    one(
+    one_set(
         "cifar100",
+        "CIFAR-100",
         read_cifar,
         ("cifar-100-python/test", "test-*.parquet"),
         "the CIFAR page of U. Toronto",
     ),
-    one("mnist", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
-    one(
+    one_set("mnist", "MNIST", read_mnist, ("t10k-labels*", "test-*.parquet"), "the MNIST page"),
+    one_set(
         "miniimagenet",
+        "miniImageNet",
         read_miniimagenet,
         ("test.csv", "test-*.parquet"),
         "Ravi and Larochelle's split of ImageNet",
@@ -195,16 +227,20 @@ CIFAR10, CIFAR100, MNIST, MINIIMAGENET = FOUR = (
 
 
 class Forgetting(Benchmark):
-    """forgetting/questions.jsonl of the mini world, or the questions of the four sets that are there."""
+    """The mini world's forgetting/questions.jsonl, or the questions of the four released sets."""
 
-    def load(self, folder):
+    def is_in(self, folder: str | Path) -> bool:
+        """Whether a folder holds the mini world's questions or one of the four sets."""
+        return super().is_in(folder) or any(benchmark.is_in(folder) for benchmark in FOUR)
+
+    def load(self, folder: str | Path) -> list[dict]:
         if (Path(folder) / self.name).is_dir():
             return super().load(folder)
-        here = [b for b in FOUR if (Path(folder) / b.name).is_dir()]
+        here = [b for b in FOUR if b.is_in(folder)]
         if not here:
             raise FileNotFoundError(
-                f"{folder} has none of {', '.join(SETS)} - put one there, or run notebooks/01_data_exploration.ipynb, "
-                "which writes the mini world's."
+                f"{folder} has none of {', '.join(SETS)} - put one there, or run "
+                "notebooks/01_data_exploration.ipynb, which writes the mini world's."
             )
         return [
             s | {"question_id": f"{b.name}_{s['question_id']}", "category": b.name}

@@ -1,17 +1,22 @@
-"""LLaVA-Bench (In-the-Wild): open questions (conversation, detail, complex reasoning), judged beside GPT-4's answer.
+"""LLaVA-Bench (In-the-Wild): open questions, judged against GPT-4's answer.
 
     llava_bench/    questions.jsonl, context.jsonl, answers_gpt4.jsonl (LLaVA), images/
 
-The papers' judge is GPT-4: it reads a description of the picture and gives GPT-4's own answer and the model's two
-numbers from 1 to 10; the score is the ratio of their means. Released reviews (one json a line, with `tuple`) are read
-as judgements; those that failed ([-1, -1]) are left out and counted, not averaged in. Questions without an answer or a
-judgement are left out. In the mini world a rule judge stands in, and beside its score stand the things it is made of,
-so that one can see *why* a model moved: `format` (answers written out in sentences), `content` (F1 of colour-shape
-pairs), `hallucination` (pairs said that are not there) and `words`.
+Categories are conversation, detail and complex reasoning. The papers' judge is GPT-4. It reads a
+description of the picture and scores GPT-4's own answer and the model's from 1 to 10; the score is
+the ratio of the two means. Released reviews (one json a line, with `tuple`) are read as judgements;
+failed ones ([-1, -1]) are left out and counted. Questions without an answer or a judgement are left
+out. In the mini world a rule judge replaces GPT-4. Its score comes with the parts that explain it:
+`format` (answers in sentences), `content` (F1 of colour-shape pairs), `hallucination` (pairs that
+are not in the picture) and `words`.
 """
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -34,70 +39,81 @@ class Review(Judgement):
     out_of: float = 10.0
 
 
-def read(path, labels, keep):
-    """Our questions; or the released ones with GPT-4's answer as `label` and the description of the picture as `context`."""
+def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """Our questions, or the released ones.
+
+    Released ones get GPT-4's answer as `label` and the description of the picture as `context`.
+    """
     here, rows = path.parent, read_rows(path)
     if rows and "label" in rows[0]:
         return read_questions(path)
     image = pictures_in(here, "images")
-    found = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl")
-    reference = (
-        {str(r["question_id"]): r["text"] for r in read_rows(found)}
-        if found and found != path
-        else {}
-    )
-    context = find(here, "context.jsonl")
-    context = (
-        {r["image"]: r["caption"] for r in read_rows(context)}
-        if context and context != path
-        else {}
-    )
-    return [q | {"label": q.get("label", reference.get(str(q["question_id"]))), "context": context.get(q.get("image"), ""),
-                 "category": q.get("category", "").removeprefix("llava_bench_"), "image": image(q.get("image"))}
-            for q in rows]  # fmt: skip
+    answer_file, reference = find(labels, "answers_gpt4.jsonl", "*gpt4*.jsonl"), {}
+    if answer_file and answer_file != path:
+        reference = {str(r["question_id"]): r["text"] for r in read_rows(answer_file)}
+    context_file, context = find(here, "context.jsonl"), {}
+    if context_file and context_file != path:
+        context = {r["image"]: r["caption"] for r in read_rows(context_file)}
+    return [
+        q
+        | {
+            "label": q.get("label", reference.get(str(q["question_id"]))),
+            "context": context.get(q.get("image"), ""),
+            "category": q.get("category", "").removeprefix("llava_bench_"),
+            "image": image(q.get("image")),
+        }
+        for q in rows
+    ]
 
 
-def parse(answer, sample):
-    """dict: the colour-shape pairs said that are `right` and `wrong`, those `wanted`, and whether it is `long_form`;
-    of the released questions, which have no such facts, `long_form` only."""
+def parse(answer: str, sample: dict) -> dict:
+    """The colour-shape pairs of an answer that are `right` and `wrong`, and those `wanted`.
+
+    `long_form` says whether it is written in sentences. Released questions have only `long_form`,
+    because their facts are not known.
+    """
     if "lexicon" not in sample:
         return {"right": [], "wrong": [], "wanted": [], "long_form": is_long_form(answer)}
     right, wrong, wanted = facts(sample["label"], answer, sample, sample["lexicon"])
     return {"right": right, "wrong": wrong, "wanted": wanted, "long_form": is_long_form(answer)}
 
 
-def judge(samples, answers):
-    """A Judgement for each answer, by the rules of the mini world; None for a released question, which they cannot
-    read."""
+def judge(samples: list[dict], answers: list[str]) -> list[Judgement]:
+    """A Judgement by the rules of the mini world for each answer; None for a released question."""
     return [
         RuleJudge(s["lexicon"]).judge(s["text"], s["label"], answer, s) if "lexicon" in s else None
         for s, answer in zip(samples, answers, strict=True)
     ]
 
 
-def reviews(path, samples):
-    """A Review (or None) for each sample from a released file of GPT-4's: `tuple` [reference, model], or else the two
-    numbers in the first line of `content`."""
-    found = {}
+def reviews(path: Path, samples: list[dict]) -> list[Judgement | None]:
+    """A Review (or None) for each sample, from a released file of GPT-4's reviews.
+
+    It has `tuple` [reference, model], or the two numbers in the first line of `content`.
+    """
+    by_question = {}
     for row in read_rows(path):
         pair = row.get("tuple") or numbers(row.get("content", ""))
         review = Review(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
-        found[str(row["question_id"])] = review
-    return [found.get(str(s["question_id"])) for s in samples]
+        by_question[str(row["question_id"])] = review
+    return [by_question.get(str(s["question_id"])) for s in samples]
 
 
-def numbers(text):
+def numbers(text: str) -> list[float]:
+    """The numbers in the first line; [] if it holds anything else."""
     try:
         return [float(x) for x in str(text).split("\n")[0].replace(",", " ").split()]
     except ValueError:
         return []
 
 
-def items(samples, answers, judgements=None):
+def items(
+    samples: list[dict], answers: list[str], judgements: list | None = None
+) -> dict[str, Metric]:
     if judgements is None:
         judgements = judge(samples, answers)
     judged = [(s, j) for s, j in zip(samples, judgements) if valid(j)]
-    found = verdicts([s for s, _ in judged], [j for _, j in judged]) if judged else {}
+    measured = verdicts([s for s, _ in judged], [j for _, j in judged]) if judged else {}
     read = [parse(a, s) for s, a in zip(samples, answers)]
     right, wrong = (np.array([len(r[key]) for r in read], float) for key in ("right", "wrong"))
     wanted = np.array([len(r["wanted"]) for r in read], float)
@@ -105,21 +121,22 @@ def items(samples, answers, judgements=None):
     one = np.ones(len(samples))
     pooled = metrics("all", one, samples)["all"]
 
-    def ratio(
-        num, den=one
-    ):  # over all questions together: most single answers name too few pairs for a ratio of their own
+    # Over all questions at once: most answers name too few pairs for a ratio of their own.
+    def ratio(num, den=one):
         return Metric(np.asarray(num, float), den, np.zeros(len(samples)), pooled.cluster)
 
-    found["format"] = ratio([r["long_form"] for r in read])
+    measured["format"] = ratio([r["long_form"] for r in read])
     if wanted.any():
-        found["content"] = ratio(2 * hit, hit + wrong + wanted)
-        found["hallucination"] = ratio(wrong, right + wrong)
-    return found | {"words": ratio([len(str(a).split()) / 100 for a in answers])}
+        measured["content"] = ratio(2 * hit, hit + wrong + wanted)
+        measured["hallucination"] = ratio(wrong, right + wrong)
+    return measured | {"words": ratio([len(str(a).split()) / 100 for a in answers])}
 
 
-def verdicts(samples, judgements):
-    """score: the model's marks over the reference's (or over 10), all questions together, and both means, times ten;
-    in the mini world the average over categories."""
+def verdicts(samples: list[dict], judgements: list) -> dict[str, Metric]:
+    """score: the model's marks divided by the reference's (or by 10), over all questions.
+
+    Both means are given too, times ten. In the mini world score is the mean over categories.
+    """
     marks, best = [j.score for j in judgements], [out_of(j) for j in judgements]
     if "lexicon" in samples[0]:
         return metrics("score", marks, samples, den=best)
@@ -131,8 +148,8 @@ def verdicts(samples, judgements):
     return metrics("score", marks, samples, den=best, pooled=True) | means
 
 
-def most_common_reference(samples):
-    """Every question of a category answered with the reference that occurs most often there, whatever the picture."""
+def most_common_reference(samples: list[dict]) -> list[str]:
+    """For each question the most frequent reference of its category, whatever the picture."""
     best = {
         c: Counter(str(s["label"]) for s in samples if s["category"] == c).most_common(1)[0][0]
         for c in {s["category"] for s in samples}
@@ -140,6 +157,20 @@ def most_common_reference(samples):
     return [best[s["category"]] for s in samples]
 
 
-LLAVA_BENCH = Benchmark("llava_bench", "score", parse, items, read, known=lambda sample: True, judged=True, size=60,
-                        blind=most_common_reference, max_new_tokens=128, paper="LLaVA-Bench", reviews=reviews,
-                        released=("questions.jsonl",), source="LLaVA's llava-bench-in-the-wild")  # fmt: skip
+LLAVA_BENCH = Benchmark(
+    name="llava_bench",
+    title="LLaVA-Bench",
+    paper="LLaVA-Bench",
+    headline="score",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("questions.jsonl",),
+    source="LLaVA's llava-bench-in-the-wild",
+    size=60,
+    known=lambda sample: True,
+    blind=most_common_reference,
+    judged=True,
+    reviews=reviews,
+    max_new_tokens=128,
+)

@@ -1,38 +1,53 @@
-"""MM-Vet: open questions that combine capabilities (rec, ocr, know, gen, spat, math), marked 0 to 1 by a judge.
+"""MM-Vet: open questions that combine capabilities; a judge gives each answer a mark from 0 to 1.
 
-    mm_vet/    llava-mm-vet.jsonl (LLaVA) beside mm-vet.json (the authors'), images/; or mm-vet.json alone
+    mm_vet/    llava-mm-vet.jsonl (LLaVA), mm-vet.json (the authors'), images/;
+               or only mm-vet.json
 
-The papers' judge is GPT-4 with the authors' few-shot prompt. Released marks are read as judgements: the authors' json
-id -> {"score": [one a run]}, a list or a table of question_id and score, or their table of results (a csv with a column
-`total`), whose numbers are then given as they stand. Without a judge only `rule` can be said: the share of the
-reference's parts (<AND>; <OR> for one of several) that stand in the answer; in the mini world it is the judge.
-Questions without an answer or a mark are left out.
+Capabilities are rec, ocr, know, gen, spat and math. The papers' judge is GPT-4 with the authors'
+few-shot prompt. Released marks are read as judgements: the authors' json id -> {"score": [one a
+run]}, a list or a table of question_id and score, or their table of results (a csv with a column
+`total`), whose numbers are returned unchanged. Without a judge there is only `rule`: the share of
+the parts of the reference (joined by <AND>; <OR> between alternatives) that the answer contains. In
+the mini world `rule` is the judge. Questions without an answer or a mark are left out.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, contains, metrics, out_of, valid
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, metrics, out_of, valid
 from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
+from vflan.evaluation.benchmarks.reading import affirms
 from vflan.evaluation.benchmarks.vqa import write_json
 from vflan.evaluation.judge import Judgement
 
 
-def parse(answer, sample):
-    """0 to 1: the share of the parts of the reference, joined by <AND>, that stand in the answer as whole words; of
-    alternatives, joined by <OR>, one is enough."""
+def parse(answer: str, sample: dict) -> float:
+    """0 to 1: the share of the parts of the reference that the answer contains as whole words.
+
+    Parts are joined by <AND>; of alternatives, joined by <OR>, one is enough.
+    """
 
     def part(text):
-        return any(contains(answer, either) for either in text.split("<OR>") if either.strip())
+        alternatives = [clean(phrase) for phrase in text.split("<OR>") if phrase.strip()]
+        return any(affirms(clean(answer), phrase) for phrase in alternatives)
 
     parts = [p for p in str(sample.get("label") or "").split("<AND>") if p.strip()]
     return sum(map(part, parts)) / len(parts) if parts else 0.0
 
 
-def read(path, labels, keep):
+def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
+    """The questions of LLaVA's file or of mm-vet.json, with the labels of mm-vet.json."""
     data = read_rows(path)
     image = pictures_in(path.parent, "images", "mm-vet/images")
-    found = find(labels, "mm-vet.json", "mm-vet/mm-vet.json")
-    theirs = data if isinstance(data, dict) else read_rows(found) if found and found != path else {}
+    file, official = find(labels, "mm-vet.json", "mm-vet/mm-vet.json"), {}
+    if isinstance(data, dict):
+        official = data
+    elif file and file != path:
+        official = read_rows(file)
     rows = data
     if isinstance(data, dict):
         rows = [
@@ -41,14 +56,23 @@ def read(path, labels, keep):
     samples = []
     for q in rows:
         bare = str(q["question_id"]).removeprefix("v1_")
-        own = theirs.get(f"v1_{bare}", {})
-        samples.append(q | dict(question_id=f"v1_{bare}", aliases=[bare], image=image(q.get("image")), category="all",
-                                label=own.get("answer"), capability=sorted(own.get("capability", []))))  # fmt: skip
+        label = official.get(f"v1_{bare}", {})
+        samples.append(
+            q
+            | dict(
+                question_id=f"v1_{bare}",
+                aliases=[bare],
+                image=image(q.get("image")),
+                category="all",
+                label=label.get("answer"),
+                capability=sorted(label.get("capability", [])),
+            )
+        )
     return samples
 
 
-def reviews(path, samples):
-    """A Judgement (or None) for each sample; a dict of numbers where the file is the authors' table of results."""
+def reviews(path: Path, samples: list[dict]) -> list | dict:
+    """A Judgement (or None) for each sample; a dict for the authors' table of results."""
     data = read_rows(path)
     if isinstance(data, list) and data and "total" in data[0]:
         if len(data) > 1:
@@ -68,29 +92,29 @@ def reviews(path, samples):
         try:
             marks["v1_" + str(id).removeprefix("v1_")] = float(np.mean([float(x) for x in runs]))
         except (TypeError, ValueError):
-            continue  # a mark that is none: as good as missing
+            continue  # not a number: treated as missing
     good = {id: Judgement(10 * mark, "") for id, mark in marks.items() if 0 <= mark <= 1}
     return [good.get("v1_" + str(s["question_id"]).removeprefix("v1_")) for s in samples]
 
 
-def table(row):
+def table(row: dict) -> dict[str, float]:
     """The authors' csv of one model: {"total", "rec", ...: percent, "std", "runs": list}."""
-    found = {}
+    scores = {}
     for name, cell in row.items():
         if name == "runs":
-            found[name] = [
-                float(x)
-                for x in cell.replace("np.float64(", "").strip("[]").replace(")", "").split(",")
-            ]
+            numbers = cell.replace("np.float64(", "").strip("[]").replace(")", "")
+            scores[name] = [float(x) for x in numbers.split(",")]
         elif name and not name.startswith("Unnamed") and cell.replace(".", "", 1).isdigit():
-            found[name] = float(cell)
-    return found
+            scores[name] = float(cell)
+    return scores
 
 
-def items(samples, answers, judgements=None):
-    """total, and by capability and combination of capabilities, where there is a judge; rule in any case."""
+def items(
+    samples: list[dict], answers: list[str], judgements: list | None = None
+) -> dict[str, Metric]:
+    """total and its parts (by capability, by combination of them) if there is a judge; rule."""
     rule = np.array([parse(a, s) for s, a in zip(samples, answers)])
-    found = (
+    measured = (
         {"rule": metrics("rule", rule, samples, pooled=True)["rule"]}
         if all(s["label"] for s in samples)
         else {}
@@ -102,7 +126,7 @@ def items(samples, answers, judgements=None):
         ]
     judged = [(s, j.score / out_of(j)) for s, j in zip(samples, judgements) if valid(j)]
     if not judged:
-        return found
+        return measured
     chosen = [s for s, _ in judged]
     total = metrics("total", [mark for _, mark in judged], chosen, pooled=True)["total"]
     parts = {"total": total}
@@ -113,14 +137,28 @@ def items(samples, answers, judgements=None):
             parts["_".join(both)] = total.where(
                 np.array([tuple(s.get("capability", ())) == both for s in chosen])
             )
-    return parts | found
+    return parts | measured
 
 
-def upload(samples, answers, path):
+def upload(samples: list[dict], answers: list[str], path: Path) -> None:
     """The json {"v1_<id>": answer} that the authors' grader reads."""
     write_json(path, {s["question_id"]: a or "" for s, a in zip(samples, answers)})
 
 
-MM_VET = Benchmark("mm_vet", "total", parse, items, read, known=lambda sample: True, judged=True, reviews=reviews, size=218,
-                   upload=upload, max_new_tokens=128, paper="MM-Vet", source="LLaVA's eval.zip, and mm-vet.zip",
-                   released=("llava-mm-vet.jsonl", "mm-vet.json"))  # fmt: skip
+MM_VET = Benchmark(
+    name="mm_vet",
+    title="MM-Vet",
+    paper="MM-Vet",
+    headline="total",
+    parse=parse,
+    measure=items,
+    read=read,
+    released=("llava-mm-vet.jsonl", "mm-vet.json"),
+    source="LLaVA's eval.zip, and mm-vet.zip",
+    size=218,
+    known=lambda sample: True,
+    judged=True,
+    reviews=reviews,
+    upload=upload,
+    max_new_tokens=128,
+)

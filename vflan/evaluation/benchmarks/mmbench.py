@@ -1,22 +1,27 @@
-"""MMBench and MMBench-CN: multiple choice, circular. A question is right only if it is so under every rotation.
+"""MMBench and MMBench-CN: circular multiple choice; a question needs all rotations right.
 
     mmbench/       mmbench_dev_20230712.tsv (the authors'), pictures inside
     mmbench_cn/    mmbench_dev_cn_20231003.tsv (the same in Chinese)
 
-Rows whose `index` agrees modulo a million are rotations of one question. The official judge is a server that lets a
-language model read the answers; here an answer to the released file is right if it is the letter and nothing else,
-which reproduces LLaVA-1.5-13B's published 67.7, and `lenient` reads letters and options out of sentences. The test
-split has no answers: `upload` writes the sheet for the server. A missing answer is wrong.
+Rows whose `index` is equal modulo a million are rotations of one question. The official judge is a
+server on which a language model reads the answers. Here an answer to the released file is right if
+it is the letter and nothing else, which reproduces LLaVA-1.5-13B's published 67.7. `lenient` also
+finds letters and options in sentences. The test split has no answers: `upload` writes the sheet for
+the server. A missing answer is wrong.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, clean, labelled, metrics
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, labelled, metrics
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
+from vflan.evaluation.benchmarks.reading import choose
 
 OPTION = re.compile(
     r"(?:^|(?<=\s))(?:\(([a-h])\)|([A-H])[.)])\s*(.*?)(?=\s*(?:\([a-h]\)|(?<=\s)[A-H][.)]|\n|$))",
@@ -24,55 +29,48 @@ OPTION = re.compile(
 )
 
 
-def options(text):
-    """{letter: option} of a question: '(a) red (b) blue' on one line or 'A. red' on lines of their own."""
-    text = re.sub(
-        rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I
-    )  # no part of the last option
+def options(text: str) -> dict[str, str]:
+    """{letter: option} of a question: '(a) red (b) blue' on one line, or 'A. red' a line each."""
+    # The format prompt must not become part of the last option.
+    text = re.sub(rf"\banswer with the\b[^\n]*|{FORMATS[3]}", "", text, flags=re.I)
     return {(m[1] or m[2]).lower(): clean(m[3]) for m in OPTION.finditer(text)}
 
 
-def parse(answer, sample):
-    """The letter chosen, or None. Understood: 'b', 'B.', '(b)', '(b) blue', 'b) blue', 'The answer is (b).', 'blue'.
+def parse(answer: str, sample: dict) -> str | None:
+    """The letter chosen, or None, of 'b', 'B.', '(b) blue', 'The answer is (b).', 'blue' ...
 
-    A bare 'a' inside a sentence is an article and no choice: 'a red star' picks the option 'a red star'.
+    A bare 'a' inside a sentence is an article: 'a red star' chooses the option 'a red star'.
     """
-    answer = re.sub(r"\s+", " ", str(answer)).strip()
-    choices = options(sample["text"])
-    letters = "".join(choices) or "abcd"
-    for pattern in (
-        rf"\(?([{letters}])\)?[.:,)]?$",  # nothing but the letter
-        rf"\(([{letters}])\)",  # (b) blue
-        rf"([{letters}])[.:)](?:\s|$)",  # b. blue
-        rf"(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? \(?([{letters}])\)?[.:]?(?:\s|$)",
-    ):
-        if m := re.match(pattern, answer, re.I):
-            return m[1].lower()
-    said = clean(answer)
-    exact = [letter for letter, option in choices.items() if option == said]
-    named = exact or [
-        k for k, o in choices.items() if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", said)
-    ]
-    return named[0] if len(named) == 1 else None
+    return choose(answer, options(sample["text"]))
 
 
-def read(path, labels, keep, last=LETTER):
+def read(path: Path, labels: Path, keep: Callable, last: str = LETTER) -> list[dict]:
+    """The rows of the authors' file; `last` is the format prompt at the end of each question."""
     rows = read_rows(path, na=True)
     pictures = {row["index"]: row["image"] for row in rows}
     samples = []
     for row in rows:
-        data = (
-            row["image"] if len(row["image"]) > 64 else pictures.get(row["image"], row["image"])
-        )  # or another's index
+        data = row["image"]
+        if len(data) <= 64:  # not a picture, but the index of the row that has it
+            data = pictures.get(data, data)
         text = "\n".join(filter(None, [row.get("hint"), row["question"]])) + lettered(row) + last
-        samples.append(dict(question_id=row["index"], text=text, label=row.get("answer") or None, exact=True,
-                            image=keep(data), category=row.get("category") or "all",
-                            rotation_of=str(int(row["index"]) % 1_000_000), row=row))  # fmt: skip
+        samples.append(
+            dict(
+                question_id=row["index"],
+                text=text,
+                label=row.get("answer") or None,
+                exact=True,
+                image=keep(data),
+                category=row.get("category") or "all",
+                rotation_of=str(int(row["index"]) % 1_000_000),
+                row=row,
+            )
+        )
     return samples
 
 
-def lettered(row):
-    """The options of a row, a line each: A to D up to the first that is empty."""
+def lettered(row: dict) -> str:
+    """The options of a row, one a line: A to D, up to the first that is empty."""
     text = ""
     for letter in "ABCD":
         option = row.get(letter, "")
@@ -82,8 +80,20 @@ def lettered(row):
     return text
 
 
-def items(samples, answers):
-    """accuracy: circular, by category; single_pass: of single rows; lenient: circular, answers read with `parse`."""
+def rotated(sample: dict) -> str:
+    """The question of which a sample is a rotation."""
+    return sample.get("rotation_of") or sample["question_id"].rsplit("_", 1)[0]
+
+
+def _order(sample: dict) -> tuple[int, str]:
+    return len(sample["question_id"]), sample["question_id"]
+
+
+def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+    """accuracy (circular, by category), single_pass, lenient (circular, by `parse`).
+
+    single_pass is of the questions in their first order alone, as the authors publish it.
+    """
     label = [s["label"].lower().strip("() ") for s in samples]
     loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
     strict = [
@@ -92,26 +102,27 @@ def items(samples, answers):
     right = np.array(strict, float)
     rotations = {}
     for i, s in enumerate(samples):
-        rotations.setdefault(s.get("rotation_of") or s["question_id"].rsplit("_", 1)[0], []).append(
-            i
-        )
-    heads = [samples[members[0]] for members in rotations.values()]
+        rotations.setdefault(rotated(s), []).append(i)
+    # The question as its authors wrote it has the shortest id; a rotation adds a million, or _1.
+    base = [min(members, key=lambda i: _order(samples[i])) for members in rotations.values()]
+    heads = [samples[i] for i in base]
 
     def circular(right):
         return np.array([right[members].all() for members in rotations.values()], float)
 
-    found = metrics(
-        "accuracy", circular(right), heads, pooled=True
-    )  # the official figure counts questions
-    found["single_pass"] = metrics("single_pass", right, samples, pooled=True)["single_pass"]
+    # Pooled, because the official number gives each question the same weight.
+    measured = metrics("accuracy", circular(right), heads, pooled=True)
+    measured["single_pass"] = metrics("single_pass", right[base], heads, pooled=True)["single_pass"]
     if any(s.get("exact") for s in samples):
-        found["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
-    return found
+        measured["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
+    return measured
 
 
-def upload(samples, answers, path):
-    """The server's sheet: the file without hint, picture and categories, and a column `prediction`. .xlsx (needs
-    openpyxl) or .tsv."""
+def upload(samples: list[dict], answers: list[str], path: Path) -> None:
+    """The server's sheet as .xlsx (needs openpyxl) or .tsv.
+
+    It is the released file without hint, picture and categories, with a column `prediction`.
+    """
     import pandas as pd
 
     drop = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -124,8 +135,29 @@ def upload(samples, answers, path):
         sheet.to_csv(path, index=False, sep="\t")
 
 
-family = partial(Benchmark, headline="accuracy", parse=parse, measure=items, known=labelled, missing="wrong", size=4377,
-                 upload=upload, source="the MMBench project (open-compass)")  # fmt: skip
-MMBENCH = family("mmbench", read=read, paper="MMB", released=("mmbench_dev_20230712.tsv", "*.tsv"))
-MMBENCH_CN = family("mmbench_cn", read=partial(read, last=LETTER_CN), paper="MMB-CN",
-                    released=("mmbench_dev_cn_20231003.tsv", "*.tsv"))  # fmt: skip
+family = partial(
+    Benchmark,
+    headline="accuracy",
+    parse=parse,
+    measure=items,
+    known=labelled,
+    unit=rotated,
+    missing="wrong",
+    size=4377,
+    upload=upload,
+    source="the MMBench project (open-compass)",
+)
+MMBENCH = family(
+    "mmbench",
+    title="MMBench",
+    read=read,
+    paper="MMB",
+    released=("mmbench_dev_20230712.tsv", "*.tsv"),
+)
+MMBENCH_CN = family(
+    "mmbench_cn",
+    title="MMBench-CN",
+    read=partial(read, last=LETTER_CN),
+    paper="MMB-CN",
+    released=("mmbench_dev_cn_20231003.tsv", "*.tsv"),
+)

@@ -1,0 +1,103 @@
+"""Figure 2 of the paper: its tasks as bubbles."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from vflan.analysis.plots.theme import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class _Cluster(NamedTuple):
+    """The bubbles of one group of tasks; centres count from the lower left corner."""
+
+    counts: pd.Series  # tasks of each category
+    radii: np.ndarray  # (n,)
+    centres: np.ndarray  # (n, 2)
+    extent: np.ndarray  # (2,): width and height
+
+
+def pack_circles(radii: np.ndarray) -> np.ndarray:
+    """(n, 2) centres of n circles that do not overlap.
+
+    Each is put as near to the origin as the circles before it allow.
+    """
+    centres = np.zeros((len(radii), 2))
+    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for i, r in enumerate(radii[1:], 1):
+        # candidates: all places where circle i touches one that is placed already
+        touching = (centres[:i, None] + (radii[:i, None, None] + r) * ring).reshape(-1, 2)
+        gaps = np.linalg.norm(touching[:, None] - centres[:i], axis=-1) - radii[:i] - r
+        free = touching[(gaps > -1e-9).all(axis=1)]
+        centres[i] = free[np.linalg.norm(free, axis=1).argmin()]
+    return centres
+
+
+def _cluster(tasks):
+    counts = tasks.category.value_counts()
+    margin = 0.06
+    radii = np.sqrt(counts.to_numpy() / np.pi) + margin
+    centres = pack_circles(radii)
+    low, high = (centres - radii[:, None]).min(axis=0), (centres + radii[:, None]).max(axis=0)
+    return _Cluster(counts, radii - margin, centres - low, high - low)
+
+
+def task_bubbles(collections: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
+    """Figure 2: a bubble for each category, its area the number of tasks, its colour the group.
+
+    collections: {title: a row for each task, with columns group and category}, drawn in one row
+    each; or a single such table.
+    """
+    if not isinstance(collections, Mapping):
+        collections = {"": collections}
+    colors = dict(zip(("question answering", "classification", "generation"), COLORS))
+    gap, heading = 0.7, 1.1  # between groups, above them; in the unit of the radii
+    rows = []
+    for title, tasks in collections.items():
+        tasks = tasks[tasks.group.isin(colors)]
+        clusters = {group: _cluster(tasks[tasks.group == group])
+                    for group in colors if (tasks.group == group).any()}  # fmt: skip
+        categories = sum(len(cluster.counts) for cluster in clusters.values())
+        comma = f"{title}, " if title else ""
+        rows.append((f"{comma}{len(tasks)} tasks in {categories} categories", clusters))
+    widths = [sum(c.extent[0] + gap for c in clusters.values()) - gap for _, clusters in rows]
+    heights = [max(c.extent[1] for c in clusters.values()) + heading for _, clusters in rows]
+    inches = 8.9 / max(widths)  # of one unit
+    size = (9, sum(heights) * inches + 0.35 * len(rows))
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=heights)
+    for ax, (title, clusters), width, height in zip(axes.flat, rows, widths, heights):
+        x = (max(widths) - width) / 2
+        for group, cluster in clusters.items():
+            corner = np.array([x, (height - heading - cluster.extent[1]) / 2])
+            _draw_cluster(ax, cluster, corner, colors[group], inches)
+            centre = x + cluster.extent[0] / 2
+            ax.text(centre, height - 0.75, group, ha="center", color=colors[group], weight="bold")
+            x += cluster.extent[0] + gap
+        ax.set(xlim=(0, max(widths)), ylim=(0, height), aspect="equal")
+        ax.set_title(title)
+        ax.set_axis_off()
+    return fig
+
+
+def _draw_cluster(ax, cluster, corner, color, inches):
+    """Draw the bubbles of a group; a name that would be too small to read is left out."""
+    inside = dict(ha="center", va="center", color="white", linespacing=0.95, parse_math=False)
+    circles = zip(cluster.counts.items(), cluster.radii, cluster.centres + corner)
+    for (name, count), radius, centre in circles:
+        lines = textwrap.wrap(name, max(9, len(name) // 2), break_long_words=False)
+        text = "\n".join([*lines, str(count)])
+        longest = max(map(len, text.splitlines()))
+        size = min(9.5, 1.8 * radius * inches * 72 / (0.62 * longest))
+        if size < 4.2:
+            text, size = str(count), 6
+        ax.add_patch(plt.Circle(centre, radius, color=color, alpha=0.85, lw=0))
+        ax.text(*centre, text, fontsize=size, **inside)
