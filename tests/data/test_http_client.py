@@ -1,4 +1,4 @@
-"""What bounds a server: one deadline for a request, bytes, redirects, and the waits between tries."""
+"""What bounds a server: a deadline for each request, bytes, redirects, waits between tries."""
 
 import socket
 import threading

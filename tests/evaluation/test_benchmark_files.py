@@ -439,8 +439,9 @@ def test_mmbench_is_read_from_its_table_and_scored_by_rotation(tmp_path, put, co
     scores = command(
         "mmbench", questions=tmp_path / "dev.tsv", answers=put("a.jsonl", answer_lines(answers))
     )
-    # The answer to 10 is wrong; the two others are right in all orders.
-    assert scores["accuracy"] == scores["single_pass"] == pytest.approx(200 / 3)
+    assert scores["accuracy"] == pytest.approx(200 / 3)
+    # Of the rows below a million, as published: question 10 is wrong in its first order.
+    assert scores["single_pass"] == pytest.approx(200 / 3)
     assert not cache.exists()  # scoring writes no pictures
     samples = BENCHMARKS["mmbench"].questions(tmp_path / "dev.tsv")
     assert samples[0]["text"] == "Look.\nWhich 0?\nA. x\nB. y" + LETTER and samples[1][

@@ -1,8 +1,8 @@
 """From the rows of a samples file to the columns of the table that is trained on.
 
 Whatever a row says in another form than LLaVA's is read or becomes the row's reason to be bad, and
-nothing of it is lost in silence. Such rows would pass for sound ones otherwise: a text under another
-key leaves a shorter conversation, a video leaves a question about nothing.
+nothing of it is lost in silence. Such rows would pass for sound ones otherwise: a text under
+another key leaves a shorter conversation, a video leaves a question about nothing.
 """
 
 from __future__ import annotations
