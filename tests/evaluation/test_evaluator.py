@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
 from vflan.evaluation import generation as answers
 from vflan.evaluation import parallel, results
-from vflan.evaluation.answer_cache import Answer, keep_scores, locked, read_lines
+from vflan.evaluation.answer_cache import Answer, keep_scores, locked, read_cache
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.evaluator import (
     COLUMNS,
@@ -341,7 +341,7 @@ def slow(monkeypatch, after, pause=60.0):
 def wait_for(path, rows):
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        if len(read_lines(path)) > rows - 1:
+        if len(read_cache(path)) > rows - 1:
             return
         time.sleep(0.01)
     raise AssertionError(f"{path.name} never had {rows} rows")
@@ -383,9 +383,9 @@ def test_of_two_evaluations_at_once_one_waits_and_no_question_is_asked_twice(
 def test_a_reader_leaves_a_half_written_line_alone(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"i": 0}\n{"i": 1')
-    assert read_lines(path) == [{"i": 0}] and path.read_text().endswith('{"i": 1')
+    assert read_cache(path) == [{"i": 0}] and path.read_text().endswith('{"i": 1')
     with locked(path):
-        assert read_lines(path, mend=True) == [{"i": 0}] and path.read_text() == '{"i": 0}\n'
+        assert read_cache(path, mend=True) == [{"i": 0}] and path.read_text() == '{"i": 0}\n'
 
 
 def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
@@ -394,7 +394,7 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(run, monkeypatch):
         EVALUATOR, "answering", lambda m, p, samples, *more: ((i, odd) for i in range(len(samples)))
     )
     pd.testing.assert_frame_equal(evaluate(run), evaluate(run))
-    assert read_lines(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
+    assert read_cache(run.folder / "answers" / "pope.jsonl")[5]["answer"] == odd.text
 
 
 def test_a_damaged_line_is_named(run):
@@ -449,7 +449,7 @@ def test_a_broken_picture_is_counted_and_asked_again_once_it_is_whole(run, own_p
     scores = evaluate(run)
     asked_of_it = sum(
         row["image"] == "3.png"
-        for row in read_lines(run.folder / "benchmarks/pope/questions.jsonl")
+        for row in read_cache(run.folder / "benchmarks/pope/questions.jsonl")
         if "image" in row
     )
     assert set(scores.problems) == {2} and asked_of_it in (

@@ -23,7 +23,7 @@ from vflan.analysis.plots.reference import Scores, headline
 from vflan.config import output_folder, resolve
 from vflan.config import preset as recipes
 from vflan.config import shown as shown_path
-from vflan.evaluation.answer_cache import keep_scores, read_lines
+from vflan.evaluation.answer_cache import keep_scores, read_cache
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.stats import draws, ratio, tables
@@ -48,7 +48,7 @@ def answered(run, benchmark: str, folder: str | Path, name: str | None = None) -
         raise FileNotFoundError(
             f"{run.name} has no answers to {benchmark} yet: call vflan.evaluate first."
         )
-    answers = {row["i"]: row["answer"] for row in read_lines(path)[1:]}  # row 0 is the header
+    answers = {row["i"]: row["answer"] for row in read_cache(path)[1:]}  # row 0 is the header
     samples = BENCHMARKS[benchmark].load(folder)
     return [sample | {"answer": answers[i]} for i, sample in enumerate(samples)]
 

@@ -81,7 +81,7 @@ def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, A
 
     ValueError if the header differs, or if a picture has changed since its question was answered.
     """
-    rows = read_lines(path, mend=True)
+    rows = read_cache(path, mend=True)
     # The header comes first, so that a killed process leaves no answers without it.
     if not rows:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, A
     return {row["i"]: Answer(row["answer"], row["finish"], row.get("reason", "")) for row in rows}
 
 
-def read_lines(path: Path, mend: bool = False) -> list[dict]:
+def read_cache(path: Path, mend: bool = False) -> list[dict]:
     """The rows of a JSON Lines file, header included; [] if it does not exist. An incomplete last
     line is left out.
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vflan.config import CACHE, weights_source
 from vflan.data.conversation import prompt_ids
-from vflan.evaluation.answer_cache import append_row, hash_weights, locked, read_lines
+from vflan.evaluation.answer_cache import append_row, hash_weights, locked, read_cache
 from vflan.evaluation.api_client import Reply, ask_all, endpoint_hash
 from vflan.evaluation.judge_prompts import GRADE, PAIR, YES_NO, Prompt, prompt_for
 from vflan.progress import counted
@@ -241,7 +241,7 @@ class EndpointJudge:
         # Equal questions have equal keys and are asked once.
         text_of, trouble = dict(zip(keys, texts)), {}
         with locked(path):
-            known = {row["key"]: row for row in read_lines(path, mend=True)}
+            known = {row["key"]: row for row in read_cache(path, mend=True)}
             todo = {key: text for key, text in text_of.items() if key not in known}
             if todo:
                 print(self.estimate(list(todo.values()), len(text_of) - len(todo)), flush=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vflan.config import resolve, shown
-from vflan.evaluation.answer_cache import read_lines
+from vflan.evaluation.answer_cache import read_cache
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import labelled
 from vflan.evaluation.benchmarks.files import find
@@ -57,7 +57,7 @@ def _read_texts(run, benchmark, samples, name=None, complete=True) -> list[str |
     """
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     # The first row is the header. A question that was asked again has two rows; the last counts.
-    rows = {row["i"]: row for row in read_lines(path)[1:]}
+    rows = {row["i"]: row for row in read_cache(path)[1:]}
     ids = {i: str(sample["question_id"]) for i, sample in enumerate(samples)}
     if any(str(row.get("question_id", ids.get(i))) != ids.get(i) for i, row in rows.items()):
         raise ValueError(
