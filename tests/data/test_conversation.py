@@ -4,6 +4,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from vflan.config import ROOT
 from vflan.data.conversation import (
@@ -200,6 +201,22 @@ def test_the_chat_template_tokenised_at_once_gives_the_ids_of_training(tokenizer
         assert [IMAGE_TOKEN_INDEX if i == image else i for i in spelling(text).input_ids] == ids[
             :end
         ]
+
+
+def test_a_system_message_takes_the_place_of_the_system_sentence(tokenizer):
+    def render(messages):
+        options = dict(chat_template=chat_template(tokenizer), tokenize=False)
+        return tokenizer.apply_chat_template(messages, **options, add_generation_prompt=True)
+
+    user = dict(role="user", content="What?")
+    assert render([user]) == f"{SYSTEM} USER: What? ASSISTANT:"
+    parts = [{"type": "text", "text": "Be brief."}]
+    for content in ("Be brief.", parts):
+        system = dict(role="system", content=content)
+        assert render([system, user]) == "Be brief. USER: What? ASSISTANT:"
+    for messages in ([user, dict(role="system", content="x")], [dict(role="tool", content="x")]):
+        with pytest.raises(TemplateError, match="roles are user and assistant"):
+            render(messages)
 
 
 def test_expand_widens_the_image_in_ids_and_in_labels(tokenizer):

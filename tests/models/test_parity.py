@@ -191,6 +191,20 @@ def test_llavas_names_are_read_and_written_without_loss(recipe, reference):
             rename({name: torch.ones(1)})
 
 
+def test_a_shard_that_is_missing_is_named_as_missing_weights(recipe, reference, tmp_path):
+    (tmp_path / "llava").mkdir()
+    folder = write(tmp_path / "llava", reference, recipe, "two shards")
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match="projector|is a file of it missing|lacks"):
+        load_model(recipe, folder)
+    # With the projector whole, it is the tower that lacks weights, and not its shape that is wrong.
+    weights = torch.load(folder / "pytorch_model-00001-of-00002.bin")
+    weights |= {k: w for k, w in reference.state_dict().items() if "mm_projector" in k}
+    torch.save(weights, folder / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(ValueError, match="without .* of its weights .*is a file of it missing"):
+        load_model(recipe, folder)
+
+
 def test_a_stage_can_begin_from_llavas_projector_file(recipe, reference, tmp_path):
     theirs = reference.model.mm_projector.state_dict()
     (tmp_path / "pretrained").mkdir()
