@@ -153,7 +153,7 @@ class Recipe:
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 _OPTIONAL = [field for field in _FIELDS.values() if field.default is not dataclasses.MISSING]
-# As they stand in a recipe.json, with lists for tuples.
+# As a recipe.json holds them, with lists in place of tuples.
 DEFAULTS = json.loads(json.dumps({field.name: field.default for field in _OPTIONAL}))
 
 

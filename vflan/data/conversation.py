@@ -125,7 +125,7 @@ def kind_of(value: object) -> str:
 
 
 def without_text(turn: dict, number: int, key: str = "value") -> str:
-    """Why turn `number` has no text: what stands under `key` is none, or nothing stands there."""
+    """The reason why turn `number` has no text: its `key` is missing or holds something else."""
     if key in turn:
         return f"a turn without text: the {key} of turn {number} is {kind_of(turn[key])}"
     keys = f"{', '.join(map(str, turn)):.80}" or "nothing"

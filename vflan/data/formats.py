@@ -223,7 +223,7 @@ def _images(file, group: int, image: str, columns: list[str]) -> Iterator[tuple[
     data = image if is_bytes else f"{image}.bytes"
     names = [leaf for leaf in (image, f"{image}.path") if leaf in leaves and leaf != data]
     embedded = _is_embedded(file, group, data) if data in leaves else repeat(False)
-    # A video may stand in a row of its own: few rows at a time.
+    # A row may hold a whole video, so only a few rows are read at a time.
     step = 64 if {*MEDIA} & {*columns} else 4096
     for batch in file.iter_batches(step, [group], [*columns, *names]):
         rows = batch.to_pylist()

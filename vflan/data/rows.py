@@ -75,7 +75,7 @@ def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
         troubles.append(f"no list of turns: {key} is {kind_of(given)}")
         given = None
     turns = [_turn(turn, number, troubles) for number, turn in enumerate(given or (), 1)]
-    # A system text stands last, so that whoever looks at the first turn sees the question.
+    # The system text goes last, so that the first turn is the question for all readers.
     if turns and turns[0][0] == "system":
         turns.append(turns.pop(0))
     yield from turns

@@ -391,12 +391,11 @@ class Benchmark:
         answers: Sequence[str | None] | None = None,
         pictures: bool = False,
     ) -> dict[str, list[str]]:
-        """{problem: [question ids]} of all that keeps a question from being scored as it stands.
+        """{problem: [question ids]} of the questions that cannot be scored, or not as usual.
 
-        `unknown_label`, `duplicate_question`, MME's `unpaired`; with answers `missing`, `empty` and
-        `unread` (no choice can be read);
-        with `pictures` also `unreadable_picture` ("id: why"). A problem without a question is left
-        out.
+        Always: `unknown_label`, `duplicate_question`, MME's `unpaired`. With answers: `missing`,
+        `empty` and `unread` (no choice can be read). With `pictures`: `unreadable_picture`
+        ("id: why"). A problem that no question has is left out.
         """
         problems = {"unknown_label": [s["question_id"] for s in samples if not self.known(s)]}
         copies = Counter((s["question_id"], s["text"]) for s in samples)

@@ -381,8 +381,7 @@ def _same_order(rows: list[dict], candidates: list[int]) -> bool:
 def _same_question(row: dict, samples: list[dict], candidates: list[int]) -> list[int]:
     """Those of the candidates that ask what the answer's prompt asks.
 
-    Without a prompt: all of them if they ask the same, which is one question that stands there
-    several times.
+    Without a prompt: all of them, if they are copies of one question; else none.
     """
     asked = [bare_question(samples[i]["text"]) for i in candidates]
     if not row["prompt"]:

@@ -53,7 +53,7 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
         labels.setdefault(s["category"], set()).add(clean(s["label"]))
         labels[s["category"]].update(map(clean, s.get("classes", ())))
     scores = [
-        # "St. Bernard" is right as it stands, although its first sentence is "St."
+        # The whole answer "St. Bernard" is right, although its first sentence is only "St."
         clean(a) == clean(s["label"]) or right(parse(a), clean(s["label"]), labels[s["category"]])
         for s, a in zip(samples, answers)
     ]

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 # A denial holds from its word to the end of the clause, as far as the words that it can reach.
 _DENIAL = re.compile(
-    r"\b(?:no|not|never|without|neither|nor|cannot|none|nothing|nobody|unlike|except|\w+n't)\b"
+    r"\b(?:no|not|never|without|neither|nor|cannot|none|nothing|nobody|unlike|except|\w+n['’]t)\b"
     r"|\b(?:instead of|rather than)\b"
 )
 _CLAUSE_END = re.compile(r"[.,;:!?\n]|\b(?:but|yet|however|though|although|while|whereas)\b")
 _REACH = 6  # words between a denial and what it denies: "I do not think that this is a dog"
 _DENIED_AFTER = re.compile(
-    r"\s+(?:is|are|was|were|does|do|did|has|have|can|could|would|will)(?:\s+not\b|n't\b)"
-    r"|\s+cannot\b"
+    r"\s+(?:is|are|was|were|does|do|did|has|have|can|could|would|will)(?:\s+not\b|n['’]t\b)"
+    r"|\s+cannot\b|\s+(?:is|are)\s+(?:wrong|incorrect|false)\b"
 )
 # Words that announce a choice, and what may stand between them and the letter.
 _CUE = r"(?:answer|option|choice|letter|correct one|选项|答案|选择|选|choose|chose|pick|select)"
@@ -28,7 +28,7 @@ _LINK = (
 
 
 def places(text: str, phrase: str) -> Iterator[re.Match]:
-    """Where `phrase` stands in `text` as whole words; both in lower case."""
+    """The matches of `phrase` in `text` as whole words; both in lower case."""
     return re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text)
 
 
@@ -62,13 +62,14 @@ def stated_letters(answer: str, letters: str) -> set[str]:
     """The letters that an answer states as its choice: "the answer is B", "option (c)", "选项B".
 
     A small letter, and "A", may be an article, so they count only in brackets or before an end:
-    "The answer is a dog." states no letter.
+    "The answer is a dog." states no letter. Neither does a denial: "I would not choose B".
     """
     others = letters.lower().replace("a", "")
     word = f"[{others + others.upper()}](?![\\w'])" if others else "(?!)"
     sure = rf"{word}|A(?![\w'])(?!\s+[a-z])|a(?=[).\]]|\s*$)"
     announced = rf"(?i:{_CUE}{_LINK})\s*[\"'“(\[]*({sure})"
-    return {match[1].lower() for match in re.finditer(announced, answer)}
+    matches = re.finditer(announced, answer)
+    return {m[1].lower() for m in matches if not denied(answer.lower(), m.start(), m.end())}
 
 
 def choose(answer: object, options: dict[str, str]) -> str | None:
