@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from vflan.analysis.plots.reference import TITLES, UNITS, Scores, headline, printed
+from vflan.analysis.plots.reference import CAPTIONS, TITLES, UNITS, Scores, headline, printed
 from vflan.config import ROOT
 from vflan.data.images import open_picture
 from vflan.evaluation.benchmarks import BENCHMARKS
 
 # Pages with generated tables, each between <!-- NAME:begin --> and <!-- NAME:end -->.
 PAGES = ("README.md", "docs/results.md", "docs/measurements.md")
-CAPTIONS = Path(__file__).with_name("captions.json")  # {figure's file name: caption}
 STAGES = {"projector": "projector", "base": "Base", "chat": "Chat"}  # run -> column
 COSTS = {
     "setup_minutes": "`make setup`, minutes to install",
@@ -37,10 +36,9 @@ def caption(picture: Path) -> str:
     """A figure's description in the PNG, else in captions.json, else its file name in words."""
     with open_picture(picture) as image:
         description = getattr(image, "text", {}).get("Description")
-    known = json.loads(CAPTIONS.read_text(encoding="utf-8")).get(picture.stem)
     kinds = {"fig": "Figure", "table": "Table"}
     name = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{kinds[m[1]]} {m[2]}: ", picture.stem)
-    return description or known or name.replace("_", " ")
+    return description or CAPTIONS.get(picture.stem) or name.replace("_", " ")
 
 
 def pictures(folder: str | Path) -> list[tuple[Path, str]]:

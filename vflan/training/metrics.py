@@ -79,11 +79,13 @@ class Log:
         tokens: int,
         useful: int,
         positions: int,
+        pictures: int,
         seconds: float,
     ) -> None:
         """Log one step.
 
-        tokens: supervised ones; useful: all that are not padding; positions: with padding.
+        tokens: supervised ones; useful: all that are not padding; positions: with padding;
+        pictures: rows with one.
         """
         if not self.active:
             return
@@ -91,7 +93,7 @@ class Log:
         elapsed = self.earlier_seconds + time.perf_counter() - self.began
         self.useful, self.busy = self.useful + useful, self.busy + seconds
         line = dict(step=step, loss=round(loss, 6), lr=lr, tokens=tokens, seconds=round(elapsed, 3))
-        line |= dict(useful=useful, fill=round(useful / positions, 4))
+        line |= dict(useful=useful, fill=round(useful / positions, 4), pictures=pictures)
         line |= dict(tokens_per_second=round(useful / seconds), peak_gb=round(peak_gb(), 3))
         self.files["metrics"].write(_to_json(line))
         self._track(step, {key: line[key] for key in TRACKED})

@@ -40,7 +40,7 @@ class Run:
     - mixture.json: the rows it drew, by file and by task
     - bad.jsonl: rows left out, with reasons; repaired.jsonl: rows of which a part was left out,
       such as what is beyond max_length
-    - metrics.jsonl: one line a step: step, loss, lr, tokens, seconds, useful, fill,
+    - metrics.jsonl: one line a step: step, loss, lr, tokens, seconds, useful, fill, pictures,
       tokens_per_second, peak_gb
     - heldout.jsonl, samples.jsonl: losses and answers on held-out rows, if the recipe holds rows
       out

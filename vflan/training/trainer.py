@@ -173,7 +173,8 @@ def _fit(run, recipe, accelerator):
         optimizer.zero_grad()
 
         sizes = dict(tokens=int(data.supervised[rows].sum()), useful=int(data.lengths[rows].sum()))
-        sizes |= dict(positions=positions, seconds=time.perf_counter() - start)
+        sizes |= dict(positions=positions, pictures=int((data.picture[rows] >= 0).sum()))
+        sizes |= dict(seconds=time.perf_counter() - start)
         log.step(step + 1, loss, optimizer.param_groups[0]["lr"], **sizes)
         if validate and (last or _is_due(recipe.evaluate_every, step)):
             validate(step + 1, log)

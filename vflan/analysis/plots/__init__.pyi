@@ -11,16 +11,29 @@ from .figures import (
     loss_curve,
     parts_table,
     table2,
+    yes_ratio,
 )
-from .pictures import before_after, gallery, packed_rows, question, show, tokens, turns
-from .reference import TITLES, UNITS, headline, paper, paper_tasks, printed, task_list
+from .pictures import (
+    attention_figure,
+    before_after,
+    gallery,
+    packed_rows,
+    question,
+    show,
+    tokens,
+    turns,
+)
+from .reference import TITLES, UNITS, headline, paper, paper_tasks, printed, task_list, unit
 from .theme import (
     COLORS,
     GREY,
     INK,
+    MAJORITY,
+    MODEL_COLORS,
     PALE,
     TOKEN_COLORS,
     committed_figure,
+    model_colors,
     save,
     source,
     style,
@@ -29,9 +42,11 @@ from .theme import (
 )
 
 __all__ = [
-    "affinity", "before_after", "categories", "COLORS", "committed_figure", "curves", "diversity",
+    "affinity", "attention_figure", "before_after", "categories", "COLORS", "committed_figure",
+    "curves", "diversity",
     "dots", "forest_plot", "gallery", "gpt4_curves", "GREY", "headline", "INK", "learning_curves",
-    "loss_curve", "pack_circles", "packed_rows", "PALE", "paper", "paper_tasks", "parts_table",
-    "printed", "question", "save", "show", "source", "style", "table2", "task_bubbles",
-    "task_list", "TITLES", "TOKEN_COLORS", "tokens", "turns", "UNITS", "wrap", "write",
+    "loss_curve", "MAJORITY", "MODEL_COLORS", "model_colors", "pack_circles", "packed_rows", "PALE",
+    "paper", "paper_tasks", "parts_table", "printed", "question", "save", "show", "source", "style",
+    "table2", "task_bubbles", "task_list", "TITLES", "TOKEN_COLORS", "tokens", "turns", "unit",
+    "UNITS", "wrap", "write", "yes_ratio",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from vflan.analysis.claims import HOLDS, NOT, WEAKLY
-from vflan.analysis.plots.reference import TITLES, UNITS, Scores, headline, printed
-from vflan.analysis.plots.theme import COLORS, GREY, INK, PALE
+from vflan.analysis.plots.reference import TITLES, Scores, headline, printed, unit
+from vflan.analysis.plots.theme import COLORS, GREY, INK, MAJORITY, PALE, model_colors
 from vflan.evaluation.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -42,16 +42,31 @@ def loss_curve(*runs, smooth: float = 0.03) -> Figure:
     """The loss over the steps of each run: every step in pale, the running mean on top.
 
     runs: anything with .name and .metrics(). smooth: the mean's window, as a share of all steps.
+    Steps whose rows have no picture are crosses outside the mean: LLaVA's sampler puts rows of text
+    alone into steps of their own, and their loss is another task's.
     """
     fig, ax = plt.subplots(figsize=(9, 3.2))
-    for run, color in zip(runs, COLORS * len(runs)):
-        table = run.metrics()
+    colors, styles, crosses = model_colors(run.name for run in runs), {}, False
+    for run in runs:
+        table, color = run.metrics(), colors[run.name]
+        style = (
+            "-" if (seeds := styles.setdefault(color, [])) == [] else ("--", ":")[len(seeds) % 2]
+        )
+        seeds.append(run.name)
+        if "pictures" in table and len(text := table[table.pictures == 0]) < len(table):
+            table, crosses = table[table.pictures != 0], crosses or len(text) > 0
+            ax.plot(text.step, text.loss, "x", color=color, alpha=0.5, markersize=4)
         window = max(1, int(smooth * len(table)))
         mean = table.loss.rolling(window, min_periods=1, center=True).mean()
+        last = f"last {window} steps {table.loss.tail(window).mean():.2f}"
         ax.plot(table.step, table.loss, color=color, alpha=0.18, lw=0.8)
-        ax.plot(table.step, mean, color=color, label=f"{run.name}, ends at {mean.iloc[-1]:.2f}")
-    ax.set(xlabel="step", ylabel="loss of a learned token", title="Training loss", ylim=(0, None))
-    ax.legend()
+        ax.plot(table.step, mean, style, color=color, label=f"{run.name}: mean of the {last}")
+    label = "loss of a learned token, nats"
+    ax.set(xlabel="step", ylabel=label, title="Training loss", ylim=(0, None))
+    handles, _ = ax.get_legend_handles_labels()
+    if crosses:
+        handles.append(_legend_mark("a step of text alone", GREY, "x", markersize=4))
+    ax.legend(handles=handles)
     return fig
 
 
@@ -84,45 +99,53 @@ def learning_curves(heldout: pd.DataFrame, category: Mapping[str, str]) -> Figur
 def dots(scores: Scores, rows: Labels, item: str, benchmarks: Names | None = None) -> Figure:
     """A panel for each benchmark and a line for each run, with the paper's value as a diamond.
 
-    A dot is the value, a bar its interval, a tick the majority answer. A diamond is hollow if the
-    paper's value is not confirmed. rows: {run: (label, row of the paper's table or None)}, from top
-    to bottom. item: the table's name in data/paper.csv.
+    A dot is the value, a bar its interval, a dotted line the majority answer. A diamond is hollow
+    if the paper's value is not confirmed. rows: {run: (label, row of the paper's table or None)},
+    from top to bottom. item: the table's name in data/paper.csv. The legend names what is drawn.
     """
     scores = scores[scores.run.isin(list(rows))]
     names = [name for name in benchmarks or BENCHMARKS if len(headline(scores, name))]
     columns = min(4, len(names)) or 1
     height = -(-len(names) // columns) * (0.95 + 0.3 * len(rows))
     fig, axes = _panels(len(names), columns, figsize=(9, height), sharey=True)
+    drawn: set[str] = set()
     for k, (ax, name) in enumerate(zip(axes.flat, names)):
-        _draw_dots(ax, headline(scores, name), rows, item, BENCHMARKS[name].paper)
-        unit = UNITS.get(BENCHMARKS[name].headline, BENCHMARKS[name].headline)
+        drawn |= _draw_dots(ax, headline(scores, name), rows, item, BENCHMARKS[name].paper)
         ax.set_title(TITLES[name])
-        ax.set_xlabel(f"{unit}, % of maximum" if name == "mme" else unit, fontsize=8.5)
+        ax.set_xlabel(unit(name), fontsize=8.5)
         ax.set(xlim=(-3, 103), ylim=(len(rows) - 0.5, -0.5), xticks=[0, 25, 50, 75, 100])
         ax.set_yticks(range(len(rows)), [label for label, _ in rows.values()])
         ax.tick_params(axis="y", length=0, labelleft=k % columns == 0)
         ax.grid(axis="y", visible=False)
     handles = [
-        _legend_mark("here, 95 % interval", COLORS[0], ls="-", alpha=0.9),
-        _legend_mark("majority answer", COLORS[1], "|", markersize=11),
+        _legend_mark("here, 95 % interval", INK, ls="-"),
+        plt.Line2D([], [], label="majority answer", **MAJORITY),
         _legend_mark("paper, 13B", GREY, "D"),
+        _legend_mark("paper, 13B, not confirmed", "white", "D", markeredgecolor=GREY),
     ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    handles = [handle for handle in handles if handle.get_label() in drawn]
+    fig.legend(handles=handles, loc="outside lower center", ncols=4)
     return fig
 
 
 def _draw_dots(ax, scores, rows, item, column):
-    """Draw one panel of `dots`; several seeds of a run are drawn on the same line."""
+    """Draw one panel of `dots`; several seeds of a run are drawn on the same line.
+
+    Returns the legend's labels of what is drawn.
+    """
     diamond = dict(markeredgecolor=GREY, markersize=6.5, zorder=2)
-    tick = dict(color=COLORS[1], markersize=11, markeredgewidth=1.6, zorder=3)
+    colors, drawn = model_colors(rows), {"majority answer", "here, 95 % interval"}
     for y, (run, (_, row)) in enumerate(rows.items()):
         if number := row and printed(item, row, column):
+            drawn.add("paper, 13B" if number[1] else "paper, 13B, not confirmed")
             ax.plot(number[0], y, "D", color=GREY if number[1] else "white", **diamond)
         for score in scores[scores.run == run].itertuples():
-            span = [score.low, score.high]
-            ax.plot(span, [y, y], color=COLORS[0], lw=2.4, alpha=0.45, zorder=3)
-            ax.plot(score.value, y, "o", color=COLORS[0], zorder=4)
-            ax.plot(score.baseline, y, "|", **tick)
+            ax.plot(
+                [score.low, score.high], [y, y], color=colors[run], lw=2.4, alpha=0.45, zorder=3
+            )
+            ax.plot(score.value, y, "o", color=colors[run], zorder=4)
+            ax.vlines(score.baseline, y - 0.34, y + 0.34, zorder=3, **MAJORITY)
+    return drawn
 
 
 def table2(scores: Scores, rows: Labels | None = None, benchmarks: Names | None = None) -> Figure:
@@ -155,27 +178,76 @@ def parts_table(
 def categories(
     scores: Scores, benchmarks: Names, of: Mapping[str, str] | None = None, metric: str = "accuracy"
 ) -> Figure:
-    """A panel for each benchmark, a line for each category, a dot for each stage.
+    """A panel for each benchmark, a line for each category, a dot with its interval for each stage.
 
-    A dot is the mean over the category's kinds and all seeds; the tick is the majority answer.
-    scores: rows with `metric`/kind. of: {kind: category}; a kind that it lacks has its own line.
+    A dot is the mean over the category's kinds and all seeds; a dotted line is the majority answer.
+    The interval joins those of the kinds, whose questions differ, by their squares (Zou and Donner,
+    2008). scores: rows with `metric`/kind. of: {kind: category}; a kind that it lacks has its own
+    line.
     """
     part = scores[scores.metric.str.startswith(f"{metric}/")]
     kind = part.metric.str.split("/").str[1]
     stage = part.run.str.replace(r"-seed\d+$", "", regex=True)
-    part = part.assign(stage=stage, line=kind.map(of or {}).fillna(kind))
-    parts = [part[part.benchmark == name] for name in benchmarks]
-    tables = [p.groupby(["line", "stage"], sort=False).value.mean().unstack() for p in parts]
-    size = (9, 0.6 + 0.24 * max(map(len, tables)))
-    fig, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
-    for ax, name, part, table in zip(axes.flat, benchmarks, parts, tables):
-        table = table.sort_values(table.columns[-1])
-        chance = part.groupby("line").baseline.mean()[table.index]
-        ax.plot(chance, table.index, "|", color=GREY, markersize=10, label="majority answer")
-        for color, column in zip(COLORS, table):
-            ax.plot(table[column], table.index, "o", color=color, label=column)
-        ax.set(title=TITLES[name], xlim=(-3, 103), xlabel=f"{metric}, %")
+    part = part.assign(kind=kind, stage=stage, line=kind.map(of or {}).fillna(kind))
+    numbers = ["value", "low", "high", "baseline"]
+    # the seeds of a stage answer the same questions, so their intervals do not shrink by joining
+    part = part.groupby(["benchmark", "line", "stage", "kind"], sort=False)[numbers].mean()
+    parts = [part.loc[name].groupby(["line", "stage"], sort=False).apply(_join_kinds)
+             for name in benchmarks]  # fmt: skip
+    size = (9, 0.6 + 0.3 * max(table.index.get_level_values(0).nunique() for table in parts))
+    fig, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
+    for ax, name, table in zip(axes.flat, benchmarks, parts):
+        values = table.value.unstack()[list(dict.fromkeys(table.index.get_level_values(1)))]
+        values = values.sort_values(values.columns[-1])
+        colors, lines = model_colors(values), np.arange(len(values))
+        chance = table.baseline.unstack().mean(axis=1)[values.index]
+        ax.vlines(chance, lines - 0.4, lines + 0.4, label="majority answer", **MAJORITY)
+        for k, column in enumerate(values):
+            own, y = table.xs(column, level=1).reindex(values.index), lines + 0.24 * k - 0.12
+            ax.hlines(y, own.low, own.high, color=colors[column], lw=2, alpha=0.45)
+            ax.plot(own.value, y, "o", color=colors[column], markersize=5, label=column)
+        ax.set_yticks(lines, values.index)
+        ax.set(title=TITLES[name], xlim=(-3, 103), xlabel=unit(name, metric))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return fig
+
+
+def _join_kinds(kinds):
+    """Mean and interval of several kinds of questions from their own means and intervals."""
+    below, above = kinds.value - kinds.low, kinds.high - kinds.value
+    mean, count = kinds.value.mean(), len(kinds)
+    low, high = (
+        mean + sign * np.sqrt((d**2).sum()) / count for sign, d in ((-1, below), (1, above))
+    )
+    numbers = {"value": mean, "low": low, "high": high, "baseline": kinds.baseline.mean()}
+    return pd.Series(numbers)
+
+
+def yes_ratio(scores: Scores) -> Figure:
+    """POPE's share of yes for each way of choosing the objects asked for; half is right.
+
+    A dot with its interval for each stage and seed; the seeds of a stage have one colour and
+    stand side by side. scores: rows `yes_ratio/SETTING` of the benchmark pope.
+    """
+    part = scores[(scores.benchmark == "pope") & scores.metric.str.startswith("yes_ratio/")]
+    settings = list(dict.fromkeys(part.metric.str.split("/").str[1]))
+    runs = list(dict.fromkeys(zip(part.run, part.seed)))
+    colors = model_colors(part.run)
+    fig, ax = plt.subplots(figsize=(9, 3))
+    for k, (run, seed) in enumerate(runs):
+        own = part[(part.run == run) & (part.seed == seed)].set_index("metric")
+        own = own.reindex([f"yes_ratio/{setting}" for setting in settings])
+        x = np.arange(len(settings)) + (k - (len(runs) - 1) / 2) * 0.6 / max(1, len(runs))
+        ax.vlines(x, own.low, own.high, color=colors[run], lw=3, alpha=0.45)
+        ax.plot(x, own.value, "o", color=colors[run])
+    ax.axhline(50, color=INK, ls="--", lw=1)
+    ax.set_xticks(range(len(settings)), settings)
+    ax.set(ylim=(0, 100), ylabel=unit("pope", "yes_ratio"), title="POPE: how often it says yes")
+    handles = [
+        _legend_mark(f"{run}, 95 % interval", color, ls="-") for run, color in colors.items()
+    ]
+    handles.append(plt.Line2D([], [], color=INK, ls="--", lw=1, label="the truth"))
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -235,7 +307,7 @@ def curves(
     ticks = [f"{x // 1000}k" if x >= 1000 and x % 1000 == 0 else f"{x:g}" for x in xs]
     for ax, (benchmark, metric, title) in zip(axes.flat, panels):
         own = headline(scores, benchmark, metric)
-        for name, color in zip(names, COLORS):
+        for name, color in model_colors(names).items():
             part = own[own.run.isin([run for run, (line, _) in points.items() if line == name])]
             part = part.assign(x=[points[run][1] for run in part.run])
             mean = part.groupby("x")[["value", "low", "high"]].mean()
@@ -243,11 +315,11 @@ def curves(
             ax.plot(mean.index, mean.value, color=color, label=name)
             ax.fill_between(mean.index, mean.low, mean.high, color=color, alpha=0.14, lw=0)
         if len(own):
-            ax.axhline(own.baseline.mean(), color=GREY, ls=":", lw=1.2, label="majority answer")
+            ax.axhline(own.baseline.mean(), label="majority answer", **MAJORITY)
         other = own.iloc[:0] if reference is None else headline(reference, benchmark, metric)
         if len(other):
             ax.axhline(other.value.mean(), color=INK, ls="--", lw=1.2, label=other.run.iloc[0])
-        ax.set(title=title, xlabel=xlabel)
+        ax.set(title=title, xlabel=xlabel, ylabel=unit(benchmark, metric))
         if log:  # linear between 0 and the smallest amount, which a logarithm lacks
             ax.set_xscale("symlog", linthresh=min(x for x in xs if x > 0), linscale=0.5)
         ax.set_xticks(xs, ticks)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vflan.analysis.plots.theme import COLORS, GREY, INK, PALE, TOKEN_COLORS, wrap, write
+from vflan.analysis.plots.theme import (
+    COLORS,
+    GREY,
+    INK,
+    PALE,
+    TOKEN_COLORS,
+    model_colors,
+    wrap,
+    write,
+)
 from vflan.data.images import read_picture
 
 if TYPE_CHECKING:
@@ -101,6 +110,7 @@ def before_after(
     grid.update(left=0.01, right=0.99, top=top, bottom=0.01, hspace=0.16)
     columns = [0.115 + 0.885 * k / (len(answers) + 1) for k in range(len(answers) + 1)]
     heading = dict(weight="bold", va="top", fontsize=9, parse_math=False)
+    colors = model_colors(answers)
     for x, name in zip(columns, ["question", *answers]):
         fig.text(0.01 + 0.98 * x, 0.995, name, **heading)
     for i, (asked, row) in enumerate(zip(questions, cells)):
@@ -109,10 +119,35 @@ def before_after(
         ax.plot([0, 1], [1.06, 1.06], color=PALE, transform=ax.transAxes, clip_on=False)
         show(ax.inset_axes([0, 0.02, 0.1, 0.96]), asked.get("image"))
         write(ax, columns[0], 0.97, row[0], fontsize=8, color=INK)
-        for k, (x, text, reply) in enumerate(zip(columns[1:], row[1:], answers.values())):
+        for x, text, (name, reply) in zip(columns[1:], row[1:], answers.items()):
             right = _plain(reply[i]) == _plain(asked.get("label", "")) != ""
             weight = "bold" if right else None
-            write(ax, x, 0.97, text, fontsize=8, color=COLORS[k % 7], weight=weight)
+            write(ax, x, 0.97, text, fontsize=8, color=colors[name], weight=weight)
+    return fig
+
+
+def attention_figure(
+    image: str, maps: Mapping[str, Sequence[np.ndarray]], count: int = 5
+) -> Figure:
+    """Where a model looks, a line for each question and a column for each of `count` layers.
+
+    image: the picture's path. maps: {question: (side, side) shares of attention for each layer}.
+    All maps have one scale of colour; the number above a map is the share of the layer's attention
+    that goes to the picture at all.
+    """
+    depth = len(next(iter(maps.values())))
+    picks = np.unique(np.linspace(0, depth - 1, min(count, depth)).round().astype(int))
+    size = (9, 1.6 * len(maps) + 0.3)
+    fig, axes = plt.subplots(len(maps), len(picks) + 1, figsize=size, squeeze=False)
+    most = 100 * max(float(np.max(layer)) for layers in maps.values() for layer in layers)
+    for row, (text, layers) in zip(axes, maps.items()):
+        show(row[0], image)
+        row[0].set_title(wrap(text, 18, 2), fontsize=8.5)
+        for ax, k in zip(row[1:], picks):
+            drawn = ax.imshow(100 * np.asarray(layers[k]), cmap="Blues", vmin=0, vmax=most)
+            ax.set_title(f"layer {k + 1}: {np.sum(layers[k]):.0%}", fontsize=8.5)
+            ax.set_axis_off()
+    fig.colorbar(drawn, ax=axes, label="share of a layer's attention, %", shrink=0.6)
     return fig
 
 

@@ -5,6 +5,9 @@ No matplotlib and no torch here: tables and plots both read this module.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pandas as pd
 
 from vflan.config import resolve
@@ -12,6 +15,7 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 
 Scores = pd.DataFrame  # a table of vflan.evaluate: one row for each run, seed and metric
 TITLES = BENCHMARKS.titles()  # {benchmark: its name in figures and tables}
+CAPTIONS = json.loads((Path(__file__).parents[1] / "captions.json").read_text(encoding="utf-8"))
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 
 
@@ -56,3 +60,10 @@ def headline(scores: Scores, benchmark: str, metric: str | None = None) -> Score
     """The rows of one metric of a benchmark (by default its headline), in the order of the runs."""
     metric = metric or BENCHMARKS[benchmark].headline
     return scores[(scores.benchmark == benchmark) & (scores.metric == metric)]
+
+
+def unit(benchmark: str, metric: str | None = None) -> str:
+    """What an axis of a benchmark's metric (by default its headline) is labelled with."""
+    metric = metric or BENCHMARKS[benchmark].headline
+    name = UNITS.get(metric, metric)
+    return f"{name}, % of maximum" if benchmark == "mme" and metric == "score" else name

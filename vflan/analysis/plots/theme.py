@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
 from vflan.analysis.claims import READ
+from vflan.analysis.plots.reference import CAPTIONS
 from vflan.config import output_folder, resolve
 from vflan.config import shown as shown_path
 from vflan.data.images import open_picture
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
+# A model has the same colour in every figure, whatever its seed.
+MODEL_COLORS = {"projector": COLORS[2], "base": COLORS[0], "chat": COLORS[1]}
+OTHER_COLORS = (COLORS[3], COLORS[4], COLORS[5], "#8C564B", INK, "#7570B3")
+MAJORITY = dict(color=INK, ls=":", lw=1.6)  # the one mark of the majority answer
 TOKEN_COLORS = {"learned": "#F6C9A8", "only read": PALE, "picture": "#BFDDF0"}
 SVG_LIMIT = 200_000  # bytes
 
@@ -32,16 +39,29 @@ def style() -> None:
     plt.style.use(resolve("figures/vflan.mplstyle"))
 
 
+def model_colors(names: Iterable[str]) -> dict[str, str]:
+    """{name: colour}: the stages' own, as in every figure; other names take further colours.
+
+    Capitals, a seed at the end and the word "stage" do not matter: "Base", "base-seed3".
+    """
+    names = list(dict.fromkeys(names))
+    stage = {name: re.sub(r"( stage|-seed\d+)$", "", str(name).lower()) for name in names}
+    others = [name for name in names if stage[name] not in MODEL_COLORS]
+    rest = {name: OTHER_COLORS[i % len(OTHER_COLORS)] for i, name in enumerate(others)}
+    return {name: MODEL_COLORS.get(stage[name]) or rest[name] for name in names}
+
+
 def save(fig: Figure, name: str, album: str | Path = "tiny") -> Path:
     """Write runs/<album>/figures/name.png, and name.svg if that is smaller than 200 KB.
 
-    album: the name of a preset, or its folder of runs. Returns the path of the PNG. The files hold
-    no date, so the same figure gives the same bytes.
+    album: the name of a preset, or its folder of runs. Returns the path of the PNG. Both files hold
+    the figure's caption and no date, so the same figure gives the same bytes.
     """
     folder = output_folder(album, "figures")
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    fig.savefig(png, metadata={"Software": None})
-    fig.savefig(svg, metadata={"Date": None})
+    words = {"Description": CAPTIONS[name]} if name in CAPTIONS else {}
+    fig.savefig(png, metadata={"Software": None, **words})
+    fig.savefig(svg, metadata={"Date": None, **words})
     if svg.stat().st_size > SVG_LIMIT:
         svg.unlink()
     return png
