@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vflan import config, plots
+from vflan.analysis import tables
 from vflan.analysis.claims import VERDICTS
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.stats import bootstrap
@@ -47,6 +48,12 @@ def texts(fig):
 
 def marks(ax, marker):
     return [line.get_xdata()[0] for line in ax.lines if line.get_marker() == marker]
+
+
+def majority(ax):
+    """The x of each short dotted line: the one mark of the majority answer."""
+    return [segment[0][0] for group in ax.collections if group.get_linestyles()[0][1]
+            for segment in group.get_segments()]  # fmt: skip
 
 
 def test_importing_all_plots_imports_neither_torch_nor_transformers():
@@ -132,11 +139,9 @@ def test_table_2_shows_the_papers_value_in_grey_hollow_where_it_is_not_confirmed
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
     assert marks(axes["MMBench"], "D") == [69.8, 67.6]
     assert marks(axes["MME"], "D") == [1537.8 / 20, 1490.6 / 20]
-    assert marks(axes["MMBench"], "o") == [50, 51, 52] and marks(axes["MMBench"], "|") == [
-        33,
-        33,
-        33,
-    ]
+    assert marks(axes["MMBench"], "o") == [50, 51, 52] and majority(axes["MMBench"]) == [33, 33, 33]
+    dots = [line.get_color() for line in axes["MMBench"].lines if line.get_marker() == "o"]
+    assert dots == [plots.MODEL_COLORS[stage] for stage in ("projector", "base", "chat")]
     fills = [
         line.get_markerfacecolor() for line in axes["forgetting"].lines if line.get_marker() == "D"
     ]
@@ -151,6 +156,56 @@ def test_parts_are_compared_with_the_rows_of_their_table(scores):
     )
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes}
     assert marks(axes["POPE"], "D") == [51.9, 85.9] and marks(axes["forgetting"], "D") == []
+    assert "paper, 13B" in texts(fig)
+
+
+def test_a_legend_names_only_what_is_drawn(scores):
+    """Table 7 has no numbers of the paper: a diamond in the legend would be looked for in vain."""
+    drawn = texts(plots.dots(scores, {"base": ("all", None)}, "Table 7", ["mme"]))
+    assert "majority answer" in drawn and "paper, 13B" not in drawn
+    fig = plots.dots(scores, {"base": ("Base", "Vision-Flan Base")}, "Table 2", ["forgetting"])
+    assert "paper, 13B, not confirmed" in texts(fig) and "paper, 13B" not in texts(fig)
+
+
+def test_the_share_of_yes_of_each_stage_stands_under_its_own_colour():
+    rows = [
+        (run, "pope", f"yes_ratio/{setting}", value, value - 4, value + 4, seed)
+        for run, value in (("projector", 67), ("base", 50), ("chat", 49))
+        for seed in (0, 1)
+        for setting in ("random", "popular")
+    ]
+    names = ["run", "benchmark", "metric", "value", "low", "high", "seed"]
+    fig = plots.yes_ratio(pd.DataFrame(rows, columns=names))
+    ax = fig.axes[0]
+    dots = {line.get_color(): line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"}
+    named = {handle.get_label(): handle.get_color() for handle in ax.get_legend().legend_handles}
+    for run, value in (("projector", 67), ("base", 50), ("chat", 49)):
+        assert dots[named[f"{run}, 95 % interval"]] == value
+    assert named["the truth"] == plots.INK and ax.get_ylabel() == "share of yes, %"
+
+
+def test_a_model_has_one_colour_everywhere():
+    colors = plots.model_colors(["Base", "base-seed3", "projector stage", "only-tasks", "Chat"])
+    assert colors["Base"] == colors["base-seed3"] == plots.MODEL_COLORS["base"]
+    assert colors["projector stage"] == plots.MODEL_COLORS["projector"]
+    assert colors["only-tasks"] not in plots.MODEL_COLORS.values()
+
+
+def test_maps_of_attention_have_one_scale_and_say_its_unit(tmp_path):
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "x.png")
+    layers = [np.full((4, 4), share / 16) for share in (0.1, 0.5)]
+    fig = plots.attention_figure(str(tmp_path / "x.png"), {"the star?": layers})
+    limits = {image.get_clim() for ax in fig.axes[1:3] for image in ax.images}
+    assert limits == {(0, 100 * 0.5 / 16)}
+    assert {"layer 1: 10%", "layer 2: 50%", "share of a layer's attention, %"} <= set(texts(fig))
+
+
+def test_a_saved_figure_carries_its_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    path = plots.save(plt.figure(), "attention", "some-preset")
+    with Image.open(path) as image:
+        assert image.text["Description"] == tables.caption(path).strip()
+    assert tables.caption(path).startswith("How much each layer")
 
 
 def test_curves_have_a_point_for_every_amount_and_name_their_lines(scores):
@@ -188,9 +243,16 @@ def test_a_loss_curve_is_drawn_for_every_run():
     table = pd.DataFrame({"step": range(50), "loss": np.linspace(3, 1, 50)})
     runs = [SimpleNamespace(name=name, metrics=lambda: table) for name in ("base", "chat")]
     fig = plots.loss_curve(*runs)
-    assert len(fig.axes[0].lines) == 4 and any(
-        t.startswith("chat, ends at 1.0") for t in texts(fig)
-    )
+    assert len(fig.axes[0].lines) == 4 and "chat: mean of the last 1 steps 1.00" in texts(fig)
+
+
+def test_steps_of_text_alone_are_crosses_outside_the_mean():
+    loss = np.where(np.arange(50) == 20, 10.0, 1.0)
+    table = pd.DataFrame({"step": range(50), "loss": loss, "pictures": 16 * (loss < 10)})
+    fig = plots.loss_curve(SimpleNamespace(name="chat", metrics=lambda: table), smooth=0.2)
+    assert marks(fig.axes[0], "x") == [20] and "a step of text alone" in texts(fig)
+    (mean,) = [line for line in fig.axes[0].lines if line.get_label().startswith("chat")]
+    assert set(mean.get_ydata()) == {1.0}
 
 
 def test_colours_stay_apart_for_colour_blind_readers():
@@ -240,15 +302,21 @@ def test_the_forest_plot_shows_each_claim_with_its_interval_verdict_and_the_long
 def test_categories_show_the_mean_of_their_kinds_for_each_stage():
     kinds = {"red": 10, "blue": 30, "cat": 50}
     rows = [
-        [run, "heldin", f"accuracy/{kind}", value + shift, 20.0]
+        [run, "heldin", f"accuracy/{kind}", value + shift, value + shift - 6, value + shift + 8, 20]
         for run, shift in (("base", 0), ("base-seed1", 2), ("chat", 20))
         for kind, value in kinds.items()
     ]
-    scores = pd.DataFrame(rows, columns=["run", "benchmark", "metric", "value", "baseline"])
+    columns = ["run", "benchmark", "metric", "value", "low", "high", "baseline"]
+    scores = pd.DataFrame(rows, columns=columns)
     ax = plots.categories(scores, ["heldin"], {"red": "color", "blue": "color"}).axes[0]
-    lines = {line.get_label(): dict(zip(line.get_ydata(), line.get_xdata())) for line in ax.lines}
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    lines = {line.get_label(): dict(zip(names, line.get_xdata())) for line in ax.lines}
     assert lines["base"] == {"color": 21, "cat": 51} and lines["chat"] == {"color": 40, "cat": 70}
-    assert set(lines["majority answer"].values()) == {20}
+    assert majority(ax) == [20, 20]
+    # two kinds of 6 below and 8 above: sqrt(2) times as much, halved
+    spans = {tuple(segment[:, 0].round(4)) for group in ax.collections[1:2]
+             for segment in group.get_segments()}  # fmt: skip
+    assert spans == {(round(21 - 6 / 2**0.5, 4), round(21 + 8 / 2**0.5, 4)), (45, 59)}
 
 
 def test_affinity_is_the_gain_over_the_start_by_category():
