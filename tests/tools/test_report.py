@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image, PngImagePlugin
 
 from vflan.analysis import tables
-from vflan.tools.report import write_report
+from vflan.tools.report import answer_rows, write_report
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -64,10 +64,13 @@ def home(tmp_path):
     results = runs / "results"
     results.mkdir(parents=True)
     columns = "run benchmark metric value low high n seed baseline".split()
-    scores = [("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)]
+    scores = [("projector", "pope", "f1", 60, 55, 65, 100, 0, 50)]
+    scores += [("base", "pope", "f1", 81.5, 79, 84, 100, 0, 50)]
     pd.DataFrame(scores, columns=columns).to_csv(results / "scores.csv", index=False)
-    columns = "claim n_seeds effect low high verdict".split()
-    claims = pd.DataFrame([(EVIL, 2, 1.25, 0.5, 2.0, "holds")], columns=columns)
+    columns = "claim statement comparison metric n_seeds effect low high verdict".split()
+    rows = [("1", EVIL, "0.5 all - 0.5 few", "heldout:lenient", 2, 1.25, 0.5, 2.0, "holds")]
+    rows += [("1a", "a part", "all - few", "pope:f1", 2, 1.25, 0.5, 2.0, "opposite")]
+    claims = pd.DataFrame(rows, columns=columns)
     claims.to_csv(results / "claims.csv", index=False)
     (tmp_path / "bench/heldin").mkdir(parents=True)
     (tmp_path / "bench/images").mkdir()
@@ -117,8 +120,9 @@ def test_all_results_are_on_one_page(home):
     page = Page(path)
     assert path == home / "runs/tiny/report.html" and not list(path.parent.glob("*.png"))
     for text in (
-        "POPE F1 50.0 81.5 [79.0, 84.0] 85.9 86.1", "Seeds: 0.", "1.25 0.5 2 holds",
-        "12.3 minutes", "at most 1.5 GB", "lr 0.5 0.5", "base 7 0.125", "01_first 3.25 0.5",
+        "POPE F1 50.0 60.0 [55.0, 65.0] 81.5 [79.0, 84.0] 85.9 86.1", "Seeds: 0.",
+        "1.25 0.5 2 holds",
+        "3.2 minutes in all", "at most 0.5 GB", "lr 0.5 0.5", "base 7 0.125", "01_first 3.25 0.5",
         "transformers 5.", "cores",
     ):  # fmt: skip
         assert text in page.text
@@ -166,3 +170,61 @@ def test_a_preset_without_results_has_a_short_report(tmp_path):
     page = Page(write_report("mine", tmp_path / "runs/mine", record, tmp_path))
     is_harmless(page)
     assert "vflan: mine" in page.text and "Python 3." in page.text and "Scores" not in page.text
+
+
+def test_the_report_begins_with_what_came_out(home):
+    """Three sentences and a figure, before any table; a claim's formula is left out."""
+    (home / "runs/tiny/figures/table2.png").write_bytes(png("All benchmarks."))
+    page = Page(report_of(home))
+    begin, _, rest = page.text.partition("Scores")
+    assert begin.endswith(
+        "Beside the projector stage, Base is better on 1 of 1 benchmarks (most on POPE F1: 81.5 "
+        "after 60.0). Of the paper's 1 claims measured: 1 holds. All benchmarks. "
+    )
+    assert [image["alt"] for image in page.all("img")][0] == "All benchmarks."
+    assert "0.5 all" not in page.text and "heldout:lenient" not in page.text
+    assert rest.index("Claims of the paper") < rest.index("Figures") < rest.index("Recipe")
+
+
+def test_numbers_are_aligned_and_never_break(home):
+    page = Page(report_of(home))
+    heads = [attributes.get("class") for attributes in page.all("th")]
+    assert "n" in heads and None in heads
+    style = " ".join(page.words)
+    assert ".n { text-align: right; white-space: nowrap }" in style and "anywhere" not in style
+    assert "@media print" in style and "max-width: 30em" in style
+
+
+def test_answers_that_changed_are_shown_rather_than_others(home):
+    stages = {name: home / "runs/tiny" / name for name in ("projector", "base")}
+    questions = [dict(question_id=str(i), text=f"question {i}", label="yes") for i in range(9)]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (home / "bench/heldin/questions.jsonl").write_text(lines)
+    for name, folder in stages.items():
+        said = ["Yes." if i == 4 and name == "base" else "no" for i in range(9)]
+        rows = [{}] + [dict(i=i, question_id=str(i), answer=text, finish="stop", bytes=0)
+                       for i, text in enumerate(said)]  # fmt: skip
+        (folder / "answers/heldin.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    title, _, rows = answer_rows(stages, home)
+    assert title.startswith("Answers that changed")
+    assert [row[2:] for row in rows] == [["question 4", "yes", "no", "Yes.", ""]]
+
+
+def test_figures_stand_in_the_order_of_the_paper(tmp_path):
+    for name in ("mine", "table6", "fig4_task_diversity", "fig9_to_12", "table2", "fig12_b"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+    names = [path.stem for path, _ in tables.pictures(tmp_path)]
+    assert names == ["table2", "fig4_task_diversity", "fig9_to_12", "table6", "fig12_b", "mine"]
+
+
+def test_the_summary_calls_only_what_is_apart_better_or_worse():
+    columns = "run benchmark metric value low high n seed baseline".split()
+    rows = [("projector", "pope", "f1", 60, 55, 65), ("base", "pope", "f1", 64, 59, 69),
+            ("chat", "pope", "f1", 40, 35, 45)]  # fmt: skip
+    scores = pd.DataFrame([(*row, 100, 0, 50) for row in rows], columns=columns)
+    floors = pd.DataFrame(dict(holds=["True", "False", ""]))
+    assert tables.summary(scores, floors) == [
+        "Beside the projector stage, Base is neither better nor worse on any of 1 benchmarks.",
+        "Beside Base, Chat is worse on 1 of 1 benchmarks (most on POPE F1: 40.0 after 64.0).",
+        "1 of 2 floors hold.",
+    ]

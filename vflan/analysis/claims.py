@@ -23,7 +23,7 @@ from vflan.analysis.plots.reference import Scores, headline
 from vflan.config import output_folder, resolve
 from vflan.config import preset as recipes
 from vflan.config import shown as shown_path
-from vflan.evaluation.answer_cache import keep_scores, read_cache
+from vflan.evaluation.answer_cache import keep_scores, read_cache, read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.stats import draws, ratio, tables
@@ -335,7 +335,7 @@ def beside(scores: Scores, preset: str = "tiny", changes: dict | None = None) ->
     path = resolve(f"data/results/{Path(preset).stem}.csv")
     parts = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
     if path.is_file() and not changes:
-        other = pd.read_csv(path)
+        other = read_scores(path)
         other = other[~other.seed.isin(scores.seed) & other.run.isin(scores.run)]
         parts.append(other.assign(source=[f"seed {seed}, committed" for seed in other.seed]))
         READ.append(shown_path(path))

@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 
 from vflan.config import Recipe, folder_name, for_seed, replace, resolve, shown
+from vflan.evaluation.answer_cache import read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.evaluator import evaluate, present
@@ -91,10 +92,10 @@ class Sweep:
         tables = []
         for (label, seed), run in self.runs.items():
             if self.asked[label]:
-                table = pd.read_csv(run.folder / "scores.csv", dtype={"judge": str})
+                table = read_scores(run.folder / "scores.csv")
                 is_own = table.run == (self.answers_as[label] or run.recipe.name)
                 table = table[is_own & table.benchmark.isin(self.asked[label])]
-                tables.append(table.assign(run=label, seed=seed, judge=table.judge.fillna("")))
+                tables.append(table.assign(run=label, seed=seed))
         return pd.concat(tables, ignore_index=True)
 
     def items(self, label: str, seed: int, benchmark: str) -> dict[str, Metric]:

@@ -7,12 +7,15 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
 from vflan.analysis.plots.reference import CAPTIONS, TITLES, UNITS, Scores, headline, printed
 from vflan.config import ROOT
 from vflan.data.images import open_picture
+from vflan.escape import for_markdown
+from vflan.evaluation.answer_cache import read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 
 # Pages with generated tables, each between <!-- NAME:begin --> and <!-- NAME:end -->.
@@ -42,20 +45,24 @@ def caption(picture: Path) -> str:
 
 
 def pictures(folder: str | Path) -> list[tuple[Path, str]]:
-    """The PNG figures of a folder, [(path, caption)], Figure 4 before Figure 10."""
+    """The PNG figures of a folder, [(path, caption)], in the order of the paper; others follow."""
+    order = {name: place for place, name in enumerate(CAPTIONS)}
 
-    def by_number(path):
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+    def place(path):
+        number = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+        return order.get(path.stem, len(order)), number  # Figure 4 before Figure 10
 
-    return [(path, caption(path)) for path in sorted(Path(folder).glob("*.png"), key=by_number)]
+    return [(path, caption(path)) for path in sorted(Path(folder).glob("*.png"), key=place)]
 
 
 def write_gallery(preset: str, folder: str | Path, page: Path) -> int:
     """Write a markdown page with the figures of `folder` and captions; returns their number."""
     figures = pictures(folder)
-    parts = [f"# Figures of the {preset} preset", "Drawn by the notebooks; this page is generated."]
+    title = f"# Figures of the {for_markdown(preset)} preset"
+    parts = [title, "Drawn by the notebooks; this page is generated."]
     for path, text in figures:
-        parts += [f"![{text}]({path.relative_to(page.parent).as_posix()})", text]
+        words, address = for_markdown(text), quote(path.relative_to(page.parent).as_posix())
+        parts += [f"![{words}]({address})", words]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return len(figures)
@@ -87,6 +94,57 @@ def mean_scores(scores: Scores) -> pd.DataFrame:
              for title, rows in headlines(scores).items()}  # fmt: skip
     runs = _without_seeds(scores).run.unique()
     return pd.DataFrame(means).reindex(runs).dropna(how="all").round(1)
+
+
+def summary(
+    scores: Scores, floors: pd.DataFrame | None = None, verdicts: pd.DataFrame | None = None
+) -> list[str]:
+    """What came out, in at most three sentences: Base, Chat, then the floors or claims.
+
+    A stage is called better or worse than the one before it on a benchmark if their intervals do
+    not overlap in any seed.
+    """
+    sentences = []
+    for stage, before, name in (
+        ("base", "projector", "the projector stage"),
+        ("chat", "base", "Base"),
+    ):
+        if words := _changes(scores, stage, before):
+            sentences.append(f"Beside {name}, {STAGES[stage]} is {words}.")
+    if verdicts is not None and len(whole := verdicts[verdicts.claim.astype(str).str.isdigit()]):
+        counts = whole.verdict.value_counts(sort=False)
+        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        sentences.append(f"Of the paper's {len(whole)} claims measured: {parts}.")
+    elif floors is not None and len(judged := floors.holds.astype(str).loc[lambda f: f != ""]):
+        held = int((judged == "True").sum())
+        sentences.append(f"{held} of {judged.isin(['True', 'False']).sum()} floors hold.")
+    return sentences
+
+
+def _changes(scores, stage, before):
+    """In words, how a stage compares with the one before it; "" if no benchmark has both.
+
+    "better on 2 of 3 benchmarks (most on MME score: 76.2 after 46.1) and worse on 1 of 3 (...)".
+    """
+    count, moves = 0, {"better": {}, "worse": {}}
+    for title, rows in headlines(scores).items():
+        new, old = rows[rows.run == stage], rows[rows.run == before]
+        if len(new) and len(old):
+            count += 1
+            values = new.value.mean(), old.value.mean()
+            if new.low.min() > old.high.max():
+                moves["better"][title] = values
+            elif new.high.max() < old.low.min():
+                moves["worse"][title] = values
+    words = []
+    for kind, own in moves.items():
+        if own:
+            title = max(own, key=lambda title: abs(own[title][0] - own[title][1]))
+            most = "{}: {:.1f} after {:.1f}".format(title, *own[title])
+            words.append(f"{kind} on {len(own)} of {count} benchmarks (most on {most})")
+    if count and not words:
+        words = [f"neither better nor worse on any of {count} benchmarks"]
+    return " and ".join(words)
 
 
 def score_rows(scores: Scores) -> tuple[str, list[str], list[list]]:
@@ -200,7 +258,7 @@ def page_tables(home: Path | str | None = None) -> dict[str, str]:
     home, tables = Path(home or ROOT), {}
     results = home / "data" / "results"
     if (results / "tiny.csv").exists():
-        tables["scores"] = scores_markdown(pd.read_csv(results / "tiny.csv"))
+        tables["scores"] = scores_markdown(read_scores(results / "tiny.csv"))
     if (results / "tiny_floors.csv").exists():
         tables["floors"] = floors_markdown(pd.read_csv(results / "tiny_floors.csv"))
     if (results / "claims_tiny.csv").exists():

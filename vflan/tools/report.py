@@ -1,6 +1,8 @@
 """A preset's results as one HTML page that opens offline.
 
-It shows scores, claims, figures, answers, recipes, versions and the machine. All of it is read from
+It begins with what came out, in three sentences and a figure; then come the scores, floors and
+claims, the figures in the order of the paper, answers that changed between the stages, recipes,
+the machine and the cost. All of it is read from
 files and escaped by templates/report.html; no script runs on the page, which a content policy
 states too. The executed notebooks become pages beside their files, cleaned in the same way.
 """
@@ -30,11 +32,14 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from vflan.analysis.claims import answered
-from vflan.analysis.tables import STAGES
+from vflan.analysis.plots.reference import TITLES
+from vflan.analysis.tables import STAGES, summary
 from vflan.config import DEFAULTS, commit, read_json
 from vflan.tools.widgets.elements import picture
 
 BENCHMARKS_SHOWN = ("heldin", "heldout", "pope", "llava_bench")  # some answers to each are shown
+FIRST_FIGURE = "table2"  # shown below the first sentences
+NUMBERS = r"[\d.,+\-\[\]() %]"  # what a number and its interval are written with
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 # What is left of a notebook's page: tags, and kinds of outputs.
 TAGS = "div pre span table thead tbody tr th td p br hr img h1 h2 h3 h4 h5 h6 dl dt dd sub sup"
@@ -62,37 +67,77 @@ def write_report(
     """
     runs = runs or home / "runs" / preset
     stages = {name: runs / name for name in STAGES if (runs / name / "recipe.json").is_file()}
-    tables = [("Scores", *scores)] if scores else []
-    for title, file in (("Floors", "floors.csv"), ("Claims of the paper", "claims.csv")):
-        if (runs / "results" / file).is_file():
-            frame = pd.read_csv(runs / "results" / file)
-            tables.append((title, "", list(frame.columns), frame.itertuples(index=False)))
-    for title, columns, rows in (answer_rows(stages, home), run_rows(stages), recipe_rows(stages)):
-        if rows:
-            tables.append((title, "", columns, rows))
+    found = {file: pd.read_csv(runs / "results" / f"{file}.csv", dtype={"claim": str})
+             for file in ("scores", "floors", "claims")
+             if (runs / "results" / f"{file}.csv").is_file()}  # fmt: skip
+    lead = summary(found["scores"], found.get("floors"), found.get("claims")) if scores else []
+    results = [("Scores", *scores)] if scores else []
+    for title, file in (("Floors", "floors"), ("Claims of the paper", "claims")):
+        if file in found:
+            # how a claim is computed is in data/claims.csv
+            frame = found[file].drop(columns=["comparison", "metric"], errors="ignore")
+            results.append((title, "", list(frame.columns), frame.itertuples(index=False)))
+    details = [answer_rows(stages, home), recipe_rows(stages), run_rows(stages)]
+    details = [(title, "", columns, rows) for title, columns, rows in details if rows]
+    details.append(("Notebooks, as executed", "", *notebook_rows(record, out)))
+
+    facts = [f"Python {platform.python_version()}"]
+    facts += [f"{package} {version(package)}" for package in PACKAGES]
+    facts += [f"commit {commit() or 'unknown'}", *hardware()]
+    # of the runs that made what is shown: this call may have had nothing left to run
+    minutes = sum(row["minutes"] for row in record["notebooks"])
+    peak = max((row["peak_gb"] for row in record["notebooks"]), default=record["peak_gb"])
+    facts += [f"the notebooks took {minutes:.1f} minutes in all", f"at most {peak:.1f} GB each"]
+    facts += [f"{key} = {value}" for key, value in record["parameters"].items()]
+    pngs = [(base64.b64encode(path.read_bytes()).decode(), words) for path, words in figures]
+    first = [png for png, (path, _) in zip(pngs, figures) if path.stem == FIRST_FIGURE]
+    text = _render(
+        title=f"vflan: {preset}",
+        lead=lead,
+        facts=facts,
+        first=first,
+        figures=[png for png in pngs if png not in first],
+        results=_cells(results),
+        details=_cells(details),
+    )
+    (out / "report.html").write_text(text, encoding="utf-8")
+    return out / "report.html"
+
+
+def _cells(tables):
+    """Tables with their cells as text, and for each column whether it holds numbers."""
+    shown = []
+    for *head, columns, rows in tables:
+        rows = [list(row) for row in rows]
+        numeric = [all(_is_number(cell) for cell in cells) for cells in zip(*rows)]
+        texts = [[_text(cell) for cell in row] for row in rows]
+        shown.append((*head, list(zip(columns, numeric or [False] * len(columns))), texts))
+    return shown
+
+
+def _is_number(cell):
+    """Whether a cell is a number, a number with its interval, or empty."""
+    if cell is None or isinstance(cell, (int, float)):
+        return not isinstance(cell, bool)
+    return isinstance(cell, str) and not re.sub(NUMBERS, "", cell)
+
+
+def notebook_rows(record: dict, out: Path) -> tuple[list[str], list[list]]:
+    """(columns, rows): a link to the page of each executed notebook, and its cost."""
     cost = {row["name"]: (row["minutes"], row["peak_gb"]) for row in record["notebooks"]}
     links = []
     for path in sorted((out / "notebooks").glob("*.ipynb")):
         address = notebook_page(path).relative_to(out).as_posix()
         link = Markup('<a href="{}">{}</a>').format(address, path.stem)
-        links.append([link, *cost.get(path.stem, ())])
-    columns = ["notebook", "minutes", "most memory, GB"]
-    tables.append(("Notebooks, as executed", "", columns, links))
-
-    facts = [f"Python {platform.python_version()}"]
-    facts += [f"{package} {version(package)}" for package in PACKAGES]
-    facts += [f"commit {commit() or 'unknown'}", *hardware()]
-    facts += [f"{record['minutes']:.1f} minutes", f"at most {record['peak_gb']:.1f} GB"]
-    facts += [f"{key} = {value}" for key, value in record["parameters"].items()]
-    cells = [(*head, [[_text(cell) for cell in row] for row in rows]) for *head, rows in tables]
-    pngs = [(base64.b64encode(path.read_bytes()).decode(), words) for path, words in figures]
-    text = _render(title=f"vflan: {preset}", facts=facts, tables=cells, figures=pngs)
-    (out / "report.html").write_text(text, encoding="utf-8")
-    return out / "report.html"
+        links.append([link, *cost.get(path.stem, (None, None))])
+    return ["notebook", "minutes", "most memory, GB"], links
 
 
 def answer_rows(stages: dict[str, Path], home: Path, each: int = 3) -> Table:
-    """All stages' answers to about `each` questions of some benchmarks, evenly over their files."""
+    """Answers to about `each` questions of some benchmarks that changed between the stages.
+
+    They are spread evenly over the questions; where no answer changed, all questions are taken.
+    """
     rows = []
     for name in BENCHMARKS_SHOWN:
         answers = {}
@@ -101,14 +146,22 @@ def answer_rows(stages: dict[str, Path], home: Path, each: int = 3) -> Table:
             run = SimpleNamespace(folder=folder, name=stage)
             with suppress(FileNotFoundError, KeyError):  # not asked, or not to the end
                 answers[stage] = answered(run, name, questions)
-        first = next(iter(answers.values()), [])
-        for i in range(0, len(first), -(-len(first) // each) or 1):
-            image, text = first[i].get("image"), first[i]["text"]
-            cells = [picture(image) if image else "", first[i].get("category", ""), text]
-            cells.append(first[i].get("label"))
-            replies = (answers[stage][i]["answer"] if stage in answers else "" for stage in STAGES)
-            rows.append([*cells, *replies])
-    return "Some answers", ["picture", "task", "question", "reference", *STAGES.values()], rows
+        replies = list(zip(*answers.values()))
+        changed = [i for i, same in enumerate(replies) if len({_plain(row) for row in same}) > 1]
+        chosen = changed or range(len(replies))
+        for i in chosen[:: -(-len(chosen) // each) or 1]:
+            question = replies[i][0]
+            image = question.get("image")
+            cells = [picture(image) if image else "", TITLES[name], question["text"]]
+            cells.append(question.get("label"))
+            texts = (answers[stage][i]["answer"] if stage in answers else "" for stage in STAGES)
+            rows.append([*cells, *texts])
+    columns = ["picture", "benchmark", "question", "reference", *STAGES.values()]
+    return "Answers that changed between the stages", columns, rows
+
+
+def _plain(row):
+    return row["answer"].strip(" .").lower()
 
 
 def run_rows(stages: dict[str, Path]) -> Table:

@@ -23,7 +23,17 @@ from .pictures import (
     tokens,
     turns,
 )
-from .reference import TITLES, UNITS, headline, paper, paper_tasks, printed, task_list, unit
+from .reference import (
+    NO_GROUP,
+    TITLES,
+    UNITS,
+    headline,
+    paper,
+    paper_tasks,
+    printed,
+    task_list,
+    unit,
+)
 from .theme import (
     COLORS,
     GREY,
@@ -45,7 +55,8 @@ __all__ = [
     "affinity", "attention_figure", "before_after", "categories", "COLORS", "committed_figure",
     "curves", "diversity",
     "dots", "forest_plot", "gallery", "gpt4_curves", "GREY", "headline", "INK", "learning_curves",
-    "loss_curve", "MAJORITY", "MODEL_COLORS", "model_colors", "pack_circles", "packed_rows", "PALE",
+    "loss_curve", "MAJORITY", "MODEL_COLORS", "model_colors", "NO_GROUP", "pack_circles",
+    "packed_rows", "PALE",
     "paper", "paper_tasks", "parts_table", "printed", "question", "save", "show", "source", "style",
     "table2", "task_bubbles", "task_list", "TITLES", "TOKEN_COLORS", "tokens", "turns", "unit",
     "UNITS", "wrap", "write", "yes_ratio",

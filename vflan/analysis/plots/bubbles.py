@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from vflan.analysis.plots.theme import COLORS
+from vflan.analysis.plots.reference import NO_GROUP
+from vflan.analysis.plots.theme import COLORS, GREY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,20 +56,22 @@ def task_bubbles(collections: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figu
     """Figure 2: a bubble for each category, its area the number of tasks, its colour the group.
 
     collections: {title: a row for each task, with columns group and category}, drawn in one row
-    each; or a single such table.
+    each; or a single such table. A task of another group, or of none, counts as NO_GROUP, in grey.
     """
     if not isinstance(collections, Mapping):
         collections = {"": collections}
     colors = dict(zip(("question answering", "classification", "generation"), COLORS))
+    colors[NO_GROUP] = GREY
     gap, heading = 0.7, 1.1  # between groups, above them; in the unit of the radii
     rows = []
     for title, tasks in collections.items():
-        tasks = tasks[tasks.group.isin(colors)]
+        tasks = tasks.assign(group=tasks.group.where(tasks.group.isin(colors), NO_GROUP))
         clusters = {group: _cluster(tasks[tasks.group == group])
                     for group in colors if (tasks.group == group).any()}  # fmt: skip
-        categories = sum(len(cluster.counts) for cluster in clusters.values())
-        comma = f"{title}, " if title else ""
-        rows.append((f"{comma}{len(tasks)} tasks in {categories} categories", clusters))
+        categories = sum(len(c.counts) for group, c in clusters.items() if group != NO_GROUP)
+        comma, others = f"{title}, " if title else "", int((tasks.group == NO_GROUP).sum())
+        rest = f", {others} of no group" if others else ""
+        rows.append((f"{comma}{len(tasks)} tasks in {categories} categories{rest}", clusters))
     widths = [sum(c.extent[0] + gap for c in clusters.values()) - gap for _, clusters in rows]
     heights = [max(c.extent[1] for c in clusters.values()) + heading for _, clusters in rows]
     inches = 8.9 / max(widths)  # of one unit

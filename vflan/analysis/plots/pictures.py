@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 def turns(sample: Mapping) -> tuple[str, str, str]:
-    """(task, question, answer) of a LLaVA sample's first exchange, or of a benchmark question."""
+    """(task, question, answer) of a LLaVA sample's first exchange, or of a benchmark question.
+
+    What a bad row lacks is "".
+    """
     if "conversations" in sample:
-        texts = [t["value"].replace("<image>", "").strip() for t in sample["conversations"]]
-        return sample.get("task_name") or "", texts[0], texts[1] if len(texts) > 1 else ""
+        texts = [t.get("value") or "" for t in sample["conversations"] or ()]
+        texts = [text.replace("<image>", "").strip() for text in texts] + ["", ""]
+        return sample.get("task_name") or "", texts[0], texts[1]
     return sample.get("category", ""), sample["text"], sample.get("label", "")
 
 
@@ -58,8 +62,10 @@ def show(ax: Axes, path: str | None) -> None:
 def gallery(samples: Sequence[Mapping], n: int = 8, columns: int = 4) -> Figure:
     """A grid of the first `n` samples: picture, task, instruction and answer.
 
-    samples: LLaVA rows or benchmark questions, with a path under `image`.
+    samples: LLaVA rows or benchmark questions, with a path under `image`. ValueError: none.
     """
+    if not len(samples):
+        raise ValueError("There are no samples to draw.")
     rows = [samples[i] for i in range(min(n, len(samples)))]
     columns = min(columns, len(rows))
     lines, characters, inches = -(-len(rows) // columns), 33, 2.3

@@ -13,6 +13,7 @@ import pandas as pd
 from vflan.config import resolve
 from vflan.evaluation.benchmarks import BENCHMARKS
 
+NO_GROUP = "no group"  # of tasks that no list places
 Scores = pd.DataFrame  # a table of vflan.evaluate: one row for each run, seed and metric
 TITLES = BENCHMARKS.titles()  # {benchmark: its name in figures and tables}
 CAPTIONS = json.loads((Path(__file__).parents[1] / "captions.json").read_text(encoding="utf-8"))
