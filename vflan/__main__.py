@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 import vflan
 from vflan.config import Recipe, shown
+from vflan.escape import for_sheet, for_terminal
 
 app = typer.Typer(
     add_completion=False,
@@ -86,7 +87,8 @@ def check_command(
     max_length: Annotated[int, Option(help="tokens; a longer conversation is cut")] = 2048,
 ) -> None:
     """Judge every row and picture by the rules of training; nothing is changed."""
-    print(vflan.check(vflan.load_samples(samples, images), max_length=max_length, against=against))
+    rows = vflan.load_samples(samples, images)
+    print(for_terminal(vflan.check(rows, max_length=max_length, against=against)))
 
 
 @app.command("train")
@@ -118,7 +120,7 @@ def evaluate_command(
 ) -> None:
     """Ask a model the questions of benchmarks and print its scores as csv."""
     scores = vflan.evaluate(run, benchmarks, folder, num_processes=processes)
-    scores.to_csv(sys.stdout, index=False, float_format="%.2f")
+    for_sheet(scores).to_csv(sys.stdout, index=False, float_format="%.2f")
 
 
 @app.command("score")
@@ -243,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as error:
         return error.code or 0
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"vflan {arguments[0]}: {error}", file=sys.stderr)
+        print(f"vflan {arguments[0]}: {for_terminal(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -245,7 +245,8 @@ def _is_whole(path: Path, file: HubFile) -> bool:
         return False
     # What the hub states: SHA-256 for files in LFS, else git's hash of a blob.
     in_lfs = len(file.checksum) == 64
-    digest = hashlib.sha256() if in_lfs else hashlib.sha1(f"blob {file.size}\0".encode())
+    blob = f"blob {file.size}\0".encode()
+    digest = hashlib.sha256() if in_lfs else hashlib.sha1(blob, usedforsecurity=False)
     with open(path, "rb") as content, progress(f"checking {file.path}", file.size, "B") as bar:
         while block := content.read(2**20):
             digest.update(block)

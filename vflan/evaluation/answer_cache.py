@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from vflan.config import shown
 from vflan.data.images import picture_trouble
+from vflan.escape import for_sheet, for_terminal, from_sheet
 from vflan.progress import counted
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"Another process is writing {shown(path)}: waiting for it.", flush=True)
+        print(f"Another process is writing {for_terminal(shown(path))}: waiting.", flush=True)
         lock.acquire()
     try:
         yield
@@ -212,10 +213,7 @@ def keep_scores(path: Path, scores: pd.DataFrame) -> None:
     """Adds scores to a csv file. A row with the same SCORE_KEY as an old one takes its place."""
     with locked(path):
         if path.exists():
-            old = pd.read_csv(path, dtype={"judge": str})
-            # Files of earlier versions have neither column.
-            for column, blank in (("judge", ""), ("problems", 0)):
-                old[column] = old[column].fillna(blank) if column in old else blank
+            old = read_scores(path)
             both = pd.concat([old, scores], ignore_index=True)
             # Groups are numbered as they first appear, so sorting by number keeps the old order.
             place = both.groupby(SCORE_KEY, sort=False).ngroup()
@@ -223,8 +221,19 @@ def keep_scores(path: Path, scores: pd.DataFrame) -> None:
             scores = both.drop_duplicates(SCORE_KEY, keep="last")
         # Replaced as a whole: a reader never sees half a table.
         part = path.with_suffix(".part")
-        scores.to_csv(part, index=False, float_format="%.4f")
+        for_sheet(scores).to_csv(part, index=False, float_format="%.4f")
         part.replace(path)
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """The table of a csv file of `keep_scores`: names are text, even `007`, `NA` and `=1`."""
+    numbers = dict.fromkeys(("value", "low", "high", "baseline", "n", "seed", "problems"), "")
+    names = dict.fromkeys(("run", "benchmark", "metric", "judge"), str)
+    scores = from_sheet(pd.read_csv(path, dtype=names, na_values=numbers, keep_default_na=False))
+    # Files of earlier versions have neither column.
+    for column, blank in (("judge", ""), ("problems", 0)):
+        scores[column] = scores[column].fillna(blank) if column in scores else blank
+    return scores
 
 
 def _can_retry(answer: Answer, question: dict) -> bool:

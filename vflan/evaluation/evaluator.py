@@ -18,6 +18,7 @@ import pandas as pd
 
 from vflan.config import folder_name, output_path, resolve, shown
 from vflan.data.images import stamp
+from vflan.escape import for_terminal
 from vflan.evaluation.answer_cache import (
     Answer,
     ask_and_keep,
@@ -357,10 +358,9 @@ def score_answers(
     problems += [(i, f"judge: {reason}") for i, reason in failed]
     if problems:
         i, reason = problems[0]
-        print(
-            f"{run}, {benchmark.name}: {len(problems)} problems in {len(texts)} questions; the "
-            f"first, question {test.samples[i]['question_id']}: {reason}"
-        )
+        first = for_terminal(f"question {test.samples[i]['question_id']}: {reason}")
+        count = f"{len(problems)} problems in {len(texts)} questions"
+        print(f"{run}, {benchmark.name}: {count}; the first, {first}")
     rows = []
     for name, metric in items.items():
         baseline = test.baseline.get(name, float("nan"))

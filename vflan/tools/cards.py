@@ -8,7 +8,6 @@ Vision-Flan's sources as far as they are stated. The words are in templates/*_ca
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,8 @@ from vflan.analysis.tables import markdown
 from vflan.config import DEFAULTS, ROOT, SHIPPED, Recipe, commit, read_json, resolve, shown
 from vflan.data.download import SETS
 from vflan.data.mixture import released_tasks
+from vflan.escape import for_markdown
+from vflan.evaluation.answer_cache import read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.training.checkpointing import versions
 
@@ -81,7 +82,7 @@ def model_card(run: Run, name: str, merged: bool = True) -> ModelCard:
         scores=[_score_row(score) for score in scores.itertuples()],
         versions=versions(),
         commit=commit(),
-        cell=_cell,
+        text=for_markdown,
         table=_table,
     )
 
@@ -150,7 +151,7 @@ def dataset_card(run: Run) -> DatasetCard:
         data_files=_files_used(run.folder),
         drawn=_public_fields({key: fields[key] for key in DRAWING_FIELDS}),
         tasks=tasks,
-        cell=_cell,
+        text=for_markdown,
         table=_table,
     )
 
@@ -185,7 +186,7 @@ def _headline_scores(run):
     """The rows of scores.csv with the headline metric of each benchmark; empty without scores."""
     if not (run.folder / "scores.csv").is_file():
         return pd.DataFrame(columns=["benchmark", "metric", "value"])
-    scores = pd.read_csv(run.folder / "scores.csv")
+    scores = read_scores(run.folder / "scores.csv")
     headline = scores.benchmark.map({name: b.headline for name, b in BENCHMARKS.items()})
     # Another process may have registered a benchmark that this one does not know. Its headline is
     # not stored, so all its metrics are shown, except those of one category ("accuracy/star").
@@ -196,9 +197,8 @@ def _headline_scores(run):
 
 def _score_row(score):
     interval = f"{score.low:.1f} to {score.high:.1f}"
-    judge = score.judge if isinstance(score.judge, str) else ""  # NaN where a rule scores
     values = [f"{score.value:.1f}", interval, f"{score.baseline:.1f}", score.n]
-    return [score.benchmark, score.metric, *values, judge]
+    return [score.benchmark, score.metric, *values, score.judge]
 
 
 def _files_used(folder):
@@ -223,7 +223,7 @@ def _files_used(folder):
             for name, group in sorted(licences.items())
         ],
         flags=flags,
-        cell=_cell,
+        text=for_markdown,
         table=_table,
     )
 
@@ -287,10 +287,5 @@ def _public(value):
     return value
 
 
-def _cell(value):
-    """A value as text of a table cell: no markup, no line break, no end of the cell."""
-    return "" if value is None else escape(" ".join(str(value).split())).replace("|", "\\|")
-
-
 def _table(columns, rows):
-    return markdown(columns, [[_cell(value) for value in row] for row in rows])
+    return markdown(columns, [[for_markdown(value) for value in row] for row in rows])

@@ -26,10 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 
 from vflan import config
 from vflan.analysis.tables import mean_scores, pictures, score_rows, write_gallery
+from vflan.evaluation.answer_cache import read_scores
 from vflan.tools.clean import clean_file
 from vflan.tools.parameters import checked
 from vflan.tools.report import write_report
@@ -362,7 +362,7 @@ def _print_results(record, out, folder, say):
     scores, table = folder / "results" / "scores.csv", None
     if scores.exists():
         is_new = any("results/scores.csv" in row.get("files", ()) for row in record["notebooks"])
-        values = pd.read_csv(scores)
+        values = read_scores(scores)
         table = score_rows(values)
         say(f"scores     {short(scores)}{'' if is_new else ' (of an earlier run)'}")
         say(f"\n{mean_scores(values).to_string(na_rep='')}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vflan.escape import for_terminal
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Benchmark, in_words, labelled, valid
 from vflan.evaluation.benchmarks.files import (
@@ -200,16 +201,16 @@ def run(
             "data/README.md lists the released files."
         )
     for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
+        print(f"note: {for_terminal(warning.message)}", file=sys.stderr)
     for problem, ids in problems.items():
         if ids:
             first_ids = ", ".join(map(str, ids[:20])) + " ..." * (len(ids) > 20)
-            print(f"{len(ids)} {problem}: {first_ids}", file=sys.stderr)
+            print(f"{len(ids)} {problem}: {for_terminal(first_ids)}", file=sys.stderr)
     print(json.dumps(result, ensure_ascii=False))
     return 0
 
 
 def stop(sentence: str) -> int:
     """Print an error on stderr; returns the exit status 1."""
-    print(" ".join(sentence.split()), file=sys.stderr)
+    print(for_terminal(" ".join(sentence.split())), file=sys.stderr)
     return 1
