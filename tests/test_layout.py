@@ -14,9 +14,13 @@ HOME = Path(__file__).resolve().parent.parent
 PACKAGE = HOME / "vflan"
 # A room imports only itself and the rooms before it.
 ROOMS = "config io progress presets data models training evaluation analysis tools world".split()
-# Two files look back: training data is compared with the benchmarks' questions, and a run has a
-# method that exports it.
-LOOKING_BACK = {("data/decontamination.py", "evaluation"), ("training/run.py", "tools")}
+# Two files look back: training data is compared with the benchmarks' questions, and a run has
+# methods that export and plot it.
+LOOKING_BACK = {
+    ("data/decontamination.py", "evaluation"),
+    ("training/run.py", "tools"),
+    ("training/run.py", "analysis"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

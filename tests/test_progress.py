@@ -107,7 +107,7 @@ def test_a_real_kernel_knows_whether_a_person_runs_its_cells():
         for allows_input in (True, False):
             printed = []
             client.execute_interactive(
-                "from vflan.progress import _watched\nprint(_watched())",
+                "from vflan.progress import is_watched\nprint(is_watched())",
                 allow_stdin=allows_input,
                 stdin_hook=lambda message: None,
                 output_hook=lambda message, printed=printed: printed.append(

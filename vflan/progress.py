@@ -21,7 +21,7 @@ def progress(what: str, total: int, unit: str = "", initial: int = 0, **style: A
     total, initial: how much there is in all and is done already, in `unit`; "B" is shown as kB, MB
     or GB. style: options of tqdm for the bar.
     """
-    if not _watched():
+    if not is_watched():
         return Lines(what, total, unit, initial)
     scale = dict(unit="B", unit_scale=True) if unit == "B" else dict(unit=f" {unit}")
     style = scale | dict(delay=DELAY, leave=False, dynamic_ncols=True) | style
@@ -84,7 +84,7 @@ def _kernel():
     return getattr(ipython.get_ipython(), "kernel", None) if ipython else None
 
 
-def _watched() -> bool:
+def is_watched() -> bool:
     """Whether a person watches: on a terminal, or in a notebook whose cells may ask for input.
 
     papermill and nbval allow no input.

@@ -1,6 +1,7 @@
 """The widgets without a browser: what they show, and what each control does."""
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from vflan import widgets
+from vflan import progress, widgets
 from vflan.evaluation import streaming
+from vflan.tools.widgets import live_view
 
 EVIL = "<script>alert('x')</script>"
 
@@ -171,6 +173,10 @@ def test_answer_browser_filters_and_pages():
     box = widgets.answer_browser(rows)
     number, show = find(box, w.BoundedIntText, "page"), find(box, w.Dropdown, "show")
     assert number.max == 3 and "12 of 12 questions; right: answer 50%" in page(box)
+    find(box, w.Button, "next ▶").click()
+    assert number.value == 2 and "q5" in page(box) and "q0" not in page(box)
+    find(box, w.Button, "◀ back").click()
+    assert number.value == 1 and "q0" in page(box)
     show.value = "wrong"
     assert "6 of 12 questions" in page(box) and "✓" not in page(box)
     find(box, w.Dropdown, "benchmark").value = "a"
@@ -209,8 +215,11 @@ def test_two_runs_are_compared_side_by_side():
         show.value = verdict
         shown[verdict] = [i for i in range(6) if f"base on q{i}" in page(box)]
     assert shown == {"all": [0, 1, 2, 3, 4], "both right": [0, 3], "both wrong": [4, 5],
-                     "only base right": [1], "only chat right": [2]}  # fmt: skip
+                     "only base right": [1], "only chat right": [2],
+                     "answers differ": [0, 1, 2, 3, 4]}  # fmt: skip
     other.value = "base"
+    show.value = "answers differ"
+    assert "0 of 6 questions" in page(box), "a run's answers do not differ from themselves"
     assert "only base right" in show.options and "chat on" not in page(box)
 
 
@@ -237,6 +246,39 @@ def test_a_verdict_in_the_row_replaces_the_comparison_of_texts():
     assert "✓" in widgets.answer_table(rows).data
 
 
+# -------------------------------------------------------------------------------- while it trains
+
+
+def train_some(folder, steps):
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(dict(step=i + 1, loss=4 / (i + 1), pictures=8)) for i in range(steps)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99, "lo']))
+
+
+def test_the_loss_is_drawn_while_it_trains_and_once_more_at_the_end(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(live_view, "display", shown.append)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    recipe = SimpleNamespace(folder=tmp_path / "base")
+    with widgets.live_loss([recipe], seconds=0.01):
+        wait_until(lambda: shown and "waiting for the first step" in shown[0].value)
+        train_some(recipe.folder, 3)
+        wait_until(lambda: "base: step 3, loss 1.33" in shown[0].value)
+        answer = dict(step=4, id="a", task=EVIL, question=EVIL, answer="red", reference="blue")
+        (recipe.folder / "samples.jsonl").write_text(json.dumps(answer) + "\n")
+        train_some(recipe.folder, 4)
+    page = shown[0].value
+    assert "base: step 4, loss 1.00" in page and "<b>red</b>" in page and "<script" not in page
+    assert page.count("<polyline") == 1 and "NaN" not in page
+
+
+def test_nothing_is_drawn_where_nobody_watches(monkeypatch, tmp_path):
+    monkeypatch.setattr(live_view, "display", lambda _: pytest.fail("a plot for nobody"))
+    monkeypatch.setattr(progress, "is_watched", lambda: False)
+    with widgets.live_loss([SimpleNamespace(folder=tmp_path / "base")]):
+        train_some(tmp_path / "base", 1)
+
+
 # -------------------------------------------------------------------------------- chat
 
 
@@ -255,13 +297,18 @@ class Run:
 @pytest.fixture
 def talk(monkeypatch):
     """Stands in for a model: records the questions, and writes a word, then waits for `go_on`."""
-    talk = SimpleNamespace(asked=[], go_on=Event(), looked=[], before=[])
+    talk = SimpleNamespace(asked=[], go_on=Event(), looked=[], before=[], begun=[])
 
-    def stream(model, processor, text, image, tokens, temperature, stop, before):
+    def stream(model, processor, text, image, tokens, temperature, stop, before, begun, ended):
         talk.asked.append((model, processor, text, image, tokens, temperature))
         talk.before.append(before)
+        talk.begun.append(begun)
         if "fail" in text:
             raise ValueError("no such thing\nat line 3")
+        if "long" in text:
+            ended.append("length" if len(begun) < 6 else "stop")
+            yield "word "
+            return
         yield EVIL
         while not talk.go_on.wait(0.01):
             if stop.is_set():
@@ -399,6 +446,12 @@ def test_the_picture_is_the_next_one_or_an_upload(talk, png):
     assert talk.asked[-1][3].getpixel((0, 0)) == (0, 128, 0) and "<script" not in view(box)
     upload.value = (file | {"name": "a.txt", "content": memoryview(b"no picture")},)
     assert "a.txt is no picture that can be opened" in view(box) and "(no picture)" in view(box)
+    before = len(talk.asked)
+    ask(box, "and now?")
+    assert len(talk.asked) == before and "There is no picture to ask about" in view(box)
+    find(box, w.Checkbox, "text only").value = True
+    ask(box, "without one?")
+    assert talk.asked[-1][2:4] == ("without one?", None)
 
 
 def test_attention_is_shown_for_each_layer(talk, png):
@@ -416,11 +469,62 @@ def test_attention_is_shown_for_each_layer(talk, png):
     assert "attention" not in view(box) and layer.disabled
 
 
+def test_enter_sends_the_question(talk, png):
+    talk.go_on.set()
+    box = widgets.chat(Run(), png)
+    field = next(c for c in box.children[-1].children if isinstance(c, w.Text))
+    field.value = "what?"
+    field._handle_string_msg(field, {"event": "submit"}, [])  # as the browser reports Enter
+    wait_until(lambda: not find(box, w.Button, "ask").disabled)
+    assert [question for _, _, question, *_ in talk.asked] == ["what?"] and field.value == ""
+
+
+def test_a_cut_answer_is_marked_and_goes_on_from_its_last_word(talk, png):
+    talk.go_on.set()
+    box = widgets.chat(Run(), png)
+    go_on = find(box, w.Button, "continue")
+    ask(box, "a long one?")
+    assert "word … (cut at the limit" in conversation(box) and not go_on.disabled
+    for _ in range(2):
+        go_on.click()
+        wait_until(lambda: not find(box, w.Button, "ask").disabled)
+    assert talk.begun == ["", "word ", "word word "] and go_on.disabled
+    assert "word word word" in conversation(box) and "cut at" not in conversation(box)
+    ask(box, "what?")
+    assert go_on.disabled and "cut at" not in conversation(box).rpartition("what?")[2]
+
+
+def test_two_runs_answer_the_same_question_side_by_side(talk, png):
+    talk.go_on.set()
+    first, second = Run("base"), Run("chat")
+    box = widgets.chat([first, second, Run("third")], png)
+    find(box, w.Dropdown, "beside").value = "chat"
+    for question in ("one?", "two?"):
+        ask(box, question)
+    assert [model for model, *_ in talk.asked] == ["model of base", "model of chat"] * 2
+    assert (first.loads, second.loads) == (1, 1), "both stay loaded while both are chosen"
+    text = conversation(box)
+    assert text.count("<b>you</b>") == text.count("<b>base</b>") == text.count("<b>chat</b>") == 2
+    assert text.index("one?") < text.index("<b>base</b>") < text.index("<b>chat</b>")
+
+
+def test_a_map_in_frames_leaves_the_colours_inside_visible():
+    weights = np.zeros((4, 4))
+    weights[1, 2], weights[0, 0] = 0.2, 0.1
+    blue = Image.new("RGB", (48, 48), "blue")
+    pixels = np.asarray(widgets.heat_map(blue, weights, side=80)).astype(int)
+    is_orange = (pixels == (0xD5, 0x5E, 0)).all(2).reshape(4, 20, 4, 20).sum((1, 3))
+    assert is_orange.argmax() == 6 and 0 < is_orange[0, 0] < is_orange[1, 2] < 400
+    assert (np.delete(is_orange.ravel(), [0, 6]) == 0).all()
+    centres = pixels[10::20, 10::20].reshape(-1, 3)
+    assert (centres == (0, 0, 255)).all()
+
+
 def test_a_heat_map_covers_the_strongest_patch_most():
     weights = np.zeros((4, 4))
     weights[1, 2], weights[0, 0] = 0.2, 0.1
     white = Image.new("RGB", (48, 48), "white")
-    pixels = np.asarray(widgets.heat_map(white, weights, side=80)).astype(int)  # (80, 80, 3)
+    pixels = np.asarray(widgets.heat_map(white, weights, 80, "overlay")).astype(int)  # (80, 80, 3)
     distance = 255 * 3 - pixels.sum(2)  # from white
     patches = distance.reshape(4, 20, 4, 20).mean((1, 3))
     assert patches.argmax() == 6 and 0 < patches[0, 0] < patches[1, 2]

@@ -7,6 +7,7 @@ import html
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pandas as pd
+    from matplotlib.figure import Figure
     from torch import nn
     from transformers import LlavaProcessor
 
 # A recipe.json with these fields is vflan's.
 MARKERS = {"name", "stage", "vision_tower", "language_model"}
 PATIENCE = 5  # seconds to wait for the processes of a killed run to exit
-# How safetensors and torch report a full disk; torch's writer only says that a position is wrong.
-FULL_DISK = ("No space left", "os error 28", "file write failed", "unexpected pos")
+# How safetensors, NumPy and torch report a full disk; torch's writer only says that a position is
+# wrong, and NumPy how many values were requested and written.
+FULL_DISK = ("No space left", "os error 28", "file write failed", "unexpected pos", "requested and")
 _HELD = set()  # (process, thread, folder) of the locks held here
 
 
@@ -45,6 +48,7 @@ class Run:
     - heldout.jsonl, samples.jsonl: losses and answers on held-out rows, if the recipe holds rows
       out
     - checkpoints/: while it is unfinished; see `at`
+    - rows/: while it is unfinished, its tokenised rows, if it has several processes or checkpoints
     - model/: for `AutoModelForImageTextToText` and `AutoProcessor`; adapter/: a LoRA run's adapter
       as PEFT's files
     - done.json: written last, so that a partial run never passes for a finished one
@@ -128,10 +132,16 @@ class Run:
         from vflan.models.llava import load_model
 
         self._require_finished()
-        model = load_model(self.recipe, self)
+        recipe = self.recipe
+        model = load_model(recipe, self)
         # The loader has already put a quantised model on the GPU.
         if torch.cuda.is_available() and model.device.type == "cpu":
             model.to("cuda")
+        if recipe.precision == "bf16" and recipe.device != "cpu" and model.device.type == "cpu":
+            from vflan.training.gpus import find_problem
+
+            words = "was trained in bf16 and now computes in fp32, on the CPU"
+            print(f"{self.name} {words}: {find_problem()}", file=sys.stderr, flush=True)
         return model
 
     def processor(self) -> LlavaProcessor:
@@ -176,6 +186,12 @@ class Run:
                 other.finish(model, processor, unquantised, init, steps=step)
         return other
 
+    def plot(self) -> Figure:
+        """Draw the loss over the steps so far (vflan.analysis.plots.loss_curve)."""
+        from vflan.analysis.plots import loss_curve
+
+        return loss_curve(self)
+
     def export(self, folder: str | Path, merge: bool = True) -> Path:
         """Write a folder for others, with a model card and a data card, and return it.
 
@@ -212,9 +228,13 @@ class Run:
         from vflan.training.checkpointing import flush
 
         scratch, metrics = self.folder / ".model", self.metrics()
-        summary |= dict(tokens=int(metrics.tokens.sum()), first_loss=float(metrics.loss.iloc[0]))
-        # One step's loss depends on its rows; the mean of ten says more.
-        summary |= dict(last_loss=float(metrics.loss.iloc[-10:].mean()))
+        # A projector that was trained elsewhere has no steps here.
+        summary |= dict(tokens=0, first_loss=None, last_loss=None)
+        if len(metrics):
+            first, tokens = float(metrics.loss.iloc[0]), int(metrics.tokens.sum())
+            # One step's loss depends on its rows; the mean of ten says more.
+            last = float(metrics.loss.iloc[-10:].mean())
+            summary |= dict(tokens=tokens, first_loss=first, last_loss=last)
         parts = models.parts(model).items()
         summary["parts"] = {name: models.fingerprint(part) for name, part in parts}
         with explain_full_disk(self.folder):
@@ -229,6 +249,7 @@ class Run:
             scratch.replace(self.folder / "model")
             write_json(self.folder / "done.json", summary)
         io.clear(self.folder / "checkpoints", io.CHECKPOINTS)
+        io.clear(self.folder / "rows", io.ROWS)
 
     @contextmanager
     def lock(self, reenter: bool = False) -> Iterator[None]:
@@ -382,6 +403,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
         io.clear(folder / ".model", io.MODEL)
         io.clear(folder / "checkpoints" / ".part", io.CHECKPOINT)
+        io.clear(folder / ".rows", io.ROWS)
         state = "it has no checkpoint yet"
         if checkpoints := list_checkpoints(folder):
             state = f"its last checkpoint, {checkpoints[0].name}, is intact"

@@ -59,8 +59,15 @@ class _AnswerBrowser:
             control.observe(self.update, "value")
         self.update()
         runs = elements.in_a_row(*self.runs, self.verdict)
-        filters = elements.in_a_row(*self.filters.values(), self.number)
+        back = elements.button("◀ back", tooltip="previous page")
+        forward = elements.button("next ▶", tooltip="next page")
+        back.on_click(lambda _: self.go_to(max(1, self.number.value - 1)))
+        forward.on_click(lambda _: self.go_to(self.number.value % self.number.max + 1))
+        filters = elements.in_a_row(*self.filters.values(), back, forward, self.number)
         self.box = w.VBox([runs, filters, self.page])
+
+    def go_to(self, number):
+        self.number.value = number
 
     def make_filters(self):
         """A choice for each column that groups the questions: {column: dropdown}."""
@@ -80,7 +87,9 @@ class _AnswerBrowser:
         self.is_updating = True
         names = [choice.value for choice in self.runs] or list(self.answers)
         right = [self.answers[name]["right"].to_numpy(bool) for name in names]
-        places = np.flatnonzero(self.fitting(names, right))
+        texts = [self.answers[name]["answer"].astype(str).str.strip(" .") for name in names]
+        differ = np.array([len(set(row)) > 1 for row in zip(*texts)], bool)
+        places = np.flatnonzero(self.fitting(names, right, differ))
         self.number.max = max(1, -(-len(places) // self.page_size))
         scores = [
             f"{name} {own[places].mean():.0%}" for name, own in zip(names, right) if len(places)
@@ -92,9 +101,9 @@ class _AnswerBrowser:
         self.page.value = elements.macros.answers(summary, ["", "question", "label", *names], rows)
         self.is_updating = False
 
-    def fitting(self, names, right):
+    def fitting(self, names, right, differ):
         """Which questions fit the chosen verdict, benchmark and task: booleans (questions,)."""
-        verdicts = _verdicts(names, right)
+        verdicts = _verdicts(names, right, differ)
         position = self.verdict.options.index(self.verdict.value)
         self.verdict.options = list(verdicts)
         self.verdict.index = min(position, len(verdicts) - 1)
@@ -117,7 +126,7 @@ class _AnswerBrowser:
         return cells
 
 
-def _verdicts(names, right):
+def _verdicts(names, right, differ):
     """{what the verdict filter offers: booleans (questions,)} for one run or two."""
     everything = {"all": np.ones(len(right[0]), bool)}
     if len(names) == 1:
@@ -128,6 +137,7 @@ def _verdicts(names, right):
         "both wrong": ~first & ~second,
         f"only {names[0]} right": first & ~second,
         f"only {names[1]} right": second & ~first,
+        "answers differ": differ,
     }
 
 
