@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from vflan import config
 from vflan.analysis.tables import mean_scores, pictures, score_rows, write_gallery
 from vflan.evaluation.answer_cache import read_scores
 from vflan.tools.clean import clean_file
-from vflan.tools.parameters import checked
+from vflan.tools.parameters import absolute, checked, is_small
 from vflan.tools.report import write_report
 from vflan.tools.watch import Watch
 from vflan.training.distributed import end_with_parent
@@ -77,7 +78,7 @@ def run_notebooks(
         "notebooks": [],
     }
     # the tiny models train on one core
-    jobs = min(2, os.cpu_count() or 1) if preset.startswith("tiny") else 1
+    jobs = min(2, os.cpu_count() or 1) if work.is_small else 1
     width = max(len(source.stem) for source in work.sources)
     # a process for each, because papermill changes the working directory of the one it runs in
     with Watch() as whole, ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
@@ -124,6 +125,7 @@ class _Work:
     parameters: dict[Path, dict]  # of each notebook
     folder: Path  # of runs, figures and results
     out: Path  # of executed notebooks, book.json and report
+    is_small: bool = False  # whether the preset's models are the mini world's
 
     def __post_init__(self):
         book = config.read_json(self.out / "book.json")
@@ -196,7 +198,11 @@ def _prepare(preset, only, given, out, notebooks):
         notebooks or (home if home.is_dir() else config.resolve("notebooks")), only
     )
     given_parameters(sources, given)
-    folder = config.resolve(config.preset(preset, given.get("changes", {})).base.runs)
+    for field in ("samples", "images"):
+        if given.get(field):
+            given[field] = absolute(field, given[field])
+    recipes = config.preset(preset, given.get("changes", {}))
+    folder = config.resolve(recipes.base.runs)
     # the notebooks say "tiny" themselves: nothing is injected, so they stay as committed
     if preset != "tiny" and any("preset" in parameter_names(source) for source in sources):
         given["preset"] = preset
@@ -208,7 +214,7 @@ def _prepare(preset, only, given, out, notebooks):
         raise ValueError(
             f"out={out}: the executed notebooks would replace their sources; name another folder."
         )
-    work = _Work(sources, given_parameters(sources, given), folder, out)
+    work = _Work(sources, given_parameters(sources, given), folder, out, is_small(recipes))
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     return work
 
@@ -244,10 +250,17 @@ def given_parameters(sources: list[Path], given: dict) -> dict[Path, dict]:
 def source_key(source: Path, parameters: dict) -> str:
     """A short hash of what an executed notebook depends on.
 
-    That is its cells, the parameters, the package and the shipped backbones.
+    That is its cells, the parameters with the files that they name (a preset's, one's own samples),
+    the package and the shipped backbones.
     """
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(source, 4).cells]
-    digest = hashlib.sha256(json.dumps([cells, parameters], default=str).encode())
+    given = [cells, parameters]
+    # a path in the parameters is absolute here; sizes and times, since samples may be large
+    paths = [value for value in parameters.values() if isinstance(value, str) and value[:1] == "/"]
+    paths = [[path] if Path(path).exists() else sorted(glob.glob(path)) for path in paths]
+    if states := [Path(file).stat() for files in paths for file in files]:
+        given.append([(state.st_size, state.st_mtime_ns) for state in states])
+    digest = hashlib.sha256(json.dumps(given, default=str).encode())
     code = Path(__file__).parents[1].rglob("*.py")
     templates = (Path(__file__).parent / "templates").glob("*.*")
     for file in [*sorted([*code, *templates]), config.resolve("data/tiny/backbones.json")]:

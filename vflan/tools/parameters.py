@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from vflan.config import read_changes, read_value
+from vflan.config import Preset, Recipe, read_changes, read_value, resolve
+from vflan.data.image_names import images_root
 
 
 def _is_whole(value, least=1):
@@ -32,6 +35,9 @@ def _is_text(value):
 def _is_text_or_none(value):
     return value is None or isinstance(value, str)
 
+
+# The language models of the mini world, which train on a core of a laptop.
+_SMALL = "data/tiny/language_model", "data/tiny/second_language_model"
 
 # {name: (what the value has to be, its test)}; a notebook's other parameters may be anything.
 _COUNT = "a whole number of at least 1", _is_whole
@@ -78,3 +84,35 @@ def _checked(name, value):
     if not is_right(value):
         raise ValueError(f"{name}={value!r}: {needs} is needed.")
     return list(value) if isinstance(value, tuple) else value
+
+
+def data_paths(recipe: Recipe, samples: str = "", images: str = "") -> tuple[Path, Path]:
+    """(samples, folder or zip of their pictures) that a notebook's parameters name.
+
+    A relative path starts at the project folder. Without `samples` they are the recipe's. Without
+    `images`, pictures of `samples` are looked for beside it, as `load_samples` does.
+    FileNotFoundError: `images` is not there.
+    """
+    path = resolve(samples or recipe.samples)
+    folder = resolve(images) if images else None if samples else resolve(recipe.images)
+    if images and not folder.exists():
+        raise FileNotFoundError(f"images={images}: no such folder or zip.")
+    return path, images_root(path, folder)
+
+
+def absolute(name: str, value: str) -> str:
+    """A path that was given on the command line as one that a notebook finds from its folder.
+
+    A relative path starts at the working directory, else at the project folder. `value` may be a
+    pattern. FileNotFoundError: nothing is there.
+    """
+    for path in (Path(value).expanduser().absolute(), resolve(value)):
+        if path.exists() or glob.glob(str(path), recursive=True):
+            return str(path)
+    raise FileNotFoundError(f"{name}={value}: no such file or folder.")
+
+
+def is_small(recipes: Preset) -> bool:
+    """Whether a preset trains the mini world's language models, whatever its name and its data."""
+    small = {resolve(path) for path in _SMALL}
+    return all(resolve(recipe.language_model) in small for recipe in recipes)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock
 from numpy.random import Generator
 
-from vflan.config import ROOT, shown
-from vflan.io import MARK, foreign, named
+from vflan import config
+from vflan.config import ROOT, Preset, shown
+from vflan.io import MARK, foreign, hold, named
 from vflan.world import chats
 from vflan.world.scene import (
     BACKGROUNDS,
@@ -58,10 +58,32 @@ WORLDS = {
 }
 
 
-def build_for(preset: str) -> Path | None:
-    """Build the mini world that a preset reads; nothing to do for real data or if it is there."""
-    if preset in WORLDS:
-        return build(**WORLDS[preset])
+def build_for(preset: str | Preset) -> Path | None:
+    """Build the mini world that a preset reads; nothing to do for real data or if it is there.
+
+    preset: a name, the path of a .py file, or its recipes, as `changes` may have left them.
+    """
+    folders = [build(**WORLDS[name]) for name in worlds_of(preset)]
+    return folders[0] if folders else None
+
+
+def worlds_of(preset: str | Preset) -> list[str]:
+    """The names of the mini worlds whose samples or benchmarks a preset reads; [] for real data.
+
+    The recipes decide, not the name: a preset in a file of one's own may read a mini world too.
+    """
+    recipes = config.preset(preset) if isinstance(preset, str) else preset
+    read = set()
+    for recipe in recipes:
+        more = (entry.partition("#")[0] for entry in recipe.more_samples)
+        read |= {config.resolve(file).parent for file in (recipe.samples, *more)}
+        read.add(config.resolve(recipe.benchmarks))
+    names = []
+    for name, options in WORLDS.items():
+        folder = Path(options.get("folder") or ROOT / "data" / "tiny")
+        if read & {folder / "samples", folder / "benchmarks"}:
+            names.append(name)
+    return names
 
 
 def build(
@@ -99,7 +121,7 @@ def build(
     if all(_is_done(folder / name, sizes) for name in sets):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".building.lock"):  # of two processes one builds and the other waits
+    with hold(folder / ".building.lock"):  # of two processes one builds and the other waits
         for name, write in sets.items():
             if not _is_done(folder / name, sizes):
                 _refuse_foreign(folder / name)
