@@ -171,6 +171,40 @@ def score_rows(scores: Scores) -> tuple[str, list[str], list[list]]:
     return f"{note} Round brackets: a second source.", columns, table
 
 
+def beside_paper(item: str, rows: Mapping[str, str], scores: Scores | None = None) -> pd.DataFrame:
+    """A table of the paper with our number beside each of its own.
+
+    item: the table's name in data/paper.csv. rows: {row of that table: our run}. scores: a table of
+    vflan.evaluate; None: the committed long form, data/results/tiny_sweeps.csv. The value of ours
+    is the mean over seeds of the benchmark's headline. MME is in percent of its 2000 points. A
+    benchmark is left out where one of the two has no number at all.
+    """
+    if scores is None:
+        scores = pd.read_csv(ROOT / "data" / "results" / "tiny_sweeps.csv")
+    columns = {}
+    for name, benchmark in BENCHMARKS.items():
+        own = _without_seeds(headline(scores, name)).groupby("run").value.mean()
+        theirs = [printed(item, row, benchmark.paper) for row in rows]
+        if any(theirs) and len(own.reindex(list(rows.values())).dropna()):
+            columns[TITLES[name], "paper"] = [number and number[0] for number in theirs]
+            columns[TITLES[name], "here"] = list(own.reindex(list(rows.values())))
+    table = pd.DataFrame(columns, index=list(rows), dtype=float)
+    return table.rename_axis(item).round(1)
+
+
+def in_a_sentence(table: pd.DataFrame, first: str, last: str) -> str:
+    """What `beside_paper` shows, as a sentence: from its row `first` to its row `last`."""
+    parts = []
+    for title in dict.fromkeys(name for name, _ in table):
+        pairs = [(where, table.loc[first, (title, source)], table.loc[last, (title, source)])
+                 for where, source in (("in the paper", "paper"), ("here", "here"))]  # fmt: skip
+        known = [(where, a, b) for where, a, b in pairs if a == a and b == b]
+        if len(known) == 2:
+            numbers = ", ".join(f"{a:.1f} to {b:.1f} {where}" for where, a, b in known)
+            parts.append(f"{title} goes from {numbers}")
+    return f"From \u201c{first}\u201d to \u201c{last}\u201d, " + "; ".join(parts) + "."
+
+
 # ---------------------------------------------------------------------- tables in markdown
 
 

@@ -17,6 +17,7 @@ from transformers import TextIteratorStreamer
 
 from vflan.data.conversation import expand, prompt_ids
 from vflan.data.images import as_rgb, read_picture
+from vflan.models.llava import image_features, parts
 
 if TYPE_CHECKING:
     import os
@@ -118,6 +119,25 @@ def captioned(
         texts = processor.tokenizer.batch_decode(said, skip_special_tokens=True)
         lines += [text.strip().split("\n")[0] for text in texts]
     return lines
+
+
+@torch.inference_mode()
+def nearest_words(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image: Picture
+) -> np.ndarray:
+    """The word that each patch looks like to the language model, before it has read anything.
+
+    That is the token whose embedding has the largest cosine with the patch's vector after the
+    projector. Returns (side, side) texts. image: a path or a PIL picture.
+    """
+    pixels = processor.image_processor([_read(image)], return_tensors="pt")["pixel_values"]
+    features = image_features(model, pixels.to(model.device, model.dtype))
+    vectors = parts(model)["projector"](features)[0].float()  # (patches, width)
+    embeddings = model.get_input_embeddings().weight.float()  # (vocabulary, width)
+    unit = torch.nn.functional.normalize
+    nearest = (unit(vectors, dim=-1) @ unit(embeddings, dim=-1).T).argmax(-1).tolist()
+    words = [processor.tokenizer.decode([token]).strip() or "\u00b7" for token in nearest]
+    return np.array(words, dtype=object).reshape(isqrt(len(words)), -1)
 
 
 @torch.inference_mode()

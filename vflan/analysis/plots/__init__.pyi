@@ -15,6 +15,7 @@ from .figures import (
 )
 from .pictures import (
     attention_figure,
+    attention_mask,
     before_after,
     gallery,
     packed_rows,
@@ -44,6 +45,7 @@ from .theme import (
     TOKEN_COLORS,
     committed_figure,
     model_colors,
+    opening,
     save,
     source,
     style,
@@ -52,12 +54,11 @@ from .theme import (
 )
 
 __all__ = [
-    "affinity", "attention_figure", "before_after", "categories", "COLORS", "committed_figure",
-    "curves", "diversity",
-    "dots", "forest_plot", "gallery", "gpt4_curves", "GREY", "headline", "INK", "learning_curves",
-    "loss_curve", "MAJORITY", "MODEL_COLORS", "model_colors", "NO_GROUP", "pack_circles",
-    "packed_rows", "PALE",
-    "paper", "paper_tasks", "parts_table", "printed", "question", "save", "show", "source", "style",
+    "affinity", "attention_figure", "attention_mask", "before_after", "categories", "COLORS",
+    "committed_figure", "curves", "diversity", "dots", "forest_plot", "gallery", "gpt4_curves",
+    "GREY", "headline", "INK", "learning_curves", "loss_curve", "MAJORITY", "model_colors",
+    "MODEL_COLORS", "NO_GROUP", "opening", "pack_circles", "packed_rows", "PALE", "paper",
+    "paper_tasks", "parts_table", "printed", "question", "save", "show", "source", "style",
     "table2", "task_bubbles", "task_list", "TITLES", "TOKEN_COLORS", "tokens", "turns", "unit",
     "UNITS", "wrap", "write", "yes_ratio",
 ]  # fmt: skip

@@ -132,6 +132,29 @@ def before_after(
     return fig
 
 
+def attention_mask(lengths: Sequence[int], names: Sequence[str] = ()) -> Figure:
+    """Who attends to whom in a packed row: a token (line) to the tokens (columns) in orange.
+
+    Each conversation attends to its own earlier tokens only. lengths: of the conversations, in
+    tokens. names: what the conversations are called on the axis.
+    """
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(owner))
+    mask = (owner[:, None] == owner) & (position[:, None] >= position)
+    fig, ax = plt.subplots(figsize=(4.2, 4.2))
+    ax.imshow(mask, cmap=plt.matplotlib.colors.ListedColormap([PALE, COLORS[1]]), vmin=0, vmax=1)
+    ends = np.cumsum(lengths)
+    for end in ends[:-1]:
+        ax.axhline(end - 0.5, color="white", lw=1.5)
+        ax.axvline(end - 0.5, color="white", lw=1.5)
+    names = names or [f"conversation {i + 1}" for i in range(len(lengths))]
+    ax.set_xticks(ends - np.asarray(lengths) / 2 - 0.5, names)
+    ax.set_yticks(ends - np.asarray(lengths) / 2 - 0.5, names, rotation=90, va="center")
+    ax.set(xlabel="attends to", ylabel="token of", title="The mask of a packed row")
+    ax.grid(False)
+    return fig
+
+
 def attention_figure(
     image: str, maps: Mapping[str, Sequence[np.ndarray]], count: int = 5
 ) -> Figure:

@@ -69,20 +69,33 @@ def save(fig: Figure, name: str, album: str | Path = "tiny") -> Path:
 
 def committed_figure(name: str, preset: str = "tiny_frozen") -> None:
     """Display a figure of the long form from figures/, or print that it does not exist yet."""
-    from IPython.display import Image as Display
-    from IPython.display import display
-
     path = resolve(f"figures/{preset}/{name}.png")
     if not path.exists():
         print(f"figures/{preset}/{name}.png does not exist: `make paper` draws it.")
         return
     print(f"The committed long form, figures/{preset}/{name}.png:")
     READ.append(shown_path(path))
+    _display(path)
+
+
+def _display(path):
+    from IPython.display import Image as Display
+    from IPython.display import display
+
     # 640 pixels are as wide as a notebook's column; more would only make the notebook larger
     with open_picture(path) as picture:
         small = picture.convert("RGB").resize((640, 640 * picture.height // picture.width))
     small.save(buffer := io.BytesIO(), "JPEG", quality=85, subsampling=0)
     display(Display(buffer.getvalue(), format="jpeg"))
+
+
+def opening(path: str) -> None:
+    """Display a committed picture at the top of a notebook; nothing where it does not exist.
+
+    path: from the project folder.
+    """
+    if resolve(path).exists():
+        _display(resolve(path))
 
 
 def source(obj: object) -> Code:
