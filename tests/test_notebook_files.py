@@ -164,5 +164,7 @@ def test_notebook_03_tunes_on_real_records(records, tmp_path):
         runs=str(tmp_path), benchmarks=str(tmp_path / "world" / "benchmarks"), num_samples=160
     )
     small |= dict(max_steps=24, global_batch=8, micro_batch=8)
-    said = run("03", tmp_path / "03.ipynb", samples=records, changes=small, seeds=[0])
+    images = str(Path(records).with_name("images"))
+    files = dict(samples=records, images=images)
+    said = run("03", tmp_path / "03.ipynb", **files, changes=small, seeds=[0])
     assert "158 samples of 158 tasks" in said and (tmp_path / "own-base" / "done.json").is_file()

@@ -234,6 +234,27 @@ def test_a_preset_file_is_found_from_the_notebooks_folder(home):
     )
 
 
+def test_files_of_ones_own_are_found_from_where_the_command_is_given(home, monkeypatch):
+    """Samples and pictures with relative paths; a file that changed runs its notebook again."""
+    show = code("print(open(samples).read(), images)")
+    folder = write(home / "notebooks", "01_a", show, more='\nsamples = ""\nimages = ""').parent
+    (home / "here" / "my pictures").mkdir(parents=True)
+    monkeypatch.chdir(home / "here")
+    given = dict(samples="my rows.json", images="my pictures")
+    with pytest.raises(FileNotFoundError, match="samples=my rows.json: no such file or folder"):
+        notebooks.run_notebooks("tiny", notebooks=folder, parameters=given)
+    assert not (home / "runs").exists()
+    target = home / "runs/tiny/notebooks/01_a.ipynb"
+    for text in ("first", "second"):
+        (home / "here" / "my rows.json").write_text(text)
+        notebooks.run_notebooks("tiny", notebooks=folder, parameters=given)
+        shown = nbformat.read(target, 4).cells[-1].outputs[0].text
+        assert shown.startswith(text) and shown.endswith("my pictures\n")
+    lines = []
+    notebooks.run_notebooks("tiny", notebooks=folder, parameters=given, say=lines.append)
+    assert "up to date" in lines[0]
+
+
 def test_a_wrong_argument_is_refused_with_the_possible_ones(home):
     with pytest.raises(FileNotFoundError, match="01_name.ipynb"):
         notebooks.run_notebooks(notebooks=home)
