@@ -22,6 +22,7 @@ from vflan.data.images import read_picture
 from vflan.data.mixture import mixture_record, recipe_samples
 from vflan.data.samples import load_samples
 from vflan.escape import for_terminal
+from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.tools.parameters import data_paths
 
 if TYPE_CHECKING:
@@ -42,6 +43,24 @@ def open_samples(recipe: Recipe, samples: str = "", images: str = "") -> Dataset
     if not len(data):
         raise ValueError(f"{shown(path)} holds no rows, so there is nothing to show.")
     return data
+
+
+def similar_pictures(
+    samples: Dataset, report: Report | None, folder: str, most: int = 3
+) -> list[dict]:
+    """Pairs of a sample and a benchmark's question whose pictures are alike, for `plots.gallery`.
+
+    report: of `check(samples, against=folder)`. Returns sample, question, sample, question ...
+    """
+    if report is None or not len(report.contamination):
+        return []
+    rows, pairs = report.contamination.drop_duplicates("row").head(most), []
+    for found in rows.itertuples():
+        questions = BENCHMARKS[found.benchmark].load(resolve(folder))
+        asked = next(q for q in questions if str(q["question_id"]) == str(found.question_id))
+        benchmark = f"{found.benchmark}, {found.kind}"
+        pairs += [samples[int(found.row)], dict(asked, category=benchmark)]
+    return pairs
 
 
 # ------------------------------------------------------------------------------------- its tasks

@@ -94,8 +94,12 @@ def opening(path: str) -> None:
 
     path: from the project folder.
     """
-    if resolve(path).exists():
-        _display(resolve(path))
+    from IPython.display import SVG, display
+
+    if (file := resolve(path)).suffix == ".svg" and file.exists():
+        display(SVG(filename=file))
+    elif file.exists():
+        _display(file)
 
 
 def source(obj: object) -> Code:
