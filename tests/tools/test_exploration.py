@@ -149,7 +149,7 @@ def test_tasks_of_the_paper_and_others_are_placed_and_none_is_left_out():
     assert f"3 are in the list, which gives no group: {', '.join(free)}" in said
     assert "2 samples have no task_name" in said and "and 297 more" in said
     drawn = plots.task_bubbles({"mine": tasks})
-    assert "305 of no group" in drawn.axes[0].get_title()
+    assert "305 of no group" in drawn.axes[0].get_title("left")
     plt.close("all")
 
 
