@@ -32,7 +32,6 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from vflan.analysis.claims import answered
-from vflan.analysis.plots.reference import TITLES
 from vflan.analysis.tables import STAGES, summary
 from vflan.config import DEFAULTS, commit, read_json
 from vflan.tools.widgets.elements import picture
@@ -152,11 +151,11 @@ def answer_rows(stages: dict[str, Path], home: Path, each: int = 3) -> Table:
         for i in chosen[:: -(-len(chosen) // each) or 1]:
             question = replies[i][0]
             image = question.get("image")
-            cells = [picture(image) if image else "", TITLES[name], question["text"]]
-            cells.append(question.get("label"))
+            cells = [picture(image) if image else "", question.get("category", name)]
+            cells += [question["text"], question.get("label")]
             texts = (answers[stage][i]["answer"] if stage in answers else "" for stage in STAGES)
             rows.append([*cells, *texts])
-    columns = ["picture", "benchmark", "question", "reference", *STAGES.values()]
+    columns = ["picture", "task", "question", "reference", *STAGES.values()]
     return "Answers that changed between the stages", columns, rows
 
 
