@@ -13,6 +13,7 @@ from typer import Argument, Option
 import vflan
 from vflan.config import Recipe, shown
 from vflan.escape import for_sheet, for_terminal
+from vflan.io import machine_limit
 
 app = typer.Typer(
     add_completion=False,
@@ -244,8 +245,12 @@ def main(arguments: list[str] | None = None) -> int:
         app(spelled_out(arguments), prog_name="vflan")
     except SystemExit as error:
         return error.code or 0
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"vflan {arguments[0]}: {for_terminal(error)}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, ImportError, ArithmeticError, MemoryError) as error:
+        sentence = str(error)
+        # Each library has words of its own, and often many lines, for too little memory or disk.
+        if limit := machine_limit(error):
+            sentence = f"{(sentence or 'MemoryError').splitlines()[0][:300]} - {limit}"
+        print(f"vflan {arguments[0]}: {for_terminal(sentence)}", file=sys.stderr)
         return 1
     return 0
 

@@ -3,16 +3,25 @@
 A run folder is known by its recipe.json and by the names that vflan writes into it. A folder that
 is written whole (an export, a set of the mini world) is built beside its place, in a folder with a
 mark of its own. Links are never followed: a user made them, so their targets are never touched.
+
+It also holds what all files need on a machine that fails: checksums, which show a bit that the disk
+lost; locks; and a sentence for each limit of a machine.
 """
 
+import errno
+import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, TextIO
 
+import xxhash
 from filelock import FileLock, Timeout
 
 from vflan.config import shown
@@ -27,6 +36,7 @@ MODEL = (
 )
 CHECKPOINT = ("checkpoint.json", ".checkpoint.json.*", "[0-9]*.pt", "zero/*")
 CHECKPOINTS = tuple(f"{step}/{name}" for step in ("step-[0-9]*", ".part") for name in CHECKPOINT)
+ROWS = ("rows.json", ".rows.json.*", "[a-z]*.npy")
 # These may exist before recipe.json does.
 BEGINNING = (".lock", ".recipe.json.*", ".init.json.*")
 RUN = (
@@ -39,10 +49,34 @@ RUN = (
     *("tensorboard/*", "wandb/*"),
     *(f"{folder}/{name}" for folder in ("model", ".model", "adapter") for name in MODEL),
     *(f"checkpoints/{name}" for name in CHECKPOINTS),
+    *(f"{folder}/{name}" for folder in ("rows", ".rows") for name in ROWS),
 )
 
 # The lock file in a folder that vflan is writing. It shows that the folder is ours.
 MARK = ".vflan"
+
+# A sealed file ends with the digest of what is before it, of so many bytes.
+SEAL = 16
+# A line of JSON with a checksum: what is before it, and the checksum.
+_SUMMED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
+# How a file system says that it cannot lock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# How Python, safetensors, sqlite and torch say that a file may not grow, or that the disk is full.
+# torch's writer only says that a position is wrong, in both cases; NumPy, how many values it wrote.
+_TOO_LARGE = ("File too large", "os error 27")
+_NO_SPACE = (
+    "No space left",
+    "uota exceeded",
+    "os error 28",
+    "os error 122",
+    "database or disk is full",
+)
+_NOT_WRITTEN = ("file write failed", "unexpected pos", "requested and")
+# The same for memory, and for a file system without mmap.
+_NO_MEMORY = re.compile(
+    r"allocate memory|[Uu]nable to allocate|os error 12\b|map segment|start new thread|^MemoryError"
+)
+_NO_MMAP = re.compile(r"unable to mmap|os error 19\b|Errno 19\b")
 
 
 def foreign(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -63,6 +97,15 @@ def foreign(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line on the way, on stderr by default. A line that cannot be written ends no work.
+
+    The disk of a log may be full, and a reader of a pipe may be gone.
+    """
+    with suppress(OSError, ValueError):
+        print(text, file=file or sys.stderr, flush=True)
+
+
 def named(files: list[str]) -> str:
     """The first three of some files, and how many more there are."""
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
@@ -80,6 +123,10 @@ def make_folder(folder: Path) -> None:
             f"{shown(blocking)} is no folder, but one is needed there: "
             "move it away, or choose another name."
         ) from None
+    # A disk that is read-only, /proc, a name that is too long.
+    except OSError as error:
+        sentence = f"{shown(folder)} cannot be made ({error.strerror}); choose another folder"
+        raise OSError(error.errno, sentence) from None
 
 
 def clear(path: Path, patterns: Iterable[str]) -> None:
@@ -99,7 +146,7 @@ def set_aside(path: Path) -> Path:
         number += 1
     path.rename(new_path)
     message = f"{shown(path)} is not what vflan writes there: it is now {new_path.name}"
-    print(f"{message}, nothing was deleted.", file=sys.stderr, flush=True)
+    say(f"{message}, nothing was deleted.")
     return new_path
 
 
@@ -117,7 +164,7 @@ def whole_folder(folder: Path, part: Path) -> Iterator[Path]:
     if os.path.lexists(part):
         _delete_left_over(part)
     make_folder(part)
-    with FileLock(part / MARK):
+    with hold(part / MARK):
         try:
             yield part
         except BaseException:
@@ -137,8 +184,148 @@ def _delete_left_over(part: Path) -> None:
             "look at it, and move it away or delete it."
         )
     try:
-        with FileLock(part / MARK, timeout=0):
+        with hold(part / MARK, timeout=0):
             shutil.rmtree(part)
     except Timeout:
         problem = f"{shown(part)} is being written by another process; wait for it."
         raise FileExistsError(problem) from None
+
+
+# -------------------------------------------------------------------------------- bits that flip
+
+
+def digest(path: str | os.PathLike, leave_out: int = 0) -> bytes:
+    """XXH3 of a file without its last bytes, in SEAL bytes; it costs no more than to read it."""
+    summed, left = xxhash.xxh3_128(), os.stat(path).st_size - leave_out
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            summed.update(block)
+            left -= len(block)
+    return summed.digest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{relative path: `digest` in hexadecimal} of the files in a folder; {} if there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path).hex() for path in files}
+
+
+def seal(path: Path) -> None:
+    """Append the digest of a file to it; readers of Arrow streams and NumPy's arrays ignore it."""
+    end = digest(path)
+    with path.open("ab") as file:
+        file.write(end)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether every bit of a sealed file is as it was written. OSError if it cannot be read."""
+    with path.open("rb") as file:
+        file.seek(-SEAL, os.SEEK_END)
+        return file.read() == digest(path, leave_out=SEAL)
+
+
+def sealed_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON whose last entry, `crc`, is the CRC-32 of the line without it."""
+    text = json.dumps(row, ensure_ascii=False)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of JSON, None for a damaged one.
+
+    A line without `crc` was written by an earlier version: its JSON is read, but not compared.
+    """
+    if (found := _SUMMED.fullmatch(line)) and zlib.crc32(found[1] + b"}") != int(found[2], 16):
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or (row.pop("crc", None) and not found):
+        return None
+    return row
+
+
+# --------------------------------------------------------------------------- locks and limits
+
+
+@contextmanager
+def hold(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file; Timeout if another process holds it for so many seconds.
+
+    OSError if the file system cannot lock. A file that only exists is no lock: it would stay when
+    its process is killed.
+    """
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    with explain_no_locks(path.parent):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def explain_no_locks(folder: Path) -> Iterator[None]:
+    """Turn the error of a file system that cannot lock files into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise OSError(
+            error.errno,
+            f"{shown(folder)} is on a file system that cannot lock files, and two processes could "
+            "write there at once: mount it with locks (Lustre: -o flock), or take a folder on "
+            "another disk",
+        ) from None
+
+
+def no_room(error: BaseException) -> str:
+    """Whether an error says that a file cannot grow: "cause: what to do", "" for another error."""
+    text = str(error)
+    full = any(words in text for words in _NO_SPACE)
+    unknown = any(words in text for words in _NOT_WRITTEN)
+    if any(words in text for words in _TOO_LARGE) or (unknown and not full and _is_limited()):
+        return "a file may not grow larger here: raise the limit (ulimit -f)"
+    return "the disk is full: free some space" if full or unknown else ""
+
+
+def _is_limited() -> bool:
+    """Whether the size of files is limited for this process."""
+    try:
+        import resource
+    # Windows has no such limits.
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+
+
+def machine_limit(error: BaseException) -> str:
+    """Which limit of the machine an error reports, and what to do; "" for any other error.
+
+    Each library has words and classes of its own, so that the words are looked for.
+    """
+    if limit := no_room(error):
+        return limit
+    text = str(error) or type(error).__name__
+    if _NO_MEMORY.search(text):
+        return (
+            "there is not enough memory, or a limit forbids more (ulimit -v): end other programs, "
+            "or raise the limit"
+        )
+    if _NO_MMAP.search(text):
+        return "this file system cannot map files into memory: copy the folder to a local disk"
+    return ""
+
+
+@contextmanager
+def explain_writing(path: Path, kept: str) -> Iterator[None]:
+    """Turn the error of a file at `path` that cannot grow into one sentence; `kept` ends it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sentence = f"Cannot write more to {shown(path)}, for {no_room(error)}. {kept}"
+        raise OSError(error.errno, sentence) from None

@@ -505,3 +505,19 @@ def test_claims_with_too_few_seeds_are_not_published():
     found.loc[found.claim == "1a", "n_seeds"] = 4
     with pytest.raises(ValueError, match="claim 1a has 4 seeds, 5 are needed"):
         publish.check_seeds(found, publish.PLACES["tiny_frozen"], sources)
+
+
+def test_what_a_notebook_shows_is_part_of_its_key(home, tmp_path, monkeypatch):
+    """The tables in data/ and the captions of figures are no code, but a notebook shows them."""
+    write(home / "books", "01_first", code("print()"))
+    source = home / "books" / "01_first.ipynb"
+    package = tmp_path / "package" / "vflan"
+    (package / "analysis").mkdir(parents=True)
+    monkeypatch.setattr(notebooks, "__file__", str(package / "tools" / "notebooks.py"))
+    keys = [notebooks.source_key(source, {})]
+    for file in (package / "analysis/captions.json", home / "data/floors.csv"):
+        for content in ("a", "b"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content)
+            keys.append(notebooks.source_key(source, {}))
+    assert len(set(keys)) == 5 and keys[-1] == notebooks.source_key(source, {})

@@ -410,9 +410,13 @@ def test_damaged_or_foreign_features_are_made_again(cached, tmp_path, monkeypatc
     files[0].write_bytes(files[0].read_bytes()[:50])  # cut short by a crash of the machine
     np.save(files[1], np.zeros((2, 2), dtype=np.float32))
     files[2].unlink()  # killed before it was written
+    for file, place in ((files[3], 0), (files[4], 200), (files[5], -1)):
+        damaged = bytearray(file.read_bytes())
+        damaged[place] ^= 128  # a bit that the disk lost
+        file.write_bytes(damaged)
     seen.clear()
     again = Pictures(data, model, load_processor(cached), cached)
-    assert torch.equal(again(rows), first) and sum(seen) == 3
+    assert torch.equal(again(rows), first) and sum(seen) == 6
     settle(again)
     assert np.load(files[0]).shape == np.load(files[1]).shape == first.shape[1:]
 

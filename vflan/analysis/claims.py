@@ -23,7 +23,7 @@ from vflan.analysis.plots.reference import Scores, headline
 from vflan.config import output_folder, resolve
 from vflan.config import preset as recipes
 from vflan.config import shown as shown_path
-from vflan.evaluation.answer_cache import keep_scores, read_cache, read_scores
+from vflan.evaluation.answer_cache import keep_scores, read_kept, read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.stats import draws, ratio, tables
@@ -48,8 +48,12 @@ def answered(run, benchmark: str, folder: str | Path, name: str | None = None) -
         raise FileNotFoundError(
             f"{run.name} has no answers to {benchmark} yet: call vflan.evaluate first."
         )
-    answers = {row["i"]: row["answer"] for row in read_cache(path)[1:]}  # row 0 is the header
+    answers = {row["i"]: row["answer"] for row in read_kept(path)[1]}
     samples = BENCHMARKS[benchmark].load(folder)
+    if missing := len(set(range(len(samples))) - answers.keys()):
+        raise FileNotFoundError(
+            f"{run.name} lacks {missing} answers to {benchmark}: call vflan.evaluate again."
+        )
     return [sample | {"answer": answers[i]} for i, sample in enumerate(samples)]
 
 

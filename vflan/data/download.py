@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import httpx2
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from huggingface_hub import constants, errors, get_token, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 from vflan.config import output_path, shown
 from vflan.data.http_client import PASSING, BoundedClient, Refused, wait
 from vflan.data.hub_listing import LONGEST_WAIT, TRIES, HubFile, raise_for_status, read_listing
-from vflan.io import make_folder, set_aside
+from vflan.io import explain_writing, hold, make_folder, set_aside
 from vflan.progress import progress
 
 LOCK = ".fetch.lock"
@@ -81,7 +81,8 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
         make_folder(folder)
         _refuse_links(folder, [])
         # Two processes must not write the same partial file.
-        with FileLock(folder / LOCK, timeout=0), _client() as client:
+        written = explain_writing(folder, f"{kept}: fetch again")
+        with written, hold(folder / LOCK, timeout=0), _client() as client:
             commit, files = read_listing(client, endpoint, repo, SETS[name].files)
             missing = [file for file in files if not _is_whole(folder / file.path, file)]
             _refuse_links(folder, missing)

@@ -156,6 +156,26 @@ def stamp(name: str | os.PathLike) -> tuple:
     return source[0] if source else ()
 
 
+def content_sum(name: str | os.PathLike | None) -> int | None:
+    """CRC-32 of an image's file, None if there is none that can be read.
+
+    A zip holds it in its directory; another image is read, once until its stamp changes.
+    """
+    mark = stamp(name) if name else ()
+    return _content_sum(os.fspath(name), mark) if mark else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _content_sum(name: str, stamp: tuple) -> int | None:
+    inside = INSIDE.fullmatch(name)
+    if inside and inside[2].lower() == "zip":
+        return stamp[1]
+    try:
+        return zlib.crc32(picture_bytes(name))
+    except OSError:
+        return None
+
+
 # The stamp is part of the key, so that an image that changes is read again.
 @lru_cache(maxsize=1 << 16)
 def _trouble(name: str, stamp: tuple) -> str:

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from vflan.config import CACHE
 from vflan.data.conversation import IMAGE
@@ -28,12 +28,11 @@ from vflan.data.formats import read_rows
 from vflan.data.image_names import image_resolver, images_root
 from vflan.data.images import OUTSIDE
 from vflan.data.rows import SCHEMA, record_batch, replace_surrogates
+from vflan.io import hold, is_sealed, seal
 from vflan.progress import progress
 
 # Version of the cached table: raise it when the conversion changes, and every table is made again.
 _LAYOUT = 2
-# The last bytes of an Arrow stream that was written to its end.
-_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
@@ -50,8 +49,9 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
     is also used if `images` names a folder that does not exist.
 
     The first call converts the file into data/cache and marks each image name that leaves the
-    folder; nothing else is checked here, see `check`. FileNotFoundError: no such file. ValueError:
-    the file is damaged, holds no list of rows, or holds several splits.
+    folder; nothing else is checked here, see `check`. A table that is not as it was written is made
+    again: its checksum is compared at each call, at the speed of reading it. FileNotFoundError: no
+    such file. ValueError: the file is damaged, holds no list of rows, or holds several splits.
     """
     parts, root = _parts(Path(path)), images_root(Path(path), images)
     # The name of the table depends on the paths, so that a changed file replaces its table. The key
@@ -67,7 +67,7 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         # If several processes open the file at once, one converts it and the others wait.
-        with FileLock(table.with_suffix(".lock")):
+        with hold(table.with_suffix(".lock")):
             samples = _open(table, key)
             if samples is None:
                 _convert(parts, root, key, table)
@@ -75,9 +75,8 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
         if samples is None:
             raise OSError("the converted table cannot be read back")
         return samples
-    # filelock raises NotImplementedError if the file system cannot lock files.
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         warnings.warn(
             f"{table.parent} cannot be used ({reason}), so {path} is held in memory; "
             "set VFLAN_CACHE to a folder with free space.",
@@ -173,10 +172,9 @@ def _parts(path: Path) -> list[Path]:
 def _open(table: Path, key: bytes) -> Dataset | None:
     """The memory-mapped table; None if there is none, it is damaged, or it is of another file."""
     try:
-        with open(table, "rb") as file:
-            file.seek(-len(_END), os.SEEK_END)
-            if file.read() != _END:
-                return None
+        # Of a table with a flipped bit, Arrow would show another text, or end the process.
+        if not is_sealed(table):
+            return None
         # `_convert` writes the key into the metadata of the schema.
         with pa.memory_map(str(table)) as file:
             if (pa.ipc.open_stream(file).schema.metadata or {}).get(b"vflan") != key:
@@ -198,6 +196,7 @@ def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
             # On the disk before the rename, so that a power cut leaves no empty table.
             file.flush()
             os.fsync(file.fileno())
+        seal(scratch)
         scratch.replace(table)
     finally:
         scratch.unlink(missing_ok=True)
@@ -207,7 +206,7 @@ def _delete_partial_tables(folder: Path) -> None:
     """Delete what killed conversions left; the lock of a running one is held."""
     for partial in folder.glob(f"*-{'[0-9a-f]' * 16}.part"):
         try:
-            with FileLock(partial.with_suffix(".lock"), blocking=False):
+            with hold(partial.with_suffix(".lock"), timeout=0):
                 partial.unlink(missing_ok=True)
         except Timeout:
             pass

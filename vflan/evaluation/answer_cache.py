@@ -1,6 +1,9 @@
 """Answers on disk: each is written as soon as it arrives, so an interrupted evaluation loses none.
 
 <run>/answers/NAME.jsonl    a header (model, questions, decoding), then one line for each answer
+
+Each line ends with a checksum: an answer of which the disk lost a bit is asked again. Lines without
+one are of earlier versions; they are used unless they are no JSON, or name another question.
 """
 
 from __future__ import annotations
@@ -8,24 +11,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from vflan.config import shown
-from vflan.data.images import picture_trouble
+from vflan.data.images import content_sum, picture_trouble
 from vflan.escape import for_sheet, for_terminal, from_sheet
+from vflan.io import explain_writing, hold, read_line, sealed_line, set_aside
 from vflan.progress import counted
 
 if TYPE_CHECKING:
     from torch import nn
 
+FINISHES = ("stop", "length", "choice", "error")
 SCORE_KEY = ["run", "benchmark", "metric", "seed", "judge"]
-# Of each file of weights, so many blocks are hashed: a 13B model has 26 GB.
+SCORE_NUMBERS = ("value", "low", "high", "baseline", "n", "seed", "problems")
+SCORE_NAMES = ("run", "benchmark", "metric", "judge")
+# A file of weights is hashed in blocks of this size, in so many at least.
 BLOCK_BYTES, BLOCKS = 1 << 20, 17
 
 
@@ -55,8 +63,9 @@ def ask_and_keep(
     still cannot be read.
     """
     # The lock is held while asking: a second process would otherwise ask the same questions.
-    with locked(path):
-        answers = read_answers(path, header, questions)
+    kept = "All answers so far are kept: evaluate again"
+    with explain_writing(path, kept), locked(path):
+        answers = read_answers(path, header, samples, questions)
         missing = [
             i
             for i, question in enumerate(questions)
@@ -69,38 +78,43 @@ def ask_and_keep(
                 for number, answer in replies:
                     i = missing[number]
                     answers[i], text = answer, questions[i]["text"]
-                    # Size and prompt show later whether the question is still the same.
+                    # Picture and prompt show later whether the question is still the same.
                     row = dict(i=i, question_id=samples[i]["question_id"], prompt=text)
                     row |= dict(answer=answer.text, finish=answer.finish)
-                    row |= dict(bytes=file_size(questions[i]["image"]))
+                    row |= dict(picture=content_sum(questions[i]["image"]))
                     append_row(file, row | ({"reason": answer.reason} if answer.reason else {}))
     return [answers[i] for i in range(len(questions))]
 
 
-def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, Answer]:
+def read_answers(
+    path: Path, header: dict, samples: list[dict], questions: list[dict]
+) -> dict[int, Answer]:
     """{index: Answer} of a file of answers. A file that does not exist is created with its header.
 
-    ValueError if the header differs, or if a picture has changed since its question was answered.
+    Damaged lines are left out, so that their questions are asked again; a file without a sound
+    header is renamed. ValueError if the header differs, or if a picture has changed since its
+    question was answered: its content (CRC-32; of a picture in a zip, as the zip's directory has
+    it), or its size for the answers of earlier versions.
     """
-    rows = read_cache(path, mend=True)
+    old, rows = read_kept(path, mend=True)
+    if old is None:
+        set_aside(path)
     # The header comes first, so that a killed process leaves no answers without it.
-    if not rows:
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    if not old:
+        path.write_text(sealed_line(header), encoding="utf-8")
         return {}
     # Answers to other questions, or of another model, must never be scored as ours.
-    old, *rows = rows
     changes = [f"{k} ({old.get(k)}, now {v})" for k, v in header.items() if old.get(k) != v]
     if changes:
         raise ValueError(
             f"{shown(path)} holds answers of another {' and another '.join(changes)}: move the "
             "file away or delete it to ask again, or evaluate with the old settings."
         )
+    # The questions are those of the header, so that a row with another one is a damaged row.
+    rows = [row for row in rows if _is_about(row, samples, questions)]
     # Scoring again needs neither the model nor the pictures, so a missing picture is no change.
-    stale = [
-        questions[row["i"]]["image"]
-        for row in rows
-        if row["finish"] != "error" and _has_changed(row["bytes"], questions[row["i"]]["image"])
-    ]
+    answered = [row for row in rows if row["finish"] != "error"]
+    stale = [image for row in answered if _has_changed(row, image := questions[row["i"]]["image"])]
     if stale:
         raise ValueError(
             f"{shown(path)} holds {len(stale)} answers about pictures that have changed since "
@@ -110,13 +124,24 @@ def read_answers(path: Path, header: dict, questions: list[dict]) -> dict[int, A
     return {row["i"]: Answer(row["answer"], row["finish"], row.get("reason", "")) for row in rows}
 
 
-def read_cache(path: Path, mend: bool = False) -> list[dict]:
-    """The rows of a JSON Lines file, header included; [] if it does not exist. An incomplete last
-    line is left out.
+def read_kept(path: Path, mend: bool = False) -> tuple[dict | None, list[dict]]:
+    """(header, sound rows) of a file of answers, ({}, []) if there is none; see `read_cache`.
+
+    The header is None if it is damaged: nobody knows of which model the answers are.
+    """
+    header, *lines = read_cache(path, mend) or [{}]
+    rows = [row for row in lines if row and _is_answer(row)]
+    if damaged := len(lines) - len(rows):
+        print(f"{shown(path)}: {damaged} damaged lines are not used.", file=sys.stderr, flush=True)
+    return (None if header and "i" in header else header), rows
+
+
+def read_cache(path: Path, mend: bool = False) -> list[dict | None]:
+    """The rows of a JSON Lines file, header included, None for a damaged one; [] if there is no
+    file. An incomplete last line is left out.
 
     mend: also cut the incomplete line off in the file, so that rows can be appended. Only the
     process that holds the lock may do so, because another process may be writing that line.
-    ValueError for a damaged line.
     """
     if not path.exists():
         return []
@@ -125,20 +150,13 @@ def read_cache(path: Path, mend: bool = False) -> list[dict]:
     end = data.rfind(b"\n") + 1
     if mend and end < len(data):
         os.truncate(path, end)
-    rows = []
-    # Not splitlines(): an answer may contain a Unicode line separator.
-    for number, line in enumerate(data[:end].decode().split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            where = f"{shown(path)}, line {number}"
-            raise ValueError(f"{where} is damaged: delete that line, or the file.") from None
-    return rows
+    # Not splitlines(): an answer may contain another line separator.
+    return [read_line(line) for line in data[:end].split(b"\n")[:-1]]
 
 
 def append_row(file: TextIO, row: dict) -> None:
     """Writes and flushes a row of a JSON Lines file: a killed process loses at most this row."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.write(sealed_line(row))
     file.flush()
 
 
@@ -149,21 +167,14 @@ def locked(path: Path) -> Iterator[None]:
     The system releases the lock of a process that is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is writing {for_terminal(shown(path))}: waiting.", flush=True)
-        lock.acquire()
-    try:
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(lock, timeout=0))
+        except Timeout:
+            print(f"Another process is writing {for_terminal(shown(path))}: waiting.", flush=True)
+            held.enter_context(hold(lock))
         yield
-    finally:
-        lock.release()
-
-
-def file_size(image: str | None) -> int | None:
-    """Bytes of a picture's file; None without a picture or without the file."""
-    return os.path.getsize(image) if image and os.path.exists(image) else None
 
 
 def hash_questions(samples: list[dict], questions: list[dict]) -> str:
@@ -211,9 +222,9 @@ def hash_model(model: nn.Module) -> str:
 
 def keep_scores(path: Path, scores: pd.DataFrame) -> None:
     """Adds scores to a csv file. A row with the same SCORE_KEY as an old one takes its place."""
-    with locked(path):
-        if path.exists():
-            old = read_scores(path)
+    kept = "The scores before are kept, and so are all answers: evaluate again"
+    with explain_writing(path, kept), locked(path):
+        if path.exists() and (old := _sound_scores(path)) is not None:
             both = pd.concat([old, scores], ignore_index=True)
             # Groups are numbered as they first appear, so sorting by number keeps the old order.
             place = both.groupby(SCORE_KEY, sort=False).ngroup()
@@ -227,8 +238,7 @@ def keep_scores(path: Path, scores: pd.DataFrame) -> None:
 
 def read_scores(path: Path) -> pd.DataFrame:
     """The table of a csv file of `keep_scores`: names are text, even `007`, `NA` and `=1`."""
-    numbers = dict.fromkeys(("value", "low", "high", "baseline", "n", "seed", "problems"), "")
-    names = dict.fromkeys(("run", "benchmark", "metric", "judge"), str)
+    numbers, names = dict.fromkeys(SCORE_NUMBERS, ""), dict.fromkeys(SCORE_NAMES, str)
     scores = from_sheet(pd.read_csv(path, dtype=names, na_values=numbers, keep_default_na=False))
     # Files of earlier versions have neither column.
     for column, blank in (("judge", ""), ("problems", 0)):
@@ -236,11 +246,44 @@ def read_scores(path: Path) -> pd.DataFrame:
     return scores
 
 
+def _sound_scores(path: Path) -> pd.DataFrame | None:
+    """The scores in a csv file; None if it is damaged, and then it is renamed."""
+    try:
+        scores = read_scores(path)
+    # Rows of different lengths, or bytes that are not UTF-8.
+    except ValueError:
+        scores = pd.DataFrame()
+    if set(scores) == {*SCORE_NUMBERS, *SCORE_NAMES}:
+        return scores
+    set_aside(path)
+    return None
+
+
 def _can_retry(answer: Answer, question: dict) -> bool:
     image = question["image"]
     return answer.finish == "error" and not (image and picture_trouble(str(image)))
 
 
-def _has_changed(size: int | None, image: str | None) -> bool:
-    now = file_size(image)
-    return size is not None and now is not None and size != now
+def _is_answer(row: dict) -> bool:
+    """Whether a row has what an answer needs: a damaged one without checksum may lack it."""
+    is_known = row.get("finish") in FINISHES and isinstance(row.get("answer"), str)
+    return is_known and type(row.get("i")) is int and isinstance(row.get("reason", ""), str)
+
+
+def _is_about(row: dict, samples: list[dict], questions: list[dict]) -> bool:
+    """Whether a row answers the question that its number names."""
+    if not 0 <= (i := row["i"]) < len(questions):
+        return False
+    name, text = samples[i]["question_id"], questions[i]["text"]
+    return str(row.get("question_id", name)) == str(name) and row.get("prompt", text) == text
+
+
+def _has_changed(row: dict, image: str | None) -> bool:
+    if not image:
+        return False
+    if "picture" in row:
+        before, now = row["picture"], content_sum(image)
+    else:
+        # An answer of an earlier version knows the size of a picture that is a file.
+        before, now = row.get("bytes"), os.path.getsize(image) if os.path.exists(image) else None
+    return None not in (before, now) and before != now

@@ -241,7 +241,9 @@ class EndpointJudge:
         # Equal questions have equal keys and are asked once.
         text_of, trouble = dict(zip(keys, texts)), {}
         with locked(path):
-            known = {row["key"]: row for row in read_cache(path, mend=True)}
+            # A damaged verdict is asked again.
+            rows = [row for row in read_cache(path, mend=True) if row and self._is_read(row)]
+            known = {row["key"]: row for row in rows}
             todo = {key: text for key, text in text_of.items() if key not in known}
             if todo:
                 print(self.estimate(list(todo.values()), len(text_of) - len(todo)), flush=True)
@@ -283,6 +285,11 @@ class EndpointJudge:
     def _key(self, text: str) -> str:
         parts = json.dumps([self.model, endpoint_hash(), text, self.temperature])
         return hashlib.sha256(parts.encode()).hexdigest()
+
+    def _is_read(self, row: dict) -> bool:
+        """Whether a row of the cache holds a verdict that can be read."""
+        texts = (row.get("key"), row.get("model"), row.get("reply"))
+        return all(isinstance(text, str) for text in texts) and bool(self.prompt.read(row["reply"]))
 
     def _judgement(self, row: dict) -> Judgement:
         score, out_of = self.prompt.read(row["reply"])

@@ -14,6 +14,7 @@ import torch
 
 from vflan.config import CACHE, Recipe, shown
 from vflan.data.images import read_picture, stamp
+from vflan.io import is_sealed, seal
 from vflan.models import llava as models
 
 if TYPE_CHECKING:
@@ -107,11 +108,14 @@ class Pictures:
         """Return (features, None) if they are on disk, otherwise (None, pixels)."""
         if self.folder:
             try:
-                stored = torch.from_numpy(np.load(self._file(key)))
-                if stored.dtype == _stored_dtype(self.dtype) and stored.shape == self.shape:
-                    return stored.view(self.dtype), None
-            except (OSError, ValueError, EOFError):
-                # The file is missing or damaged: compute the features again.
+                file = self._file(key)
+                # NumPy would take the features of a file with flipped bits as they are.
+                stored = torch.from_numpy(np.load(file)) if is_sealed(file) else None
+                if stored is not None and stored.shape == self.shape:
+                    if stored.dtype == _stored_dtype(self.dtype):
+                        return stored.view(self.dtype), None
+            except (OSError, ValueError):
+                # The file is missing, or of another kind: compute the features again.
                 pass
         return None, self.preparation([read_picture(key[0])], return_tensors="pt")["pixel_values"]
 
@@ -123,6 +127,7 @@ class Pictures:
             file.parent.mkdir(exist_ok=True)
             with scratch.open("wb") as out:
                 np.save(out, features.view(_stored_dtype(self.dtype)).numpy())
+            seal(scratch)
             scratch.replace(file)
         except OSError as error:
             # The cache is a convenience: a full disk must not stop the run.

@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from vflan.config import resolve, shown, weights_source
+from vflan.config import read_json, resolve, shown, weights_source
+from vflan.io import digest
 
 # Prefixes in LLaVA's own LlavaLlamaForCausalLM and in LlavaForConditionalGeneration. The first that
 # fits counts, so that the short ones come last.
@@ -53,8 +55,10 @@ Source = str | os.PathLike | HasFolder
 def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any:
     """`kind.from_pretrained(source)`, with one sentence for a damaged or incomplete folder.
 
-    Code that comes with a model is never run. OSError or ValueError if the folder cannot be read.
+    Code that comes with a model is never run. OSError or ValueError if the folder cannot be read,
+    or if it is a run's and not as it was written.
     """
+    check_files(Path(source), weights=not kind.__name__.endswith(("Processor", "Tokenizer")))
     if kind.__name__.startswith("Auto"):
         options["trust_remote_code"] = False
     try:
@@ -67,6 +71,34 @@ def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         message = f"{source} cannot be read: {reason} - download or copy it again, whole."
         raise error_class(message) from error
+
+
+def check_files(folder: Path, weights: bool = True) -> None:
+    """Compare a run's model, or its adapter, with the checksums in done.json, once a process.
+
+    It costs no more than to read the files, which are read next anyway. ValueError names a file
+    that is not as it was written. Runs of earlier versions have no checksums, and neither have
+    models of others. weights: False leaves the large files out.
+    """
+    record = read_json(folder.parent / "done.json") if folder.name in ("model", "adapter") else {}
+    if weights and record:
+        require_kept(folder)
+    for name, before in record.get("files", {}).items():
+        path = folder.parent / name
+        if path.parent != folder or not (weights or path.suffix != ".safetensors"):
+            continue
+        status = path.stat() if path.is_file() else None
+        if not status or _digest(path, status.st_mtime_ns, status.st_size) != before:
+            raise ValueError(
+                f"{shown(path)} is not as it was written, or missing: the model is damaged. Put "
+                f"back a copy of the file, or delete {shown(folder.parent)} and train it again."
+            )
+
+
+# Time and size are part of the key, so that a file that was put back is read again.
+@lru_cache(maxsize=1 << 10)
+def _digest(path: Path, mtime_ns: int, size: int) -> str:
+    return digest(path).hex()
 
 
 def load_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> nn.Module:
@@ -120,6 +152,7 @@ def weights_path(weights: Source) -> Path:
             f"{name} has no config.json and so holds no model; "
             "train that run to its end, or download all files."
         )
+    check_files(path, weights=False)
     # LLaVA's pre-training leaves a projector file beside a config.json, and no other weights.
     projector = path / "mm_projector.bin"
     return projector if projector.is_file() and not _weight_files(path) else path
@@ -163,6 +196,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def read_tensors(source: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, or of a folder's files, whose names contain `part`."""
+    check_files(source)
     tensors = {}
     for file in [source] if source.is_file() else _weight_files(source):
         try:

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, errors, get_token
 
 from vflan.config import output_path, read_json, write_json
 from vflan.io import whole_folder
+from vflan.models.weights import check_files
 from vflan.tools.cards import model_card, write_dataset_card
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
         no_lora, too_old = "it was not tuned with LoRA", "an earlier version of vflan kept none"
         reason = too_old if run.recipe.lora_r else no_lora
         raise ValueError(f"{run.name} has no adapter: {reason}; export it with merge=True.")
+    check_files(source)
     with whole_folder(folder, folder.with_name(f".{folder.name}.part")) as part:
         shutil.copytree(source, part, copy_function=copy, dirs_exist_ok=True)
         processor = run.processor()

@@ -251,7 +251,7 @@ def source_key(source: Path, parameters: dict) -> str:
     """A short hash of what an executed notebook depends on.
 
     That is its cells, the parameters with the files that they name (a preset's, one's own samples),
-    the package and the shipped backbones.
+    the package with its texts, the tables in data/ and the shipped backbones.
     """
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(source, 4).cells]
     given = [cells, parameters]
@@ -261,9 +261,14 @@ def source_key(source: Path, parameters: dict) -> str:
     if states := [Path(file).stat() for files in paths for file in files]:
         given.append([(state.st_size, state.st_mtime_ns) for state in states])
     digest = hashlib.sha256(json.dumps(given, default=str).encode())
-    code = Path(__file__).parents[1].rglob("*.py")
+    package = Path(__file__).parents[1]
+    # captions.json and the like; what a wheel ships is named below
+    texts = [file for file in package.rglob("*.json") if "shipped" not in file.parts]
+    tables = sorted(table.name for table in (config.SHIPPED / "data").glob("*.csv"))
+    data = [config.resolve(f"data/{name}") for name in (*tables, "tiny/backbones.json")]
+    code = package.rglob("*.py")
     templates = (Path(__file__).parent / "templates").glob("*.*")
-    for file in [*sorted([*code, *templates]), config.resolve("data/tiny/backbones.json")]:
+    for file in [*sorted([*code, *texts, *templates]), *data]:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]
 

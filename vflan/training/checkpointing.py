@@ -10,10 +10,12 @@ rows depend only on the step. So none of these needs saved state.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, state: TrainState, metadata: dict) 
     files = gather_object([(str(path.relative_to(scratch)), _checksum(path)) for path in written])
     if accelerator.is_main_process:
         record = metadata | versions() | dict(step=step, files=dict(files))
-        write_json(scratch / "checkpoint.json", record)
+        write_json(scratch / "checkpoint.json", record | dict(crc=_crc(record)))
         # All files reach the disk before the rename: a crash leaves no partial checkpoint.
         flush(scratch)
         # The target exists only if it was damaged and the run went back to an earlier checkpoint.
@@ -140,6 +142,9 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
         # A file may be missing, cut short, or changed on the disk.
         try:
             record = read_json(path / "checkpoint.json")
+            # Checkpoints of earlier versions have none.
+            if record.pop("crc", None) not in (None, _crc(record)):
+                raise ValueError("a bit of it changed")
             files = record["files"].items()
             bad = [name for name, checksum in files if _checksum(path / name) != checksum]
         except (ValueError, KeyError, OSError):
@@ -237,6 +242,10 @@ def trained_model(recipe: Recipe, init: str | None, weights: dict[str, torch.Ten
 
 def _trained_weights(model):
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _crc(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _checksum(path):

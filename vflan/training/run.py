@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 # A recipe.json with these fields is vflan's.
 MARKERS = {"name", "stage", "vision_tower", "language_model"}
 PATIENCE = 5  # seconds to wait for the processes of a killed run to exit
-# How safetensors, NumPy and torch report a full disk; torch's writer only says that a position is
-# wrong, and NumPy how many values were requested and written.
-FULL_DISK = ("No space left", "os error 28", "file write failed", "unexpected pos", "requested and")
 _HELD = set()  # (process, thread, folder) of the locks held here
 
 
@@ -246,6 +243,13 @@ class Run:
             models.export(model, processor, recipe, scratch, init)
             # The model reaches the disk before its rename, and its rename before done.json.
             flush(scratch)
+            # With these, a bit that the disk loses is noticed when the model is loaded.
+            written = {"model": scratch, "adapter": self.folder / "adapter"}
+            summary["files"] = {
+                f"{part}/{name}": digest
+                for part, folder in written.items()
+                for name, digest in io.digests(folder).items()
+            }
             scratch.replace(self.folder / "model")
             write_json(self.folder / "done.json", summary)
         io.clear(self.folder / "checkpoints", io.CHECKPOINTS)
@@ -293,7 +297,8 @@ class Run:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with io.explain_no_locks(self.folder):
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.seek(0)
@@ -396,8 +401,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not is_full and not any(words in str(error) for words in FULL_DISK):
+        if not (limit := io.no_room(error)):
             raise
         from vflan.training.checkpointing import list_checkpoints
 
@@ -407,8 +411,9 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         state = "it has no checkpoint yet"
         if checkpoints := list_checkpoints(folder):
             state = f"its last checkpoint, {checkpoints[0].name}, is intact"
+        cause, cure = limit.capitalize().split(": ")
         sentence = (
-            f"The disk is full: cannot write more to {shown(folder)}; {state}. "
-            "Free some space and train it again"
+            f"{cause}: cannot write more to {shown(folder)}; {state}. "
+            f"{cure.capitalize()} and train it again"
         )
         raise OSError(errno.ENOSPC, sentence) from None
