@@ -43,6 +43,12 @@ def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
     assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
 
 
+def test_one_training_a_stage_is_the_default(notebook):
+    """What a notebook trains is what `vflan.plan` shows beside it, at 7B as in the mini world."""
+    names = [line.split(" = ")[0] for line in notebook.cells[1].source.splitlines()]
+    assert "seeds" not in names or "seeds = [0]" in notebook.cells[1].source
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_papermill_explains_every_parameter(path):
     for name, parameter in papermill.inspect_notebook(str(path)).items():

@@ -29,6 +29,7 @@ from vflan.evaluation.evaluator import (
     LETTERS,
     allowed,
     evaluate,
+    scorable,
 )
 from vflan.evaluation.generation import answer, answering, first_token
 from vflan.evaluation.judge import Judgement
@@ -738,6 +739,14 @@ def test_without_a_lexicon_a_judge_must_be_named_before_anything_is_asked(
     with pytest.raises(ValueError, match=r"llava_bench needs a judge: give judge=EndpointJudge"):
         evaluate(run, ["pope", "llava_bench"])
     assert run.loaded == 0
+
+
+def test_what_a_model_has_to_judge_is_named_and_left_out_of_notebooks(run, open_questions, capsys):
+    folder = run.folder / "benchmarks"
+    assert set(scorable(folder)) == {"pope", "llava_bench"} and not capsys.readouterr().out
+    (open_questions / "lexicon.json").unlink()
+    assert scorable(folder) == ["pope"]
+    assert "a model has to judge the answers: llava_bench" in capsys.readouterr().out
 
 
 def test_the_numbers_of_a_score_do_not_depend_on_how_it_was_asked(run):

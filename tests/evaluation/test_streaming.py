@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_model import make_tiny, questions
 
 from vflan.evaluation.generation import answer
-from vflan.evaluation.streaming import attention_maps, stream, tower_view
+from vflan.evaluation.streaming import attention_maps, captioned, stream, tower_view
 
 STREAMING = sys.modules["vflan.evaluation.streaming"]
 
@@ -141,3 +141,18 @@ def test_the_view_is_the_picture_as_the_tower_gets_it(tiny):
     view = tower_view(tiny.processor, wide)
     assert view.size == (48, 48)
     assert np.abs(np.asarray(view).astype(int) - [0, 0, 255]).max() <= 1
+
+
+def test_pictures_are_captioned_a_few_at_a_time_as_one_by_one(tiny, monkeypatch):
+    """At 7B the keys and values of 64 pictures in one call take 21 GB."""
+    pictures = [str(tiny.folder / f"{i % 5}.png") for i in range(20)]
+    alone = [captioned(tiny.model, tiny.processor, [picture])[0] for picture in pictures[:5]]
+    sizes, real = [], tiny.model.generate
+
+    def generate(ids, **options):
+        sizes.append(len(ids))
+        return real(ids, **options)
+
+    monkeypatch.setattr(tiny.model, "generate", generate)
+    assert captioned(tiny.model, tiny.processor, pictures) == alone * 4
+    assert sizes == [8, 8, 4] and len(set(alone)) > 1

@@ -132,7 +132,8 @@ def floors(scores: Scores, losses: Mapping[int, tuple] | None = None) -> pd.Data
         holds = None if floor.rule == "shown" else all(low <= value <= high for value in judged)
         each = " / ".join(f"{value:.1f}" for value in seeds.value)
         rows.append([floor.claim, needs, mean, each, majority, before, holds])
-    if losses:
+    # A projector that was trained elsewhere has no losses here.
+    if losses and None not in {loss for pair in losses.values() for loss in pair}:
         first, last = np.mean(list(losses.values()), axis=0)
         each = " / ".join(f"{pair[1]:.2f}" for pair in losses.values())
         claim, needs = "The projector learns captions: the loss falls", "half of the first"
@@ -334,9 +335,10 @@ def committed(notebook: str, preset: str = "tiny") -> pd.DataFrame:
 def beside(scores: Scores, preset: str = "tiny", changes: dict | None = None) -> pd.DataFrame:
     """Headline scores by benchmark and run: the seeds run here, then the other committed ones.
 
-    A trial with `changes` is another experiment, so no committed seeds are shown beside it.
+    A trial with `changes` is another experiment, and so is a preset file of one's own, whatever its
+    name: no committed seeds are shown beside them.
     """
-    path = resolve(f"data/results/{Path(preset).stem}.csv")
+    path = resolve(f"data/results/{preset}.csv")
     parts = [scores.assign(source=[f"seed {seed}, run here" for seed in scores.seed])]
     if path.is_file() and not changes:
         other = read_scores(path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -34,20 +33,24 @@ from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.evaluator import evaluate, present
 from vflan.evaluation.parallel import forking
 from vflan.evaluation.results import kept_items
+from vflan.io import say
 from vflan.models import llava as models
 from vflan.training.distributed import end_with_parent
 from vflan.training.run import Run
-from vflan.training.trainer import train
+from vflan.training.trainer import take_projector, train
 
 Key = tuple[str, int]  # (label, seed)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A run to train: its recipe, and the label of the arm (or the Run) that it starts from."""
+    """A run to train: its recipe, and what it starts from.
+
+    init: the label of an arm, a Run, or the Path of weights of others; a text is always a label.
+    """
 
     recipe: Recipe
-    init: str | Run | None = None
+    init: str | Run | Path | None = None
     benchmarks: tuple[str, ...] | None = None  # None: those of the sweep
 
     def needs(self) -> list[str]:
@@ -119,6 +122,7 @@ def sweep(
     folder: str | Path | None = None,
     jobs: int | None = None,
     num_processes: int = 1,
+    keep: str = "model",
 ) -> Sweep:
     """Train and evaluate all arms with all seeds.
 
@@ -126,7 +130,9 @@ def sweep(
     arm is trained with each, in a folder of its own (`for_seed`). benchmarks, folder: as for
     `evaluate`; benchmarks=() asks nothing. jobs: how many arms at once, each on one thread; by
     default one for each core, but one on a machine with GPUs. num_processes: how many processes
-    train an arm and answer for it (a Swap uses one).
+    train an arm and answer for it (a Swap uses one). keep: what stays of the model of an arm that
+    this call trains and asks and that no other arm needs (`Run.keep`): model, adapter (without
+    LoRA the model), or nothing.
 
     Mistakes in the arms raise ValueError before anything is trained. Each finished arm is reported
     on stderr. If an arm fails, no new one starts, and a RuntimeError names it.
@@ -137,6 +143,8 @@ def sweep(
     asked = {label: names if arm.benchmarks is None else BENCHMARKS.names(arm.benchmarks)
              for label, arm in arms.items()}  # fmt: skip
     _check(arms, asked, folder)
+    if keep not in ("model", "adapter", "nothing"):
+        raise ValueError(f"keep={keep!r}: choose one of model, adapter, nothing.")
     keys = [(label, seed) for seed in seeds for label in arms]
     waiting = {
         (label, seed): [(need, seed) for need in needed(arms, label)] for label, seed in keys
@@ -151,6 +159,8 @@ def sweep(
     answered = [(*key, name) for key in keys for name in asked[key[0]]
                 if not _answers(runs[key], answers_as[key[0]], name).is_file()]  # fmt: skip
 
+    is_needed = {need for label in arms for need in needed(arms, label)}
+
     def task(label, seed):
         arm, rest = arms[label], dict(benchmarks=asked[label], folder=str(folder))
         if isinstance(arm, Swap):
@@ -159,11 +169,31 @@ def sweep(
             return partial(swap_and_ask, run, arm.part, source, answers_as[label], **rest)
         init = runs[arm.init, seed] if isinstance(arm.init, str) else arm.init
         recipe = for_seed(arm.recipe, seed)
+        if (label, seed) in trained and asked[label] and label not in is_needed:
+            rest["keep"] = keep
         return partial(train_and_ask, recipe, init, num_processes=num_processes, **rest)
 
     tasks = {key: task(*key) for key in order}
     _do_all(tasks, waiting, min(jobs or default_jobs(), len(tasks)))
     return Sweep(runs, asked, answers_as, folder, frozenset(trained), frozenset(answered))
+
+
+def projector_arm(
+    recipe: Recipe,
+    projector: str,
+    seeds: Iterable[int],
+    benchmarks: tuple[str, ...] | None = None,
+) -> Arm:
+    """The arm of the projector stage: trained, or the `projector` of others if one is named.
+
+    projector: LLaVA's `mm_projector.bin`, its folder or hub id. It becomes a finished run for each
+    seed (`take_projector`), which the sweep reads, asks and starts from like any other.
+    """
+    if not projector:
+        return Arm(recipe, benchmarks=benchmarks)
+    for seed in seeds:
+        take_projector(for_seed(recipe, seed), projector)
+    return Arm(recipe, Path(projector), benchmarks)
 
 
 def spread(recipe: Recipe, instances: int, tasks: int) -> Recipe:
@@ -274,11 +304,20 @@ def _answers(run, name, benchmark):
     return run.folder / "answers" / (name or "") / f"{benchmark}.jsonl"
 
 
-def train_and_ask(recipe: Recipe, init, benchmarks: list[str], folder: str, num_processes: int):
-    """Train an arm and evaluate it."""
+def train_and_ask(
+    recipe: Recipe,
+    init: str | Run | Path | None,
+    benchmarks: list[str],
+    folder: str,
+    num_processes: int,
+    keep: str = "model",
+) -> None:
+    """Train an arm, evaluate it, and keep so much of its model."""
     run = train(recipe, init=init, num_processes=num_processes)
     if benchmarks:
         evaluate(run, benchmarks, folder, num_processes=num_processes)
+    if keep == "nothing" or recipe.lora_r:
+        run.keep(keep)
 
 
 def swap_and_ask(
@@ -299,7 +338,7 @@ def _do_all(tasks: dict[Key, Callable], waiting, jobs):
         done.add(key)
         minutes = (time.monotonic() - began) / 60
         line = f"[{len(done)}/{len(tasks)}] {key[0]}, seed {key[1]} ({minutes:.1f} min)"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     if jobs == 1:
         for key, task in tasks.items():

@@ -176,6 +176,26 @@ def present(folder: str | os.PathLike) -> list[str]:
     return names
 
 
+def scorable(folder: str | os.PathLike) -> list[str]:
+    """Those of `present` that are scored without a model as judge; says which are left out."""
+    needing = [
+        name
+        for name in present(folder)
+        if BENCHMARKS[name].judged and needs_model(BENCHMARKS[name].load(folder))
+    ]
+    if needing:
+        print(
+            f"Not asked here, because a model has to judge the answers: {', '.join(needing)}. "
+            "vflan.evaluate(run, benchmarks, judge=...) scores them."
+        )
+    return [name for name in present(folder) if name not in needing]
+
+
+def needs_model(samples: list[dict]) -> bool:
+    """Whether the questions of a judged benchmark bring no rule that can judge their answers."""
+    return samples[0].get("judge") != "rule" and not samples[0].get("lexicon")
+
+
 @dataclass(frozen=True)
 class LoadedBenchmark:
     """A benchmark with its questions, ready to be asked and scored."""

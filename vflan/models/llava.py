@@ -92,9 +92,10 @@ def _assemble(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> Llava:
     """A model of the recipe's backbones; the weights in LLaVA's file or folder replace theirs."""
     projector_weights, text_config = None, None
     if source is not None:
-        projector_weights = read_projector(source)
         text_config = files.llava_text_config(source) if source.is_dir() else None
-        _check_widths(projector_weights, text_config, recipe, source)
+        text = text_config or backbone_config(recipe.language_model)
+        vision = backbone_config(recipe.vision_tower)
+        projector_weights = fitting_projector(source, vision.hidden_size, text.hidden_size)
     tower = _load_tower(recipe, dtype, source)
     tokenizer = load_tokenizer(recipe)
     language_model = _load_language_model(recipe, dtype, source, text_config, len(tokenizer))
@@ -120,22 +121,27 @@ def _assemble(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> Llava:
     greedy = dict(do_sample=False, temperature=None, top_p=None)
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.generation_config.update(**greedy, **ends)
-    assert not any(p.is_meta for p in model.parameters()), "a weight was left without a value"
+    if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise RuntimeError(f"{recipe.language_model}: {empty[0]} was left without a value.")
     return model
 
 
-def _check_widths(projector: dict, text_config: Any, recipe: Recipe, source: Path) -> None:
-    """Raise ValueError if a projector does not fit between the recipe's backbones."""
+def fitting_projector(source: Source, vision: int, text: int) -> dict[str, torch.Tensor]:
+    """`read_projector`, or ValueError if it does not fit between backbones of these widths."""
+    projector = read_projector(source)
     # linear_1 (hidden, vision) reads the vision tower, linear_2 (text, hidden) writes embeddings.
-    actual = projector["linear_1.weight"].shape[1], projector["linear_2.weight"].shape[0]
-    text = text_config or backbone_config(recipe.language_model)
-    expected = backbone_config(recipe.vision_tower).hidden_size, text.hidden_size
+    # LLaVA-1.5's hidden width is the language model's.
+    expected = {"linear_1.weight": (text, vision), "linear_1.bias": (text,)}
+    expected |= {"linear_2.weight": (text, text), "linear_2.bias": (text,)}
+    actual = {name: tuple(weight.shape) for name, weight in projector.items()}
     if actual != expected:
+        first, second = actual["linear_1.weight"], actual["linear_2.weight"]
         raise ValueError(
-            f"{shown(source)} joins a tower of width {actual[0]} to a language model of width "
-            f"{actual[1]}, but this recipe's have {expected[0]} and {expected[1]}; "
-            "take the projector that was trained for them."
+            f"{shown(files.weights_path(source))} joins a tower of width {first[-1]} to a language "
+            f"model of width {second[0]}, but this recipe's have {vision} and {text} (its hidden width is "
+            f"{first[0]}); take the projector that was trained for them."
         )
+    return projector
 
 
 def _load_tower(recipe: Recipe, dtype: torch.dtype, source: Path | None) -> CLIPVisionModel:
@@ -234,10 +240,14 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """How many parameters each part has (in 4 bits two of them count as one)."""
-    return {
-        part: sum(w.numel() for w in module.parameters()) for part, module in parts(model).items()
-    }
+    """How many parameters each part has; in 4 bits too, where a byte holds two of them."""
+
+    def count(weight):
+        state = getattr(weight, "quant_state", None)
+        return (weight.shape if state is None else state.shape).numel()
+
+    return {part: sum(map(count, module.parameters())) for part, module in parts(model).items()}
+
 
 
 def quantised_layers(model: nn.Module) -> dict[str, int]:
@@ -265,16 +275,23 @@ def image_features(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor
 def swap_part(model: nn.Module, part: str, other: Any) -> nn.Module:
     """The model with one part's weights replaced, in place, by those of `other` (Tables 6 and 7).
 
-    part: vision_tower, projector or language_model. other: a model, a Run, or (for the language
-    model) a causal language model of the same shape, or its folder or hub id. ValueError if the
-    two parts differ in shape or in quantisation.
+    part: vision_tower, projector or language_model. other: a model or a Run; for the projector
+    also LLaVA's `mm_projector.bin`; for the language model a causal language model of the same
+    shape, or its folder or hub id, which need not know `<image>`. The GPU never holds two models
+    in 16 bits. ValueError if the two parts differ in shape or in quantisation.
     """
     if part not in PARTS:
         raise ValueError(f"There is no part {part!r}; a model has {', '.join(PARTS)}.")
+    if part == "projector" and not isinstance(other, nn.Module):
+        # Its few weights are read alone, not with the rest of a second model.
+        widths = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+        parts(model)[part].load_state_dict(fitting_projector(other, *widths))
+        return model
     if isinstance(other, (str, os.PathLike)):
         other = _read_language_model(other, model, part)
     elif not isinstance(other, nn.Module):
-        other = other.load_model()
+        # On the CPU, unless it is quantised.
+        other = load_model(other.recipe, other)
     if isinstance(other, Llava):
         source = parts(other)[part]
     elif part == "language_model":
@@ -286,12 +303,20 @@ def swap_part(model: nn.Module, part: str, other: Any) -> nn.Module:
 
 
 def _read_language_model(source: str | os.PathLike, model: nn.Module, part: str) -> nn.Module:
-    """A causal language model, quantised as `model` is: only what was learned may differ."""
-    options, quantiser = {"dtype": torch.float32}, getattr(model, "hf_quantizer", None)
+    """A causal language model, in the precision of `model`: only what was learned may differ.
+
+    One that was never trained with pictures lacks the row of `<image>` and gets it, as `load_model`
+    gives it to the recipe's.
+    """
+    options, quantiser = {"dtype": model.dtype}, getattr(model, "hf_quantizer", None)
     if quantiser and part == "language_model":
         options["quantization_config"] = quantiser.quantization_config
-        options["device_map"] = {"": quantisation.local_device()}
-    return files.read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
+        options["device_map"] = {"": model.device}
+    other = files.read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
+    # Any other difference in rows is another vocabulary, which cannot be swapped.
+    if other.config.vocab_size == model.config.image_token_id:
+        _grow_vocabulary(other, model.config.text_config.vocab_size)
+    return other
 
 
 def fingerprint(weights: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -331,25 +356,6 @@ def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def shard(learner: nn.Module, recipe: Recipe) -> None:
-    """Spread weights, gradients and optimiser state over the processes, in place (FSDP2).
-
-    learner: `vflan.models.loss.Learner` of a fully tuned model.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    half = compute_dtype(recipe) == torch.bfloat16
-    # Weights travel in bf16; gradients are added up in fp32.
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {}
-    policy = MixedPrecisionPolicy(**dtypes)
-    for layer in learner.model.model.language_model.layers:
-        fully_shard(layer, mp_policy=policy)
-    # The tower is small, frozen, and used outside of the learner's forward pass: every process
-    # keeps it whole.
-    tower = set(parts(learner.model)["vision_tower"].parameters())
-    fully_shard(learner, mp_policy=policy, ignored_params=tower)
-
-
 def export(
     model: nn.Module, processor: Any, recipe: Recipe, folder: Path, init: Source | None = None
 ) -> None:
@@ -363,8 +369,8 @@ def export(
         recipe = replace(recipe, bits=16)
         model = load_model(recipe, init)
         freeze(model, recipe)
-        unknown = model.load_state_dict(learned, strict=False).unexpected_keys
-        assert not unknown, f"{unknown[0]} was learned but has no place in the 16-bit model"
+        if unknown := model.load_state_dict(learned, strict=False).unexpected_keys:
+            raise RuntimeError(f"{unknown[0]} was learned but has no place in the 16-bit model.")
     if recipe.lora_r:
         _merge_adapters(model)
     # Published LLaVA-1.5 folders name the tower's weights so. transformers 5 reads both names, vLLM
@@ -384,7 +390,8 @@ def save_adapter(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     """
     # PEFT names the model below its own wrapper, and leaves out the adapter's name.
     learned = {name.replace(".default", ""): weight for name, weight in _learning(model)}
-    assert any("lora_" in name for name in learned), "the model has no adapters, or merged ones"
+    if not any("lora_" in name for name in learned):
+        raise ValueError("The model has no adapters, or they are merged already: save them before.")
     folder.mkdir(parents=True, exist_ok=True)
     stored = {f"base_model.model.{name}": w.detach().cpu() for name, w in learned.items()}
     stored = {name: weight.contiguous() for name, weight in stored.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable
@@ -17,8 +18,11 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 
 from vflan.config import read_json, resolve, shown, weights_source
-from vflan.io import digest
+from vflan.io import digest, machine_limit
+from vflan.models.hub import hub_options
 
+# transformers would ask the hub, in a thread of its own, to convert a model's .bin files.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 # Prefixes in LLaVA's own LlavaLlamaForCausalLM and in LlavaForConditionalGeneration. The first that
 # fits counts, so that the short ones come last.
 _LLAVA_PREFIXES = (
@@ -30,6 +34,7 @@ _LLAVA_PREFIXES = (
 )
 # What is downloaded of a model's repository.
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES += ["mm_projector.bin"]
 # LLaVA's config.json must not contradict these values.
 _LLAVA_1_5 = dict(
     mm_projector_type="mlp2x_gelu",
@@ -59,6 +64,7 @@ def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any
     or if it is a run's and not as it was written.
     """
     check_files(Path(source), weights=not kind.__name__.endswith(("Processor", "Tokenizer")))
+    options |= hub_options(source)
     if kind.__name__.startswith("Auto"):
         options["trust_remote_code"] = False
     try:
@@ -68,9 +74,7 @@ def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any
     # json, safetensors, tokenizers and transformers each have errors of their own.
     except Exception as error:
         error_class = OSError if isinstance(error, OSError) else ValueError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        message = f"{source} cannot be read: {reason} - download or copy it again, whole."
-        raise error_class(message) from error
+        raise error_class(f"{source} cannot be read: {_reason(error)}") from error
 
 
 def check_files(folder: Path, weights: bool = True) -> None:
@@ -99,6 +103,12 @@ def check_files(folder: Path, weights: bool = True) -> None:
 @lru_cache(maxsize=1 << 10)
 def _digest(path: Path, mtime_ns: int, size: int) -> str:
     return digest(path).hex()
+
+
+def _reason(error: Exception) -> str:
+    """Why a file of weights cannot be read, and what to do: damage is not the only reason."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return f"{reason} - {machine_limit(error) or 'download or copy it again, whole'}."
 
 
 def load_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> nn.Module:
@@ -135,10 +145,12 @@ def weights_path(weights: Source) -> Path:
     mm_projector.bin, or a hub id, which is downloaded. FileNotFoundError or ValueError if there is
     no model.
     """
-    path = resolve(getattr(weights, "folder", weights))
-    is_name = isinstance(weights, str) and weights.count("/") == 1 and not path.exists()
-    if is_name and weights_source(weights) == weights:
-        path = _download(weights)
+    given = str(getattr(weights, "folder", weights))
+    path = resolve(given)
+    is_name = given.count("/") == 1 and not path.exists()
+    if is_name and weights_source(given) == given:
+        path = _download(given)
+    require_kept(path / "model" if (path / "done.json").is_file() else path)
     path = path / "model" if (path / "model").is_dir() else path
     if path.is_file():
         return path
@@ -156,6 +168,17 @@ def weights_path(weights: Source) -> Path:
     # LLaVA's pre-training leaves a projector file beside a config.json, and no other weights.
     projector = path / "mm_projector.bin"
     return projector if projector.is_file() and not _weight_files(path) else path
+
+
+def require_kept(folder: Path) -> None:
+    """Raise FileNotFoundError for a run's model or adapter that `Run.keep` has deleted."""
+    kept, name = read_json(folder.parent / "done.json").get("kept"), shown(folder.parent)
+    if folder.name not in ("model", "adapter") or kept in (None, folder.name):
+        return
+    advice = f"delete {name} and train the run again"
+    if kept == "adapter":
+        advice += f", or load {name}/adapter with PEFT onto what the run started from"
+    raise FileNotFoundError(f"The {folder.name} of {name} was deleted (keep={kept!r}): {advice}.")
 
 
 def _download(repo: str) -> Path:
@@ -194,6 +217,29 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
+def part_of(name: str) -> str:
+    """The part that a stored weight belongs to, by its name in a Hugging Face or LLaVA folder."""
+    others = ("projector", "vision_tower")
+    return next((part for part in others if f"{part}." in name), "language_model")
+
+
+def stored_slices(source: Source) -> dict[str, Any]:
+    """The weights in a folder's safetensors, by name, unread.
+
+    `slice[2:5]` reads three rows of a tensor, so that files may be larger than memory.
+    """
+    readers = [safe_open(file, "pt") for file in sorted(weights_path(source).glob("*.safetensors"))]
+    return {name: reader.get_slice(name) for reader in readers for name in reader.keys()}
+
+
+def part_sizes(source: Source) -> dict[str, int]:
+    """How many weights each part has in a folder's safetensors; no weight is read."""
+    sizes = dict.fromkeys(("vision_tower", "projector", "language_model"), 0)
+    for name, stored in stored_slices(source).items():
+        sizes[part_of(name)] += math.prod(stored.get_shape())
+    return sizes
+
+
 def read_tensors(source: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, or of a folder's files, whose names contain `part`."""
     check_files(source)
@@ -203,6 +249,8 @@ def read_tensors(source: Path, part: str) -> dict[str, torch.Tensor]:
             tensors |= _read_file(file, part)
         # pickle, zip and safetensors each have errors of their own.
         except Exception as error:
+            if machine_limit(error):
+                raise OSError(f"{shown(file)} cannot be read: {_reason(error)}") from error
             raise ValueError(
                 f"{shown(file)} is damaged, or holds more than weights (a pickle may hold code; "
                 "none was run); download it again."
@@ -214,10 +262,19 @@ def _read_file(file: Path, part: str) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys() if part in name}
+    return {name: tensor for name, tensor in load_tensors(file).items() if part in name}
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """What torch.save wrote. Tensors are read when they are used, where a disk can map files."""
     # weights_only: an ordinary pickle could run code. mmap needs PyTorch's zip format.
-    options = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    stored = torch.load(file, **options)
-    return {name: tensor for name, tensor in stored.items() if part in name}
+    options = dict(map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, mmap=zipfile.is_zipfile(file), **options)
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+        return torch.load(file, **options)
 
 
 def read_projector(source: Source) -> dict[str, torch.Tensor]:

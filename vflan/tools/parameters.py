@@ -58,9 +58,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "often": _COUNT,
     "beyond": ("True or False", lambda value: isinstance(value, bool)),
     "live": ('"small" or "all"', lambda value: value in ("small", "all")),
+    "projector": _TEXT,
     "other_language_model": ("a folder, a hub id or None", _is_text_or_none),
 }
-_TEXTS = ("preset", "samples", "images", "live")  # a text such as "12" stays one
+_TEXTS = ("preset", "samples", "images", "projector", "live")  # a text such as "12" stays one
 
 
 def checked(**values: Any) -> list:

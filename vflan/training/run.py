@@ -212,6 +212,19 @@ class Run:
         self._require_finished()
         return push_run(self, repo, private, merge)
 
+    def keep(self, what: str) -> Run:
+        """Delete the weights of this finished run, except `what`: model, adapter or nothing.
+
+        Recipe, losses, answers and scores stay, and so does what belongs to the model but is small.
+        A run that has lost its model is scored again from its answers; it answers no new question,
+        and no other run starts from it. "adapter" is for LoRA runs: adapters and projector stay.
+        """
+        from vflan.tools.keeping import keep_only
+
+        self._require_finished()
+        keep_only(self, what)
+        return self
+
     def finish(
         self,
         model: nn.Module,

@@ -21,12 +21,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vflan.config import Recipe, one_recipe, read_json, resolve, shown
+from vflan.config import Recipe, one_recipe, read_json, replace, resolve, shown
 from vflan.models import llava as models
 from vflan.models.image_features import Pictures
 from vflan.models.loss import Learner
 from vflan.training import checkpointing, distributed
 from vflan.training.batching import batch_order, feed, prepare
+from vflan.training.kept_rows import rows_of_run
 from vflan.training.metrics import Log
 from vflan.training.run import Run, explain_full_disk
 
@@ -48,6 +49,9 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     one_recipe(recipe)
     run, started = Run(recipe.folder), distributed.world_size()
     distributed.check_processes(recipe, started if started > 1 else num_processes)
+    # A finished run is only read, which needs no GPU.
+    if not run.finished:
+        distributed.check_device(recipe)
     if started > 1:
         _train_under_torchrun(run, recipe, init)
         return run
@@ -64,6 +68,29 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     return run
 
 
+def take_projector(recipe: Recipe, source: Run | str | os.PathLike) -> Run:
+    """The run of a projector stage whose projector was trained elsewhere: no step is taken here.
+
+    source: LLaVA's `mm_projector.bin`, the folder or hub id of one, or of a whole LLaVA-1.5, of
+    which only the projector is taken. init.json names it and holds the hash of its weights;
+    done.json has 0 steps. ValueError if the projector does not fit between the recipe's backbones,
+    or if the run was already trained here.
+    """
+    run, (vision, text) = Run(recipe.folder), models.shapes(recipe)
+    # Before the run's folder is made and the backbones are loaded.
+    models.fitting_projector(source, vision.hidden_size, text.hidden_size)
+    with run.start(recipe, _describe_init(source)):
+        if not run.finished:
+            with _free_memory_after():
+                # Nothing learns, so that the weights are written as they came, never quantised.
+                whole = replace(recipe, bits=16)
+                model = models.swap_part(models.load_model(whole), "projector", source)
+                processor = models.load_processor(whole, model)
+                counts = dict(steps=0, rows=0, heldout=0, bad=0, repaired=0, seconds=0.0)
+                run.finish(model, processor, whole, None, processes=1, **counts)
+    return run
+
+
 def _train_under_torchrun(run, recipe, init):
     accelerator = distributed.make_accelerator(recipe, run.folder)
     # The main process holds the lock until the run is finished; its `fit` enters it again.
@@ -71,7 +98,8 @@ def _train_under_torchrun(run, recipe, init):
         with accelerator.main_process_first():
             if accelerator.is_main_process:
                 lock.enter_context(run.start(recipe, _describe_init(init)))
-        fit(run.folder)
+        with torch.random.fork_rng(), _free_memory_after():
+            fit(run.folder)
 
 
 @contextmanager
@@ -113,6 +141,7 @@ def fit(folder: str | Path, num_processes: int | None = None) -> None:
     _check_same_recipe(run, begun)
     if run.finished:
         return
+    distributed.check_device(recipe)
     with run.lock(reenter=True) if main else nullcontext(), explain_full_disk(run.folder):
         # Before the lock, another process may have finished this run or started another recipe.
         if main:
@@ -134,13 +163,13 @@ def _fit(run, recipe, accelerator):
     clock, init = time.perf_counter(), read_json(run.folder / "init.json").get("init")
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
 
-    # Model and data. The main process checks the samples; the others wait and read its verdicts.
-    model = models.load_model(recipe, init)
+    # Model and data. The main process makes the rows, and all read them from the run's folder.
+    model = distributed.load_model(recipe, init, accelerator)
     processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
-        is_main = accelerator.is_main_process
-        data = prepare(recipe, processor.tokenizer, model.config, run.folder, validate=is_main)
+        make = partial(prepare, recipe, processor.tokenizer, model.config, run.folder)
+        data = rows_of_run(run.folder, recipe, processor.tokenizer, make, accelerator)
     # Replicate or shard the model. Its frozen parts are hashed now and again after training.
     pictures, state = _distribute(model, processor, data, recipe, accelerator)
     learner, optimizer, frozen = state.learner, state.optimizer, _fingerprint_frozen(model)
@@ -305,7 +334,11 @@ def _fingerprint_frozen(model) -> dict[str, str]:
 
 def _check_frozen(model, before):
     moved = [part for part, now in _fingerprint_frozen(model).items() if now != before[part]]
-    assert not moved, f"a frozen part moved during training: {', '.join(moved)}"
+    if moved:
+        raise RuntimeError(
+            f"A frozen part moved during training: {', '.join(moved)}. The run is not finished, "
+            "because its recipe does not tune that part."
+        )
 
 
 def _finish(run, recipe, init, state, processor, summary):
