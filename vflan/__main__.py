@@ -28,7 +28,7 @@ ALL_QUESTIONS = "vqav2: the file of all of test2015; default: beside the questio
 PresetName = Annotated[str, Argument(metavar="PRESET", help=PRESET)]
 Stage = Annotated[str, Option(help="projector, base or chat")]
 Changes = Annotated[str, Option(help=CHANGES)]
-Processes = Annotated[int | None, Option(help="GPUs, or processes on a CPU")]
+Processes = Annotated[int | None, Option(min=1, help="GPUs, or processes on a CPU")]
 RunFolder = Annotated[str, Argument(help="a finished run's folder")]
 BenchmarkFolder = Annotated[str | None, Option(help="of the benchmarks; default: the recipe's")]
 
@@ -72,7 +72,7 @@ def doctor_command(
 def plan_command(
     preset: PresetName,
     stage: Stage = "base",
-    gpus: Annotated[int, Option(help="how many")] = 1,
+    gpus: Annotated[int, Option(min=1, help="how many")] = 1,
     gpu: Annotated[str, Option(help="A100-80G, H100-80G, RTX4090-24G ..., or cpu")] = "A100-80G",
     changes: Changes = "{}",
 ) -> None:
@@ -85,7 +85,7 @@ def check_command(
     samples: Annotated[str, Argument(help="a LLaVA json, or a folder of Vision-Flan")],
     images: Annotated[str, Argument(help="folder or zip of the pictures")],
     against: Annotated[str | None, Option(help="folder of benchmarks to compare with")] = None,
-    max_length: Annotated[int, Option(help="tokens; a longer conversation is cut")] = 2048,
+    max_length: Annotated[int, Option(min=2, help="tokens; a longer conversation is cut")] = 2048,
 ) -> None:
     """Judge every row and picture by the rules of training; nothing is changed."""
     rows = vflan.load_samples(samples, images)

@@ -9,7 +9,6 @@ import difflib
 import html
 import json
 import os
-import runpy
 import subprocess
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -17,7 +16,8 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Self
 
-from vflan.recipe_rules import check_fields
+from vflan.preset_file import run_preset_file
+from vflan.recipe_rules import check_fields, folder_name, in_brief, plain_value
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel holds copies of the files below in vflan/shipped (setup.py); a clone has no such folder.
@@ -43,8 +43,6 @@ CACHE = Path(os.environ.get("VFLAN_CACHE") or ROOT / "data" / "cache")
 # Fields that say how a run is watched or begun, and do not change what comes out of it.
 # `max_bad_share` only decides whether a run starts: a finished one stays as it is.
 _MONITORING = ("save_every", "evaluate_every", "trackers", "max_bad_share")
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL"}
-_WINDOWS_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +100,8 @@ class Recipe:
     # Keep the vision tower's features on disk for later runs (1.2 MB a picture at 7B).
     feature_cache: bool = False
     precision: str = "fp32"
+    # auto: a GPU if PyTorch can use one, which `precision="bf16"` needs. cpu: the CPU, in fp32.
+    device: str = "auto"
     gradient_checkpointing: bool = False
     # torch.compile for the language model: a minute more at the start, faster steps on a GPU.
     compile: bool = False
@@ -114,14 +114,12 @@ class Recipe:
     evaluate_every: int = 0  # steps between measurements on held-out rows; 0: one, at the end
     trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio, beside metrics.jsonl
     max_bad_share: float = 0.01  # the run does not start if a larger share of its rows is bad
+    # A row whose picture has more pixels is bad; of a JPEG with more, a smaller picture is decoded.
+    max_pixels: int = 40_000_000
 
     def __post_init__(self):
         for name, field in _FIELDS.items():
-            value = getattr(self, name)
-            # JSON and notebooks give lists, or one text in place of a list of one.
-            if field.type == tuple[str, ...] and isinstance(value, (str, list)):
-                value = (value,) if isinstance(value, str) else tuple(value)
-                object.__setattr__(self, name, value)
+            object.__setattr__(self, name, plain_value(field, getattr(self, name)))
         check_fields(self)
         folder_name(self.name)
 
@@ -198,6 +196,7 @@ def one_recipe(recipe: Any) -> None:
 
 def replace(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some fields changed; a sweep is plain Python around it."""
+    one_recipe(recipe)
     _check_names(changes)
     return dataclasses.replace(recipe, **changes)
 
@@ -218,37 +217,27 @@ def preset(name: str, changes: dict[str, Any] | str = "{}", /, **more: Any) -> P
     changes = read_changes(changes) | more
     for field in {"name", "stage"} & changes.keys():
         raise ValueError(
-            f"{field}={changes[field]!r}: the three stages cannot share one; "
+            f"{field}={in_brief(changes[field])}: the three stages cannot share one; "
             "change it with replace()."
         )
-    make_preset = _preset_file(name) if str(name).endswith(".py") else _known_preset(name)
-    try:
-        recipes = list(make_preset())
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"preset() of {name} fails: {type(error).__name__}: {error}") from error
-    if len(recipes) != 3 or not all(isinstance(recipe, Recipe) for recipe in recipes):
-        raise ValueError(
-            f"preset() of {name} must return three recipes: projector, base, chat; "
-            "see vflan/presets/tiny.py."
-        )
+    if str(name).endswith(".py"):
+        recipes = [Recipe.from_dict(values) for values in run_preset_file(_preset_path(name))]
+    else:
+        recipes = _known_preset(name)()
     return Preset(*(replace(recipe, **changes) for recipe in recipes))
 
 
-def _preset_file(name: str) -> Callable:
-    """The function `preset` of a .py file."""
-    path = Path(name) if Path(name).exists() else resolve(name)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{name}: no such preset file; copy one of vflan/presets and point to it."
-        )
+def _preset_path(name: str) -> Path:
+    """The absolute path of a .py file, in the working directory or in the project folder."""
     try:
-        make_preset = runpy.run_path(str(path)).get("preset")
-    # It is the user's code, and may fail in any way.
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(make_preset):
-        raise ValueError(f"{name} defines no preset(); see vflan/presets/tiny.py for the shape.")
-    return make_preset
+        path = next(path for path in (Path(name), resolve(name)) if os.path.lexists(path))
+    # Nothing is there, or the name is too long or holds a null byte.
+    except (StopIteration, OSError, ValueError):
+        raise FileNotFoundError(
+            f"{in_brief(str(name))}: no such preset file; "
+            "copy one of vflan/presets and point to it."
+        ) from None
+    return path.absolute()
 
 
 def _known_preset(name: str) -> Callable:
@@ -258,7 +247,7 @@ def _known_preset(name: str) -> Callable:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"There is no preset {name!r}{hint}; known ones are {', '.join(known)}, "
+            f"There is no preset {in_brief(name)}{hint}; known ones are {', '.join(known)}, "
             "or give a .py file of your own."
         )
     return import_module(f"vflan.presets.{name}").preset
@@ -269,7 +258,8 @@ def read_changes(changes: dict[str, Any] | str | None) -> dict[str, Any]:
     if isinstance(changes, str):
         text, changes = changes, read_value(changes or "{}")
         if isinstance(changes, str):
-            raise ValueError(f"changes={text!r} is no json; write it as '{{\"max_steps\": 40}}'.")
+            problem = "is no json; write it as '{\"max_steps\": 40}'."
+            raise ValueError(f"changes={in_brief(text)} {problem}")
     changes = {} if changes is None else changes
     _check_names(changes)
     return changes
@@ -302,37 +292,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(f"  {name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
 
 
-def folder_name(name: str, what: str = "name") -> str:
-    """`name`, if it is a plain folder name on every system; else ValueError says why it is not.
-
-    Letters of any script are allowed. Not allowed: path separators, `.` and `..`, control and
-    direction characters, what Windows drops or reserves, over 100 characters or 200 bytes.
-    """
-    problem = None
-    if not isinstance(name, str) or not name:
-        problem = "some text is needed"
-    elif bad := next((c for c in name if c in '/\\:*?"<>|' or not c.isprintable()), None):
-        problem = f"it holds the character {ascii(bad)}"
-    elif name != name.strip() or name.startswith(".") or name.endswith("."):
-        problem = "it begins or ends with a dot or a space"
-    elif len(name) > 100 or len(name.encode()) > 200:
-        problem = f"it has {len(name)} characters ({len(name.encode())} bytes), more than 100 (200)"
-    elif name.split(".")[0].rstrip().upper() in _WINDOWS_DEVICES:
-        problem = "Windows reserves it"
-    if problem:
-        raise ValueError(
-            f"{what}={name!r}: it becomes a folder, so it must be one plain folder name; {problem}."
-        )
-    return name
-
-
 def resolve(path: str | os.PathLike) -> Path:
     """The absolute path to read from. To write, take `output_path`.
 
     A relative path starts at `ROOT`. If nothing is there and the file comes with vflan
     (`SHIPPED_FILES`), it starts at `SHIPPED`.
     """
-    path = Path(path).expanduser()
+    path = _expanded(path)
     in_project = ROOT / path
     if ROOT == SHIPPED or in_project.exists() or not _is_shipped(path):
         return in_project
@@ -341,7 +307,19 @@ def resolve(path: str | os.PathLike) -> Path:
 
 def output_path(path: str | os.PathLike) -> Path:
     """The absolute path to write to: a relative one starts at `ROOT`, never among shipped files."""
-    return ROOT / Path(path).expanduser()
+    return ROOT / _expanded(path)
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    """A path with `~` replaced; ValueError for a user that this machine does not have."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise ValueError(
+            f"{in_brief(str(path))}: {user} is the home of nobody here; write ./{user} "
+            "for a folder of that name."
+        ) from None
 
 
 def _is_shipped(path: PurePath) -> bool:
@@ -424,10 +402,13 @@ def weights_source(path: str) -> str:
 def _task_weight(entry: str) -> tuple[str, float]:
     task, equals, weight = entry.rpartition("=")
     try:
-        return task, float(weight if equals else "")
+        number = float(weight if equals else "")
     except ValueError:
-        problem = f"task_weights={entry!r}: write it as task=weight, VQAv2=2 for example."
-        raise ValueError(problem) from None
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        problem = "write it as task=weight, VQAv2=2 for example; a weight is at least 0."
+        raise ValueError(f"task_weights={in_brief(entry)}: {problem}")
+    return task, number
 
 
 def _check_names(names) -> None:
@@ -439,5 +420,5 @@ def _check_names(names) -> None:
         )
     for name in names:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.0)
-            raise ValueError(f"Recipe has no field {name!r}; the closest is {near[0]!r}.")
+            near = difflib.get_close_matches(str(name)[:100], _FIELDS, n=1, cutoff=0.0)
+            raise ValueError(f"Recipe has no field {in_brief(name)}; the closest is {near[0]!r}.")

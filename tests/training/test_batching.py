@@ -3,6 +3,8 @@
 import base64
 import errno
 import json
+import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -646,3 +648,63 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
             assert list(ids) == expected[0].tolist() and list(labels) == expected[1].tolist()
     unread = next(row for row in range(32) if row not in order[0])
     assert packed_step(samples, unread, vflan.replace(recipe, max_steps=1), tokenizer) is None
+
+
+# ------------------------------------------------------------------- a plan that is never whole
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("longest", [dict(max_steps=10**9), dict(epochs=10**6)], ids=str)
+def test_a_run_of_a_thousand_million_steps_takes_the_memory_of_an_epoch(packing, longest):
+    """Also at its end: a resumed run begins there."""
+    data = data_of(np.random.default_rng(0).integers(10, 100, 8000), packing == "packed")
+    recipe = batches_recipe(global_batch=16, packing=packing, **longest)
+    tracemalloc.start()
+    steps = batch_order(data, recipe)
+    rows = [steps[at] for at in (0, len(steps) // 2, -1)]
+    rest = steps[len(steps) - 500 :]
+    assert len(rest) == 500 and sorted(np.concatenate(rest)) == list(range(8000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(steps) == (recipe.max_steps or 5 * 10**8)
+    assert [len(step) for step in rows] == [16] * 3 and peak < 2e6
+
+
+def test_a_step_is_the_same_wherever_reading_begins():
+    """As lists of a whole plan: indices, slices with a stride, negative ones, slices of slices."""
+    data = data_of(np.random.default_rng(0).integers(10, 100, 90))
+    recipe = batches_recipe(global_batch=8, epochs=5)
+    steps = batch_order(data, recipe)
+    whole = [step.tolist() for step in steps]
+    assert len(whole) == len(steps) == math.ceil(90 * 5 / 8)
+    for part in (slice(7, 30), slice(-9, None), slice(None, None, 5), slice(30, 3, -2)):
+        again = batch_order(data, recipe)[part]
+        assert [step.tolist() for step in again] == whole[part]
+        assert [step.tolist() for step in again[1:3]] == whole[part][1:3]
+    assert batch_order(data, recipe)[40].tolist() == whole[40] and whole[12:24] != whole[:12]
+    with pytest.raises(IndexError):
+        steps[len(steps)]
+
+
+def test_what_stands_for_all_steps_has_an_end(monkeypatch):
+    """A checkpoint hashes it, and vflan.plan counts it: neither reads ten million steps."""
+    data, made = data_of([20] * 64), []
+    count = np.random.PCG64
+    monkeypatch.setattr(np.random, "PCG64", lambda seeds: made.append(seeds) or count(seeds))
+    steps = batch_order(data, batches_recipe(global_batch=16, max_steps=10**7))
+    assert not made and len(steps.beginning) == 20_000
+    assert sum(len(rows) for rows in steps.beginning) == 320_000 and len(made) == 5000
+    large = batch_order(data, batches_recipe(global_batch=10**5, max_steps=10**7))
+    assert len(large.beginning) == 101
+    short = batch_order(data, batches_recipe(global_batch=16, epochs=2))
+    assert [step.tolist() for step in short.beginning] == [step.tolist() for step in short]
+
+
+def test_a_run_of_ten_million_steps_starts_resumes_and_feeds_at_once(mixed, tmp_path):
+    recipe = vflan.replace(mixed, max_steps=10**7)
+    model, data, pictures = prepared(recipe, tmp_path)
+    order = batch_order(data, recipe)
+    (first, *_), (late, *_) = (
+        next(feed(data, pictures, order, recipe, first=step)) for step in (0, 9_999_990)
+    )
+    assert sorted(first[0]) != sorted(late[0]) and set(late[0]) <= set(order[9_999_990])

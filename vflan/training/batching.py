@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from vflan.models.loss import packs
 from vflan.progress import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from transformers import LlavaConfig, PreTrainedTokenizerBase
 
@@ -147,7 +150,7 @@ def prepare(
 def _validate(recipe, samples, folder):
     """Check all samples; return ({row: reason}, {row: reason}) of the bad and the repaired ones."""
     write_json(folder / "mixture.json", mixture_record(recipe, samples))
-    report = check(samples)
+    report = check(samples, max_pixels=recipe.max_pixels)
     return tuple(dict(zip(table.row, table.reason)) for table in (report.bad, report.repaired))
 
 
@@ -215,7 +218,34 @@ def _assemble(blocks, pictures, recipe, config, bad, repaired) -> Data:
     return Data(ids, tokens, learned, start, pictures, picture, lengths, supervised, *more)
 
 
-def batch_order(data: Data, recipe: Recipe, rows: np.ndarray | None = None) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Batches(Sequence):
+    """The rows of every global batch of a run, made an epoch at a time, when they are read.
+
+    A step is found by its number, and a slice reads no more than it must. So ten million steps or
+    a million epochs take no more time to start and no more memory than one epoch.
+    """
+
+    epoch: Callable[[int], np.ndarray]  # (batches of the epoch, global_batch): the rows of each
+    in_epoch: int  # how many batches an epoch has
+    steps: range  # the steps of this sequence, counted in the whole run
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return dataclasses.replace(self, steps=self.steps[at])
+        epoch, batch = divmod(self.steps[at], self.in_epoch)
+        return self.epoch(epoch)[batch]
+
+    @property
+    def beginning(self) -> Batches:
+        """As many of the first steps as stand for all of them: 20,000, or ten million rows."""
+        return self[: min(20_000, 1 + 10**7 // len(self[0]))]
+
+
+def batch_order(data: Data, recipe: Recipe, rows: np.ndarray | None = None) -> Batches:
     """Return the rows of every global batch of the run, drawn from `rows` (None: all), by the seed.
 
     Each epoch is shuffled, and its last batch is filled from its start. Padded rows are then sorted
@@ -225,19 +255,23 @@ def batch_order(data: Data, recipe: Recipe, rows: np.ndarray | None = None) -> l
     rows = np.arange(len(data.ids)) if rows is None else rows
     count, size = len(rows), recipe.global_batch
     steps = recipe.max_steps or max(1, math.ceil(count * recipe.epochs / size))
-    batches, epoch = [], 0
-    while len(batches) < steps:
+    in_epoch = math.ceil(count / size)
+
+    # `feed` is at most one epoch ahead of the loop, or the epochs are so short that they cost
+    # nothing.
+    @lru_cache(2)
+    def epoch_rows(epoch):
         # PCG64 is named, so that another version of NumPy does not change the order.
         random = np.random.Generator(np.random.PCG64([recipe.seed, epoch]))
-        order = np.resize(random.permutation(count), math.ceil(count / size) * size)
+        order = np.resize(random.permutation(count), in_epoch * size)
         if not packs(recipe):
             # Longer than any row: text-only rows are sorted behind all others.
             text_last = (data.picture[rows[order]] < 0) * 10**6
             order = _sort_within(order, data.lengths[rows[order]] + text_last, 32 * size)
-        shuffled = random.permutation(len(order) // size)
-        batches += [rows[order[i * size : (i + 1) * size]] for i in shuffled]
-        epoch += 1
-    return batches[:steps]
+        shuffled = random.permutation(in_epoch)
+        return rows[order].reshape(in_epoch, size)[shuffled]
+
+    return Batches(epoch_rows, in_epoch, range(steps))
 
 
 def _sort_within(order, key, span):
@@ -335,7 +369,7 @@ def packed_step(
 def feed(
     data: Data,
     pictures: image_features.Pictures,
-    batches: list[np.ndarray],
+    batches: Sequence[np.ndarray],
     recipe: Recipe,
     rank: int = 0,
     world: int = 1,

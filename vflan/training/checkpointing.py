@@ -31,19 +31,19 @@ from vflan.models import llava as models
 if TYPE_CHECKING:
     from torch import nn
 
-    from vflan.training.batching import Data
+    from vflan.training.batching import Batches, Data
     from vflan.training.distributed import TrainState
 
 KEPT = 2  # the one before stays, in case the newest turns out to be damaged
 
 
-def describe(recipe: Recipe, state: TrainState, data: Data, batches: list[np.ndarray]) -> dict:
+def describe(recipe: Recipe, state: TrainState, data: Data, batches: Batches) -> dict:
     """Return what a checkpoint records, beside step and files, to recognise its run."""
-    # The hash covers every row's tokens and the order of the whole run.
+    # The hash covers every row's tokens and the order of the steps, of a very long run the first.
     digest = hashlib.sha256("\0".join(data.ids).encode())
     for column in (data.tokens, data.learned, data.start):
         digest.update(column.tobytes())
-    for rows in batches:
+    for rows in batches.beginning:
         digest.update(np.asarray(rows, dtype=np.int64).tobytes() + b"\0")
     processes = state.accelerator.num_processes
     record = dict(data=digest.hexdigest(), recipe=recipe.to_dict())
