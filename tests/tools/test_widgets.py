@@ -249,10 +249,10 @@ def test_a_verdict_in_the_row_replaces_the_comparison_of_texts():
 # -------------------------------------------------------------------------------- while it trains
 
 
-def train_some(folder, steps):
+def train_some(folder, steps, end=""):
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(dict(step=i + 1, loss=4 / (i + 1), pictures=8)) for i in range(steps)]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99, "lo']))
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, end]))
 
 
 def test_the_loss_is_drawn_while_it_trains_and_once_more_at_the_end(tmp_path, monkeypatch):
@@ -266,6 +266,9 @@ def test_the_loss_is_drawn_while_it_trains_and_once_more_at_the_end(tmp_path, mo
         wait_until(lambda: "base: step 3, loss 1.33" in shown[0].value)
         answer = dict(step=4, id="a", task=EVIL, question=EVIL, answer="red", reference="blue")
         (recipe.folder / "samples.jsonl").write_text(json.dumps(answer) + "\n")
+        train_some(recipe.folder, 4, '{"step": 99, "lo')  # a line that is half written
+        time.sleep(0.1)
+        assert "base: step 3" in shown[0].value
         train_some(recipe.folder, 4)
     page = shown[0].value
     assert "base: step 4, loss 1.00" in page and "<b>red</b>" in page and "<script" not in page

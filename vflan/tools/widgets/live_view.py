@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
@@ -36,9 +36,13 @@ def live_loss(recipes: Sequence[Recipe], seconds: float = SECONDS) -> Iterator[N
     view, over = w.HTML(), Event()
     runs = [Run(recipe.folder) for recipe in recipes]
 
+    def look():
+        with suppress(OSError, ValueError):  # a line that is half written: the next look reads it
+            view.value = loss_page(runs)
+
     def follow():
         while not over.wait(seconds):
-            view.value = loss_page(runs)
+            look()
 
     display(view)
     thread = Thread(target=follow, daemon=True)
@@ -48,7 +52,7 @@ def live_loss(recipes: Sequence[Recipe], seconds: float = SECONDS) -> Iterator[N
     finally:
         over.set()
         thread.join()
-        view.value = loss_page(runs)
+        look()
 
 
 def loss_page(runs: Sequence[Run]) -> str:
