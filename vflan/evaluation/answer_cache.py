@@ -172,7 +172,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             held.enter_context(hold(lock, timeout=0))
         except Timeout:
-            print(f"Another process is writing {for_terminal(shown(path))}: waiting.", flush=True)
+            where = for_terminal(shown(path))
+            print(f"Another process is writing {where}: waiting for it.", flush=True)
             held.enter_context(hold(lock))
         yield
 
@@ -253,7 +254,7 @@ def _sound_scores(path: Path) -> pd.DataFrame | None:
     # Rows of different lengths, or bytes that are not UTF-8.
     except ValueError:
         scores = pd.DataFrame()
-    if set(scores) == {*SCORE_NUMBERS, *SCORE_NAMES}:
+    if {*SCORE_KEY, "value"} <= set(scores) <= {*SCORE_NUMBERS, *SCORE_NAMES}:
         return scores
     set_aside(path)
     return None
