@@ -182,6 +182,7 @@ class Bench:
         self.recipe = replace(
             recipe,
             precision="bf16",
+            device="auto" if self.device.type == "cuda" else "cpu",
             global_batch=rows // 4,
             micro_batch=2,
             max_bad_share=0.1,
@@ -372,6 +373,7 @@ class Bench:
             samples=str(sets / "flan.json"),
             images=str(sets / "images"),
             max_bad_share=0.5,
+            device=self.recipe.device,
             **changes,
         )
         return vflan.train(recipe)

@@ -15,7 +15,7 @@ from .evaluation.generation import answer
 from .evaluation.served_model import ServedModel
 from .models.llava import load_model, parts, swap_part
 from .tools import widgets
-from .training.memory import plan
+from .training.costs import plan
 from .training.run import Run
 from .training.trainer import train
 

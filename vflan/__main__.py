@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 import vflan
 from vflan.config import Recipe, shown
-from vflan.escape import for_sheet, for_terminal
+from vflan.escape import for_terminal, write_sheet
 from vflan.io import machine_limit
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ def notebooks_command(
     parameters: Annotated[list[str], Option("-p", metavar="KEY VALUE", help="a parameter")] = (),
     out: Annotated[str | None, Option(help="folder for executed notebooks and report")] = None,
     again: Annotated[bool, Option(help="run also the notebooks that have not changed")] = False,
+    keep: Annotated[str, Option(help="of further runs: model, adapter or nothing")] = "model",
 ) -> None:
     """Run the notebooks of a preset in order; prints the scores and writes a report."""
     from vflan.tools.notebooks import run_notebooks
@@ -55,7 +56,8 @@ def notebooks_command(
     for given in parameters:
         if "=" not in given:
             raise ValueError(f"-p {given}: write -p KEY VALUE, or -p KEY=VALUE.")
-    run_notebooks(preset, only, dict(given.split("=", 1) for given in parameters), out, again=again)
+    values = dict(given.split("=", 1) for given in parameters)
+    run_notebooks(preset, only, values, out, again=again, keep=keep)
 
 
 @app.command("doctor")
@@ -71,13 +73,15 @@ def doctor_command(
 @app.command("plan")
 def plan_command(
     preset: PresetName,
-    stage: Stage = "base",
-    gpus: Annotated[int, Option(min=1, help="how many")] = 1,
+    stage: Annotated[str | None, Option(help="only projector, base or chat")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="default: as few as it takes")] = None,
     gpu: Annotated[str, Option(help="A100-80G, H100-80G, RTX4090-24G ..., or cpu")] = "A100-80G",
     changes: Changes = "{}",
+    dollars_per_hour: Annotated[float | None, Option(help="the price of a GPU hour")] = None,
 ) -> None:
-    """Memory, hours and energy of a stage, before it is started."""
-    print(vflan.plan(recipe_of(preset, stage, changes), gpus=gpus, gpu=gpu))
+    """Hours, memory, disk and cost of a preset or of a stage, before it is started."""
+    what = recipe_of(preset, stage, changes) if stage else vflan.preset(preset, changes)
+    print(vflan.plan(what, gpus=gpus, gpu=gpu, dollars_per_hour=dollars_per_hour))
 
 
 @app.command("check")
@@ -121,7 +125,7 @@ def evaluate_command(
 ) -> None:
     """Ask a model the questions of benchmarks and print its scores as csv."""
     scores = vflan.evaluate(run, benchmarks, folder, num_processes=processes)
-    for_sheet(scores).to_csv(sys.stdout, index=False, float_format="%.2f")
+    write_sheet(scores, sys.stdout, float_format="%.2f")
 
 
 @app.command("score")

@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from vflan.config import Recipe
 from vflan.models import llava as models
+from vflan.models.quantisation import uses_gpu
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -34,7 +35,7 @@ def packs(recipe: Recipe) -> bool:
 
     `auto` packs on CUDA only: on a CPU, padding rows of similar lengths costs little.
     """
-    return recipe.packing == "packed" or recipe.packing == "auto" and torch.cuda.is_available()
+    return recipe.packing == "packed" or recipe.packing == "auto" and uses_gpu(recipe)
 
 
 class Learner(nn.Module):

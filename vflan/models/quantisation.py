@@ -17,15 +17,18 @@ from vflan.config import Recipe
 _NOT_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
+def uses_gpu(recipe: Recipe) -> bool:
+    """Whether a recipe is computed on a GPU here."""
+    return recipe.device != "cpu" and torch.cuda.is_available()
+
+
 def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """bf16 only on a GPU, where it is fast: on a CPU everything runs in fp32."""
-    half = recipe.precision == "bf16" and torch.cuda.is_available()
+    """bf16 only on a GPU, where it is fast: on a CPU everything runs in fp32.
+
+    Training refuses a bf16 recipe without a GPU, unless it says device="cpu".
+    """
+    half = recipe.precision == "bf16" and uses_gpu(recipe)
     return torch.bfloat16 if half else torch.float32
-
-
-def local_device() -> int | str:
-    """This process's GPU, or the CPU."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
 
 
 def loading_options(
@@ -42,7 +45,9 @@ def loading_options(
         options = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options["bnb_4bit_use_double_quant"] = True
     config = BitsAndBytesConfig(llm_int8_skip_modules=list(skip), **options)
-    return {"quantization_config": config, "device_map": {"": local_device()}}
+    # Each process has a GPU of its own.
+    device = int(os.environ.get("LOCAL_RANK", 0)) if uses_gpu(recipe) else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def is_quantised(layer: nn.Module) -> bool:

@@ -24,7 +24,8 @@ from vflan import config
 from vflan.config import CACHE, Recipe, output_path, preset, preset_names, resolve, shown
 from vflan.data.download import SETS
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.training.memory import plan
+from vflan.training.gpus import driver_version, find_problem
+from vflan.training.memory import Plan, plan_recipe
 
 INSTALL = "pip install -r requirements.lock"
 PACKAGES = {  # and what it means if one is missing
@@ -58,18 +59,18 @@ def describe_machine() -> Iterator[str]:
             yield f"{name} {version(name)}"
         except PackageNotFoundError:
             yield f"{name}: not installed; {meaning}"
+    yield f"NVIDIA driver {driver_version() or 'none'}, torch built for CUDA {torch.version.cuda}"
     for number, gpu in enumerate(gpus()):
-        yield f"GPU {number}: {gpu.name}, {gpu.total_memory / GB:.1f} GB"
-    if not gpus():
-        yield "no GPU: the preset tiny needs none"
+        # Before compute capability 8, a GPU has no bf16 of its own.
+        slow = "" if gpu.major >= 8 else "; it emulates bf16, slowly"
+        yield f"GPU {number}: {gpu.name}, {gpu.total_memory / GB:.1f} GB{slow}"
+    if problem := find_problem():
+        yield f"no usable GPU (the preset tiny needs none): {problem}"
     memory = psutil.virtual_memory()
     free = f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB of memory free"
     yield f"{os.cpu_count()} CPU cores, {free}"
     for name, path in (("project", output_path("")), ("cache", CACHE)):
-        # the folder itself may not exist yet
-        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-        free = shutil.disk_usage(existing).free / GB
-        yield f"disk of the {name} ({shown(path)}): {free:.1f} GB free"
+        yield f"disk of the {name} ({shown(path)}): {_free_disk(path) / GB:.1f} GB free"
 
 
 def describe_data() -> Iterator[str]:
@@ -99,9 +100,8 @@ def missing(name: str) -> list[str]:
         # without the samples the number of rows is unknown; it matters only for the hours
         rows = base.num_samples or base.global_batch
         has_samples = resolve(base.samples).exists()
-        lines.append(
-            _missing_memory(base if has_samples else config.replace(base, num_samples=rows))
-        )
+        known = base if has_samples else config.replace(base, num_samples=rows)
+        lines += _missing_memory(known)
     except OSError:
         pass  # a backbone is missing, and a line above says so
     except ValueError as error:
@@ -156,20 +156,43 @@ def _missing_packages(recipe: Recipe) -> Iterator[str]:
             yield f"{name} is not installed: pip install {name}"
 
 
-def _missing_memory(recipe: Recipe) -> str:
-    """What a stage needs beyond this machine's GPUs; without one, an fp32 recipe uses the CPU."""
+def _missing_memory(recipe: Recipe) -> Iterator[str]:
+    """What a stage needs beyond this machine's GPUs, main memory and disk."""
     here, hint = gpus(), "vflan.plan(recipe) says what would make it smaller"
-    if not here and recipe.precision == "fp32":
-        needs, free = plan(recipe, gpu="cpu").needs, psutil.virtual_memory().available
-        sentence = f"{recipe.name} needs {needs / GB:.1f} GB, {free / GB:.1f} are free; {hint}"
-        return "" if needs < free else sentence
+    memory = psutil.virtual_memory()
+    # Without a GPU, only an fp32 recipe is trained, on the CPU.
+    if recipe.device == "cpu" or not here and recipe.precision == "fp32":
+        planned, free = plan_recipe(recipe, 1, "cpu", None), memory.available
+        if planned.needs >= free:
+            sentence = f"{recipe.name} needs {planned.needs / GB:.1f} GB"
+            yield f"{sentence}, {free / GB:.1f} are free; {hint}"
+        yield from _missing_disk(planned)
+        return
     smallest = min((gpu.total_memory for gpu in here), default=0)
-    if here and plan(recipe, len(here), REFERENCE_GPU).needs <= smallest:
-        return ""
-    numbers = [number for number in (1, 8) if recipe.global_batch % number == 0]
-    plans = (plan(recipe, number, REFERENCE_GPU) for number in numbers)
-    needs = "more than 8 GPUs of 80 GB"
-    if fitting := next((each for each in plans if each.fits), None):
-        needs = f"{fitting.needs / GB:.0f} GB on each of {fitting.gpus} GPUs"
-    size = f" of {smallest / GB:.0f} GB" if here else ""
-    return f"{recipe.name} needs {needs}, here are {len(here)}{size}; {hint}"
+    planned = plan_recipe(recipe, len(here), REFERENCE_GPU, None) if here else None
+    if not here or planned.needs > smallest:
+        numbers = [number for number in (1, 8) if recipe.global_batch % number == 0]
+        plans = [plan_recipe(recipe, number, REFERENCE_GPU, None) for number in numbers]
+        planned = next((each for each in plans if each.fits), plans[-1])
+        needs = f"{planned.needs / GB:.0f} GB on each of {planned.gpus} GPUs"
+        needs = needs if planned.fits else "more than 8 GPUs of 80 GB"
+        size = f" of {smallest / GB:.0f} GB" if here else ""
+        yield f"{recipe.name} needs {needs}, here are {len(here)}{size}; {hint}"
+    if planned.host > memory.total:
+        sentence = f"{recipe.name} needs {planned.host / GB:.0f} GB of main memory"
+        count = f"with {planned.gpus} processes" if planned.gpus > 1 else "to load the model"
+        yield f"{sentence} {count}, this machine has {memory.total / GB:.0f}"
+    yield from _missing_disk(planned)
+
+
+def _missing_disk(planned: Plan) -> Iterator[str]:
+    free, needed = _free_disk(output_path(planned.recipe.runs)), sum(planned.disk.values())
+    if needed > free:
+        sentence = f"{planned.recipe.name} needs {needed / GB:.0f} GB of disk while it trains"
+        yield f"{sentence}, {free / GB:.0f} are free; a larger save_every writes fewer checkpoints"
+
+
+def _free_disk(path: Path) -> int:
+    # the folder itself may not exist yet
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free

@@ -32,10 +32,12 @@ from vflan import config
 from vflan.analysis.tables import mean_scores, pictures, score_rows, write_gallery
 from vflan.evaluation.answer_cache import read_scores
 from vflan.tools.clean import clean_file
+from vflan.tools.keeping import check_keep, keep_in_all
 from vflan.tools.parameters import absolute, checked, is_small
 from vflan.tools.report import write_report
 from vflan.tools.watch import Watch
 from vflan.training.distributed import end_with_parent
+from vflan.training.run import Run
 
 # The first line of a kernel that will call vflan.sweep: the process that the sweep forks from
 # loads while the notebook begins.
@@ -56,19 +58,23 @@ def run_notebooks(
     notebooks: str | os.PathLike | None = None,
     say: Callable[[str], None] | None = None,
     again: bool = False,
+    keep: str = "model",
 ) -> dict:
     """Run the notebooks of a preset in order and return the record that book.json holds.
 
     preset: a name or a .py file. only: beginnings of notebook names. parameters: papermill's; a
     text is read as the value that it shows. out: folder for the executed notebooks, book.json and
     the report; default: the folder of runs. again: also run the notebooks that are up to date.
+    keep: what stays of the models of this call's runs (`Run.keep`), but of those of the preset.
 
     Raises ValueError or FileNotFoundError for a wrong argument, before anything runs or is
     written, and Stopped when a notebook fails.
     """
     say = say or functools.partial(print, flush=True)
     name = config.folder_name(Path(preset).stem, "preset")
+    check_keep(keep)
     work = _prepare(preset, only, dict(parameters or {}), out, notebooks)
+    stages, before = [recipe.name for recipe in config.preset(preset)], work.finished_runs()
     record = {
         "preset": name,
         "parameters": {k: v for values in work.parameters.values() for k, v in values.items()},
@@ -87,6 +93,10 @@ def run_notebooks(
             row = work.finish(source, cost) if cost else work.rows[source.stem]
             record["notebooks"] = sorted([*record["notebooks"], row], key=lambda row: row["name"])
             work.write_book(record)
+            # another notebook that runs now may need the models
+            if jobs == 1 or len(record["notebooks"]) == len(work.sources):
+                new = set(work.finished_runs()) - set(before)
+                keep_in_all([Run(work.folder / run) for run in sorted(new)], keep, stages)
             shown = f"{cost[0]:6.1f} min  {cost[1]:5.1f} GB" if cost else "up to date".rjust(20)
             size = work.target(source).stat().st_size // 1000
             say(f"{source.stem:{width}}  {shown}  {size:4d} KB")

@@ -1,48 +1,54 @@
 """What a run will need, before it starts: memory, steps, tokens, hours, energy, and what to change.
 
 A pass is counted (footprint.py); what the optimizer and several processes add is arithmetic. The
-sums agree with the measured memory of tiny models on a CPU (tests/training/test_memory.py); figures
-for GPUs were not measured. Hours and energy rest on `share` and on the published rates and powers
-of the GPUs, and are no better than these.
+sums agree with the measured memory of tiny models on a CPU (tests/training/test_memory.py). Hours
+and energy rest on `share` and on the published rates and powers of the GPUs. docs/real_data.md
+compares them with LLaVA-1.5's published hours.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import psutil
-from huggingface_hub import try_to_load_from_cache
 
-from vflan.config import Recipe, one_recipe, replace, resolve
-from vflan.data.conversation import IGNORE_INDEX, encode_many
-from vflan.data.mixture import recipe_samples
+from vflan.config import Recipe, one_recipe, replace
 from vflan.models import image_features
 from vflan.models import llava as models
 from vflan.models.cache_size import sizes
 from vflan.training import batching, distributed
-from vflan.training.footprint import count
+from vflan.training.checkpointing import KEPT
+from vflan.training.footprint import Footprint, count
+from vflan.training.row_lengths import load_rows
 
-# The share of a GPU's peak rate that training reaches, recomputed activations included. LLaVA-1.5's
-# 3.5 h and 10 h for 7B on 8 A100 come to 0.42 and 0.3.
-SHARE = 0.4
+# The share of a GPU's peak rate that training reaches, recomputed activations and padding included.
+# One number, fitted to the hours of LLaVA-1.5's four published runs on A100s, which tune a
+# projector or everything.
+SHARE = 0.5
+# Of LoRA, and of any run with compile=True: measured at 7B on one H200 (bench/results/gpu.json).
+LORA_SHARE, COMPILED_SHARE = 0.33, 0.48
 # Bytes of each GPU for CUDA itself, the buffers of its libraries, and gaps between tensors.
 RESERVE = 2e9
 # An evaluation question in tokens: before the picture, after it, and of the answer; and
 # vflan.evaluate's batch.
 BEFORE, ASKED, NEW, BATCH = 35, 60, 64, 64
-# Of each GPU (memory in GiB, TFLOP/s, W); rows of published files; deciles of text lengths.
-GPUS, ROWS, TEXT = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
+# Bytes of main memory of a process for Python, its libraries and CUDA's, beside the weights.
+PROCESS = 2.5e9
+# Of each GPU: memory in GiB, TFLOP/s, W.
+GPUS, *_ = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
 # "cpu" is this machine's memory and fp32; its rate would say little about small models.
 GPUS["cpu"] = (None, None, None)
-# The lengths of so many rows are read, and so many packed steps are laid out; others are alike.
-ROWS_READ, STEPS_PACKED = 4000, 64
+# So many packed steps are laid out; the others are alike.
+STEPS_PACKED = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ class _Layout:
     passes: int  # of one process in a step, at most
     shape: tuple[int, int, int, int]  # of the largest pass: rows, length, pictures, answer tokens
     pictures: int  # distinct ones
-    rows: np.ndarray  # of all steps
+    rows: np.ndarray  # of the steps that were looked at
+    times: float  # how many times as many steps the run has
+    # Positions that the GPUs could have computed, for each that the rows need: they pad, and wait
+    # for the slowest of them.
+    waste: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +75,9 @@ class Plan:
     gpus: int
     gpu: str
     share: float
-    data: SimpleNamespace  # of _load_rows
+    data: SimpleNamespace  # of load_rows
     notes: tuple[str, ...]  # what was assumed
+    dollars_per_hour: float | None = None  # of one GPU
 
     @property
     def room(self) -> float:
@@ -108,19 +119,54 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Positions that all steps train on, with those of pictures, without padding."""
-        return int(self.data.lengths[self._layout.rows].sum())
+        return int(self.data.lengths[self._layout.rows].sum() * self._layout.times)
 
     @cached_property
     def hours(self) -> float | None:
         """Hours of training; None if the rate of the machine is not known."""
         rate = GPUS[self.gpu][1]
         speed = self.gpus * (rate or 0) * 1e12 * self.share
-        return self._operations() / speed / 3600 if rate else None
+        return self._operations() * self._layout.times / speed / 3600 if rate else None
+
+    @cached_property
+    def disk(self) -> dict[str, float]:
+        """{part: bytes} of the run folder; the checkpoints are deleted when the run ends."""
+        recipe, model = self.recipe, self.model
+        size = 2 if self._half else 4
+        parts = dict(model=size * (model.body + model.outer + model.tower))
+        if recipe.lora_r:
+            parts["adapter"] = 4 * model.trained
+        # A sharded model is exported from its last checkpoint, so that there is always one.
+        saves = math.ceil(self.steps / recipe.save_every) if recipe.save_every else 0
+        saves = max(saves, self._sharding != "none")
+        moments = 2 + 8 / 256 if recipe.optimizer == "adamw_8bit" else 8
+        # One more than are kept, while it is written.
+        parts["checkpoints"] = min(saves, KEPT + 1) * (4 + moments) * model.trained
+        return parts
+
+    @cached_property
+    def host(self) -> float:
+        """Bytes of main memory of all processes together, when the model has been loaded."""
+        if not self._on_gpu:
+            return self.peak * self.gpus
+        # A quantised model is loaded onto the GPU layer by layer.
+        model, weights = self.model, self.model.weights if self.recipe.bits == 16 else 0
+        features = model.picture * self._layout.pictures
+        small = features <= image_features.MAX_KEPT_BYTES
+        # FSDP2: one process reads the model and sends the others their shares. Else each reads it.
+        copies = 1 if self._sharding == "fsdp2" else self.gpus
+        return copies * weights + self.gpus * (PROCESS + (features if small else 0))
 
     @property
     def kwh(self) -> float | None:
         """Energy of the boards; None if the rate of the machine is not known."""
         return self.hours * self.gpus * GPUS[self.gpu][2] / 1000 if self.hours else None
+
+    @property
+    def dollars(self) -> float | None:
+        """Hours x GPUs x price of a GPU hour; None if one of them is not known."""
+        known = self.hours is not None and self.dollars_per_hour is not None
+        return self.hours * self.gpus * self.dollars_per_hour if known else None
 
     @cached_property
     def at_once(self) -> int:
@@ -137,6 +183,7 @@ class Plan:
         where = f"{self.gpus} x {self.gpu}" if self._on_gpu else "this machine's memory"
         verdict = "fits into" if self.fits else "does NOT fit into"
         cost = "" if self.hours is None else f", {self.hours:,.1f} hours, {self.kwh:,.1f} kWh"
+        cost += "" if self.dollars is None else f", {self.dollars:,.0f} dollars"
         sizes = f"{self.peak / 1e9:.2f} of {self.room / 1e9:.1f} GB each"
         yield f"{self.recipe.name} {verdict} {where}: {sizes}"
         yield f"{self.steps:,} steps, {self.tokens / 1e6:,.1f} M tokens{cost}"
@@ -144,6 +191,8 @@ class Plan:
         weights, question = self.answering["weights"] / 1e9, self.answering["question"] / 1e9
         batch = f"{self.at_once} at once, one a picture" if self.at_once else "too much"
         yield f"evaluation: {weights:.2f} GB of weights and {question:.2f} GB a question: {batch}"
+        sizes = ", ".join(f"{part} {size / 1e9:,.1f}" for part, size in self.disk.items())
+        yield f"disk, GB: {sizes} while it trains; main memory: {self.host / 1e9:,.1f} GB"
 
     def __str__(self) -> str:
         parts = [f"  {part:12}{size / 1e9:9.2f} GB" for part, size in self.memory.items()]
@@ -175,16 +224,25 @@ class Plan:
         data, recipe = self.data, self.recipe
         train_rows = np.arange(len(data.ids) - recipe.heldout_rows)
         steps = batching.batch_order(data, recipe, train_rows)
-        shape, passes = (0, 0, 0, 0), 0
+        # A run of millions of steps is like its beginning.
+        some = steps.beginning
+        shape, passes, useful, computed = (0, 0, 0, 0), 0, 0, 0
         # Packing a step takes time, so only some are packed; padded batches are all looked at.
-        for rows in steps[:: max(1, len(steps) // STEPS_PACKED) if data.packed else 1]:
+        for rows in some[:: max(1, len(some) // STEPS_PACKED) if data.packed else 1]:
+            slowest = []  # positions of each pass, on the GPU that has most
             for parts in batching.micro_batches(data, rows, recipe, self.gpus):
                 passes = max(passes, len(parts))
-                shapes = [shape, *map(self._shape, parts)]
-                shape = max(shapes, key=lambda each: (each[0] * each[1], each[3]))
+                shapes = [*map(self._shape, parts)]
+                shape = max([shape, *shapes], key=lambda each: (each[0] * each[1], each[3]))
+                positions = [each[0] * each[1] for each in shapes]
+                slowest = [max(pair) for pair in zip_longest(slowest, positions, fillvalue=0)]
+            useful += data.lengths[rows].sum()
+            computed += self.gpus * sum(slowest)
         pictures = len(np.unique(data.picture[data.picture >= 0]))
         shape = tuple(map(int, shape))
-        return _Layout(len(steps), passes, shape, pictures, np.concatenate(steps))
+        waste, times = float(computed / useful), len(steps) / len(some)
+        rows = np.concatenate(some)
+        return _Layout(len(steps), passes, shape, pictures, rows, times, waste)
 
     def _shape(self, rows):
         lengths = self.data.lengths[rows]
@@ -193,13 +251,14 @@ class Plan:
         return *size, pictures, self.data.supervised[rows].sum()
 
     @cached_property
-    def _footprint(self):
+    def model(self) -> Footprint:
+        """The counted model and its largest pass."""
         return count(self.recipe, self._half, self._sharding != "none", self._layout.shape)
 
     @cached_property
     def memory(self) -> dict[str, float]:
         """{part: bytes} of one GPU when their sum is largest; exchange is what sharding adds."""
-        memory, model = self._state(), self._footprint
+        memory, model = self._state(), self.model
         memory |= dict(activations=model.activations, logits=model.logits)
         if self._sharding == "none" and self._layout.passes == 1:
             # In the only pass of a step, gradients grow while the activations they need are freed.
@@ -213,7 +272,7 @@ class Plan:
 
     def _state(self):
         """Return {part: bytes} of weights, gradients and optimizer, and of exchanging them."""
-        model, kind, world = self._footprint, self._sharding, self.gpus
+        model, kind, world = self.model, self._sharding, self.gpus
         size, trained = 2 if self._half else 4, model.trained
         gradients, moments, exchange = 4 * trained, 8 * trained, 0
         weights, all_weights = model.weights, model.body + model.outer + model.tower
@@ -241,7 +300,7 @@ class Plan:
     def _held_pictures(self):
         """Return how many pictures' features stay on the device beside those of the pass."""
         pictures = self._layout.pictures
-        small = self._footprint.picture * pictures <= image_features.MAX_KEPT_BYTES
+        small = self.model.picture * pictures <= image_features.MAX_KEPT_BYTES
         per_step = max(image_features.TOWER_BATCH, self.recipe.global_batch // self.gpus)
         if not self._on_gpu:
             return pictures if small else min(pictures, per_step)
@@ -251,7 +310,7 @@ class Plan:
     @cached_property
     def answering(self) -> dict[str, float]:
         """{part: bytes} of one GPU that evaluates: weights, a question with picture, reserve."""
-        recipe, model, size = self.recipe, self._footprint, 2 if self._half else 4
+        recipe, model, size = self.recipe, self.model, 2 if self._half else 4
         patches, unit = models.picture_tokens(recipe), sizes(models.shapes(recipe)[1], size)
         # A quantised layer has a scale for each 64 weights.
         per_weight = recipe.bits / 8 + 1 / 64 if recipe.bits < 16 else size
@@ -262,20 +321,24 @@ class Plan:
         return dict(weights=weights, question=question) | reserve
 
     def _operations(self):
-        """Return the floating-point operations of all steps, recomputed ones included."""
+        """Return floating-point operations of the layout's steps, recomputed ones included."""
         data, rows, text = self.data, self._layout.rows, self.data.text
         lengths, shown = data.lengths[rows].astype(float), (data.picture[rows] >= 0).sum()
         # Forward and the gradients of activations take 2 operations a weight each.
         full = "language_model" in self.recipe.tune and not self.recipe.lora_r
         for_weights, again = 2 if full else 0, 2 if self.recipe.gradient_checkpointing else 0
-        total = (4 + for_weights + again) * self._footprint.body * lengths.sum()
+        total = (4 + for_weights + again) * self.model.body * lengths.sum()
         # Causal attention computes half of T x T.
         attention = text.num_hidden_layers * text.hidden_size * (lengths**2).sum()
         total += (6 + again) * attention
         answer_tokens = data.supervised[rows].sum()
         total += (4 + for_weights) * text.vocab_size * text.hidden_size * answer_tokens
-        # The projector is too small to matter.
-        return total + 2 * self._footprint.tower * (data.patches + 1) * shown
+        if self.recipe.lora_r:
+            # Adapters compute forward and both gradients, like weights tuned in full.
+            total += (6 + again) * self.model.trained * lengths.sum()
+        # A projector alone is too small to matter. The tower reads each picture once, unpadded.
+        tower = 2 * self.model.tower * (data.patches + 1) * shown
+        return total * self._layout.waste + tower
 
     def _find_changes(self):
         """Try changes, each on top of the last; those that keep the result come first."""
@@ -309,97 +372,28 @@ class Plan:
         return tuple(lines)
 
 
-def plan(recipe: Recipe, gpus: int = 1, gpu: str = "A100-80G", share: float = SHARE) -> Plan:
-    """Estimate what training `recipe` needs on `gpus` of a kind in GPUS ("cpu": this machine).
-
-    Nothing is downloaded and no weight is read. Lengths are those of the samples if these and the
-    tokenizer are on this machine, and otherwise like LLaVA-1.5's. share: of the GPUs' peak rate
-    that training reaches, recomputed activations included. ValueError names the known kinds, and a
-    batch that cannot be divided.
-    """
+def plan_recipe(recipe: Recipe, gpus: int, gpu: str, share: float | None) -> Plan:
+    """Plan one run; `vflan.plan` describes the arguments."""
     one_recipe(recipe)
+    gpu = "cpu" if recipe.device == "cpu" else gpu
     if gpu not in GPUS:
         raise ValueError(f"There is no gpu={gpu!r} in the list; known ones are {', '.join(GPUS)}.")
+    share = usual_share(recipe) if share is None else share
     if not (isinstance(gpus, int) and gpus > 0 and 0 < share <= 1):
         rule = "gpus is a whole number from 1, and share is above 0 and at most 1"
         raise ValueError(f"gpus={gpus!r}, share={share!r}: {rule}.")
     distributed.rows_per_process(recipe, gpus)
     packed = recipe.packing == "packed" or recipe.packing == "auto" and gpu != "cpu"
     recipe = replace(recipe, packing="packed" if packed else "padded")
-    data, notes = _load_rows(recipe)
+    data, notes = load_rows(recipe)
     _, rate, watts = GPUS[gpu]
     if rate:
-        speed = f"{share:.0%} of {rate} TFLOP/s"
-        notes += (f"assumed: {speed}; {watts} W for a board alone; no GPU was measured",)
+        notes += (f"assumed: {share:.0%} of {rate} TFLOP/s; {watts} W for a board alone",)
     return Plan(recipe, gpus, gpu, share, data, notes)
 
 
-def _load_rows(recipe):
-    """Return the recipe's rows as `batching.batch_order` takes them, and what was assumed."""
-    vision, text = models.shapes(recipe)
-    patches, path = (vision.image_size // vision.patch_size) ** 2, resolve(recipe.samples)
-    samples = recipe_samples(recipe) if path.exists() else None
-    rows = len(samples) if samples else recipe.num_samples or ROWS.get(path.name)
-    if not rows:
-        raise ValueError(
-            f"{recipe.samples} is not there, and its number of rows is unknown: set num_samples."
-        )
-    random = np.random.default_rng(0)
-    if measured := samples and _has_tokenizer(recipe.language_model):
-        lengths, learned, picture = _measure_lengths(samples, recipe, patches)
-        notes = (f"lengths: those of {len(lengths):,} of {rows:,} rows",)
-        sampled = rows > ROWS_READ
-        chosen = random.integers(len(lengths), size=rows) if sampled else np.arange(len(lengths))
-    else:
-        lengths, learned, picture = _assume_lengths(rows, recipe, patches, random)
-        where = "samples or tokenizer are not on this machine"
-        notes = (f"assumed: lengths like LLaVA-1.5's, {rows:,} rows; {where}",)
-        chosen = np.arange(rows)
-    if rows > ROWS_READ or not measured:
-        # It is not known which rows share a picture: each has its own.
-        picture = np.where(picture[chosen] < 0, -1, chosen)
-    columns = dict(lengths=lengths[chosen], supervised=learned[chosen], picture=picture, ids=chosen)
-    packed = recipe.packing == "packed"
-    return SimpleNamespace(**columns, packed=packed, patches=patches, text=text), notes
-
-
-def _has_tokenizer(source):
-    # A local folder, or a model of the hub that has been downloaded.
-    if resolve(source).is_dir():
-        return True
-    return isinstance(try_to_load_from_cache(source, "tokenizer_config.json"), str)
-
-
-def _measure_lengths(samples, recipe, patches):
-    """Return lengths, answer tokens and picture numbers of up to ROWS_READ rows."""
-    indices = np.linspace(0, len(samples) - 1, min(len(samples), ROWS_READ)).astype(int)
-    some = samples.select(indices)
-    encoded = encode_many(some["conversations"][:], models.load_tokenizer(recipe), recipe.template)
-    rows, numbers = [], {}
-    for image, result in zip(some["image"][:], encoded):
-        if isinstance(result, ValueError):
-            # Training leaves out bad rows.
-            continue
-        (ids, labels), extra = result, patches - 1 if image else 0
-        labels = labels[: max(0, recipe.max_length - extra)]
-        learned = sum(label != IGNORE_INDEX for label in labels)
-        picture = numbers.setdefault(image, len(numbers)) if image else -1
-        if learned:
-            rows.append((min(len(ids) + extra, recipe.max_length), learned, picture))
-    return np.array(rows).T
-
-
-def _assume_lengths(rows, recipe, patches, random):
-    plain = recipe.template == "plain"
-    picture = np.where(random.random(rows) < 0.06 * (not plain), -1, 0)
-    shares = np.linspace(0, 1, 11)
-    with_picture, text_only = (np.interp(random.random(rows), shares, each) for each in TEXT)
-    if plain:
-        text = random.integers(9, 41, rows)
-        learned = text - 1
-    else:
-        text = np.where(picture < 0, text_only, with_picture).astype(int)
-        # Long texts are about half answers, short ones end with a short answer.
-        learned = np.where(text > 90, text // 2, text // 16 + 1)
-    lengths = np.minimum(text + patches * (picture >= 0), recipe.max_length)
-    return lengths, learned, picture
+def usual_share(recipe: Recipe) -> float:
+    """The share of a GPU's peak rate that such a run is planned with."""
+    if recipe.compile:
+        return COMPILED_SHARE
+    return LORA_SHARE if recipe.lora_r else SHARE
