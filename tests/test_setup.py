@@ -96,7 +96,7 @@ def test_continuous_integration_runs_what_a_person_runs():
     steps = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
     (python,) = (
-        step["with"]["python-version"] for step in steps if "python" in step.get("uses", "")
+        step["with"]["python-version"] for step in steps if "python@" in step.get("uses", "")
     )
     job = yaml.safe_load((HOME / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
     assert python == "${{ matrix.python }}" and job["strategy"]["matrix"]["python"] == [
@@ -104,6 +104,50 @@ def test_continuous_integration_runs_what_a_person_runs():
         "3.13",
     ]
     assert job["env"]["PYTHON"] == "python"  # else make takes a python3.11 that the machine has too
+
+
+def test_actions_are_pinned_to_a_commit_and_may_only_read():
+    """A tag can be moved to other code; the comment says which release the commit is."""
+    for path in (HOME / ".github/workflows").glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        uses = re.findall(r"uses: (.*)", text)
+        assert uses
+        for line in uses:
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job and "secrets." not in str(job)
+            (checkout,) = (step for step in job["steps"] if "checkout@" in step.get("uses", ""))
+            assert checkout["with"] == {"persist-credentials": False}
+        assert "pull_request_target" not in text  # would run a stranger's code with our rights
+
+
+def test_the_container_works_as_a_user_without_rights():
+    lines = (HOME / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    users = [line for line in lines if line.startswith("USER ")]
+    assert users == ["USER vflan"] and lines.index("USER vflan") < lines.index("RUN make setup")
+
+
+def test_ruff_finds_no_fault_of_security_and_each_exception_says_why():
+    """The rules S of ruff: those of pyproject.toml have a comment, a noqa one in the line above."""
+    text = (HOME / "pyproject.toml").read_text(encoding="utf-8")
+    lint = tomllib.loads(text)["tool"]["ruff"]["lint"]
+    assert "S" in lint["select"]
+    ignored = [lint["ignore"], *lint["per-file-ignores"].values()]
+    for rule in {rule for rules in ignored for rule in rules if rule.startswith("S")}:
+        assert re.fullmatch(r"S\d{3}", rule), f"{rule} is more than one rule"
+        assert re.search(rf'"{rule}", # \w.{{20}}', text), f"{rule} has no reason"
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "."]
+    found = subprocess.run(command, cwd=HOME, capture_output=True, text=True).stdout
+    assert [line for line in found.splitlines() if re.search(r": S\d{3} ", line)] == []
+    for path in (path for folder in ("vflan", "bench", "tests", "examples", "docs")
+                 for path in (HOME / folder).rglob("*.py")):  # fmt: skip
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for i, line in enumerate(lines):
+            if re.search(r"# noqa: .*S\d{3}", line) and "re.search" not in line:
+                above = [lines[i - 1].strip(), lines[i - 2].strip()]
+                assert any(words.startswith("# ") for words in above), f"{path.name}:{i + 1}"
 
 
 def hashed(name):

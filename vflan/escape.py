@@ -6,12 +6,15 @@ servers. In HTML they are escaped by html.escape or by Jinja, in YAML by a YAML 
 
 from __future__ import annotations
 
+import csv
 import html
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from unicodedata import category
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
 # Control characters, direction and other invisible ones, lone surrogates, line separators.
@@ -51,13 +54,17 @@ def for_markdown(value: Any) -> str:
     return f"{line[:at]}\\{line[at:]}" if first else line
 
 
-def for_sheet(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for a csv file: an apostrophe before each text that would be a formula."""
-    return table.map(lambda c: f"'{c}" if isinstance(c, str) and _FORMULA.match(c) else c)
+def write_sheet(table: pd.DataFrame, target: Path | TextIO, float_format: str) -> None:
+    """Write a csv file, with an apostrophe before each text that would be a formula."""
+    cells = table.map(lambda c: f"'{c}" if isinstance(c, str) and _FORMULA.match(c) else c)
+    # A reader ends the row at a carriage return, and Python's csv does not quote it by itself.
+    has_return = cells.map(lambda c: isinstance(c, str) and "\r" in c).to_numpy().any()
+    quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
+    cells.to_csv(target, index=False, float_format=float_format, quoting=quoting)
 
 
 def from_sheet(table: pd.DataFrame) -> pd.DataFrame:
-    """What `for_sheet` was given, from the csv file."""
+    """The texts that `write_sheet` was given, in a table that was read from its file."""
     return table.map(
         lambda c: c[1:] if isinstance(c, str) and c[:1] == "'" and _FORMULA.match(c) else c
     )

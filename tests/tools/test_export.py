@@ -3,23 +3,35 @@
 The hub is a server on this machine.
 """
 
+import ast
 import base64
 import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from html import unescape
 from http.server import BaseHTTPRequestHandler
+from urllib.request import urlopen
 
+import mistune
 import pytest
 import torch
+import yaml
 from huggingface_hub import DatasetCard, ModelCard, constants
 from PIL import Image
 from safetensors import safe_open
+from transformers import AutoConfig, AutoProcessor
 
 import vflan
 from tests.conftest import make_squares, serve
-from vflan.config import Recipe, write_json
+from vflan.config import Recipe, read_json, write_json
 from vflan.tools.cards import dataset_card, lineage, model_card
-from vflan.tools.export import serve_command
+from vflan.tools.export import also_for_transformers_4, serve_command
 from vflan.training.run import Run
 
 
@@ -135,6 +147,40 @@ def test_the_folder_has_all_that_vllm_reads_for_llava(exported, backbones):
     )  # the format that is called openai
 
 
+def test_the_exported_values_keep_vllms_rules_for_llava(exported):
+    """The rules that vLLM checks when it loads and when it counts a picture's tokens.
+
+    They are those of vllm/model_executor/models/llava.py and clip.py, in vLLM's repository at
+    030ea52effcb05071543c8c42b8f0145e94cee43 (clip.py) and 0004c540861d3e59a7c1b3860f594aa8b24293db.
+    vLLM itself needs a GPU, and was not run.
+    """
+    config, processor = (
+        AutoConfig.from_pretrained(exported),
+        AutoProcessor.from_pretrained(exported),
+    )
+    vision, text = config.vision_config, config.text_config
+    # CLIPVisionEmbeddings, CLIPAttention
+    assert vision.image_size % vision.patch_size == 0
+    assert vision.hidden_size % vision.num_attention_heads == 0
+    # _get_num_hidden_layers: the layer that is read exists
+    assert 0 < vision.num_hidden_layers + config.vision_feature_layer + 1
+    # VocabParallelEmbedding; the picture's token is a row of it
+    assert config.image_token_index < text.vocab_size
+    # get_num_image_tokens, of the strategy `default`: the patches, without the class token
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    assert tokens < text.max_position_embeddings
+    content = [{"type": "image"}, {"type": "text", "text": "What color?"}]
+    messages = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    # PromptReplacement: its target, one token, stands once in the prompt of one picture
+    assert processor.tokenizer(prompt).input_ids.count(config.image_token_index) == 1
+    picture = Image.new("RGB", (30, 20), "red")
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    assert (inputs["input_ids"] == config.image_token_index).sum() == tokens
+    # LlavaImagePixelInputs
+    assert inputs["pixel_values"].shape == (1, 3, vision.image_size, vision.image_size)
+
+
 def test_the_vllm_command_is_printed_and_fits_the_model(runs, tmp_path, capsys):
     folder = runs[1].export(tmp_path / "with space")
     line = capsys.readouterr().out.strip()
@@ -201,6 +247,133 @@ def test_a_run_that_cannot_be_exported_raises_the_reason(runs, exported, tmp_pat
         base.export(exported)
     with pytest.raises(FileNotFoundError, match="not finished"):
         Run(tmp_path).export(tmp_path / "b")
+
+
+# ------------------------------------------------------- other versions, and servers
+
+
+def other_python(variable, package):
+    """The Python of another environment; the test is skipped where the variable names none."""
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"{variable} names no Python that has {package} (see CONTRIBUTING.md)")
+    return python
+
+
+@pytest.fixture(scope="module")
+def asked(runs, tmp_path_factory):
+    """20 questions with pictures of different colours and shapes, and our greedy answers."""
+    folder, questions = tmp_path_factory.mktemp("asked"), []
+    for i in range(20):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (20 + 3 * i, 50 - i), (12 * i, 255 - 9 * i, 37 * i % 256)).save(path)
+        text = ("What is in the picture?", "What color is it?", "Describe  the image.")[i % 3]
+        questions.append(dict(text=text, image=str(path)))
+    base = runs[1]
+    ours = vflan.answer(base.load_model(), base.processor(), questions, max_new_tokens=12)
+    assert len(set(ours)) > 3
+    return questions, ours
+
+
+IN_OTHER_VERSION = """
+import json, sys
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
+processor, answers = AutoProcessor.from_pretrained(sys.argv[1]), []
+for question in json.loads(sys.argv[2]):
+    content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
+    messages = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = Image.open(question["image"])
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    answers.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+print(json.dumps([transformers.__version__, answers]))
+"""
+
+
+def test_transformers_4_gives_the_same_answers(exported, asked):
+    """Measured with transformers 4.57: see CONTRIBUTING.md for the second environment."""
+    python = other_python("VFLAN_TEST_TRANSFORMERS_4", "transformers 4")
+    questions, ours = asked
+    command = [python, "-c", IN_OTHER_VERSION, str(exported), json.dumps(questions)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=exported.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    version, theirs = json.loads(done.stdout.splitlines()[-1])
+    assert version.startswith("4.") and theirs == ours
+
+
+def test_the_exported_settings_have_the_names_that_transformers_4_knows(runs, exported, tmp_path):
+    """Version 4 has no class TokenizersBackend, takes a dict here, and reads no rope_parameters."""
+    adapter = runs[1].export(tmp_path / "adapter", merge=False)
+    for folder in (exported, adapter):
+        about = json.loads((folder / "tokenizer_config.json").read_text())
+        assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert about["model_input_names"] == ["input_ids", "attention_mask"]
+        assert about["extra_special_tokens"] == {"image_token": "<image>"}
+    text = json.loads((exported / "config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, None)
+    processor = AutoProcessor.from_pretrained(exported)  # and 5 reads the same
+    ours = runs[1].processor()
+    assert processor.tokenizer.image_token == "<image>"
+    line = "USER: <image>\nWhat  color? ASSISTANT: red</s>"
+    assert processor.tokenizer(line).input_ids == ours.tokenizer(line).input_ids
+
+
+def test_a_scaled_rotary_embedding_has_the_name_of_transformers_4(exported, tmp_path):
+    """Vicuna's 16k models scale it; version 4 would silently read them without."""
+    config = json.loads((exported / "config.json").read_text())
+    scaled = dict(rope_type="linear", factor=4.0)
+    config["text_config"]["rope_parameters"] = scaled | dict(rope_theta=5e5)
+    write_json(tmp_path / "config.json", config)
+    shutil.copy(exported / "tokenizer_config.json", tmp_path)
+    also_for_transformers_4(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (5e5, scaled)
+    again = AutoConfig.from_pretrained(tmp_path).text_config.rope_parameters
+    assert (again["rope_theta"], again["factor"], again["rope_type"]) == (5e5, 4.0, "linear")
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def test_a_server_on_the_cpu_gives_the_same_answers(exported, asked, free_port, monkeypatch):
+    """`transformers serve` speaks OpenAI's protocol and needs no GPU."""
+    python = other_python("VFLAN_TEST_SERVING", "transformers[serving]")
+    code = "from transformers.cli.transformers import main; main()"
+    command = [python, "-c", code, "serve", str(exported), "--device", "cpu"]
+    server = subprocess.Popen([*command, "--port", str(free_port)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{free_port}/health", server)
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{free_port}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        questions, ours = asked
+        served = vflan.ServedModel(str(exported), workers=2)
+        theirs = dict(served.answering(questions, 12))
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert [theirs[i].reason for i in range(20)] == [""] * 20
+    assert [theirs[i].text.strip() for i in range(20)] == ours
+
+
+def wait_for(address, process, seconds=120):
+    """Until a server answers; AssertionError if it ends or takes longer."""
+    for _ in range(2 * seconds):
+        assert process.poll() is None, "the server ended"
+        with suppress(OSError), urlopen(address, timeout=5) as reply:
+            return reply.status
+        time.sleep(0.5)
+    raise AssertionError(f"no answer from {address} in {seconds} s")
 
 
 # ------------------------------------------------------------------------- the cards
@@ -279,7 +452,7 @@ def test_the_card_has_base_models_data_licences_recipe_and_scores_of_all_stages(
     assert DatasetCard(data.content).data.to_dict()["size_categories"] == "n<1K"
     assert (
         "| CLEVR_CoGenT+Question_Answering | 20 | CLEVR_CoGenT | CC-BY-4.0 |" in data.text
-        and "`abc`" in data.text
+        and "(hash of the order: abc)" in data.text
     )
 
 
@@ -323,6 +496,34 @@ def test_cards_hold_no_path_of_this_machine_and_no_foreign_markup(tmp_path):
             and "mine.json" in card.content
         )
     assert "| a \\| b &lt;script&gt;alert(1)&lt;/script&gt; | 4 |" in dataset_card(run).text
+
+
+def test_no_foreign_name_in_a_card_is_markup_code_or_yaml(tmp_path):
+    """Names of tasks, files, runs, judges and folders; the card's own links are all that it has."""
+    evil = "![x](https://evil.org/x.png) <b> `c` **d**\n# head"
+    tiny = dict(vision_tower="data/tiny/vision_tower", language_model="data/tiny/language_model")
+    samples = "![f](g.png): - {h} `c`.json"
+    rows = ['"![r](s.png): `t`",pope,f1,81.25,79,83,100,0,50,"[judge](https://evil.org)",0']
+    name = '![n](o.png) `", x=1, y="'
+    first = tmp_path / "![init](p.png) `q`"
+    run = stored_run(tmp_path, "base", first, {evil: 4}, rows, samples=samples, **tiny)
+    run = Run(run.folder.rename(tmp_path / "![r](s.png): `t`"))
+    write_json(
+        run.folder / "mixture.json", read_json(run.folder / "mixture.json") | dict(order=evil)
+    )
+    own = {"https://arxiv.org/abs/2402.11690", "data/README.md"}
+    for card in (model_card(run, name), dataset_card(run)):
+        html = mistune.create_markdown(escape=False, plugins=["table", "url"])(card.text)
+        assert set(re.findall(r'href="([^"]*)"', html)) <= own
+        assert not re.search("<img|<b>|<strong|head</h", html)
+        assert html.count("<h1") == 1 and "![f](g.png): - {h} `c`.json" in unescape(html)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(run, name).text, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    (call,) = (call for call in calls if ast.unparse(call.func) == "pipeline")
+    assert {k.arg: ast.literal_eval(k.value) for k in call.keywords} == {"model": name}
+    front = yaml.safe_load(model_card(run, name).content.split("---")[1])
+    assert front["model-index"][0]["name"] == name
+    assert DatasetCard(dataset_card(run).content).data.pretty_name.endswith(run.name)
 
 
 def test_an_exported_run_has_both_cards(runs, exported):

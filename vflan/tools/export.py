@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, constants, errors, get_token
 
 from vflan.config import output_path, read_json, write_json
+from vflan.escape import for_terminal
 from vflan.io import whole_folder
 from vflan.models.weights import check_files
 from vflan.tools.cards import model_card, write_dataset_card
@@ -29,10 +30,10 @@ def export_run(run: Run, folder: str | os.PathLike, merge: bool = True) -> Path:
     """
     folder = _write(run, output_path(folder), merge, Path(folder).name)
     if merge:
-        print(serve_command(folder))
+        print(for_terminal(serve_command(folder)))
     else:
         base = read_json(run.folder / "init.json").get("init") or "its bare backbones"
-        print(f"The adapter of {run.name}; it belongs on {base}.")
+        print(for_terminal(f"The adapter of {run.name}; it belongs on {base}."))
     return folder
 
 
@@ -100,6 +101,7 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
         processor.save_pretrained(part)
         # preprocessor_config.json, for transformers 4 and vLLM
         processor.image_processor.save_pretrained(part)
+        also_for_transformers_4(part)
         if not merge:
             init = read_json(run.folder / "init.json").get("init")
             base = dict(base_model_name_or_path=init and f"{init}/model")
@@ -108,6 +110,33 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
         write_dataset_card(run, part / "data")
         model_card(run, name, merge).save(part / "README.md")
     return folder
+
+
+def also_for_transformers_4(folder: Path) -> None:
+    """Write the settings that transformers 5 renamed under names that 4 and 5 both read.
+
+    Version 4 raises an error for the class of a tokenizer that it does not know and for a list of
+    special tokens; other settings that it does not find would silently have its defaults.
+    """
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path)
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # that class of version 4 would also return token types, which no Llama takes
+        tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+    if tokens := tokenizer.pop("extra_special_tokens", None):
+        tokenizer["additional_special_tokens"] = tokens
+    if named := tokenizer.pop("model_specific_special_tokens", None):
+        tokenizer["extra_special_tokens"] = named
+    write_json(path, tokenizer)
+    # the folder of an adapter has no configuration of a model
+    path = folder / "config.json"
+    if config := read_json(path):
+        text = config["text_config"]
+        rotary = dict(text.get("rope_parameters") or {})
+        text["rope_theta"] = rotary.pop("rope_theta", 10000.0)
+        text["rope_scaling"] = rotary if rotary.get("rope_type", "default") != "default" else None
+        write_json(path, config)
 
 
 def _link_or_copy(source, target):
