@@ -1,13 +1,14 @@
 """Feeds broken, odd and hostile input to the public functions and checks how each one reacts.
 
-    python -m bench.bad_input    # at least 10,000 inputs, into bench/results/bad_input.json
+    python -m bench.bad_input    # at least 15,000 inputs, into bench/results/bad_input.json
     python -m bench.bad_input --share 0.05 --families pictures
 
 An input is accounted for if it was taken (and what came out is sound), if it was named with its
 reason (a row of `check`'s report, the words of `picture_trouble`), or if it was refused by an error
 that our code raised on purpose: a `raise` of ours, one sentence. An error that Python or a library
 raised in the middle of our work is not accounted for; neither is what takes over ten seconds, nor
-what a picture or an archive outside its folder, or code in a pickle, got done.
+what a picture or an archive outside its folder, or code in a pickle, got done. An audit hook sees
+whether an input started a process or opened a file for writing outside the cache and its folder.
 """
 
 import argparse
@@ -114,7 +115,7 @@ def outcome(call):
             warnings.simplefilter("ignore")
             found = call() or ("taken", "")
     except TooLong:
-        found = "hung", "".join(traceback.format_exc().splitlines()[-3:])
+        found = "hung", " ".join(line.strip() for line in traceback.format_exc().splitlines()[-9:])
     except Exception as trouble:
         found = (
             ("refused", str(trouble)) if on_purpose(trouble) else ("unaccounted", in_words(trouble))
@@ -123,7 +124,7 @@ def outcome(call):
         found = "refused", str(trouble)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    if time.monotonic() - began > SECONDS:
+    if time.monotonic() - began > SECONDS and found[0] != "hung":
         found = "hung", f"{time.monotonic() - began:.0f} s"
     return found
 
@@ -733,6 +734,9 @@ FAMILIES = {  # and how many inputs of each
 
 
 def main():
+    from bench import hostile
+
+    families = FAMILIES | hostile.FAMILIES
     parser = argparse.ArgumentParser(
         prog="python -m bench.bad_input", description=__doc__.splitlines()[0]
     )
@@ -741,15 +745,17 @@ def main():
     parser.add_argument(
         "--families",
         nargs="+",
-        choices=[f.__name__ for f in FAMILIES],
-        default=[f.__name__ for f in FAMILIES],
+        choices=[f.__name__ for f in families],
+        default=[f.__name__ for f in families],
     )
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
     counts, odd, slowest = {}, Counter(), 0.0
     with tempfile.TemporaryDirectory() as scratch:
+        watcher = hostile.Watcher([scratch, os.environ["VFLAN_CACHE"], "/dev/null"])
+        sys.addaudithook(watcher)
         Image.new("RGB", (8, 8), (1, 2, 3)).save(Path(scratch) / "secret.png")
-        for family, number in FAMILIES.items():
+        for family, number in families.items():
             if family.__name__ not in asked.families:
                 continue
             found, began = Counter(), time.monotonic()
@@ -758,11 +764,15 @@ def main():
                 Path(scratch) / family.__name__,
                 max(1, round(number * asked.share)),
             ):
-                at = time.monotonic()
+                at, watcher.on = time.monotonic(), True
                 verdict, words = outcome(call)
+                watcher.on = False
+                if watcher.started or watcher.written:
+                    verdict, words = "obeyed", str(watcher.started + watcher.written)[:200]
+                    watcher.started, watcher.written = [], []
                 slowest = max(slowest, time.monotonic() - at)
                 found[verdict] += 1
-                if verdict in ("unaccounted", "hung"):
+                if verdict in ("unaccounted", "hung", "obeyed"):
                     odd[f"{verdict}: {words}"] += 1
             counts[family.__name__] = dict(found)
             print(
@@ -778,8 +788,9 @@ def main():
         every.update(found)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     checks = {
-        "inputs": ("inputs", 10_000, None),
+        "inputs": ("inputs", 15_000, None),
         "unaccounted": ("inputs with an error that is not ours, or lost", None, 0),
+        "obeyed": ("inputs that started a process or wrote outside cache and run", None, 0),
         "hung": (f"inputs that took over {SECONDS} s", None, 0),
         "slowest": ("s, the slowest input", None, SECONDS),
         "peak_gb": ("GB, peak memory of the whole bench", None, GIGABYTES),
@@ -787,11 +798,12 @@ def main():
     values = dict(
         inputs=sum(every.values()),
         unaccounted=every["unaccounted"],
+        obeyed=every["obeyed"],
         hung=every["hung"],
         slowest=slowest,
         peak_gb=peak,
     )
-    if asked.share == 1 and len(counts) == len(FAMILIES):
+    if asked.share == 1 and len(counts) == len(families):
         write(
             "bad_input",
             checks,
