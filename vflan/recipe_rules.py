@@ -131,7 +131,11 @@ def _invalid_text(value) -> str | None:
     # Cc: a null byte, which no path can hold, or a new line, which no message can. Cs: half a
     # surrogate pair, which UTF-8 cannot hold.
     bad = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs")), None)
-    return bad and f"text without the character {ascii(bad)} is needed."
+    if bad:
+        return f"text without the character {ascii(bad)} is needed."
+    # No disk holds a longer name of a file or folder.
+    longest = max(len(part.encode()) for part in value.split("/"))
+    return "a name of at most 255 bytes between slashes is needed." if longest > 255 else None
 
 
 def _contradictions(recipe) -> Iterator[str]:

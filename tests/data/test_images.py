@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from vflan.data import images
+from vflan.data import containers, images
 from vflan.data.images import (
     OTHER_FORMAT,
     as_rgb,
@@ -210,7 +210,7 @@ def test_a_broken_zip_an_encrypted_member_and_a_zip_bomb_are_reported(tmp_path, 
     archive = zipped(tmp_path / "a.zip", {"a.png": encoded()})
     assert picture_trouble(f"{tmp_path}/text.zip::a.png").split(":")[0] == "truncated picture"
     assert picture_trouble(f"{tmp_path}/gone.zip::a.png").split(":")[0] == "missing picture"
-    monkeypatch.setattr(images, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(containers, "MAX_BYTES", 10)
     assert "unpacks to" in picture_trouble(f"{archive}::a.png")
     locked, data = tmp_path / "locked.zip", bytearray(archive.read_bytes())
     data[data.find(b"PK\1\2") + 8] |= 1
@@ -247,7 +247,7 @@ def test_a_zip_opened_before_a_fork_works_in_both_processes(tmp_path):
     archive = zipped(tmp_path / "a.zip", members)
     assert pixel(f"{archive}::7.png") == (7, 0, 0)
     # As if another thread opened an archive at the moment of the fork.
-    images._lock.acquire()
+    containers._lock.acquire()
     child = os.fork()
     if child == 0:
         os._exit(
@@ -255,7 +255,7 @@ def test_a_zip_opened_before_a_fork_works_in_both_processes(tmp_path):
             if all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
             else 1
         )
-    images._lock.release()
+    containers._lock.release()
     assert all(pixel(f"{archive}::{i}.png") == (i, 0, 0) for i in range(100) for _ in range(3))
     hung = threading.Timer(60, os.kill, (child, 9))
     hung.start()

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from vflan.config import Recipe
 from vflan.data import validation
 from vflan.data.conversation import encode, expand
+from vflan.data.images import read_picture
 from vflan.data.samples import load_samples, save_samples
 from vflan.data.validation import check
 from vflan.training.batching import prepare
@@ -35,8 +37,8 @@ def opened(monkeypatch):
     names = []
     monkeypatch.setattr(
         validation,
-        "read_picture",
-        lambda name, read=validation.read_picture: [names.append(name), read(name)][1],
+        "decoded",
+        lambda name, *more, read=validation.decoded: [names.append(name), read(name, *more)][1],
     )
     return names
 
@@ -246,6 +248,23 @@ def test_an_image_that_changed_is_decoded_again(tmp_path, opened):
     assert check(samples).ok == 0
     Image.new("RGB", (8, 8)).save(picture)
     assert check(samples).ok == 1 and len(opened) == 3
+
+
+def test_the_images_of_a_copied_folder_are_not_decoded_again(tmp_path, opened):
+    """Another path and another time, but the same content; one of another content is decoded."""
+    (tmp_path / "first").mkdir()
+    rows = [row(image=f"{i}.png") for i in range(4)]
+    make(tmp_path / "first", *rows)
+    for i in range(4):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "first" / "images" / f"{i}.png")
+    before = check(load_samples(tmp_path / "first" / "rows.json"))
+    shutil.copytree(tmp_path / "first", tmp_path / "copy", copy_function=shutil.copyfile)
+    Image.new("RGB", (9, 9), (9, 9, 9)).save(tmp_path / "copy" / "images" / "2.png")
+    (tmp_path / "copy" / "images" / "3.png").write_text("broken")
+    opened.clear()
+    after = check(load_samples(tmp_path / "copy" / "rows.json"))
+    assert [Path(name).name for name in opened] == ["2.png", "3.png"]
+    assert (before.ok, after.ok, after.bad.row.tolist()) == (4, 3, [3])
 
 
 def test_an_interrupted_check_continues_where_it_stopped(tmp_path, opened, monkeypatch):
@@ -497,7 +516,7 @@ def test_any_record_and_picture_is_judged_and_training_keeps_exactly_the_sound_o
             assert list(data.ids) == [sample["id"] for sample in sound] and data.bad == len(bad)
             shown = [data.pictures[number] if number >= 0 else None for number in data.picture]
             assert shown == [sample["image"] or None for sample in sound]
-            assert {validation.read_picture(image).mode for image in data.pictures} <= {"RGB"}
+            assert {read_picture(image).mode for image in data.pictures} <= {"RGB"}
             count.kept += len(data.ids)
         count.rows, count.bad = count.rows + report.rows, count.bad + len(bad)
 

@@ -22,6 +22,8 @@ IMAGE = "<image>"
 # A turn whose role begins so is no turn: the rest of the role says why its row cannot be used. In
 # this way a table of four columns carries what was wrong with a row in the file.
 TROUBLE = "trouble: "
+# Such a turn is no turn either: it says what of the row was left out.
+NOTE = "note: "
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -64,13 +66,19 @@ def audit(conversations: list[dict]) -> Audit:
     """
     if not conversations:
         raise ValueError("no turns")
-    turns, dropped = list(conversations), []
-    for turn in turns:
-        if str(turn.get("from")).startswith(TROUBLE):
-            raise ValueError(turn["from"].removeprefix(TROUBLE))
+    turns, dropped, notes = list(conversations), [], []
+    for turn in conversations:
+        role = str(turn.get("from"))
+        if role.startswith(TROUBLE):
+            raise ValueError(role.removeprefix(TROUBLE))
+        if role.startswith(NOTE):
+            notes.append(role.removeprefix(NOTE))
+    if notes:
+        turns = [turn for turn in turns if not str(turn.get("from")).startswith(NOTE)]
     while turns and "system" in (turns[0].get("from"), turns[-1].get("from")):
         turns.pop(0 if turns[0].get("from") == "system" else -1)
         dropped = ["the row's own system text"]
+    dropped = [*notes, *dropped]
     for number, turn in enumerate(turns, 1):
         if turn.get("from") not in ("human", "gpt"):
             raise ValueError(f"unknown role {repr(turn.get('from')):.80} in turn {number}")

@@ -1,6 +1,10 @@
 """The rows of a samples file: a json array, json lines, an object that holds rows, or parquet.
 
-Each reader gives some rows at a time, so that a file of a gigabyte needs little memory.
+Each reader gives some rows at a time, so that a file of a gigabyte needs little memory. A file that
+would need much all the same, for its size or for one row, is refused (limits.py).
+
+Of a key that an object of json gives twice, the last value counts, as for all readers of json. The
+row says so, and `check` lists it as repaired; an object of rows by name must not repeat one.
 """
 
 from __future__ import annotations
@@ -8,19 +12,27 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vflan.data.containers import picture_column
 from vflan.data.conversation import kind_of
-from vflan.data.images import picture_column
-from vflan.data.rows import MEDIA, Resolved
+from vflan.data.images import shortened
+from vflan.data.limits import MAX_BYTES, MAX_ROW, unpacked_limit
+from vflan.data.parquet_pages import Pages, Refused, flat_bytes, leaves
+from vflan.data.rows import MEDIA, TWICE, Resolved
 
 # Bytes of json read at a time; their rows become one batch of the table.
 _BLOCK = 1 << 23
+# Bytes of parquet that become Python objects at a time, and values in it, of which each may become
+# an object of 200 bytes.
+_PART, _PART_VALUES = 1 << 25, 1 << 21
 
 
 def read_rows(path: Path) -> Iterator[tuple[list, int]]:
@@ -49,16 +61,30 @@ def _json(path: Path) -> Iterator[tuple[list, int]]:
             read = _lines
         else:
             # One json value, or lines that are damaged or longer than a block.
-            read, first, blocks = _one_value, first + "".join(blocks), []
+            read, first, blocks = _one_value, _whole(first, blocks, path), []
         for rows in read(chain([first], blocks), path):
             yield rows, file.tell()
+
+
+def _whole(first: str, blocks: Iterable[str], path: Path) -> str:
+    """The rest of a file behind its first block; ValueError if it is too long to be one value."""
+    parts, size = [first], len(first)
+    for block in blocks:
+        parts.append(block)
+        size += len(block)
+        if size > MAX_BYTES:
+            raise ValueError(
+                f"{path} holds one json object of more than {MAX_BYTES:,} characters: "
+                "write its rows as an array, or one row a line."
+            )
+    return "".join(parts)
 
 
 def _is_lines(block: str) -> bool:
     """Whether a block begins with a json value on a line of its own, and more lines follow."""
     line, _, rest = block.lstrip().partition("\n")
     try:
-        json.loads(line)
+        _decode(line)
     except (ValueError, RecursionError):
         return False
     return bool(rest.strip())
@@ -72,7 +98,7 @@ def _one_value(blocks: Iterable[str], path: Path) -> Iterator[list]:
     """
     text = "".join(blocks)
     try:
-        value = json.loads(text)
+        value = _decode(text)
     except (ValueError, RecursionError):
         yield from _lines([text], path)
         return
@@ -83,10 +109,25 @@ def _one_value(blocks: Iterable[str], path: Path) -> Iterator[list]:
     yield from (rows[start : start + 4096] for start in range(0, len(rows), 4096))
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of json; `TWICE` names the keys that it gives more than once."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        value[TWICE] = ", ".join(name for name, count in counts.items() if count > 1)
+    return value
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+_decode = _decoder.decode
+
+
 def _rows_of(value: dict, path: Path) -> list:
-    lists = [name for name, inside in value.items() if isinstance(inside, list)]
     if _is_row(value):
         return [value]
+    if TWICE in value:
+        raise ValueError(f"{path} gives {value[TWICE]:.200} twice; give each a key of its own.")
+    lists = [name for name, inside in value.items() if isinstance(inside, list)]
     if len(lists) == 1 and all(isinstance(row, dict) for row in value[lists[0]]):
         return value[lists[0]]
     if value and all(isinstance(row, dict) and _is_row(row) for row in value.values()):
@@ -129,7 +170,7 @@ def _array(blocks: Iterable[str], path: Path) -> Iterator[list]:
     json.load would hold the whole file and all its objects in memory. Here only an element that is
     cut by the end of a block is kept, and parsed again with the next block.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode = _decoder.raw_decode
     text, at, expected = "", 0, "["
     start, line = 0, 1  # position of `text` in the file
     for block in chain(blocks, [None]):
@@ -161,6 +202,9 @@ def _array(blocks: Iterable[str], path: Path) -> Iterator[list]:
                 where = f"line {line + text.count(chr(10), 0, where)}, character {start + where}"
                 message = f"{path} is not whole json ({problem}: {where}); download it again."
                 raise ValueError(message) from None
+        if len(text) - at > MAX_ROW:
+            where = f"line {line + text.count(chr(10), 0, at)}"
+            raise ValueError(f"{path}, {where}: a row of more than {MAX_ROW:,} characters.")
         yield rows
 
 
@@ -173,14 +217,40 @@ def _lines(blocks: Iterable[str], path: Path) -> Iterator[list]:
         for line in lines:
             number += 1
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                rows += [_decode(line)] if line.strip() else []
             except (ValueError, RecursionError) as error:
                 problem = f"line {number} is not json ({getattr(error, 'msg', error)})"
                 raise ValueError(f"{path}, {problem}; download or write it again.") from None
+        if len(rest) > MAX_ROW:
+            where = f"line {number + 1}"
+            raise ValueError(f"{path}, {where}: a row of more than {MAX_ROW:,} characters.")
         yield rows
 
 
 # ---------------------------------------------------------------------------------- parquet
+
+
+class _Batches:
+    """The batches of a parquet file, as long as they stay within the limits."""
+
+    def __init__(self, file, path: Path):
+        self.file, self.read = file, 0
+        self.limit = unpacked_limit(path.stat().st_size)
+
+    def __call__(self, step: int, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some rows of a row group, again and again: at most `step`, and few of long ones."""
+        for batch in self.file.iter_batches(step, [group], columns):
+            flat = [leaf for column in batch.columns for leaf in leaves(column)]
+            size, values = sum(map(flat_bytes, flat)), max(map(len, flat))
+            self.read += size
+            if self.read > self.limit:
+                raise Refused(f"unpacks to more than {self.limit:,} bytes")
+            if values > _PART_VALUES:
+                rows = "a row" if batch.num_rows == 1 else f"{batch.num_rows} rows together"
+                raise Refused(f"has {values:,} values in {rows}")
+            rows = max(1, batch.num_rows * _PART // max(1, size))
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)
 
 
 def _parquet(path: Path) -> Iterator[tuple[list, int]]:
@@ -190,22 +260,36 @@ def _parquet(path: Path) -> Iterator[tuple[list, int]]:
     size, number = path.stat().st_size, 0
     try:
         with pq.ParquetFile(path) as file:
-            types = {field.name: field.type for field in file.schema_arrow}
-            columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
-            if columns.isdisjoint(["conversations", "messages"]):
-                problem = f"has no column conversations, only {', '.join(types)}"
-                raise ValueError(f"{path} {problem}; give a set in LLaVA's form.")
-            image = picture_column(types)
-            read = _listed_images if _is_list(types.get(image)) else _images
+            batches, (columns, image, is_list) = _Batches(file, path), _columns(file)
+            read = _listed_images if is_list else _images
+            pages = Pages(path)
             for group in range(file.num_row_groups):
-                for rows, images in read(file, group, image, sorted(columns)):
+                pages.check(group, [*columns, image])
+                for rows, images in read(batches, group, image, columns):
                     for row, (name, is_inside) in zip(rows, images):
                         row["image"] = Resolved(f"{path}::{number}") if is_inside else name
                         number += 1
-                    yield rows, size * number // file.metadata.num_rows
-    except pa.ArrowInvalid as error:
+                    yield rows, size * number // max(1, file.metadata.num_rows)
+    except Refused as error:
+        raise ValueError(f"{path} {error}.") from None
+    # A damaged file raises ArrowInvalid, OSError, UnicodeDecodeError, KeyError and others.
+    except Exception as error:
         problem = f"{path} is not a whole parquet file ({error}); download it again."
         raise ValueError(problem) from None
+
+
+def _columns(file) -> tuple[list[str], str, bool]:
+    """(the columns to read, the column of images, whether that one is a list)."""
+    types = {field.name: field.type for field in file.schema_arrow}
+    columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
+    if columns.isdisjoint(["conversations", "messages"]):
+        problem = f"has no column conversations, only {shortened(', '.join(types))}"
+        raise Refused(f"{problem}; give a set in LLaVA's form")
+    image = picture_column(types)
+    counts = Counter(file.schema_arrow.names)
+    if twice := [name for name in (*sorted(columns), image) if counts[name] > 1]:
+        raise Refused(f"has the column {twice[0]} twice; remove one")
+    return sorted(columns), image, _is_list(types.get(image))
 
 
 def _is_list(kind: pa.DataType | None) -> bool:
@@ -213,28 +297,33 @@ def _is_list(kind: pa.DataType | None) -> bool:
     return kind is not None and any(check(kind) for check in checks)
 
 
-def _images(file, group: int, image: str, columns: list[str]) -> Iterator[tuple[list, Iterator]]:
+def _images(
+    batches: _Batches, group: int, image: str, columns: list[str]
+) -> Iterator[tuple[list, Iterator]]:
     """(some rows, (name, whether the image is in the file) of each), of one row group.
 
     The column `image` is a name, the bytes of the file, or the hub's struct of bytes and path.
     """
-    leaves = {file.schema.column(i).path for i in range(len(file.schema))}
-    is_bytes = image in leaves and _is_binary(file.schema_arrow.field(image).type)
+    file = batches.file
+    paths = {file.schema.column(i).path for i in range(len(file.schema))}
+    is_bytes = image in paths and _is_binary(file.schema_arrow.field(image).type)
     data = image if is_bytes else f"{image}.bytes"
-    names = [leaf for leaf in (image, f"{image}.path") if leaf in leaves and leaf != data]
-    embedded = _is_embedded(file, group, data) if data in leaves else repeat(False)
+    names = [leaf for leaf in (image, f"{image}.path") if leaf in paths and leaf != data]
+    embedded = _is_embedded(file, group, data) if data in paths else repeat(False)
     # A row may hold a whole video, so only a few rows are read at a time.
     step = 64 if {*MEDIA} & {*columns} else 4096
-    for batch in file.iter_batches(step, [group], [*columns, *names]):
+    for batch in batches(step, group, [*columns, *names]):
         rows = batch.to_pylist()
         given = [row.pop(image, None) for row in rows]
-        paths = [each.get("path") if isinstance(each, dict) else each for each in given]
-        yield rows, zip(paths, embedded)
+        named = [each.get("path") if isinstance(each, dict) else each for each in given]
+        yield rows, zip(named, embedded)
 
 
-def _listed_images(file, group: int, image: str, columns: list[str]) -> Iterator[tuple]:
+def _listed_images(
+    batches: _Batches, group: int, image: str, columns: list[str]
+) -> Iterator[tuple[list, list]]:
     """`_images` where the column is a list. It has to be read to know how long each list is."""
-    for batch in file.iter_batches(64, [group], [*columns, image]):
+    for batch in batches(64, group, [*columns, image]):
         rows = batch.to_pylist()
         yield rows, [_only_image(row.pop(image, None)) for row in rows]
 

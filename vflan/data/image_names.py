@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vflan.data.images import INSIDE, OUTSIDE
+from vflan.data.limits import no_file
 
 
 def images_root(path: Path, images: str | os.PathLike | None) -> Path:
@@ -21,12 +22,13 @@ def images_root(path: Path, images: str | os.PathLike | None) -> Path:
     zips, beside = list(folder.glob("image*.zip")), folder / "images"
     if images is None:
         images = beside if beside.is_dir() else zips[0] if len(zips) == 1 else folder
-    elif not Path(images).exists() and len(zips) == 1 and Path(images).suffix != ".zip":
+    elif not os.path.exists(images) and len(zips) == 1 and Path(images).suffix != ".zip":
         # The folder that a recipe names was never unpacked: read the zip in its place.
         images = zips[0]
-    root = Path(images).resolve()
-    if _is_zip(root) and not zipfile.is_zipfile(root):
-        lack = "not a whole zip archive" if root.exists() else "no such archive"
+    root = Path(os.path.realpath(images))
+    # A pipe would be waited for, so a regular file is needed before it is opened.
+    if _is_zip(root) and (lack := no_file(root) or not zipfile.is_zipfile(root)):
+        lack = "not a whole zip archive" if lack is True else lack
         raise ValueError(f"{root}: {lack}; download it again, or name its unpacked folder.")
     return root
 

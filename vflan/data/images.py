@@ -3,7 +3,7 @@
 `image_names.py` makes these strings from the names in a samples file; `read_picture` reads one, or
 says why it cannot be read; `views` shrinks one to a few pixels that tell whether two may be alike.
 `open_picture` is the only place in vflan that lets Pillow open a file, and `eight_bits` the only
-one that scales wider values.
+one that scales wider values. limits.py says how much memory a picture may take.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ import math
 import os
 import re
 import stat
-import threading
 import unicodedata
 import zipfile
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from itertools import chain
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vflan.data.containers import archive, embedded
+from vflan.data.limits import DECODED, MAX_PIXELS, read_limited
+
 # Prefix of an image name that leaves the images folder; such a file is never opened.
 OUTSIDE = "outside:"
-# A zip member that unpacks to more bytes is refused.
-MAX_MEMBER_BYTES = 1 << 28
 # Largest ratio of the sides: cropping scales the short side to 336 pixels, so that an image one
 # pixel wide would fill the memory.
 THIN = 300
 # An image in a container: groups are the container, its kind, and what is inside.
 INSIDE = re.compile(r"(.+?\.(zip|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+# Bytes that a decoded picture and its copies take: for each pixel; for each of the square to which
+# it is padded, when it is prepared for the vision tower; and for each pixel of a JPEG that is
+# decoded at a reduced size, whose coefficients may have to be held as a whole.
+_COPIES, _PREPARED, _COEFFICIENTS = 16, 24, 6
 # The formats that Pillow may try, whatever a file is called. All its others stay closed: some start
 # a program (EPS and PDF start Ghostscript), and a file of that kind needs only the name x.jpg.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -70,15 +72,17 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     """
     if not picture.mode.startswith(("I", "F")):
         return picture
-    values = np.asarray(picture, np.float32)  # (height, width)
+    values = np.array(picture, np.float32)  # (height, width)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(high - low):
         raise ValueError("a pixel is not a number")
     usual = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
     fitting = [top for top in usual if low >= 0 and high <= top]
     low, high = (0, fitting[0]) if fitting else (low, high)
-    scaled = (values - low) * (255 / ((high - low) or 1))
-    return Image.fromarray(scaled.round().astype(np.uint8))
+    # In place, because a large picture has few copies then.
+    values -= low
+    values *= 255 / ((high - low) or 1)
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -91,27 +95,56 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most // 5]}... ({len(text):,} characters)"
 
 
-def read_picture(name: str | os.PathLike) -> Image.Image:
+def read_picture(name: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as RGB. Palette and transparency are converted, rotation tags ignored (as LLaVA).
 
-    Wider values than 8 bits are scaled, see `eight_bits`.
+    Wider values than 8 bits are scaled, see `eight_bits`. Of several frames the first is read.
 
     `name` is a path, `/x/pictures.zip::member` or `/x/part.parquet::row`. OSError: the image cannot
-    be used, with the reason that `picture_trouble` gives.
+    be used, with the reason that `picture_trouble` gives; it has more than `max_pixels`, for
+    instance. A JPEG of more is decoded at 1/2, 1/4 or 1/8 of its size, unless it is progressive;
+    and an image is reduced if the square to which training pads it would have more.
+    """
+    with decoded(name, max_pixels) as picture:
+        return picture
+
+
+@contextmanager
+def decoded(
+    name: str | os.PathLike, max_pixels: int = MAX_PIXELS, padded: bool = False
+) -> Iterator[Image.Image]:
+    """`read_picture` for a block in which the picture is copied: other threads may have to wait.
+
+    All blocks together hold `limits.DECODED_BYTES` at most. padded: the block pads the picture to a
+    square and prepares it for the vision tower. Such blocks must not be nested.
     """
     data = picture_bytes(name)
     name = shortened(os.fspath(name))
+    with ExitStack() as stack:
+        with _naming(name):
+            picture = stack.enter_context(open_picture(io.BytesIO(data)))
+            whole, side = math.prod(picture.size), math.isqrt(max_pixels)
+            _fit(picture, max_pixels)
+            size = _COPIES * math.prod(picture.size)
+            if padded:
+                size = max(size, _PREPARED * min(max(picture.size), side) ** 2)
+            if math.prod(picture.size) < whole:
+                size += _COEFFICIENTS * whole
+        stack.enter_context(DECODED.hold(size))
+        with _naming(name):
+            rgb = as_rgb(picture)
+            factor = math.ceil(max(rgb.size) / side)
+            rgb = rgb.reduce(factor) if factor > 1 else rgb
+            if math.prod(rgb.size) < whole:
+                rgb.info["reduced"] = True
+        yield rgb
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever Pillow raises becomes an OSError that begins with its kind and names the image."""
     try:
-        with open_picture(io.BytesIO(data)) as picture:
-            if not all(picture.size):
-                raise ValueError("empty")
-            short, long = sorted(picture.size)
-            if long > THIN * short:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, too thin")
-            # Pillow's limit is for the image itself; training pads it to a square.
-            if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
-            return as_rgb(picture)
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OSError(f"too many pixels: {name} ({error})") from None
     # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for broken files.
@@ -119,6 +152,30 @@ def read_picture(name: str | os.PathLike) -> Image.Image:
         message = str(error).lower()
         kind = next((kind for kind in ("truncated", "too thin") if kind in message), "undecodable")
         raise OSError(f"{kind} picture: {name} ({error})") from None
+
+
+def _fit(picture: Image.Image, max_pixels: int) -> None:
+    """Let a large JPEG be decoded at a smaller size; DecompressionBombError for one too large."""
+    if not all(picture.size):
+        raise ValueError("empty")
+    short, long = sorted(picture.size)
+    if long > THIN * short:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, too thin")
+    # Pillow's limit is for the image itself; training pads it to a square.
+    if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
+    side = math.isqrt(max_pixels)
+    if long > side and picture.format == "JPEG" and "progressive" not in picture.info:
+        # The decoder knows 1/2, 1/4 and 1/8: the first that is small enough.
+        scale = 1 << (math.ceil(long / side) - 1).bit_length()
+        picture.draft(None, tuple(max(1, length // scale) for length in picture.size))
+    # A tile of a TIFF is unpacked as a whole, and may be larger than the picture.
+    tags = getattr(picture, "tag_v2", {})
+    tile = tags.get(322, 0), tags.get(323, 0)
+    for width, height in (picture.size, tile):
+        if width * height > max_pixels:
+            problem = f"{width} x {height} pixels, more than max_pixels={max_pixels:,}"
+            raise Image.DecompressionBombError(problem)
 
 
 def picture_bytes(name: str | os.PathLike) -> bytes:
@@ -214,12 +271,10 @@ def _find(name: str) -> tuple[tuple, Callable[[], bytes]] | None:
         return None
     key = container, status.st_mtime_ns, status.st_size
     if kind.lower() == "parquet":
-        return (*key[1:], int(member)), lambda: _embedded(*key, int(member))
-    # The first thread reads the table of contents; the others wait for it.
-    with _lock:
-        archive = _archive(*key)
-    info = archive.find(member)
-    return info and ((key[1], info.CRC, info.file_size), lambda: archive.read(info))
+        return (*key[1:], int(member)), lambda: embedded(*key, int(member))
+    members = archive(*key)
+    info = members.find(member, _other_names(member))
+    return info and ((key[1], info.CRC, info.file_size), lambda: members.read(info))
 
 
 def _find_file(path: str) -> tuple[tuple, Callable[[], bytes]] | None:
@@ -233,7 +288,7 @@ def _find_file(path: str) -> tuple[tuple, Callable[[], bytes]] | None:
             status = _status(path, os.lstat)
             if status:
                 break
-    return status and ((status.st_mtime_ns, status.st_size), Path(path).read_bytes)
+    return status and ((status.st_mtime_ns, status.st_size), lambda: read_limited(path))
 
 
 def _status(path: str, stat_function=os.stat) -> os.stat_result | None:
@@ -268,103 +323,3 @@ def _other_names(name: str) -> Iterator[str]:
 def _escape(character: re.Match) -> str:
     code = ord(character[0])
     return f"#U{code:04x}" if code < 1 << 16 else f"#L{code:06x}"
-
-
-# ------------------------------------------------------------------------------- containers
-
-
-class _Archive:
-    """A zip that is read in place.
-
-    Members are read by position (pread), so that threads and forked processes share no file offset.
-    """
-
-    def __init__(self, path: str):
-        self.file = open(path, "rb")  # closed with the last reader
-        with zipfile.ZipFile(self.file) as archive:
-            self.members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        # The released zip has all images in one folder that the samples do not name.
-        tops = {name.partition("/")[0] for name in self.members} - {"__MACOSX"}
-        self.top = f"{tops.pop()}/" if len(tops) == 1 else ""
-
-    def find(self, member: str) -> zipfile.ZipInfo | None:
-        for name in chain([member], _other_names(member)):
-            for path in (name, self.top + name):
-                if path in self.members:
-                    return self.members[path]
-        return None
-
-    def read(self, info: zipfile.ZipInfo) -> bytes:
-        if info.flag_bits & 1:
-            raise ValueError("encrypted")
-        if max(info.file_size, info.compress_size) > MAX_MEMBER_BYTES:
-            raise ValueError(f"unpacks to {info.file_size:,} bytes")
-        head = os.pread(self.file.fileno(), 30, info.header_offset)
-        if len(head) < 30 or not head.startswith(b"PK\3\4"):
-            raise zipfile.BadZipFile("the archive is damaged here; download it again")
-        # The data follows a header of 30 bytes, the member's name, and an extra field.
-        name_length, extra_length = (int.from_bytes(head[at : at + 2], "little") for at in (26, 28))
-        start = info.header_offset + 30 + name_length + extra_length
-        packed = io.BytesIO(os.pread(self.file.fileno(), info.compress_size, start))
-        # ZipExtFile unpacks, and compares the checksum at the end.
-        with zipfile.ZipExtFile(packed, "r", info) as member:
-            return member.read()
-
-
-@lru_cache(maxsize=16)
-def _archive(path: str, mtime_ns: int, size: int) -> _Archive:
-    return _Archive(path)
-
-
-@lru_cache(maxsize=64)
-def _row_groups(path: str, mtime_ns: int, size: int):
-    """(metadata, the first row of each row group) of a parquet file."""
-    import pyarrow.parquet as pq
-
-    metadata, starts = pq.read_metadata(path), [0]
-    for group in range(metadata.num_row_groups):
-        starts.append(starts[-1] + metadata.row_group(group).num_rows)
-    return metadata, starts
-
-
-# Two row groups are kept: rows are mostly read in order.
-@lru_cache(maxsize=2)
-def _pictures_of(path: str, mtime_ns: int, size: int, group: int):
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    metadata = _row_groups(path, mtime_ns, size)[0]
-    # Without Arrow's threads, because they do not exist in a forked process.
-    with pq.ParquetFile(path, metadata=metadata, memory_map=True, pre_buffer=False) as file:
-        name = picture_column(file.schema_arrow.names)
-        column = file.read_row_group(group, columns=[name], use_threads=False)[name]
-    return column if not pa.types.is_struct(column.type) else pc.struct_field(column, "bytes")
-
-
-def _embedded(path: str, mtime_ns: int, size: int, row: int) -> bytes | None:
-    with _lock:
-        starts = _row_groups(path, mtime_ns, size)[1]
-        if row >= starts[-1]:
-            return None
-        group = bisect_right(starts, row) - 1
-        value = _pictures_of(path, mtime_ns, size, group)[row - starts[group]].as_py()
-    # A list, of which `load_samples` accepts only those with one image.
-    value = next(filter(None, value), None) if isinstance(value, list) else value
-    return value.get("bytes") if isinstance(value, dict) else value
-
-
-def picture_column(names: Iterable[str]) -> str:
-    """Which column of a parquet file holds the images."""
-    return "images" if "images" in names and "image" not in names else "image"
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-_renew_lock()
-# A forked process may inherit the lock held by a thread that does not exist there.
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_renew_lock)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
-from vflan.data.conversation import TROUBLE, as_text, kind_of, without_text
+from vflan.data.conversation import NOTE, TROUBLE, as_text, kind_of, without_text
 from vflan.data.images import shortened
 
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
@@ -23,6 +23,8 @@ SCHEMA = pa.schema([*_TEXTS, ("conversations", pa.list_(_TURN))])
 _ROLES = {"user": "human", "assistant": "gpt"}
 # What else a row may show; training takes none of it.
 MEDIA = ("video", "videos", "audio", "audios")
+# In an object of json: the keys that it gives more than once. No key of a file begins so.
+TWICE = "\0twice"
 # How base64 of PNG, JPEG, GIF, WebP, TIFF and BMP files begins.
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")
 
@@ -68,7 +70,10 @@ def replace_surrogates(rows: list) -> list:
 
 
 def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
-    """(role, text) of each turn, then the row's system text, then the first trouble as a role."""
+    """(role, text) of each turn, then the row's system text, then notes and the first trouble.
+
+    Notes and the trouble are roles without text.
+    """
     key = "messages" if row.get("conversations") is None else "conversations"
     given = row.get(key)
     if not isinstance(given, list | None):
@@ -84,6 +89,10 @@ def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
     for name in MEDIA:
         if not _is_empty(row.get(name)):
             troubles.append(f"{name} in the row: only pictures and text are trained on")
+    for number, each in enumerate([row, *(given or ())]):
+        if isinstance(each, dict) and TWICE in each:
+            where = f"turn {number}" if number else "the row"
+            yield f"{NOTE}an earlier value of {shortened(each[TWICE])}, named twice in {where}", ""
     if troubles:
         yield TROUBLE + troubles[0], ""
 

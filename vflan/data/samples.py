@@ -27,12 +27,13 @@ from vflan.data.conversation import IMAGE
 from vflan.data.formats import read_rows
 from vflan.data.image_names import image_resolver, images_root
 from vflan.data.images import OUTSIDE
+from vflan.data.limits import no_file
 from vflan.data.rows import SCHEMA, record_batch, replace_surrogates
 from vflan.io import hold, is_sealed, seal
 from vflan.progress import progress
 
 # Version of the cached table: raise it when the conversion changes, and every table is made again.
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
@@ -126,6 +127,7 @@ def texture(samples: Dataset) -> pd.DataFrame:
         turns = batch["conversations"].combine_chunks()
         count = pc.fill_null(pc.list_value_length(turns), 0).to_numpy()  # (rows,)
         text = pc.utf8_trim_whitespace(pc.fill_null(pc.struct_field(turns.flatten(), "value"), ""))
+        text = text if len(text) else pa.array([""])  # no row has a turn
         # `text` holds the turns of all rows one after another: find each row's first and second.
         start = np.cumsum(count) - count
         last = max(0, len(text) - 1)
@@ -149,11 +151,14 @@ def _parts(path: Path) -> list[Path]:
     """The files to read, in order."""
     # Links are not followed: in the hub's cache they lead to files without a suffix.
     path = Path(os.path.abspath(path))
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    is_folder = path.is_dir()
+    is_folder = os.path.isdir(path)
     names = path.rglob("*.parquet") if is_folder else glob.glob(str(path), recursive=True)
-    parts = sorted(map(Path, names))
+    parts = sorted(Path(name) for name in names if not os.path.isdir(name))
+    # A device has no end, a pipe waits for ever, and a link to nothing would be lost in silence.
+    if odd := next(filter(no_file, parts), None):
+        raise FileNotFoundError(f"{odd}: {no_file(odd)} in place of a samples file.")
     if not parts:
         lack = "no parquet file in this folder" if is_folder else "no such samples file"
         how = "data/README.md says how to get it (tiny: notebook 01 makes it)."

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import html
+import math
 import os
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,22 +22,35 @@ from datasets import Dataset
 
 from vflan.config import CACHE
 from vflan.data.conversation import IGNORE_INDEX, audit, encode_many
-from vflan.data.images import SIDE, picture_bytes, read_picture, stamp, views
+from vflan.data.images import SIDE, decoded, picture_bytes, stamp, views
+from vflan.data.limits import MAX_PIXELS
 from vflan.io import set_aside
 from vflan.progress import progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
     from transformers import PreTrainedTokenizerBase
 
 # Rows, and images, that are read at a time.
 ROWS, PICTURES = 1000, 256
-# What the cache keeps of a sound image: hashes of its file and of its pixels, and two small views.
+# What the cache keeps of a sound image: hashes of its file and of its pixels, two small views, and
+# its longer side. An image that `max_pixels` made smaller has the side _REDUCED: it is read again.
 _FIELDS = [("file", "V16"), ("pixels", "V16"), ("views", np.uint8, (2, SIDE, SIDE, 3))]
+_FIELDS += [("side", np.uint32)]
+_REDUCED = 2**32 - 1
 FINGERPRINT = np.dtype(_FIELDS)
-# In CACHE; the number is the version of the format.
-CACHE_FILE = "pictures-2.sqlite"
+# In CACHE; the number is the version of the format. A CRC-32 stands behind each FINGERPRINT.
+CACHE_FILE = "pictures-3.sqlite"
+# sqlite's codes for missing rights, memory, space, locks and the like.
+_NOT_DAMAGED = (
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM),
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
+)
+# In SQL: the hash of an image's file, with which a FINGERPRINT begins.
+_CONTENT = "substr(look, 1, 16)"
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ def check(
     image_tokens: int = 576,
     against: str | os.PathLike | dict[str, list[dict]] | None = None,
     threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Report:
     """Judge every row by the rules of training: a bad row gets one reason, an image is read once.
 
@@ -117,12 +134,13 @@ def check(
     image counts as `image_tokens`. With `against`, a folder of benchmarks or {name: questions},
     images and questions that are also in a benchmark are reported.
 
-    Sound images are cached until they change, so that an interrupted check continues where it
-    stopped. `threads` decode images; by default as many as there are cores.
+    Sound images are cached until their content changes, so that an interrupted check continues
+    where it stopped, and a copied folder is not decoded again. `threads` decode images; by default
+    as many as there are cores. max_pixels: of an image, as in a recipe, see `read_picture`.
     """
     threads = threads or os.cpu_count() or 1
     pictures = _distinct_pictures(samples)
-    prints, troubles = fingerprints(pictures, threads)
+    prints, troubles = fingerprints(pictures, threads, max_pixels)
     twins, overlap = _first_alike(prints, troubles), None
     if against is not None:
         # Imported here because training checks its rows too, but needs no benchmark.
@@ -251,15 +269,17 @@ def _first_alike(prints: np.ndarray, troubles: dict[int, str]) -> dict[int, int]
 # -------------------------------------------------------------------------------- the images
 
 
-def fingerprints(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, dict[int, str]]:
+def fingerprints(
+    names: Iterable[str], threads: int = 1, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, dict[int, str]]:
     """FINGERPRINTs of images, (n,), and {index: why an image cannot be used}.
 
-    Sound images are cached by name and `stamp`.
+    Sound images are cached by name and `stamp`, and by what is in their files.
     """
     names = list(names)
     prints, troubles = np.zeros(len(names), FINGERPRINT), {}
     with (
-        closing(_open_cache()) as cache,
+        closing(_Cache(max_pixels)) as cache,
         ThreadPoolExecutor(threads) as pool,
         progress("checking pictures", len(names), "pictures") as bar,
     ):
@@ -267,21 +287,17 @@ def fingerprints(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, di
             part = names[start : start + PICTURES]
             # Names as bytes, because a file name need not be valid UTF-8.
             keys = [name.encode("utf-8", "surrogatepass") for name in part]
-            marks = ",".join("?" * len(part))
-            # The text holds only question marks; the names are given beside it.
-            query = f"select name, stamp, look from pictures where name in ({marks})"  # noqa: S608
-            cached = {key: (mark, data) for key, mark, data in cache.execute(query, keys)}
             # In threads, because a network disk needs as long for the time of a file as to read it.
-            stamps = [repr(mark) if mark else "" for mark in pool.map(stamp, part)]
+            stamps = [repr(mark).encode() if mark else b"" for mark in pool.map(stamp, part)]
+            known = {(row[0], row[1]): row[2] for row in cache.find("name", keys)}
             new = []
-            for i, (key, mark) in enumerate(zip(keys, stamps)):
-                cached_mark, data = cached.get(key, ("", b""))
-                if mark and cached_mark == mark:
-                    prints[start + i] = np.frombuffer(data, FINGERPRINT)[0]
+            for i, pair in enumerate(zip(keys, stamps)):
+                if pair in known:
+                    prints[start + i] = known[pair]
                 else:
                     new.append(i)
             sound = []
-            for i, (fingerprint, trouble) in zip(new, pool.map(_read, [part[i] for i in new])):
+            for i, (fingerprint, trouble) in zip(new, _look(cache, pool, [part[i] for i in new])):
                 # Troubles are not cached: the image may be downloaded before the next check.
                 if trouble:
                     troubles[start + i] = trouble
@@ -289,51 +305,137 @@ def fingerprints(names: Iterable[str], threads: int = 1) -> tuple[np.ndarray, di
                 prints[start + i] = fingerprint
                 if stamps[i]:
                     sound.append((keys[i], stamps[i], fingerprint.tobytes()))
-            # One transaction for each part: a killed process loses at most one part.
-            with cache:
-                cache.executemany("replace into pictures values (?, ?, ?)", sound)
+            cache.add(sound)
             bar.update(len(part))
     return prints, troubles
 
 
-def _read(name: str) -> tuple[np.ndarray | None, str]:
-    """(FINGERPRINT, "") of an image that training can read, else (None, why not)."""
+def _look(cache: _Cache, pool: ThreadPoolExecutor, names: list[str]) -> list[tuple]:
+    """(FINGERPRINT, "") of each image that training can read, else (None, why not)."""
+    hashes = list(pool.map(_hash_file, names))
+    # A picture whose name or time is new may be known by its content, which needs no decoding.
+    known = {row[2]["file"].tobytes(): row[2] for row in cache.find(_CONTENT, hashes)}
+    new = [(name, file) for name, file in zip(names, hashes) if file not in known]
+    read = pool.map(partial(_read, max_pixels=cache.max_pixels), *zip(*new)) if new else iter(())
+    return [(known[file], "") if file in known else next(read) for file in hashes]
+
+
+def _hash_file(name: str) -> bytes:
+    """A hash of an image's file, b"" if there is none that can be read."""
     try:
-        picture = read_picture(name)
-        file = picture_bytes(name)
+        return hashlib.blake2b(picture_bytes(name), digest_size=16).digest()
+    except OSError:
+        return b""
+
+
+def _read(name: str, file: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
+    """(FINGERPRINT, "") of an image that training can read, else (None, why not).
+
+    file: the hash of its file.
+    """
+    fingerprint = np.zeros((), FINGERPRINT)
+    fingerprint["file"] = file
+    try:
+        with decoded(name, max_pixels) as picture:
+            pixels = np.asarray(picture)
+            # The shape is part of the hash: the same bytes in another shape are another image.
+            shape = repr(pixels.shape).encode()[:16]
+            digest = hashlib.blake2b(pixels, digest_size=16, salt=shape).digest()
+            fingerprint["pixels"], fingerprint["views"] = digest, views(picture)
+            fingerprint["side"] = _REDUCED if "reduced" in picture.info else max(picture.size)
     except OSError as error:
         return None, str(error)
-    fingerprint, pixels = np.zeros((), FINGERPRINT), np.asarray(picture)
-    fingerprint["file"] = hashlib.blake2b(file, digest_size=16).digest()
-    # The shape is part of the hash: the same bytes in another shape are another image.
-    shape = repr(pixels.shape).encode()[:16]
-    fingerprint["pixels"] = hashlib.blake2b(pixels, digest_size=16, salt=shape).digest()
-    fingerprint["views"] = views(picture)
     return fingerprint, ""
 
 
+class _Cache:
+    """FINGERPRINTs in a file of sqlite; what is damaged there is left out and made again."""
+
+    def __init__(self, max_pixels: int):
+        self.file, self.max_pixels = _open_cache(), max_pixels
+
+    def find(self, what: str, keys: list[bytes]) -> list[tuple[bytes, bytes, np.void]]:
+        """(name, stamp, FINGERPRINT) of the sound rows in which `what` is one of `keys`."""
+        marks = ",".join("?" * len(keys))
+        # The text holds a column and question marks; the keys are given beside it.
+        query = f"select name, stamp, look from pictures where {what} in ({marks})"  # noqa: S608
+        rows = self._do(lambda: self.file.execute(query, keys).fetchall())
+        size = FINGERPRINT.itemsize
+        found = [
+            (*row[:2], np.frombuffer(row[2][:size], FINGERPRINT)[0])
+            for row in rows
+            if _is_whole(row)
+        ]
+        # A larger image may have too many pixels now.
+        return [row for row in found if row[2]["side"] <= math.isqrt(self.max_pixels)]
+
+    def add(self, rows: list[tuple[bytes, bytes, bytes]]) -> None:
+        """Add (name, stamp, FINGERPRINT) in one transaction: a killed process loses at most it."""
+        summed = [(name, mark.decode(), look + _sum(name, mark, look)) for name, mark, look in rows]
+
+        def write():
+            with self.file:
+                self.file.executemany("replace into pictures values (?, ?, ?)", summed)
+
+        self._do(write)
+
+    def _do(self, work: Callable) -> Any:
+        """The result of `work`; after an error it is done again, with a new file or in memory."""
+        for _ in range(2):
+            try:
+                return work()
+            except sqlite3.DatabaseError as error:
+                self.close()
+                self.file = _other_cache(error)
+        return work()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _sum(name: bytes, mark: bytes, look: bytes) -> bytes:
+    return zlib.crc32(name + mark + look).to_bytes(4, "little")
+
+
+def _is_whole(row: tuple) -> bool:
+    """Whether a row is as it was written: of a damaged one, even the types may be others."""
+    if not all(isinstance(value, bytes) for value in row):
+        return False
+    name, mark, look = row
+    size = FINGERPRINT.itemsize
+    return len(look) == size + 4 and look[size:] == _sum(name, mark, look[:size])
+
+
 def _open_cache() -> sqlite3.Connection:
-    file = CACHE / CACHE_FILE
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        return _connect(file)
-    except (OSError, sqlite3.OperationalError) as error:
-        # No right to write there: the fingerprints of this check are held in memory.
+        return _connect(CACHE / CACHE_FILE)
+    except (OSError, sqlite3.DatabaseError) as error:
+        return _other_cache(error)
+
+
+def _other_cache(error: Exception) -> sqlite3.Connection:
+    """A cache after an error: a new file if the old one is damaged, else one in memory."""
+    file = CACHE / CACHE_FILE
+    code = getattr(error, "sqlite_errorcode", None) or 0
+    if isinstance(error, OSError) or code & 0xFF in _NOT_DAMAGED:
         consequence = "an interrupted check will start from the beginning"
         warnings.warn(f"{file} cannot be written ({error}): {consequence}", stacklevel=4)
         return _connect(":memory:")
-    except sqlite3.DatabaseError:
-        # The file is damaged, for instance because the disk was full. It can be made again.
-        set_aside(file)
-        return _open_cache()
+    # The file is damaged, for instance because the disk was full. It can be made again.
+    set_aside(file)
+    return _open_cache()
 
 
 def _connect(file: Path | str) -> sqlite3.Connection:
     cache = sqlite3.connect(file, timeout=600)
+    # A damaged text need not be UTF-8.
+    cache.text_factory = bytes
     columns = "name blob primary key, stamp text, look blob"
     try:
         with cache:
             cache.execute(f"create table if not exists pictures ({columns})")
+            cache.execute(f"create index if not exists content on pictures ({_CONTENT})")
             # Deletes nothing, but fails if the file is read-only.
             cache.execute("delete from pictures where 0")
     except sqlite3.Error:
