@@ -22,7 +22,7 @@ from filelock import Timeout
 
 from vflan.config import shown
 from vflan.data.images import content_sum, picture_trouble
-from vflan.escape import for_sheet, for_terminal, from_sheet
+from vflan.escape import for_terminal, from_sheet, write_sheet
 from vflan.io import explain_writing, hold, read_line, sealed_line, set_aside
 from vflan.progress import counted
 
@@ -233,7 +233,7 @@ def keep_scores(path: Path, scores: pd.DataFrame) -> None:
             scores = both.drop_duplicates(SCORE_KEY, keep="last")
         # Replaced as a whole: a reader never sees half a table.
         part = path.with_suffix(".part")
-        for_sheet(scores).to_csv(part, index=False, float_format="%.4f")
+        write_sheet(scores, part, float_format="%.4f")
         part.replace(path)
 
 
