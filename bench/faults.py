@@ -1,6 +1,6 @@
 """Interrupts long work with faults, starts it again, and compares it with undisturbed work.
 
-    python -m bench.faults                       # over 200 faults, into bench/results/faults.json
+    python -m bench.faults                       # over 400 faults, into bench/results/faults.json
     python -m bench.faults --share 0.1 --kinds kill full_disk
 
 Each piece of work runs in a process of its own, in a folder of its own, and writes down what came
@@ -11,10 +11,13 @@ that cannot be written are small tmpfs mounts, which need root.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -38,6 +41,7 @@ from tests.data.test_download import REPO, Hub
 from vflan import config, world
 from vflan.config import replace, write_json
 from vflan.evaluation.judge import EndpointJudge
+from vflan.models.llava import fingerprint
 from vflan.tools import notebooks as book
 from vflan.training.checkpointing import list_checkpoints
 from vflan.training.run import Run
@@ -149,6 +153,14 @@ class Workshop:
         ]
         return [run.summary["parts"], list(run.metrics().loss), run.heldout().to_csv(), left]
 
+    def load(self, home):
+        """A finished run, and what its model is."""
+        trained = self.train(home)
+        run = Run(home / "runs" / "mine")
+        model, processor = run.load_model(), run.processor()
+        text = json.dumps([processor.tokenizer("What color?")["input_ids"], str(model.config)])
+        return [*trained, fingerprint(model), hashlib.sha256(text.encode()).hexdigest()]
+
     def train_lora(self, home):
         return self.train(home, lora_r=4, lora_alpha=8, lora_dropout=0.3)
 
@@ -243,9 +255,11 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start(shop, work, home, shift=0.0):
+def start(shop, work, home, shift=0.0, before=None):
     """The id of a new process that does the work in `home` and, at the end, writes what came out
     into home.json.
+
+    before: called in the new process first; it takes something away from it.
     """
     child = os.fork()
     if child:
@@ -256,14 +270,16 @@ def start(shop, work, home, shift=0.0):
     os.dup2(log, 1)
     os.dup2(log, 2)
     home.mkdir(exist_ok=True)
-    for module in ("recipe", "samples", "checks", "kept", "judge", "benchmarks.files"):
-        if hasattr(sys.modules.get(f"vflan.{module}"), "CACHE"):
-            sys.modules[f"vflan.{module}"].CACHE = home / "cache"
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vflan") and isinstance(getattr(module, "CACHE", None), Path):
+            module.CACHE = home / "cache"
     os.environ["VFLAN_CACHE"] = str(home / "cache")
     if shift:
         time.time = lambda real=time.time: real() + shift
     status = 1
     try:
+        if before:
+            before()
         came_out = getattr(shop, work)(home)
         write_json(Path(f"{home}.json"), json.loads(json.dumps(came_out)))
         status = 0
@@ -496,6 +512,105 @@ def kernel(shop, work, home, draw, expected, length):
         manager.shutdown_kernel(now=True)
 
 
+def bit_flip(shop, work, home, draw, expected, length):
+    """A bit of a file that is kept is another one: the work is done again, or the file is named."""
+    whole(shop, work, home, expected)
+    kept = [path for path in sorted(home.rglob("*")) if path.is_file() and path.stat().st_size]
+    kept = [path for path in kept if path.suffix not in (".lock", ".log") and path.name[0] != "."]
+    file = draw.choice([path for path in kept if path.name not in NOT_SEALED])
+    data = bytearray(file.read_bytes())
+    at, sound = draw.randrange(len(data)), bytes(data)
+    data[at] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    if end(start(shop, work, home)):
+        if not any(name in words(home) for name in (file.name, file.parent.name, str(home.name))):
+            raise AssertionError(f"{file.name} was changed, and it said: {words(home)[:300]}")
+        file.write_bytes(sound)
+    whole(shop, work, home, expected)
+    return True
+
+
+# What a person may edit, and what tells about a run without being used again.
+NOT_SEALED = ("recipe.json", "init.json", "metrics.jsonl", "heldout.jsonl", "samples.jsonl")
+NOT_SEALED += ("scores.csv", "README.md", "machine.json", "mixture.json")
+
+
+def _without(shop, work, home, expected, before, said):
+    """Do the work in a process that lacks something; then with it. `said`: words of the reason."""
+    hit = bool(end(start(shop, work, home, before=before)))
+    if hit and not any(word in words(home) for word in said):
+        raise AssertionError(f"it said: {words(home)[:300]}")
+    whole(shop, work, home, expected)
+    return True
+
+
+def no_locks(shop, work, home, draw, expected, length):
+    """A file system that has no locks, or whose lock server does not answer."""
+    code = draw.choice((errno.ENOSYS, errno.ENOLCK))
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    def before():
+        fcntl.flock = fcntl.lockf = refuse
+
+    return _without(shop, work, home, expected, before, ("lock",))
+
+
+def file_limit(shop, work, home, draw, expected, length):
+    """A limit for the size of files (ulimit -f)."""
+    limit = draw.choice((0, 100, 3_000, 30_000, 300_000))
+
+    def before():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    # Standard error is a file too, so what it said may be cut.
+    log = Path(f"{home}.log")
+    hit = bool(end(start(shop, work, home, before=before)))
+    text = log.read_text(errors="replace") if log.exists() else ""
+    if hit and limit >= 3_000 and "Traceback" in text:
+        raise AssertionError(f"it said: {words(home)[:300]}")
+    whole(shop, work, home, expected)
+    return True
+
+
+def full_output(shop, work, home, draw, expected, length):
+    """Standard output and standard error are a full disk; the work is done all the same."""
+
+    def before():
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        os.dup2(full, 2)
+
+    if code := end(start(shop, work, home, before=before)):
+        raise AssertionError(f"it ended with {code}")
+    whole(shop, work, home, expected)
+    return True
+
+
+def others_files(shop, work, home, draw, expected, length):
+    """The folder of a run holds somebody's files: they are there afterwards, whatever happens."""
+    folder = home / "runs" / "mine"
+    folder.mkdir(parents=True)
+    mine = {"thesis.txt": b"mine", "figures/one.png": b"picture", "model/notes.md": b"notes"}
+    mine = {name: mine[name] for name in draw.sample(sorted(mine), draw.choice((1, 2, 3)))}
+    for name, text in mine.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text)
+    if draw.random() < 0.5:  # a start that failed, of another recipe
+        write_json(folder / "recipe.json", shop.recipe.to_dict() | {"name": "mine", "lr": 0.5})
+    hit = bool(end(start(shop, work, home)))
+    for name, text in mine.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != text:
+            raise AssertionError(f"{name} is gone or changed")
+    if hit and not any(name.split("/")[0] in words(home) for name in mine):
+        raise AssertionError(f"it said: {words(home)[:300]}")
+    shutil.rmtree(folder)
+    whole(shop, work, home, expected)
+    return True
+
+
 KINDS = {  # fault: (how it is done, {work: how often})
     "kill": (
         kill,
@@ -526,6 +641,11 @@ KINDS = {  # fault: (how it is done, {work: how often})
     "clock_moved": (clock_moved, dict(train=4, evaluate=3, convert=2, check=2, fetch=2)),
     "damaged_checkpoint": (damaged_checkpoint, dict(train=8, train_lora=4)),
     "slow_judge": (slow_judge, dict(judge=4)),
+    "bit_flip": (bit_flip, dict(convert=14, check=10, evaluate=30, judge=10, load=16)),
+    "no_locks": (no_locks, dict(train=4, evaluate=4, convert=3, check=3, fetch=2, sweep=2)),
+    "file_limit": (file_limit, dict(train=5, evaluate=5, convert=4, check=4, fetch=4, export=4)),
+    "full_output": (full_output, dict(train=4, train_with_two=2, evaluate=4, check=3, sweep=2)),
+    "others_files": (others_files, dict(train=24)),
 }
 
 
@@ -597,7 +717,7 @@ def main():
                     flush=True,
                 )
     checks = {
-        "faults": ("faults", 200, None),
+        "faults": ("faults", 400, None),
         "lost": ("faults that lost something or did not end in a clear sentence", None, 0),
         **{
             kind: (f"faults: {' '.join(strike.__doc__.split('.')[0].split())}", 1, None)
