@@ -184,10 +184,7 @@ class Workshop:
         scores = vflan.evaluate(
             Run(folder), list(names), self.folder / "questions", batch_size=4, judge=judge
         )
-        answers = [
-            sorted(path.read_text().splitlines())
-            for path in sorted((folder / "answers").glob("*.jsonl"))
-        ]
+        answers = [answers_of(folder / "answers" / f"{name}.jsonl") for name in names]
         return [scores.to_csv(), answers]
 
     def judge(self, home):
@@ -249,6 +246,18 @@ class Workshop:
         }
         done = vflan.sweep(arms, [0], ["gqa"], self.folder / "questions", jobs=2)
         return [done.scores.to_csv(), [run.summary["parts"] for run in done.runs.values()]]
+
+
+def answers_of(path):
+    """[index, answer] pairs of a file; of an index that comes twice, the last counts."""
+    rows = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            rows[row["i"]] = row["answer"]
+        except (ValueError, KeyError):
+            pass  # the header, or a line that was damaged and asked again
+    return sorted(map(list, rows.items()))
 
 
 def digest(path):
