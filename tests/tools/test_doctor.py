@@ -71,6 +71,28 @@ def test_the_gpus_of_this_machine_are_compared_with_the_plan(missing):
     assert not any("here are" in line for line in missing(gpus=[141e9] * 8, **large))
 
 
+def test_main_memory_and_disk_are_compared_with_the_plan(missing, monkeypatch):
+    small = SimpleNamespace(total=1e9, available=1e9)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: small)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    lines = missing(gpus=[24e9, 24e9], precision="bf16", save_every=1)
+    (memory,) = (line for line in lines if "main memory" in line)
+    assert memory.endswith("GB of main memory with 2 processes, this machine has 1")
+    (disk,) = (line for line in lines if "of disk" in line)
+    assert disk.endswith("are free; a larger save_every writes fewer checkpoints")
+
+
+def test_driver_and_torch_are_compared_and_old_gpus_are_named(capsys, monkeypatch):
+    volta = SimpleNamespace(name="V100", total_memory=16e9, major=7)
+    monkeypatch.setattr(doctor, "gpus", lambda: [volta])
+    monkeypatch.setattr(doctor, "driver_version", lambda: "535.104.05")
+    monkeypatch.setattr(doctor, "find_problem", lambda: "the driver is 535.104.05. Update it.")
+    text = "\n".join(doctor.describe_machine())
+    assert "NVIDIA driver 535.104.05, torch built for CUDA" in text
+    assert "GPU 0: V100, 16.0 GB; it emulates bf16, slowly" in text
+    assert "no usable GPU (the preset tiny needs none): the driver is 535.104.05." in text
+
+
 def test_the_exit_status_says_whether_tiny_can_run_here(capsys, monkeypatch):
     assert doctor.examine(["tiny"]) == 0
     printed = capsys.readouterr().out

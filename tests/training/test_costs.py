@@ -147,6 +147,19 @@ def test_a_preset_has_a_row_for_each_stage_the_evaluation_and_all(walk):
         assert words in text and words in walk._repr_html_().replace("&#x27;", "'")
 
 
+def test_the_page_says_what_the_plan_says(walk):
+    page = (HOME / "docs" / "real_data.md").read_text(encoding="utf-8")
+    (numbers,) = re.findall(r"\| 5\. run: `full_13b` \| (.*) \|\n", page)
+    hours, gpu, memory, most, left = map(float, re.sub(r"[^\d. ]| of 8", "", numbers).split())
+    stages = walk.table.drop(index=["evaluation", "all"])
+    assert hours == pytest.approx(stages.hours.sum(), abs=0.06)
+    assert gpu == pytest.approx(stages.gpu.max(), abs=1) and left == round(stages.left.max())
+    assert memory == pytest.approx(stages.memory.max(), abs=1)
+    assert most == pytest.approx(stages.disk.max(), abs=1)
+    (numbers,) = re.findall(r"\| 6\. evaluate three models: `full_13b` \| ([\d.]+) \|", page)
+    assert float(numbers) == pytest.approx(walk.evaluation, abs=0.06)
+
+
 def test_disk_is_models_and_the_checkpoints_of_the_stage_that_trains(walk):
     """13.35 G weights: 2 bytes each in a model, 12 for each trained one in a checkpoint."""
     table, model = walk.table, 26.7
