@@ -82,7 +82,7 @@ def test_a_frozen_part_that_moves_stops_the_run_and_is_named(recipe, monkeypatch
     monkeypatch.setattr(TRAIN.models, "freeze", remember)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(
-        AssertionError, match=f"frozen part moved during training: {part.replace('_', ' ')}$"
+        RuntimeError, match=f"frozen part moved during training: {part.replace('_', ' ')}. The run"
     ):
         vflan.train(vflan.replace(recipe, max_steps=2, tune=tune))
     assert not Run.open(recipe.folder).finished
@@ -296,8 +296,9 @@ def test_after_training_no_model_is_alive(recipe, monkeypatch, fails):
 
 @pytest.mark.parametrize("what", [vflan.train, vflan.plan])
 def test_a_preset_or_a_name_instead_of_a_recipe_is_refused_with_what_to_write(what):
-    with pytest.raises(TypeError, match="preset.projector, preset.base or preset.chat"):
-        what(vflan.preset("tiny"))
+    if what is vflan.train:  # a preset can be planned
+        with pytest.raises(TypeError, match="preset.projector, preset.base or preset.chat"):
+            what(vflan.preset("tiny"))
     with pytest.raises(TypeError, match="not str; vflan.preset"):
         what("tiny")
 

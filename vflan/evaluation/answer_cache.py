@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import pandas as pd
 from filelock import Timeout
 
-from vflan.config import shown
+from vflan.config import read_json, shown
 from vflan.data.images import content_sum, picture_trouble
 from vflan.escape import for_terminal, from_sheet, write_sheet
 from vflan.io import explain_writing, hold, read_line, sealed_line, set_aside
@@ -192,18 +194,28 @@ def hash_questions(samples: list[dict], questions: list[dict]) -> str:
 def hash_weights(folder: str | Path) -> str:
     """A short hash of the weights in a folder; FileNotFoundError if there are none.
 
-    Reads at most 17 MiB of each file, in equally spaced blocks, because a 13B model has 26 GB.
+    Every byte counts, so a 13B model's 26 GB are read, once a process while the files stay as they
+    are. For a run whose model was deleted (`Run.keep`), done.json knows the hash.
     """
+    if known := read_json(Path(folder).parent / "done.json").get("weights"):
+        return known
     files = sorted(p for p in Path(folder).glob("**/*") if p.suffix in (".safetensors", ".bin"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights: train the run first.")
+    status = [path.stat() for path in files]
+    return _hash_files(tuple((p, s.st_size, s.st_mtime_ns) for p, s in zip(files, status)))
+
+
+@cache
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """files: path, size and time of each."""
     digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
+    for path, size, _ in files:
         digest.update(f"{path.name} {size}".encode())
-        # Equally spaced blocks, the last one at the end of the file.
+        # At least BLOCKS, as in earlier versions, and so many that they touch or overlap.
+        steps = max(BLOCKS - 1, math.ceil(size / BLOCK_BYTES))
         last = max(0, size - BLOCK_BYTES)
-        starts = {min(size * block // (BLOCKS - 1), last) for block in range(BLOCKS)}
+        starts = {min(size * block // steps, last) for block in range(steps + 1)}
         with path.open("rb") as file:
             for start in sorted(starts):
                 file.seek(start)

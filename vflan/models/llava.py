@@ -138,8 +138,8 @@ def fitting_projector(source: Source, vision: int, text: int) -> dict[str, torch
         first, second = actual["linear_1.weight"], actual["linear_2.weight"]
         raise ValueError(
             f"{shown(files.weights_path(source))} joins a tower of width {first[-1]} to a language "
-            f"model of width {second[0]}, but this recipe's have {vision} and {text} (its hidden width is "
-            f"{first[0]}); take the projector that was trained for them."
+            f"model of width {second[0]}, but this recipe's have {vision} and {text} (its hidden "
+            f"width is {first[0]}); take the projector that was trained for them."
         )
     return projector
 

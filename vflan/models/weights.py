@@ -22,8 +22,7 @@ from vflan.io import digest, machine_limit
 from vflan.models.hub import hub_options
 
 # transformers would ask the hub, in a thread of its own, to convert a model's .bin files.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")from vflan.models.hub import hub_options
-
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 # Prefixes in LLaVA's own LlavaLlamaForCausalLM and in LlavaForConditionalGeneration. The first that
 # fits counts, so that the short ones come last.
 _LLAVA_PREFIXES = (
@@ -65,7 +64,6 @@ def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any
     or if it is a run's and not as it was written.
     """
     check_files(Path(source), weights=not kind.__name__.endswith(("Processor", "Tokenizer")))
-    options |= hub_options(source)
     options |= hub_options(source)
     if kind.__name__.startswith("Auto"):
         options["trust_remote_code"] = False
