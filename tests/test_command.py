@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import vflan
 from vflan.__main__ import app, main, spelled_out
 from vflan.evaluation import results
 
@@ -71,3 +72,48 @@ def test_each_command_says_what_it_does(capsys):
     for command in app.registered_commands:
         assert main([command.name, "--help"]) == 0
         assert f"vflan {command.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "tiny", "--processes", "0"],
+        ["evaluate", "runs/none", "--processes", "-1"],
+        ["plan", "tiny", "--gpus", "0"],
+        ["check", "a.json", "b", "--max-length", "1"],
+        ["train", "tiny", "--processes", "many"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_out_of_range_runs_nothing(arguments, capsys):
+    assert main(arguments) == 2
+    assert arguments[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ('{"lr": NaN}', "lr=nan: a number of at least 0"),
+        ('{"max_steps": 1e400}', "max_steps=inf: a number"),
+        (f'{{"seed": {"9" * 5000}}}', "is no json"),
+        ('{"name": "a"}', "the three stages cannot share one"),
+        ("[" * 10_000, "is no json"),
+        ('{"lr": 1, "lr": "\\ud800"}', "lr='\\ud800': a number"),
+        ('{"runs": "~nosuchuser/x"}', "~nosuchuser is the home of nobody here"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_wrong_changes_are_one_sentence(changes, sentence, capsys):
+    assert main(["train", "tiny", "--changes", changes]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vflan train: ") and sentence in line and len(line) < 400
+
+
+@pytest.mark.parametrize("error", [ImportError, FloatingPointError, RuntimeError, OSError])
+def test_an_expected_error_is_its_sentence(error, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error("what to do")
+
+    monkeypatch.setattr(vflan, "train", fail)
+    assert main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err == "vflan train: what to do\n"

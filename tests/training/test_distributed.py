@@ -229,6 +229,16 @@ def test_only_full_tuning_on_gpus_is_sharded_unless_the_recipe_says_so(recipe, m
     ]
 
 
+@pytest.mark.parametrize("processes", [0, -1, True, 1.0, "2", None, 10**30, 10_000], ids=repr)
+def test_an_absurd_number_of_processes_is_refused_before_the_run_begins(recipe, processes):
+    """10,000 can share this batch evenly, and would still be started."""
+    for batch in (8, 10_000):
+        wrong = vflan.replace(recipe, global_batch=batch)
+        with pytest.raises(ValueError, match="processes") as error:
+            vflan.train(wrong, num_processes=processes)
+        assert "\n" not in str(error.value) and not recipe.folder.exists()
+
+
 def test_fewer_processes_than_requested_is_an_error(recipe):
     run = Run(recipe.folder)
     run.folder.mkdir(parents=True)

@@ -118,6 +118,13 @@ def check_processes(recipe: Recipe, processes: int) -> None:
             f"This machine has {gpus} GPUs, but {local} processes were requested; "
             f"start {gpus} at most."
         )
+    # More would only take memory, and thousands of them the machine.
+    cores = os.cpu_count() or 1
+    if (not gpus or recipe.device == "cpu") and local > 4 * cores:
+        raise ValueError(
+            f"This machine has {cores} cores, but {local} processes were requested; "
+            f"start {cores} at most."
+        )
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
         raise ImportError(
             f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, "
@@ -134,8 +141,10 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 def rows_per_process(recipe: Recipe, processes: int) -> int:
     """Return each process's rows of a global batch; ValueError if it cannot be divided evenly."""
     batch = recipe.global_batch
+    if isinstance(processes, bool) or not hasattr(processes, "__index__") or processes < 1:
+        raise ValueError(f"{processes!r} processes: a whole number of at least 1 is needed.")
     if batch % processes:
-        divisor = max(n for n in range(1, processes) if batch % n == 0)
+        divisor = max(n for n in range(1, min(processes, batch) + 1) if batch % n == 0)
         why = "are more than its samples" if batch < processes else "cannot share it evenly"
         raise ValueError(
             f"global_batch={batch}: {processes} processes {why}; "
