@@ -62,6 +62,10 @@ def sample(task, **more):
     return {key: value for key, value in (row | more).items() if value != "absent"}
 
 
+def tasks_named(names):
+    return exploration.tasks_of(pd.DataFrame({"task_name": names}), world.table())
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "my pictures"
@@ -136,7 +140,7 @@ def test_tasks_of_the_paper_and_others_are_placed_and_none_is_left_out():
     free = listed.task_name[listed.group == ""].tolist()[:3]
     known = listed.task_name[listed.group != ""].tolist()[:20]
     names = [*known, *free, known[0].lower(), "", *(f"task {i}" for i in range(300))]
-    tasks = exploration.tasks_of(pd.DataFrame({"task_name": names * 2}))
+    tasks = tasks_named(names * 2)
     assert sorted(tasks.task_name) == sorted(names) and set(tasks.samples) == {2}
     counts = exploration.task_counts(tasks)
     assert counts.tasks.sum() == len(names) and counts.samples.sum() == 2 * len(names)
@@ -156,7 +160,7 @@ def test_tasks_of_the_paper_and_others_are_placed_and_none_is_left_out():
 @pytest.mark.parametrize("redraw", [None, world.WORLDS["tiny_frozen"]["redraw"]])
 def test_the_tasks_of_both_mini_worlds_have_a_group(redraw):
     names = world.table(redraw).query("split == 'train'").task_name
-    tasks = exploration.tasks_of(pd.DataFrame({"task_name": [*names]}))
+    tasks = tasks_named([*names])
     assert len(exploration.placed(tasks)) == len(names) == 53
     assert list(exploration.beside_paper(tasks).what) == [
         "tasks",
@@ -167,7 +171,7 @@ def test_the_tasks_of_both_mini_worlds_have_a_group(redraw):
 
 
 def test_names_from_a_file_reach_no_terminal_as_commands():
-    tasks = exploration.tasks_of(pd.DataFrame({"task_name": ["\x1b[2Jred", "color_of", LONG]}))
+    tasks = tasks_named(["\x1b[2Jred", "color_of", LONG])
     said = exploration.tasks_in_words(tasks)
     assert "\x1b" not in said and max(map(len, said.splitlines())) < 200
 

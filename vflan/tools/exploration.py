@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from vflan import world
 from vflan.analysis.plots import NO_GROUP, paper, paper_tasks, task_list
 from vflan.config import resolve, shown
 from vflan.data.conversation import audit
@@ -66,16 +65,16 @@ def similar_pictures(
 # ------------------------------------------------------------------------------------- its tasks
 
 
-def tasks_of(look: pd.DataFrame) -> pd.DataFrame:
+def tasks_of(look: pd.DataFrame, mini_world: pd.DataFrame) -> pd.DataFrame:
     """One row a task of a file: task_name, samples, group, category; in the order of the list.
 
     The list is the mini world's or Vision-Flan's (data/tasks.csv), whichever names more of the
     file's tasks. A task that it does not name, or does not place, has the group NO_GROUP, and the
-    category says which of the two. look: `texture` of the samples.
+    category says which of the two. look: `texture` of the samples. mini_world: `world.table()`.
     """
     tasks = look.task_name.value_counts().rename("samples").rename_axis("task_name").reset_index()
     # The released list has rows without a name: tasks of the paper that were not released.
-    lists = [table[table.task_name != ""] for table in (world.table(), task_list())]
+    lists = [table[table.task_name != ""] for table in (mini_world, task_list())]
     known = max(lists, key=lambda table: tasks.task_name.isin(table.task_name).sum())
     known = known.drop_duplicates("task_name").set_index("task_name")
     for column in ("group", "category"):
