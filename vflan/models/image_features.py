@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 
 from vflan.config import CACHE, Recipe, shown
-from vflan.data.images import read_picture, stamp
-from vflan.io import is_sealed, seal
+from vflan.data.images import decoded, stamp
+from vflan.data.limits import MAX_PIXELS
+from vflan.io import is_sealed, say, seal
 from vflan.models import llava as models
 
 if TYPE_CHECKING:
@@ -47,10 +47,14 @@ class Pictures:
         self.fits_memory = size <= MAX_KEPT_BYTES
         self.readers, self.pending, self.features = ThreadPoolExecutor(4), {}, {}
         self.folder, self.disk_full, self.keys = None, False, {}
+        self.max_pixels = recipe.max_pixels
         if len(data.pictures) and (self.fits_memory or recipe.feature_cache):
             # Features are reused only if weights, layer and preparation are the same.
             weights, layer = models.fingerprint(self.tower), config.vision_feature_layer
             identity = f"{weights} {layer} {self.dtype} {self.preparation.to_dict()}"
+            # Large pictures are reduced to it. With the default, features of earlier versions fit.
+            if self.max_pixels != MAX_PIXELS:
+                identity += f" {self.max_pixels}"
             if self.fits_memory:
                 self.features = _FEATURES.setdefault(identity, {})
             if recipe.feature_cache:
@@ -117,7 +121,8 @@ class Pictures:
             except (OSError, ValueError):
                 # The file is missing, or of another kind: compute the features again.
                 pass
-        return None, self.preparation([read_picture(key[0])], return_tensors="pt")["pixel_values"]
+        with decoded(key[0], self.max_pixels, padded=True) as picture:
+            return None, self.preparation([picture], return_tensors="pt")["pixel_values"]
 
     def _write(self, key, features):
         file = self._file(key)
@@ -135,7 +140,7 @@ class Pictures:
             if not self.disk_full:
                 self.disk_full = True
                 warning = f"Cannot store more features in {shown(self.folder)} ({error.strerror})"
-                print(f"{warning}; training goes on.", file=sys.stderr)
+                say(f"{warning}; training goes on.")
 
     def _file(self, key):
         name = hashlib.sha256(repr(key).encode()).hexdigest()
