@@ -15,7 +15,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vflan.__main__ import main
-from vflan.analysis.tables import write_gallery
+from vflan.analysis.tables import (
+    claims_markdown,
+    floors_markdown,
+    verdicts_markdown,
+    write_gallery,
+)
 from vflan.escape import for_markdown, for_terminal
 from vflan.evaluation.answer_cache import keep_scores, read_scores
 from vflan.evaluation.evaluator import COLUMNS
@@ -139,3 +144,14 @@ def test_the_list_of_figures_shows_figures_only(tmp_path):
         assert (tmp_path / unquote(address)).is_file()
         assert tags(page) == {"h1", "img"} and page.count("<h1") == 1
         assert unescape(page).count("![x](https://evil.org/x.png) # head [a](b) <b>") == 2
+
+
+def test_the_tables_of_the_pages_show_names_as_text():
+    evil = "![x](https://evil.org/x.png) | <b>"
+    claim = dict(claim="1", statement=evil, n_seeds=1, effect=1.0, low=0.5, high=2.0, smallest=1)
+    verdicts = pd.DataFrame([claim | dict(verdict="holds")])
+    floors = pd.DataFrame([dict(run=evil, value=1.5, holds=False)])
+    for page in (claims_markdown(verdicts), verdicts_markdown(verdicts), floors_markdown(floors)):
+        for read in READERS:
+            shown = read(page)
+            assert not tags(shown) & {"a", "img", "b"} and evil in words(shown)

@@ -224,13 +224,15 @@ def _wrap(text):
 def scores_markdown(scores: Scores) -> str:
     """Table 2 of the mini world, as `score_rows` makes it."""
     note, columns, rows = score_rows(scores)
+    rows = [[for_markdown(title), *cells] for title, *cells in rows]
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
 def floors_markdown(floors: pd.DataFrame) -> str:
     """The table of `claims.floors`, and how many of them hold."""
     judged = floors.holds.astype(str)
-    rows = floors.assign(holds=judged.map({"True": "yes", "False": "**no**"}).fillna("not judged"))
+    rows = floors.map(lambda cell: for_markdown(cell) if isinstance(cell, str) else cell)
+    rows = rows.assign(holds=judged.map({"True": "yes", "False": "**no**"}).fillna("not judged"))
     held = f"{(judged == 'True').sum()} of {judged.isin(['True', 'False']).sum()} floors hold."
     return f"{markdown(list(rows.columns), rows.itertuples(index=False))}\n\n{held}"
 
@@ -241,7 +243,8 @@ def claims_markdown(verdicts: pd.DataFrame) -> str:
     for row in verdicts[verdicts.claim.str.isdigit()].itertuples():
         effect = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
         smallest = f"{row.smallest:g}"
-        rows.append([row.claim, row.statement, row.n_seeds, effect, smallest, row.verdict])
+        words = for_markdown(row.statement)
+        rows.append([row.claim, words, row.n_seeds, effect, smallest, for_markdown(row.verdict)])
     columns = ["", "claim", "seeds", "effect, points", "smallest that counts", "verdict"]
     return markdown(columns, rows)
 
@@ -250,7 +253,9 @@ def verdicts_markdown(verdicts: pd.DataFrame) -> str:
     """The whole claims, one item for each verdict, with the effect of each claim in points."""
     items = []
     for verdict, rows in verdicts[verdicts.claim.str.isdigit()].groupby("verdict", sort=False):
-        claims = [f"({row.claim}) {row.statement}: {row.effect:+.1f}" for row in rows.itertuples()]
+        words = [for_markdown(statement) for statement in rows.statement]
+        claims = [f"({claim}) {text}: {effect:+.1f}"
+                  for claim, text, effect in zip(rows.claim, words, rows.effect)]  # fmt: skip
         items.append(_wrap(f"- **{verdict.capitalize()}: {len(rows)}.** {'; '.join(claims)}."))
     return "\n".join(items)
 
