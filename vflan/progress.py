@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from vflan.io import say
+
 # Seconds until a bar appears, and between two plain lines.
 DELAY, EVERY = 3, 60
 
@@ -57,7 +59,7 @@ class Lines:
             seconds_each = (now - self.start) / (self.n - self.initial)
             minutes = seconds_each * max(0, self.total - self.n) / 60
             parts = [f"{self.what}: {self._amount()}", self.postfix, f"{minutes:.0f} min left"]
-            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+            say(", ".join(filter(None, parts)))
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         """The text that the next line shows."""

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +24,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor, Shard
 
 from vflan.config import Recipe, read_json, shown, write_json
-from vflan.io import CHECKPOINT, clear
+from vflan.io import CHECKPOINT, clear, say
 from vflan.models import llava as models
+from vflan.models.weights import load_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +58,11 @@ def versions() -> dict[str, str]:
     return dict(code=digest.hexdigest()[:12], torch=torch.__version__)
 
 
+def _conditions() -> dict[str, str | int]:
+    """What decides the last bits, beside the machine: sums on a CPU are shared among threads."""
+    return versions() | dict(threads=torch.get_num_threads())
+
+
 def save_checkpoint(folder: Path, step: int, state: TrainState, metadata: dict) -> None:
     """Write checkpoint `step` of the run in `folder`. Every process calls this."""
     home, accelerator = folder / "checkpoints", state.accelerator
@@ -71,7 +76,7 @@ def save_checkpoint(folder: Path, step: int, state: TrainState, metadata: dict) 
     written = _write(scratch, state)
     files = gather_object([(str(path.relative_to(scratch)), _checksum(path)) for path in written])
     if accelerator.is_main_process:
-        record = metadata | versions() | dict(step=step, files=dict(files))
+        record = metadata | _conditions() | dict(step=step, files=dict(files))
         write_json(scratch / "checkpoint.json", record | dict(crc=_crc(record)))
         # All files reach the disk before the rename: a crash leaves no partial checkpoint.
         flush(scratch)
@@ -99,7 +104,8 @@ def _write(scratch, state) -> list[Path]:
         return []
     trained = _trained_weights(state.model)
     sharded = all(isinstance(weight, DTensor) for weight in trained.values())
-    assert state.sharding == "none" or sharded, "the weights are not sharded now"
+    if state.sharding != "none" and not sharded:
+        raise RuntimeError("The weights are not sharded now, so this process cannot save its part.")
     # The state dict holds the learning rates as they are, and two moments of each weight.
     moments = state.optimizer.state_dict()
     moments["state"] = {
@@ -152,7 +158,7 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
         if not bad:
             return path, record
         warning = f"{shown(path)} is damaged ({bad[0]}); trying the one before."
-        print(warning, file=sys.stderr, flush=True)
+        say(warning)
     return None
 
 
@@ -183,14 +189,12 @@ def resume(folder: Path, state: TrainState, metadata: dict) -> int:
             "resume with the same."
         )
     if main:
-        now = versions().items()
-        other = [f"{key} {before[key]}, now {value}" for key, value in now if before[key] != value]
-        note = (
-            f" Other code wrote it ({'; '.join(other)}): the last bits may differ." if other else ""
-        )
-        print(
-            f"{folder.name} resumes after step {before['step']}.{note}", file=sys.stderr, flush=True
-        )
+        now = _conditions().items()
+        # A checkpoint of an earlier version does not say how many threads wrote it.
+        other = [(key, before[key], v) for key, v in now if before.get(key, v) != v]
+        changes = "; ".join(f"{key} {old}, now {new}" for key, old, new in other)
+        note = f" Since then, {changes}: the last bits may differ." if other else ""
+        say(f"{folder.name} resumes after step {before['step']}.{note}")
     _restore(path, state)
     return before["step"]
 
@@ -202,8 +206,8 @@ def _restore(path, state) -> None:
         state.learner.load_checkpoint(where, tag="state", load_module_strict=False)
         return
     saved, trained = _read(path), _trained_weights(state.model)
-    same = trained.keys() == saved[0]["weights"].keys()
-    assert same, f"{path} holds the weights of another model"
+    if other := trained.keys() ^ saved[0]["weights"].keys():
+        raise ValueError(f"{shown(path)} holds the weights of another model ({min(other)}, ...).")
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(_shard_like(weight, [part["weights"][name] for part in saved]))
@@ -235,8 +239,8 @@ def trained_model(recipe: Recipe, init: str | None, weights: dict[str, torch.Ten
     # `freeze` adds the adapters, whose weights the checkpoint holds.
     model = models.load_model(recipe, init)
     models.freeze(model, recipe)
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unknown, f"{unknown[0]} was trained but has no place in the model"
+    if unknown := model.load_state_dict(weights, strict=False).unexpected_keys:
+        raise RuntimeError(f"{unknown[0]} was trained but has no place in the model.")
     return model
 
 
@@ -256,7 +260,7 @@ def _checksum(path):
 def _read(path):
     """Open the files of all processes, in order of rank; tensors are read when they are used."""
     files = sorted(path.glob("*.pt"), key=lambda file: int(file.stem))
-    return [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+    return [load_tensors(file) for file in files]
 
 
 def _local(value):
@@ -271,7 +275,8 @@ def _shard_like(weight, shards):
     start, stop = 0, sum(len(shard) for shard in shards)
     if isinstance(weight, DTensor):
         # FSDP2 divides rows as torch.chunk does: equal shards, the last ones shorter or empty.
-        assert weight.placements == (Shard(0),)
+        if weight.placements != (Shard(0),):
+            raise RuntimeError(f"A weight is not shared out by rows, but as {weight.placements}.")
         size = math.ceil(stop / weight.device_mesh.size())
         start = min(stop, weight.device_mesh.get_local_rank() * size)
         stop = min(stop, start + size)

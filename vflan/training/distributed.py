@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vflan.config import ROOT, Recipe, read_json, shown
+from vflan.io import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,6 +63,28 @@ class TrainState:
             yield
 
 
+def load_model(recipe: Recipe, init: str | None, accelerator: Accelerator) -> nn.Module:
+    """Load the model that a run starts from. Every process calls this.
+
+    If the model will be sharded, only the main process reads it: a machine then holds one whole
+    model, and not one a process. The others get its shape here, with the vision tower, which every
+    process keeps whole; `distribute` gives them their shares of the rest.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from vflan.models import llava as models
+    from vflan.models.sharding import empty_model, outline, receive
+
+    if sharding(recipe, accelerator.num_processes) != "fsdp2":
+        return models.load_model(recipe, init)
+    model = models.load_model(recipe, init) if accelerator.is_main_process else None
+    message = [outline(model) if accelerator.is_main_process else None]
+    broadcast_object_list(message)
+    model = model if accelerator.is_main_process else empty_model(**message[0])
+    receive(models.parts(model)["vision_tower"].modules(), accelerator.device)
+    return model
+
+
 def distribute(
     accelerator: Accelerator, learner: nn.Module, make_optimizer: Callable, recipe: Recipe
 ) -> TrainState:
@@ -68,9 +92,9 @@ def distribute(
     model, kind = learner.model, sharding(recipe, accelerator.num_processes)
     # FSDP2 replaces weights, so the optimizer is made after it; DeepSpeed wraps an optimizer.
     if kind == "fsdp2":
-        from vflan.models.llava import shard
+        from vflan.models.sharding import shard
 
-        shard(learner, recipe)
+        shard(learner, recipe, accelerator.device)
         optimizer = make_optimizer()
     elif kind == "none":
         learner = accelerator.prepare(learner)
@@ -91,9 +115,9 @@ def sharding(recipe: Recipe, processes: int, on_gpus: bool | None = None) -> str
     if recipe.sharding != "auto":
         return recipe.sharding
     if on_gpus is None:
-        import torch
+        from vflan.models.quantisation import uses_gpu
 
-        on_gpus = torch.cuda.is_available()
+        on_gpus = uses_gpu(recipe)
     full = "language_model" in recipe.tune and not recipe.lora_r and recipe.optimizer == "adamw"
     return "fsdp2" if full and on_gpus else "none"
 
@@ -107,13 +131,15 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     """Raise before any work is done if this number of processes cannot train this recipe.
 
     ValueError: the batch cannot be divided, or there are too few GPUs. ImportError: a library is
-    missing.
+    missing. RuntimeError: the processes could not reach each other.
     """
     import torch
 
     rows_per_process(recipe, processes)
+    if processes > 1:
+        _check_loopback()
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if gpus and local > gpus:
+    if gpus and local > gpus and recipe.device != "cpu":
         raise ValueError(
             f"This machine has {gpus} GPUs, but {local} processes were requested; "
             f"start {gpus} at most."
@@ -136,6 +162,32 @@ def check_processes(recipe: Recipe, processes: int) -> None:
                 f"trackers={recipe.trackers}: pip install {name}, or remove it from the recipe; "
                 "metrics.jsonl is written anyway."
             )
+
+
+def _check_loopback():
+    # torchrun would try for more than a minute, and without a word.
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise RuntimeError(
+            "Several processes reach each other over this machine's own network, 127.0.0.1, and "
+            f"it does not answer ({error.strerror or error}): start it (ip link set lo up), or "
+            "train with one process."
+        ) from None
+
+
+def check_device(recipe: Recipe) -> None:
+    """RuntimeError for a bf16 recipe without a usable GPU: a CPU would train it in fp32."""
+    if recipe.precision == "fp32" or recipe.device == "cpu":
+        return
+    from vflan.training.gpus import find_problem
+
+    if problem := find_problem():
+        raise RuntimeError(
+            f"{recipe.name} has precision='bf16', which needs a GPU, and PyTorch can use none: "
+            f"{problem} To train on the CPU in fp32, set device='cpu'."
+        )
 
 
 def rows_per_process(recipe: Recipe, processes: int) -> int:
@@ -161,13 +213,13 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     from accelerate.utils import ProjectConfiguration
     from transformers.integrations import unset_hf_deepspeed_config
 
-    from vflan.models.llava import compute_dtype
+    from vflan.models.quantisation import compute_dtype, uses_gpu
 
     # A notebook trains several recipes in one process, so the state of the last one is dropped.
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     half = compute_dtype(recipe) == torch.bfloat16
-    on_cpu, options = not torch.cuda.is_available(), {}
+    on_cpu, options = not uses_gpu(recipe), {}
     if recipe.trackers:
         logs = ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
         options = dict(log_with=list(recipe.trackers), project_config=logs)
@@ -208,14 +260,14 @@ def launch(folder: Path, num_processes: int) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command += [str(num_processes), "-m", "vflan", "train"]
     after = ["--processes", str(num_processes)]
-    print(" ".join(["python", *command, shown(Path(folder)), *after]), flush=True)
+    say(" ".join(["python", *command, shown(Path(folder)), *after]), sys.stdout)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command, lines = [sys.executable, *command, str(folder), *after], []
     child = subprocess.Popen(command, text=True, env=_environment(folder), **pipes)
     try:
         for line in child.stdout:
             # Timings go to stderr: a notebook would store those on stdout.
-            print(line, end="", file=sys.stderr, flush=True)
+            say(line.removesuffix("\n"))
             lines = [*lines, line][-LAST_LINES:]
     finally:
         # An interrupted notebook cell stops its children too.
