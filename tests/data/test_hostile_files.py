@@ -713,6 +713,17 @@ def test_a_picture_that_is_no_file_is_missing(odd, name):
         assert picture_trouble(path).startswith("missing picture")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="needs a file that waits: Linux")
+def test_a_file_of_the_system_that_waits_is_empty(tmp_path):
+    for name in ("rows.json", "a.png", "images.zip"):
+        os.symlink("/proc/kmsg", tmp_path / name)
+    assert len(load_samples(tmp_path / "rows.json", tmp_path)) == 0
+    # The link's target is no zip by its name, so that it is taken for a folder.
+    assert images_root(tmp_path / "rows.json", None).name == "kmsg"
+    assert picture_trouble(tmp_path / "a.png").startswith("undecodable picture")
+    assert picture_trouble(f"{tmp_path}/images.zip::a.png").startswith("truncated picture")
+
+
 def test_a_picture_that_becomes_a_pipe_is_not_waited_for(odd):
     with pytest.raises(ValueError, match="no regular file"):
         read_limited(odd["pipe"])

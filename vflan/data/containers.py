@@ -63,6 +63,8 @@ class Archive:
     """
 
     def __init__(self, path: str):
+        if not os.path.getsize(path):
+            raise zipfile.BadZipFile("an empty file")
         self.file = open(path, "rb")  # closed with the last reader
         with zipfile.ZipFile(self.file) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]

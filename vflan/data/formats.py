@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from vflan.data.containers import picture_column
 from vflan.data.conversation import kind_of
 from vflan.data.images import shortened
-from vflan.data.limits import MAX_BYTES, MAX_ROW, unpacked_limit
+from vflan.data.limits import MAX_BYTES, MAX_ROW, open_at_once, unpacked_limit
 from vflan.data.parquet_pages import Pages, Refused, flat_bytes, leaves
 from vflan.data.rows import MEDIA, TWICE, Resolved
 
@@ -40,8 +40,12 @@ def read_rows(path: Path) -> Iterator[tuple[list, int]]:
 
     ValueError: the file is damaged, or holds no list of rows.
     """
+    # Some files of the system, such as /proc/kmsg, have no size and are waited for.
+    if not path.stat().st_size:
+        yield [], 0
+        return
     # By content, because files in the hub's cache may have no suffix.
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_at_once) as file:
         is_parquet = file.read(4) == b"PAR1"
     yield from _parquet(path) if is_parquet else _json(path)
 
@@ -51,7 +55,7 @@ def read_rows(path: Path) -> Iterator[tuple[list, int]]:
 
 def _json(path: Path) -> Iterator[tuple[list, int]]:
     """(some rows, bytes read so far) of a json array, of json lines, or of an object."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_at_once) as file:
         blocks = _blocks(file, path)
         # The first character that is not space tells an array.
         first = next((block for block in blocks if block.strip()), "")

@@ -26,9 +26,11 @@ def images_root(path: Path, images: str | os.PathLike | None) -> Path:
         # The folder that a recipe names was never unpacked: read the zip in its place.
         images = zips[0]
     root = Path(os.path.realpath(images))
-    # A pipe would be waited for, so a regular file is needed before it is opened.
-    if _is_zip(root) and (lack := no_file(root) or not zipfile.is_zipfile(root)):
-        lack = "not a whole zip archive" if lack is True else lack
+    # What is no regular file, or has no size, is not opened: it might be waited for.
+    lack = no_file(root) if _is_zip(root) else ""
+    if _is_zip(root) and not lack and not (root.stat().st_size and zipfile.is_zipfile(root)):
+        lack = "not a whole zip archive"
+    if lack:
         raise ValueError(f"{root}: {lack}; download it again, or name its unpacked folder.")
     return root
 

@@ -50,7 +50,7 @@ def no_file(path: Path) -> str:
 
 def read_limited(path: str | os.PathLike) -> bytes:
     """The content of a regular file. ValueError: it is none, or has more than MAX_BYTES."""
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=open_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("no regular file")
@@ -60,8 +60,8 @@ def read_limited(path: str | os.PathLike) -> bytes:
         return file.read(status.st_size)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    # Without this flag, opening a pipe waits until somebody writes into it.
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for `open`: without its flag, it waits until somebody writes into a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
