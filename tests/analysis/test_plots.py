@@ -350,3 +350,53 @@ def test_learning_curves_have_a_panel_a_category_and_a_line_a_task():
 def test_a_committed_figure_that_does_not_exist_is_reported(capsys):
     plots.committed_figure("affinity", "no such preset")
     assert "make paper" in capsys.readouterr().out
+
+
+def test_the_mask_of_a_packed_row_is_blocks_of_ones_past():
+    (ax,) = plots.attention_mask([2, 3]).axes
+    mask = np.asarray(ax.images[0].get_array()).astype(int)
+    assert mask.tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+    assert [text.get_text() for text in ax.get_xticklabels()] == [
+        "conversation 1",
+        "conversation 2",
+    ]
+
+
+def test_a_table_stands_beside_the_papers_number_by_number(scores):
+    rows = {"Vision-Flan Base": "base", "Vision-Flan Chat": "chat"}
+    table = tables.beside_paper("Table 2", rows, scores)
+    assert table.loc["Vision-Flan Base", ("MMBench", "paper")] == 69.8
+    assert table.loc["Vision-Flan Base", ("MME", "paper")] == 76.9  # 1537.8 of 2000 points
+    assert table.loc["Vision-Flan Chat", ("MMBench", "here")] == 52
+    assert ("held-in tasks", "paper") not in table
+    sentence = tables.in_a_sentence(table, *rows)
+    assert "MMBench goes from 69.8 to 67.6 in the paper, 51.0 to 52.0 here" in sentence
+    missing = tables.beside_paper("Table 2", rows | {"LLaVA": "nowhere"}, scores)
+    assert np.isnan(missing.loc["LLaVA", ("MMBench", "here")])
+
+
+def test_the_committed_long_form_stands_beside_tables_3_to_7():
+    for item, rows in {
+        "Table 3": {"10 x 10,000": "tasks-2-of-1500", "187 x 500": "tasks-53-of-1500"},
+        "Table 4": {"mixed, 1,000": "one-stage", "two-stage, 1,000": "two-stages-often"},
+        "Table 5": {"LLM frozen, MLP frozen": "projector", "LLM tuned, MLP tuned": "both"},
+        "Table 6": {"Base": "base", "Base + pretrained MLP": "base/old-projector"},
+        "Table 7": {"Base": "base", "Base + LLaMA-2-Chat": "base/other-lm"},
+    }.items():
+        table = tables.beside_paper(item, rows)
+        assert table.notna().all(axis=None) and len(table.columns) >= 4, item
+
+
+def test_a_notebook_opens_with_a_committed_picture_or_nothing(capsys, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    plots.opening("docs/architecture.svg")
+    plots.opening("figures/tiny/table2.png")
+    plots.opening("docs/nowhere.png")
+    assert [type(one).__name__ for one in shown] == ["SVG", "Image"]

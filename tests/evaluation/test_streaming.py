@@ -11,7 +11,13 @@ from PIL import Image
 from tiny_model import make_tiny, questions
 
 from vflan.evaluation.generation import answer
-from vflan.evaluation.streaming import attention_maps, captioned, stream, tower_view
+from vflan.evaluation.streaming import (
+    attention_maps,
+    captioned,
+    nearest_words,
+    stream,
+    tower_view,
+)
 
 STREAMING = sys.modules["vflan.evaluation.streaming"]
 
@@ -156,3 +162,41 @@ def test_pictures_are_captioned_a_few_at_a_time_as_one_by_one(tiny, monkeypatch)
     monkeypatch.setattr(tiny.model, "generate", generate)
     assert captioned(tiny.model, tiny.processor, pictures) == alone * 4
     assert sizes == [8, 8, 4] and len(set(alone)) > 1
+
+
+def test_an_answer_says_why_it_ended_and_goes_on_where_it_was_cut(tiny):
+    row, whole, ended = long_row(tiny), "", []
+    whole = "".join(ask(tiny, row, 20, ended=ended))
+    first = "".join(ask(tiny, row, 8, ended=ended))
+    assert ended == ["length", "length"] and whole.startswith(first.rstrip())
+    rest = "".join(ask(tiny, row, 12, begun=first, ended=ended))
+    assert f"{first.strip()} {rest.strip()}".split() == whole.split()
+    stop = Event()
+    stop.set()
+    list(stream(tiny.model, tiny.processor, row["text"], row["image"], 8, stop=stop, ended=ended))
+    assert ended[-1] == "stopped"
+
+
+def test_an_answer_ends_at_the_models_context(tiny):
+    row, ended = long_row(tiny), []
+    longest = tiny.model.config.text_config.max_position_embeddings
+    said = ask(tiny, row, 10 * longest, ended=ended)
+    assert ended == ["length"] or ended == ["stop"]
+    assert sum(len(piece.split()) for piece in said) < longest
+
+
+def test_the_nearest_word_of_a_patch_is_that_of_its_vector(tiny):
+    """A projector that is made to say one word says it for every patch."""
+    model, row = tiny.model, questions(tiny, 2)[1]
+    last = model.model.multi_modal_projector.linear_2
+    kept = last.weight.detach().clone(), last.bias.detach().clone()
+    token = tiny.processor.tokenizer("red", add_special_tokens=False)["input_ids"][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(model.get_input_embeddings().weight[token])
+    words = nearest_words(model, tiny.processor, row["image"])
+    with torch.no_grad():
+        last.weight.copy_(kept[0])
+        last.bias.copy_(kept[1])
+    assert words.shape[0] == words.shape[1] > 1
+    assert set(words.ravel()) == {tiny.processor.tokenizer.decode([token]).strip()}

@@ -50,7 +50,7 @@ def stream(
     of its context) or "stopped". Errors of the model are raised here; OSError if
     the picture cannot be read; ValueError if the conversation is longer than the model's context.
     """
-    stop, errors = stop or Event(), []
+    stop, errors, halted = stop or Event(), [], []
     tokenizer, was_training = processor.tokenizer, model.training
     options = _inputs(model, processor, text, image, template, before, begun)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -65,13 +65,16 @@ def stream(
 
     # generate() asks this after every token.
     def must_stop(ids, scores, **_):
+        if stop.is_set():
+            halted.append(True)
         return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
     def generate():
         try:
             ids = model.generate(**options, stopping_criteria=[must_stop])
             is_whole = int(ids[0, -1]) == tokenizer.eos_token_id
-            reason = "stop" if is_whole else "stopped" if stop.is_set() else "length"
+            # The reader below also sets `stop`, once it has all the words.
+            reason = "stop" if is_whole else "stopped" if halted else "length"
             if ended is not None:
                 ended.append(reason)
         # An error that ended only the thread would leave the reader waiting for ever.
