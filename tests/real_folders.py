@@ -94,7 +94,7 @@ def make_data(folder):
 
     POPE and MME, and LLaVA-Bench in its released form, whose answers GPT-4 would judge.
     """
-    built = world.build(folder / "world", captions=70, per_kind=2, conversations=40, questions=0.02)
+    built = world.build(folder / "world", captions=16, per_kind=2, conversations=60, questions=0.02)
     for name in ("pope", "mme", "images"):
         copytree(built / "benchmarks" / name, folder / "benchmarks" / name)
     home = folder / "benchmarks" / "llava_bench"
