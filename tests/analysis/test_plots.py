@@ -370,14 +370,14 @@ def test_the_mask_of_a_packed_row_is_blocks_of_ones_past():
 
 def test_a_table_stands_beside_the_papers_number_by_number(scores):
     rows = {"Vision-Flan Base": "base", "Vision-Flan Chat": "chat"}
-    table = tables.beside_paper("Table 2", rows, scores)
+    table = tables.compared_with_paper("Table 2", rows, scores)
     assert table.loc["Vision-Flan Base", ("MMBench", "paper")] == 69.8
     assert table.loc["Vision-Flan Base", ("MME", "paper")] == 76.9  # 1537.8 of 2000 points
     assert table.loc["Vision-Flan Chat", ("MMBench", "here")] == 52
     assert ("held-in tasks", "paper") not in table
     sentence = tables.in_a_sentence(table, *rows)
     assert "MMBench goes from 69.8 to 67.6 in the paper, 51.0 to 52.0 here" in sentence
-    missing = tables.beside_paper("Table 2", rows | {"LLaVA": "nowhere"}, scores)
+    missing = tables.compared_with_paper("Table 2", rows | {"LLaVA": "nowhere"}, scores)
     assert np.isnan(missing.loc["LLaVA", ("MMBench", "here")])
 
 
@@ -389,7 +389,7 @@ def test_the_committed_long_form_stands_beside_tables_3_to_7():
         "Table 6": {"Base": "base", "Base + pretrained MLP": "base/old-projector"},
         "Table 7": {"Base": "base", "Base + LLaMA-2-Chat": "base/other-lm"},
     }.items():
-        table = tables.beside_paper(item, rows)
+        table = tables.compared_with_paper(item, rows)
         assert table.notna().all(axis=None) and len(table.columns) >= 4, item
 
 

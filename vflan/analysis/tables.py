@@ -171,7 +171,9 @@ def score_rows(scores: Scores) -> tuple[str, list[str], list[list]]:
     return f"{note} Round brackets: a second source.", columns, table
 
 
-def beside_paper(item: str, rows: Mapping[str, str], scores: Scores | None = None) -> pd.DataFrame:
+def compared_with_paper(
+    item: str, rows: Mapping[str, str], scores: Scores | None = None
+) -> pd.DataFrame:
     """A table of the paper with our number beside each of its own.
 
     item: the table's name in data/paper.csv. rows: {row of that table: our run}. scores: a table of
@@ -193,7 +195,7 @@ def beside_paper(item: str, rows: Mapping[str, str], scores: Scores | None = Non
 
 
 def in_a_sentence(table: pd.DataFrame, first: str, last: str) -> str:
-    """What `beside_paper` shows, as a sentence: from its row `first` to its row `last`."""
+    """What `compared_with_paper` shows, as a sentence: from its row `first` to its row `last`."""
     parts = []
     for title in dict.fromkeys(name for name, _ in table):
         pairs = [(where, table.loc[first, (title, source)], table.loc[last, (title, source)])

@@ -50,8 +50,8 @@ def stream(
     of its context) or "stopped". Errors of the model are raised here; OSError if
     the picture cannot be read; ValueError if the conversation is longer than the model's context.
     """
-    stop, errors, halted = stop or Event(), [], []
-    tokenizer, was_training = processor.tokenizer, model.training
+    stop, outcome, was_training = stop or Event(), {}, model.training
+    tokenizer = processor.tokenizer
     options = _inputs(model, processor, text, image, template, before, begun)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     longest = model.config.text_config.max_position_embeddings
@@ -63,28 +63,9 @@ def stream(
     if temperature > 0:
         options |= dict(temperature=float(temperature), top_k=0)
 
-    # generate() asks this after every token.
-    def must_stop(ids, scores, **_):
-        if stop.is_set():
-            halted.append(True)
-        return torch.full((len(ids),), stop.is_set(), device=ids.device)
-
-    def generate():
-        try:
-            ids = model.generate(**options, stopping_criteria=[must_stop])
-            is_whole = int(ids[0, -1]) == tokenizer.eos_token_id
-            # The reader below also sets `stop`, once it has all the words.
-            reason = "stop" if is_whole else "stopped" if halted else "length"
-            if ended is not None:
-                ended.append(reason)
-        # An error that ended only the thread would leave the reader waiting for ever.
-        except Exception as error:
-            errors.append(error)
-            streamer.end()
-
     # generate() blocks, so it runs in a thread and this one reads what it writes.
     model.eval()
-    thread = Thread(target=generate, daemon=True)
+    thread = Thread(target=_generate, args=(model, options, stop, outcome), daemon=True)
     thread.start()
     try:
         yield from filter(None, streamer)
@@ -93,8 +74,31 @@ def stream(
         stop.set()
         thread.join()
         model.train(was_training)
-    if errors:
-        raise errors[0]
+    if "error" in outcome:
+        raise outcome["error"]
+    if ended is not None:
+        ended.append(outcome["reason"])
+
+
+def _generate(model, options, stop, outcome):
+    """Generate until the end or `stop`; `outcome` gets the error, or the reason of the end."""
+    halted = []
+
+    # generate() asks this after every token.
+    def must_stop(ids, scores, **_):
+        if stop.is_set():
+            halted.append(True)
+        return torch.full((len(ids),), stop.is_set(), device=ids.device)
+
+    try:
+        ids = model.generate(**options, stopping_criteria=[must_stop])
+    # An error that ended only the thread would leave the reader waiting for ever.
+    except Exception as error:
+        outcome["error"] = error
+        options["streamer"].end()
+    else:
+        is_whole = int(ids[0, -1]) == options["eos_token_id"]
+        outcome["reason"] = "stop" if is_whole else "stopped" if halted else "length"
 
 
 @torch.inference_mode()
