@@ -13,7 +13,7 @@ from typer import Argument, Option
 import vflan
 from vflan.config import Recipe, shown
 from vflan.escape import for_terminal, write_sheet
-from vflan.io import machine_limit
+from vflan.io import machine_limit, require_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vision-Flan: visual instruction tuning in two stages, from raw samples to figures.",
 )
+NEED_TORCH = ("notebooks", "plan", "train", "evaluate", "export")
 PRESET = "tiny, tiny_frozen, qlora_7b, lora_7b, full_7b, full_13b, or a .py file of your own"
 CHANGES = 'fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\''
 ANSWERS = "JSON Lines with question_id and text, or the benchmark's upload format"
@@ -246,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; expected errors go to stderr as a sentence."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments and arguments[0] in NEED_TORCH:
+            require_memory()
         app(spelled_out(arguments), prog_name="vflan")
     except SystemExit as error:
         return error.code or 0

@@ -76,6 +76,8 @@ _NOT_WRITTEN = ("file write failed", "unexpected pos", "requested and")
 _NO_MEMORY = re.compile(
     r"allocate memory|[Uu]nable to allocate|os error 12\b|map segment|start new thread|^MemoryError"
 )
+# Bytes of address space with which torch and its libraries can be imported (a build for the CPU).
+_NEEDED = 2 * 10**9
 _NO_MMAP = re.compile(r"unable to mmap|os error 19\b|Errno 19\b")
 
 
@@ -299,6 +301,22 @@ def _is_limited() -> bool:
     except ImportError:
         return False
     return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+
+
+def require_memory() -> None:
+    """MemoryError if a limit leaves too little to import torch, which then fails in many ways."""
+    try:
+        import resource
+    # Windows has no such limits.
+    except ImportError:
+        return
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed != resource.RLIM_INFINITY and allowed < _NEEDED:
+        allowed, needed = allowed / 1e9, _NEEDED // 10**9
+        raise MemoryError(
+            f"{allowed:.1f} GB of memory are allowed here (ulimit -v), and {needed} GB are needed to "
+            "start: raise the limit."
+        )
 
 
 def machine_limit(error: BaseException) -> str:
