@@ -314,8 +314,8 @@ def require_memory() -> None:
     if allowed != resource.RLIM_INFINITY and allowed < _NEEDED:
         allowed, needed = allowed / 1e9, _NEEDED // 10**9
         raise MemoryError(
-            f"{allowed:.1f} GB of memory are allowed here (ulimit -v), and {needed} GB are needed to "
-            "start: raise the limit."
+            f"{allowed:.1f} GB of memory are allowed here (ulimit -v), and {needed} GB are needed "
+            "to start: raise the limit."
         )
 
 
