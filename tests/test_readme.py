@@ -166,6 +166,7 @@ def test_papermill_lines_name_notebooks_parameters_and_presets_that_exist():
         assert set(re.findall(r"-p (\w+)|-y \"\{?(\w+):", options)) <= {
             ("preset", ""),
             ("num_processes", ""),
+            ("projector", ""),
             ("", "changes"),
             ("", "seeds"),
         }
