@@ -1,8 +1,11 @@
 """One process and two train on the same samples with the same losses, replicated or sharded."""
 
+import errno
+import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -53,6 +56,36 @@ for name, changes, kill_at in json.loads(sys.argv[2]):
     except KeyboardInterrupt:
         pass
 """
+# A user's own script, in which each process records what it did itself to start.
+STARTING = """
+import json, os, sys
+import torch
+import vflan
+from vflan.config import Recipe
+vflan.train
+TRAIN, did = sys.modules["vflan.training.trainer"], dict(read=0, made=0, empty=0)
+recipe, record = Recipe.from_dict(json.loads(sys.argv[1])), json.loads(sys.argv[2])[0]
+
+def read(*arguments, real=TRAIN.models.load_model):
+    did["read"] += 1
+    return real(*arguments)
+
+def make(*arguments, real=TRAIN.prepare):
+    did["made"] += 1
+    return real(*arguments)
+
+def freeze(model, recipe, real=TRAIN.models.freeze):
+    real(model, recipe)
+    did["empty"] = sum(weight.numel() for weight in model.parameters() if weight.is_meta)
+    did["all"] = sum(weight.numel() for weight in model.parameters())
+
+TRAIN.models.load_model, TRAIN.prepare, TRAIN.models.freeze = read, make, freeze
+before = torch.get_rng_state()
+vflan.train(recipe)
+did["random"] = torch.equal(before, torch.get_rng_state())
+with open(f"{record}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(did, file)
+"""
 KILL_AT = 5  # the last checkpoint before is that of step 3
 
 
@@ -84,10 +117,10 @@ def free_port():
         return one.getsockname()[1]
 
 
-def torchrun(recipe, trainings, nodes, folder):
-    """Run SCRIPT in two processes under torchrun: on one machine, or as if on two."""
+def torchrun(recipe, trainings, nodes, folder, text=SCRIPT):
+    """Run a script in two processes under torchrun: on one machine, or as if on two."""
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     command = [
         sys.executable,
         "-m",
@@ -149,6 +182,50 @@ def test_two_machines_replicated_or_sharded_train_as_one_process_does_and_resume
     assert sharded.load_model()
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["two tables", "one table"])
+@pytest.mark.usefixtures("alone")
+def test_only_the_main_process_reads_the_weights_and_makes_the_rows(recipe, tmp_path, tied):
+    """tied: the output layer is the table of embeddings, as in small language models."""
+    if tied:
+        recipe = vflan.replace(recipe, language_model=str(tie(recipe, tmp_path / "tied")))
+    recipe = vflan.replace(mixed(recipe), max_steps=3, sharding="fsdp2")
+    one = vflan.train(vflan.replace(recipe, name="one"))
+    torchrun(recipe, [str(tmp_path)], 1, tmp_path, STARTING)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    # The main process reads the weights once more to export them.
+    assert (first["read"], first["made"], first["empty"]) == (2, 1, 0)
+    assert (second["read"], second["made"]) == (0, 0)
+    # All but the vision tower.
+    assert 0.4 * second["all"] < second["empty"] < second["all"] == first["all"]
+    assert first["random"] and second["random"]
+    run = Run.open(recipe.folder)
+    assert agree(run, one) and run.load_model().config.tie_word_embeddings == tied
+    assert not (run.folder / "rows").exists()
+
+
+def tie(recipe, folder):
+    """A copy of the recipe's language model with one table for embeddings and output layer."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(recipe.language_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_full_log_does_not_end_a_training_of_two_processes(recipe, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert vflan.train(vflan.replace(recipe, max_steps=2), num_processes=2).finished
+
+
 @pytest.mark.usefixtures("alone")
 def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(
     recipe, capfd
@@ -207,6 +284,26 @@ def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
     distributed.check_processes(recipe, 4)
 
 
+@pytest.mark.parametrize("processes", [0, -1, True, 1.0, "2", None, 10**30, 10_000], ids=repr)
+def test_an_absurd_number_of_processes_is_refused_before_the_run_begins(recipe, processes):
+    """10,000 can share this batch evenly, and would still be started."""
+    for batch in (8, 10_000):
+        wrong = vflan.replace(recipe, global_batch=batch)
+        with pytest.raises(ValueError, match="processes") as error:
+            vflan.train(wrong, num_processes=processes)
+        assert "\n" not in str(error.value) and not recipe.folder.exists()
+
+
+def test_processes_that_cannot_reach_each_other_are_not_started(recipe, monkeypatch):
+    def connect(*_, **__):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(distributed.socket, "create_connection", connect)
+    with pytest.raises(RuntimeError, match=r"127.0.0.1, .*\(Network is unreachable\): start it"):
+        vflan.train(recipe, num_processes=2)
+    assert not recipe.folder.exists() and vflan.train(vflan.replace(recipe, max_steps=1)).finished
+
+
 def test_missing_deepspeed_is_reported_before_training(recipe, monkeypatch):
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     with pytest.raises(
@@ -227,16 +324,6 @@ def test_only_full_tuning_on_gpus_is_sharded_unless_the_recipe_says_so(recipe, m
         "none",
         "none",
     ]
-
-
-@pytest.mark.parametrize("processes", [0, -1, True, 1.0, "2", None, 10**30, 10_000], ids=repr)
-def test_an_absurd_number_of_processes_is_refused_before_the_run_begins(recipe, processes):
-    """10,000 can share this batch evenly, and would still be started."""
-    for batch in (8, 10_000):
-        wrong = vflan.replace(recipe, global_batch=batch)
-        with pytest.raises(ValueError, match="processes") as error:
-            vflan.train(wrong, num_processes=processes)
-        assert "\n" not in str(error.value) and not recipe.folder.exists()
 
 
 def test_fewer_processes_than_requested_is_an_error(recipe):
