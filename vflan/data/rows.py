@@ -79,7 +79,8 @@ def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
     if not isinstance(given, list | None):
         troubles.append(f"no list of turns: {key} is {kind_of(given)}")
         given = None
-    turns = [_turn(turn, number, troubles) for number, turn in enumerate(given or (), 1)]
+    notes = [_note(row, "the row")] if TWICE in row else []
+    turns = [_turn(turn, number, troubles, notes) for number, turn in enumerate(given or (), 1)]
     # The system text goes last, so that the first turn is the question for all readers.
     if turns and turns[0][0] == "system":
         turns.append(turns.pop(0))
@@ -89,21 +90,24 @@ def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
     for name in MEDIA:
         if not _is_empty(row.get(name)):
             troubles.append(f"{name} in the row: only pictures and text are trained on")
-    for number, each in enumerate([row, *(given or ())]):
-        if isinstance(each, dict) and TWICE in each:
-            where = f"turn {number}" if number else "the row"
-            yield f"{NOTE}an earlier value of {shortened(each[TWICE])}, named twice in {where}", ""
+    yield from notes
     if troubles:
         yield TROUBLE + troubles[0], ""
 
 
-def _turn(turn, number: int, troubles: list[str]) -> tuple[str | None, str]:
+def _note(record: dict, where: str) -> tuple[str, str]:
+    return f"{NOTE}an earlier value of {shortened(record[TWICE])}, named twice in {where}", ""
+
+
+def _turn(turn, number: int, troubles: list[str], notes: list) -> tuple[str | None, str]:
     if not isinstance(turn, dict):
         troubles.append(f"a turn without text: turn {number} is {kind_of(turn)}")
         return None, ""
     role, key = turn.get("from"), "value"
     if role is None and isinstance(turn.get("role"), str):
         role, key = _ROLES.get(turn["role"], turn["role"]), "content"
+    if TWICE in turn:
+        notes.append(_note(turn, f"turn {number}"))
     text = as_text(turn.get(key))
     if text is None:
         troubles.append(without_text(turn, number, key))
