@@ -75,9 +75,9 @@ def test_a_run_trains_under_a_chinese_name(recipe):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
 def test_a_folder_that_cannot_be_made_is_one_sentence_before_anything_is_read(recipe):
     Path(recipe.samples).unlink()
-    for runs in ("/proc/runs", "/proc/self/runs"):
+    for place in ("/proc/runs", "/proc/self/runs"):
         with pytest.raises(OSError, match="cannot be made .*; choose another folder$"):
-            vflan.train(vflan.replace(recipe, runs=runs))
+            vflan.train(vflan.replace(recipe, runs=place))
 
 
 def test_no_run_starts_in_a_folder_with_other_files(recipe, tmp_path):
