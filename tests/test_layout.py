@@ -59,6 +59,18 @@ def test_imports_run_one_way(path):
     assert other_rooms(path) <= set(allowed)
 
 
+def test_the_package_checks_nothing_with_assert():
+    """`python -O` leaves assert out, and with it the check."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    checks = [
+        f"{path.relative_to(HOME)}:{node.lineno}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert len(trees) > 60 and checks == []
+
+
 def test_each_room_says_what_it_is_for():
     for path in FILES:
         if path.name == "__init__.py":
