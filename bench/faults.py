@@ -298,7 +298,8 @@ def start(shop, work, home, shift=0.0, before=None):
             file=sys.stderr,
             flush=True,
         )
-    os._exit(status)
+    finally:  # also where the words could not be written: a child never goes on with our work
+        os._exit(status)
 
 
 def end(child, patience=PATIENCE):
