@@ -198,7 +198,8 @@ def keep_picture(data: bytes | str) -> str:
     """Write a picture (bytes or base64) to the cache, once for each content; returns the path."""
     data = base64.b64decode(data) if isinstance(data, str) else data
     path = CACHE / "pictures" / f"{hashlib.sha256(data).hexdigest()[:32]}.png"
-    if not path.exists():
+    # A file of which the disk lost a bit is written again.
+    if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_bytes(data)
