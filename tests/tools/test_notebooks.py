@@ -269,7 +269,7 @@ def test_a_wrong_argument_is_refused_with_the_possible_ones(home):
     (home / "broken.py").write_text("def preset(:")
     wrong = {
         "no preset 'tinny' .did you mean 'tiny'": dict(preset="tinny"),
-        "broken.py cannot be run: SyntaxError": dict(preset="broken.py"),
+        "broken.py, line 1, cannot be run: SyntaxError": dict(preset="broken.py"),
         "has a parameter 'chnges'; did you mean 'changes'": dict(parameters={"chnges": "3"}),
         "has a parameter 'seeds'; there are preset, changes": dict(
             parameters={"seeds": "0"}, only=["01"]
