@@ -203,6 +203,11 @@ def medium_preset(recipe):
     return Preset(projector, recipe, vflan.replace(recipe, name="chat"))
 
 
+def test_more_rows_than_memory_orders_are_refused_at_once():
+    with pytest.raises(ValueError, match="100,000,000 rows: a plan orders at most 10,000,000"):
+        vflan.plan(vflan.replace(vflan.preset("full_7b").base, num_samples=10**8))
+
+
 def test_a_recipe_for_the_cpu_is_planned_for_this_machine(recipe):
     plan = vflan.plan(vflan.replace(recipe, device="cpu", precision="bf16"), dollars_per_hour=1)
     assert plan.gpu == "cpu" and plan.memory["weights"] > 0 and plan.dollars is None

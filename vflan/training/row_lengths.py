@@ -16,8 +16,8 @@ from vflan.models import llava as models
 
 # Rows of published files, and percentiles of text lengths.
 _, ROWS, TEXT, _ = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
-# The lengths of so many rows are read; others are alike.
-ROWS_READ = 4000
+# The lengths of so many rows are read; others are alike. So many rows are ordered in memory.
+ROWS_READ, MOST_ROWS = 4000, 10**7
 
 
 def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
@@ -30,6 +30,9 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
         raise ValueError(
             f"{recipe.samples} is not there, and its number of rows is unknown: set num_samples."
         )
+    if rows > MOST_ROWS:
+        most = f"a plan orders at most {MOST_ROWS:,} rows"
+        raise ValueError(f"{rows:,} rows: {most}; set num_samples to fewer, and multiply.")
     random = np.random.default_rng(0)
     if measured := samples and _has_tokenizer(recipe.language_model):
         lengths, learned, picture = _measure_lengths(samples, recipe, patches)
