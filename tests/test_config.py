@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import vflan
-from vflan import preset_file
 from vflan.config import (
     ROOT,
     Recipe,
     differences,
     for_seed,
     output_path,
+    preset_file,
     preset_names,
     resolve,
     weights_source,

@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Self
 
-from vflan.preset_file import run_preset_file
-from vflan.recipe_rules import check_fields, folder_name, in_brief, plain_value
+from vflan.config.preset_file import run_preset_file
+from vflan.config.rules import check_fields, folder_name, in_brief, plain_value
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel holds copies of the files below in vflan/shipped (setup.py); a clone has no such folder.
 INSTALLED = (_PACKAGE / "shipped").is_dir()
 # Files that come with vflan are read from here. Only in a clone is anything written below it.
