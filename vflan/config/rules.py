@@ -1,7 +1,8 @@
 """Which values the fields of a Recipe may have, and which of them contradict each other.
 
 `vflan.config` imports this file, so that it cannot import the class. A value of a wrong type,
-beyond its range, or without sense is refused in one sentence when a Recipe is made: before anything is read.
+beyond its range, or without sense is refused in one sentence when a Recipe is made: before anything
+is read.
 """
 
 import dataclasses
