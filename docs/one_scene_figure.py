@@ -22,7 +22,7 @@ KINDS = ("color_of", "count_shape", "choose_color", "describe_shape")
 
 def figure() -> plt.Figure:
     """The picture on the left; on the right the name, instruction and answer of each task."""
-    truth = scene.sample_scene(scene.rng_of("one-scene", 1), "objects", n=4)
+    truth = scene.sample_scene(scene.rng_of("one-scene", 11), "objects", n=4)
     plots.style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.9), width_ratios=(1, 2.4))
     left.imshow(scene.render(truth), interpolation="nearest")

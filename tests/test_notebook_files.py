@@ -1,6 +1,8 @@
 """The notebooks as files: shape, prose, size; two of them run on real records if present."""
 
 import ast
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -35,9 +37,9 @@ def test_the_parameters_are_literals_in_one_tagged_cell_near_the_top(notebook):
     tagged = [
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
     ]
-    assert tagged == [1], "papermill needs one cell tagged parameters, right after the title"
+    assert tagged == [2], "papermill needs one cell tagged parameters, after title and picture"
     values = {}
-    for line in ast.parse(notebook.cells[1].source).body:
+    for line in ast.parse(notebook.cells[2].source).body:
         # a derived value would not follow an override
         values[line.targets[0].id] = ast.literal_eval(line.value)
     assert list(values.items())[:3] == [("preset", "tiny"), ("num_processes", 1), ("changes", {})]
@@ -64,6 +66,41 @@ def test_it_opens_with_a_title_and_one_question(notebook):
         assert word in first.source
 
 
+def test_it_opens_with_a_picture(notebook):
+    assert "plots.opening(" in notebook.cells[1].source
+    (output,) = notebook.cells[1].outputs
+    assert {"image/jpeg", "image/svg+xml"} & output.data.keys()
+
+
+def test_it_imports_few_names_of_vflan(notebook):
+    """At most eight, all from `vflan` itself: a reader need not know the rooms."""
+    text = "\n".join(cell.source for cell in code(notebook)[1:])
+    names = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("vflan")
+        for alias in node.names
+    ]
+    assert {module for module, _ in names} == {"vflan"} and len(names) <= 8, names
+
+
+SOLUTION = re.compile(r"```python\n(.*?)```\s+```text\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_solutions_of_the_exercises_print_what_they_say(path, monkeypatch):
+    nb = nbformat.read(path, 4)
+    (cell,) = (c.source for c in set_apart(nb) if c.source.startswith("## Exercises"))
+    solutions = SOLUTION.findall(cell)
+    assert len(solutions) == cell.count("**Exercise ") == cell.count("<details>") >= 2
+    monkeypatch.chdir(ROOT)
+    world.build_for("tiny")
+    for number, (source, printed) in enumerate(solutions, 1):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(compile(source, f"exercise {number}", "exec"), {"__name__": "exercise"})
+        assert said.getvalue().strip() == printed.strip(), f"exercise {number}"
+
+
 def test_it_opens_anywhere_and_holds_no_widget_state(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
@@ -73,7 +110,7 @@ def test_code_comes_in_small_pieces_between_prose(notebook):
     cells = code(notebook)
     lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells]
     assert max(lines) <= 20, f"a cell of {max(lines)} lines: move it into the package"
-    assert 20 <= len(notebook.cells) <= 45
+    assert 20 <= len(notebook.cells) <= 55
     prose, source = (
         sum(len(cell.source) for cell in some) for some in (set_apart(notebook), cells)
     )
@@ -91,7 +128,7 @@ def test_what_the_paper_says_stands_apart_and_is_answered(notebook):
 @pytest.mark.parametrize("path", NOTEBOOKS[5:], ids=lambda path: path.stem)
 def test_the_long_notebooks_read_what_is_committed_and_train_one_small_arm(path):
     nb = nbformat.read(path, 4)
-    assert 'live = "small"' in nb.cells[1].source
+    assert 'live = "small"' in nb.cells[2].source
     cells = [cell.source for cell in nb.cells]
     verdicts = next(i for i, text in enumerate(cells) if "shown_verdicts(claims.committed" in text)
     training = next(i for i, text in enumerate(cells) if "vflan.sweep(" in text)

@@ -1,5 +1,5 @@
 from . import world
-from .analysis import claims, plots
+from .analysis import claims, plots, tables
 from .analysis.sweeps import Arm, Swap, sweep
 from .config import Recipe, preset, replace
 from .data.conversation import encode
@@ -14,7 +14,7 @@ from .evaluation.evaluator import evaluate
 from .evaluation.generation import answer
 from .evaluation.served_model import ServedModel
 from .models.llava import load_model, parts, swap_part
-from .tools import widgets
+from .tools import exploration, lab, widgets
 from .training.costs import plan
 from .training.run import Run
 from .training.trainer import train
@@ -23,5 +23,5 @@ __all__ = [
     "preset", "Recipe", "replace", "load_samples", "save_samples", "mix", "diverse",
     "llava_mixture", "check", "fetch", "encode", "load_model", "parts", "swap_part", "Run",
     "plan", "train", "answer", "ServedModel", "evaluate", "sweep", "Arm", "Swap", "BENCHMARKS",
-    "plots", "world", "stats", "judge", "widgets", "claims",
+    "plots", "world", "stats", "judge", "widgets", "claims", "tables", "exploration", "lab",
 ]  # fmt: skip

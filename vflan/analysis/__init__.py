@@ -7,4 +7,4 @@ elsewhere; the names that notebooks use are those of `claims` and `plots`.
 
 import lazy_loader
 
-__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["claims", "plots"])
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["claims", "plots", "tables"])

@@ -7,4 +7,4 @@ here can be changed without looking elsewhere.
 
 import lazy_loader
 
-__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["widgets"])
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["exploration", "lab", "widgets"])
