@@ -3,7 +3,7 @@
 Arrow trusts the file: it makes room for as many bytes and values as the header of a page states,
 and writes a value of a dictionary as often as the page names it. 20 kB may become 5 GB so. The
 footer says how much it will be, but it is the headers that decide, so they are read here. The
-footer is read here too: pyarrow ends the process when it is asked about a column that has none.
+footer is read here too: pyarrow ends the process when it is asked about a damaged column.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,10 @@ class Refused(ValueError):
 
 
 class Chunk(NamedTuple):
-    """A column of a row group. width: of values of a fixed width, else 0. start, size: in bytes."""
+    """A column of a row group. width: of values of a fixed width, else 0. start, size: in bytes.
+
+    nulls: how many values are null, None if the file does not say.
+    """
 
     name: str
     kind: int
@@ -44,6 +48,7 @@ class Chunk(NamedTuple):
     values: int
     start: int
     size: int
+    nulls: int | None = None
 
 
 class Pages:
@@ -65,9 +70,16 @@ class Pages:
             for group in footer.get(4, ())
         ]
 
-    def _open(self) -> mmap.mmap:
+    @contextmanager
+    def _open(self) -> Iterator[bytes | mmap.mmap]:
         with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError:
+                # Some file systems cannot map files.
+                mapped = nullcontext(file.read())
+            with mapped as data:
+                yield data
 
     def check(self, group: int, columns: Iterable[str]) -> None:
         """Refused if a column of a row group unpacks to more than `unpacked_limit` of its bytes."""
@@ -81,7 +93,8 @@ def _chunk(record: dict, width: int) -> Chunk:
     start, first = record[9], record.get(11, 0)
     start = first if 0 < first < start else start
     name = b".".join(record[3]).decode("utf-8", "replace")
-    return Chunk(name, record[1], width, record[5], start, record[7])
+    nulls = record.get(12, {}).get(3)
+    return Chunk(name, record[1], width, record[5], start, record[7], nulls)
 
 
 def _check_column(path, data, group: int, chunk: Chunk) -> None:
