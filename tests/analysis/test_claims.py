@@ -132,7 +132,9 @@ def test_kept_answers_stand_beside_their_questions(tmp_path):
         ("q0", "7"),
         ("q1", "one"),
     ]
-    (run.folder / "answers" / "heldin.jsonl").write_text("\n".join(map(json.dumps, kept[:2])) + "\n")
+    (run.folder / "answers" / "heldin.jsonl").write_text(
+        "\n".join(map(json.dumps, kept[:2])) + "\n"
+    )
     with pytest.raises(FileNotFoundError, match="run lacks 1 answers to heldin"):
         claims.answered(run, "heldin", folder)
 
