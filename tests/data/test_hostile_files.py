@@ -33,6 +33,7 @@ from vflan.data import containers, formats, images, limits, parquet_pages, valid
 from vflan.data.image_names import images_root
 from vflan.data.images import decoded, picture_bytes, picture_trouble, read_picture
 from vflan.data.limits import Budget, no_file, read_limited
+from vflan.data.llava_mixture import records
 from vflan.data.samples import load_samples
 from vflan.data.validation import check
 
@@ -690,6 +691,19 @@ def test_samples_that_are_no_file_are_one_sentence(odd, name):
     with pytest.raises(FileNotFoundError) as error:
         load_samples(odd[name])
     assert str(odd[name]) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pipe", "loop", "zero", "broken", "folder"])
+def test_records_of_a_source_that_is_no_file_are_one_sentence(odd, name):
+    with pytest.raises(FileNotFoundError, match="in place of a json file"):
+        list(records("gqa", odd[name]))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\xff", "9" * 5000], ids=range(4))
+def test_records_of_a_source_that_is_no_json_are_one_sentence(tmp_path, text):
+    path = write(tmp_path, text.encode("latin-1"))
+    with pytest.raises(ValueError, match="rows.json is not whole json"):
+        list(records("gqa", path))
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/dev/tty", "x" * 5000, "a\0b"])
