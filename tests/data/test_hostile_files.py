@@ -32,7 +32,7 @@ from vflan.config import Recipe, replace
 from vflan.data import containers, formats, images, limits, parquet_pages, validation
 from vflan.data.image_names import images_root
 from vflan.data.images import decoded, picture_bytes, picture_trouble, read_picture
-from vflan.data.limits import Budget, no_file, read_limited
+from vflan.data.limits import ByteBudget, no_file, read_limited
 from vflan.data.llava_mixture import records
 from vflan.data.samples import load_samples
 from vflan.data.validation import check
@@ -194,7 +194,7 @@ def test_a_reduced_picture_is_not_taken_for_the_whole_one(tmp_path, monkeypatch)
 def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
     noise((100, 100)).save(tmp_path / "a.png")
     holding, most, lock = [0], [0], threading.Lock()
-    monkeypatch.setattr(images, "DECODED", Budget(2 * 16 * 10_000))
+    monkeypatch.setattr(images, "DECODED", ByteBudget(2 * 16 * 10_000))
 
     def work(_):
         with decoded(tmp_path / "a.png"):
@@ -209,7 +209,7 @@ def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
         list(pool.map(work, range(32)))
     assert most[0] == 2 and images.DECODED.used == 0
     # What is larger than the whole budget goes alone, and an error gives its share back.
-    monkeypatch.setattr(images, "DECODED", Budget(1))
+    monkeypatch.setattr(images, "DECODED", ByteBudget(1))
     read_picture(tmp_path / "a.png")
     with pytest.raises(KeyError), decoded(tmp_path / "a.png"):
         raise KeyError
@@ -217,7 +217,7 @@ def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
 
 
 def test_a_forked_process_has_a_budget_of_its_own():
-    budget = Budget(10)
+    budget = ByteBudget(10)
     with budget.hold(10):
         child = os.fork()
         if child == 0:

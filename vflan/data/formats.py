@@ -25,7 +25,7 @@ from vflan.data.containers import picture_column
 from vflan.data.conversation import kind_of
 from vflan.data.images import shortened
 from vflan.data.limits import MAX_BYTES, MAX_ROW, open_at_once, unpacked_limit
-from vflan.data.parquet_pages import Pages, Refused, flat_bytes, leaves
+from vflan.data.parquet_pages import Pages, Unreadable, flat_bytes, leaves
 from vflan.data.rows import MEDIA, TWICE, Resolved
 
 # Bytes of json read at a time; their rows become one batch of the table.
@@ -248,10 +248,10 @@ class _Batches:
             size, values = sum(map(flat_bytes, flat)), max(map(len, flat))
             self.read += size
             if self.read > self.limit:
-                raise Refused(f"unpacks to more than {self.limit:,} bytes")
+                raise Unreadable(f"unpacks to more than {self.limit:,} bytes")
             if values > _PART_VALUES:
                 rows = "a row" if batch.num_rows == 1 else f"{batch.num_rows} rows together"
-                raise Refused(f"has {values:,} values in {rows}")
+                raise Unreadable(f"has {values:,} values in {rows}")
             rows = max(1, batch.num_rows * _PART // max(1, size))
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows)
@@ -273,7 +273,7 @@ def _parquet(path: Path) -> Iterator[tuple[list, int]]:
                         row["image"] = Resolved(f"{path}::{number}") if is_inside else name
                         number += 1
                     yield rows, size * number // max(1, file.metadata.num_rows)
-    except Refused as error:
+    except Unreadable as error:
         raise ValueError(f"{path} {error}.") from None
     # A damaged file raises ArrowInvalid, OSError, UnicodeDecodeError, KeyError and others.
     except Exception as error:
@@ -287,11 +287,11 @@ def _columns(file) -> tuple[list[str], str, bool]:
     columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
     if columns.isdisjoint(["conversations", "messages"]):
         problem = f"has no column conversations, only {shortened(', '.join(types))}"
-        raise Refused(f"{problem}; give a set in LLaVA's form")
+        raise Unreadable(f"{problem}; give a set in LLaVA's form")
     image = picture_column(types)
     counts = Counter(file.schema_arrow.names)
     if twice := [name for name in (*sorted(columns), image) if counts[name] > 1]:
-        raise Refused(f"has the column {twice[0]} twice; remove one")
+        raise Unreadable(f"has the column {twice[0]} twice; remove one")
     return sorted(columns), image, _is_list(types.get(image))
 
 

@@ -32,7 +32,7 @@ _HEADERS = {_DATA: (5, 2), _DICTIONARY_PAGE: (7, 2), _DATA_V2: (8, 4)}
 _TEXT, _FIXED = 6, 7
 
 
-class Refused(ValueError):
+class Unreadable(ValueError):
     """Why a whole parquet file cannot be used: a sentence that goes on from its name."""
 
 
@@ -82,7 +82,7 @@ class Pages:
                 yield data
 
     def check(self, group: int, columns: Iterable[str]) -> None:
-        """Refused if a column of a row group unpacks to more than `unpacked_limit` of its bytes."""
+        """Unreadable if a column of a row group unpacks to more than `unpacked_limit` of its bytes."""
         with self._open() as data:
             for chunk in self.groups[group]:
                 if any(f"{chunk.name}.".startswith(f"{column}.") for column in columns):
@@ -115,7 +115,7 @@ def _check_column(path, data, group: int, chunk: Chunk) -> None:
             step = 64
         if values > MAX_VALUES:
             problem = f"has more than {MAX_VALUES:,} values in {chunk.name}, row group {group}"
-            raise Refused(problem)
+            raise Unreadable(problem)
         if size > limit:
             break
     if chunk.kind == _FIXED:
@@ -124,7 +124,7 @@ def _check_column(path, data, group: int, chunk: Chunk) -> None:
         # A few long values, or many short ones? Only the pages say.
         size = _text_bytes(path, group, chunk.name, step, limit)
     if size > limit:
-        raise Refused(f"unpacks to more than {limit:,} bytes in {chunk.name}, row group {group}")
+        raise Unreadable(f"unpacks to more than {limit:,} bytes in {chunk.name}, row group {group}")
 
 
 def _text_bytes(path, group: int, column: str, step: int, limit: int) -> int:
