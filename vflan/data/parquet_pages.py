@@ -82,7 +82,7 @@ class Pages:
                 yield data
 
     def check(self, group: int, columns: Iterable[str]) -> None:
-        """Unreadable if a column of a row group unpacks to more than `unpacked_limit` of its bytes."""
+        """Unreadable if a column of a row group unpacks to more than `unpacked_limit` allows."""
         with self._open() as data:
             for chunk in self.groups[group]:
                 if any(f"{chunk.name}.".startswith(f"{column}.") for column in columns):
