@@ -124,14 +124,19 @@ def test_kept_answers_stand_beside_their_questions(tmp_path):
     (run.folder / "answers").mkdir(parents=True)
     kept = [
         {"model": "x"},
-        {"i": 1, "answer": "one"},
-        {"i": 0, "answer": "7"},
+        {"i": 1, "answer": "one", "finish": "stop"},
+        {"i": 0, "answer": "7", "finish": "length"},
     ]  # in the order they came
     (run.folder / "answers" / "heldin.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
     assert [(s["text"], s["answer"]) for s in claims.answered(run, "heldin", folder)] == [
         ("q0", "7"),
         ("q1", "one"),
     ]
+    (run.folder / "answers" / "heldin.jsonl").write_text(
+        "\n".join(map(json.dumps, kept[:2])) + "\n"
+    )
+    with pytest.raises(FileNotFoundError, match="run lacks 1 answers to heldin"):
+        claims.answered(run, "heldin", folder)
 
 
 @pytest.fixture

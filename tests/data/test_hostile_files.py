@@ -32,7 +32,8 @@ from vflan.config import Recipe, replace
 from vflan.data import containers, formats, images, limits, parquet_pages, validation
 from vflan.data.image_names import images_root
 from vflan.data.images import decoded, picture_bytes, picture_trouble, read_picture
-from vflan.data.limits import Budget, no_file, read_limited
+from vflan.data.limits import ByteBudget, no_file, read_limited
+from vflan.data.llava_mixture import records
 from vflan.data.samples import load_samples
 from vflan.data.validation import check
 
@@ -193,7 +194,7 @@ def test_a_reduced_picture_is_not_taken_for_the_whole_one(tmp_path, monkeypatch)
 def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
     noise((100, 100)).save(tmp_path / "a.png")
     holding, most, lock = [0], [0], threading.Lock()
-    monkeypatch.setattr(images, "DECODED", Budget(2 * 16 * 10_000))
+    monkeypatch.setattr(images, "DECODED", ByteBudget(2 * 16 * 10_000))
 
     def work(_):
         with decoded(tmp_path / "a.png"):
@@ -208,7 +209,7 @@ def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
         list(pool.map(work, range(32)))
     assert most[0] == 2 and images.DECODED.used == 0
     # What is larger than the whole budget goes alone, and an error gives its share back.
-    monkeypatch.setattr(images, "DECODED", Budget(1))
+    monkeypatch.setattr(images, "DECODED", ByteBudget(1))
     read_picture(tmp_path / "a.png")
     with pytest.raises(KeyError), decoded(tmp_path / "a.png"):
         raise KeyError
@@ -216,7 +217,7 @@ def test_threads_share_a_budget_of_decoded_bytes(tmp_path, monkeypatch):
 
 
 def test_a_forked_process_has_a_budget_of_its_own():
-    budget = Budget(10)
+    budget = ByteBudget(10)
     with budget.hold(10):
         child = os.fork()
         if child == 0:
@@ -543,8 +544,10 @@ from vflan.data.formats import read_rows
 
 path = Path(sys.argv[1])
 whole = path.read_bytes()
-for at in range(0, len(whole), 5):
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+for at in range(0, len(whole), 3):
+    # Small changes of numbers in the footer too.
+    wrong = whole[at] ^ (0x55, 1)[at % 2]
+    path.write_bytes(whole[:at] + bytes([wrong]) + whole[at + 1 :])
     try:
         for some, _ in read_rows(path):
             assert isinstance(some, list)
@@ -688,6 +691,19 @@ def test_samples_that_are_no_file_are_one_sentence(odd, name):
     with pytest.raises(FileNotFoundError) as error:
         load_samples(odd[name])
     assert str(odd[name]) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pipe", "loop", "zero", "broken", "folder"])
+def test_records_of_a_source_that_is_no_file_are_one_sentence(odd, name):
+    with pytest.raises(FileNotFoundError, match="in place of a json file"):
+        list(records("gqa", odd[name]))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\xff", "9" * 5000], ids=range(4))
+def test_records_of_a_source_that_is_no_json_are_one_sentence(tmp_path, text):
+    path = write(tmp_path, text.encode("latin-1"))
+    with pytest.raises(ValueError, match="rows.json is not whole json"):
+        list(records("gqa", path))
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/dev/tty", "x" * 5000, "a\0b"])

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import mmap
 import os
 import subprocess
 import sys
@@ -431,3 +432,23 @@ def test_a_float_picture_with_a_value_that_is_no_number_is_bad(tmp_path):
     Image.fromarray(np.array([[0, np.inf]], np.float32)).save(tmp_path / "b.tiff")
     for name in ("a.tiff", "b.tiff"):
         assert "a pixel is not a number" in picture_trouble(tmp_path / name)
+
+
+def test_a_parquet_file_is_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
+    """On some network disks mmap does not exist."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    pq.write_table(pa.table({"image": [{"bytes": data}]}), tmp_path / "a.parquet")
+    opened = pq.ParquetFile
+
+    def no_mmap(*arguments, **options):
+        raise OSError(19, "No such device")
+
+    def without_mmap(*arguments, memory_map=False, **options):
+        if memory_map:
+            raise OSError(19, "Memory mapping file failed: No such device")
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", without_mmap)
+    monkeypatch.setattr(mmap, "mmap", no_mmap)
+    assert picture_bytes(f"{tmp_path}/a.parquet::0") == data

@@ -509,6 +509,7 @@ def test_texture_reports_the_place_of_the_image_and_the_length_of_the_texts(tmp_
     assert list(table.question) == [3, 3, 2, 1, 0, 1] and list(table.answer) == [2, 2, 2, 2, 0, 0]
     assert list(table.turns) == [2, 4, 2, 2, 0, 1]
     assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
+    assert list(room.texture(load_samples(make(tmp_path, rows[4]))).image) == ["none"]
 
 
 def test_the_released_zip_is_read_if_the_folder_was_not_unpacked(tmp_path):

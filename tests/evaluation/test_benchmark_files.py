@@ -25,6 +25,7 @@ from vflan.evaluation.benchmarks.files import (
     LETTER_CN,
     SHORT,
     UNSURE,
+    UnreadableFile,
     match,
     read_answers,
     read_rows,
@@ -1062,3 +1063,16 @@ def test_answer_files_in_parts_are_read_together(put, tmp_path):
     assert [r["id"] for r in read_answers(tmp_path / "parts")[0]] == ["0", "1"]
     put("parts/merge.jsonl", answer_lines({5: "c"}))
     assert [r["id"] for r in read_answers(tmp_path / "parts")[0]] == ["5"]
+
+
+def test_a_file_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vflan.data.limits.MAX_BYTES", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000))
+    with pytest.raises(UnreadableFile, match="unpacks to more than"):
+        read_rows(tmp_path / "a.jsonl.gz")
+    pd.DataFrame({"question": ["x" * 1000] * 2000}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UnreadableFile, match="unpacks to more than"):
+        read_rows(tmp_path / "a.parquet")
+    monkeypatch.undo()
+    assert len(read_rows(tmp_path / "a.parquet")) == 2000
+    assert len(read_rows(tmp_path / "a.jsonl.gz")) == 100_000

@@ -29,7 +29,7 @@ def preset():
     recipes = [replace(r, samples=file, **changes) for r, file in zip(real(), files)]
     return Preset(*recipes[:2], replace(recipes[2], num_samples=20))
 """
-FEW = dict(budgets=[60, 30], num_tasks=[2, 4, 8, 20], instances=[10, 60], budget=60)
+FEW = dict(budgets=[60, 30], num_tasks=[2, 4, 8, 20], instances=[60], budget=60)
 
 
 class InThisProcess(Engine):

@@ -167,8 +167,9 @@ def _pictures_of(path: str, mtime_ns: int, size: int, group: int):
     import pyarrow.parquet as pq
 
     metadata, _, pages = _row_groups(path, mtime_ns, size)
-    # Without Arrow's threads, because they do not exist in a forked process.
-    with pq.ParquetFile(path, metadata=metadata, memory_map=True, pre_buffer=False) as file:
+    # Without Arrow's threads, because they do not exist in a forked process; and without mmap,
+    # because some file systems do not have it.
+    with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:
         name = picture_column(file.schema_arrow.names)
         pages.check(group, [name])
         column = file.read_row_group(group, columns=[name], use_threads=False)[name]

@@ -25,7 +25,7 @@ from vflan.data.containers import picture_column
 from vflan.data.conversation import kind_of
 from vflan.data.images import shortened
 from vflan.data.limits import MAX_BYTES, MAX_ROW, open_at_once, unpacked_limit
-from vflan.data.parquet_pages import Pages, Refused, flat_bytes, leaves
+from vflan.data.parquet_pages import Pages, Unreadable, flat_bytes, leaves
 from vflan.data.rows import MEDIA, TWICE, Resolved
 
 # Bytes of json read at a time; their rows become one batch of the table.
@@ -238,7 +238,7 @@ class _Batches:
     """The batches of a parquet file, as long as they stay within the limits."""
 
     def __init__(self, file, path: Path):
-        self.file, self.read = file, 0
+        self.file, self.pages, self.read = file, Pages(path), 0
         self.limit = unpacked_limit(path.stat().st_size)
 
     def __call__(self, step: int, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -248,10 +248,10 @@ class _Batches:
             size, values = sum(map(flat_bytes, flat)), max(map(len, flat))
             self.read += size
             if self.read > self.limit:
-                raise Refused(f"unpacks to more than {self.limit:,} bytes")
+                raise Unreadable(f"unpacks to more than {self.limit:,} bytes")
             if values > _PART_VALUES:
                 rows = "a row" if batch.num_rows == 1 else f"{batch.num_rows} rows together"
-                raise Refused(f"has {values:,} values in {rows}")
+                raise Unreadable(f"has {values:,} values in {rows}")
             rows = max(1, batch.num_rows * _PART // max(1, size))
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows)
@@ -266,15 +266,14 @@ def _parquet(path: Path) -> Iterator[tuple[list, int]]:
         with pq.ParquetFile(path) as file:
             batches, (columns, image, is_list) = _Batches(file, path), _columns(file)
             read = _listed_images if is_list else _images
-            pages = Pages(path)
             for group in range(file.num_row_groups):
-                pages.check(group, [*columns, image])
+                batches.pages.check(group, [*columns, image])
                 for rows, images in read(batches, group, image, columns):
                     for row, (name, is_inside) in zip(rows, images):
                         row["image"] = Resolved(f"{path}::{number}") if is_inside else name
                         number += 1
                     yield rows, size * number // max(1, file.metadata.num_rows)
-    except Refused as error:
+    except Unreadable as error:
         raise ValueError(f"{path} {error}.") from None
     # A damaged file raises ArrowInvalid, OSError, UnicodeDecodeError, KeyError and others.
     except Exception as error:
@@ -288,11 +287,11 @@ def _columns(file) -> tuple[list[str], str, bool]:
     columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
     if columns.isdisjoint(["conversations", "messages"]):
         problem = f"has no column conversations, only {shortened(', '.join(types))}"
-        raise Refused(f"{problem}; give a set in LLaVA's form")
+        raise Unreadable(f"{problem}; give a set in LLaVA's form")
     image = picture_column(types)
     counts = Counter(file.schema_arrow.names)
     if twice := [name for name in (*sorted(columns), image) if counts[name] > 1]:
-        raise Refused(f"has the column {twice[0]} twice; remove one")
+        raise Unreadable(f"has the column {twice[0]} twice; remove one")
     return sorted(columns), image, _is_list(types.get(image))
 
 
@@ -313,7 +312,7 @@ def _images(
     is_bytes = image in paths and _is_binary(file.schema_arrow.field(image).type)
     data = image if is_bytes else f"{image}.bytes"
     names = [leaf for leaf in (image, f"{image}.path") if leaf in paths and leaf != data]
-    embedded = _is_embedded(file, group, data) if data in paths else repeat(False)
+    embedded = _is_embedded(batches, group, data) if data in paths else repeat(False)
     # A row may hold a whole video, so only a few rows are read at a time.
     step = 64 if {*MEDIA} & {*columns} else 4096
     for batch in batches(step, group, [*columns, *names]):
@@ -351,17 +350,15 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_embedded(file, group: int, data: str) -> Iterator[bool]:
+def _is_embedded(batches: _Batches, group: int, data: str) -> Iterator[bool]:
     """Whether each row of a row group holds the bytes of its image in the column `data`."""
-    metadata = file.metadata.row_group(group)
-    columns = map(metadata.column, range(metadata.num_columns))
-    statistics = next(c for c in columns if c.path_in_schema == data).statistics
-    nulls = statistics.null_count if statistics and statistics.has_null_count else None
+    rows = batches.file.metadata.row_group(group).num_rows
+    nulls = next(chunk.nulls for chunk in batches.pages.groups[group] if chunk.name == data)
     # The statistics usually answer for the whole group; else the images have to be read.
-    if nulls in (0, metadata.num_rows):
-        yield from repeat(nulls == 0, metadata.num_rows)
+    if nulls in (0, rows):
+        yield from repeat(nulls == 0, rows)
         return
-    for batch in file.iter_batches(64, [group], [data]):
+    for batch in batches.file.iter_batches(64, [group], [data]):
         column = batch.column(0)
         is_struct = pa.types.is_struct(column.type)
         column = pc.struct_field(column, "bytes") if is_struct else column

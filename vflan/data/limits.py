@@ -65,7 +65,7 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-class Budget:
+class ByteBudget:
     """Bytes that the threads of a process may hold together; a thread waits for its share."""
 
     def __init__(self, total: int):
@@ -92,4 +92,4 @@ class Budget:
                 self.changed.notify_all()
 
 
-DECODED = Budget(DECODED_BYTES)
+DECODED = ByteBudget(DECODED_BYTES)

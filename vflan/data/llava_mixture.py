@@ -30,9 +30,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vflan.data.conversation import IMAGE, audit, encode
+from vflan.data.limits import no_file
 from vflan.data.mixture import closest, hash_draw
 
 if TYPE_CHECKING:
@@ -108,7 +109,17 @@ def records(source: str, *files: str | os.PathLike) -> Iterator[dict]:
     """
     if source not in _READERS:
         raise ValueError(f"records reads no {source!r}; it reads {', '.join(_READERS)}.")
-    return _READERS[source](*(json.loads(Path(file).read_text(encoding="utf-8")) for file in files))
+    return _READERS[source](*map(_read_json, files))
+
+
+def _read_json(file: str | os.PathLike) -> Any:
+    """The value in a json file. A device or a pipe is not read; what is no json is one sentence."""
+    if lack := no_file(Path(file)):
+        raise FileNotFoundError(f"{file}: {lack} in place of a json file.")
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not whole json ({error}); download it again.") from None
 
 
 def _coco(number: int) -> str:

@@ -18,6 +18,8 @@ from vflan.data.samples import load_samples
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pyarrow as pa
+
     from vflan.config import Recipe
 
 
@@ -149,12 +151,7 @@ def mixture_record(recipe: Recipe, samples: Dataset) -> dict[str, Any]:
     more = [(file, count or len(extra)) for file, extra, count in _more_samples(recipe)]
     files = [(recipe.samples, len(samples) - sum(count for _, count in more)), *more]
     order, tasks = hashlib.blake2b(digest_size=16), Counter()
-    table = samples.data.table.select(["id", "task_name", "image"])
-    # A selection keeps the whole table and the numbers of its rows.
-    selected = None if samples._indices is None else samples._indices.column(0)
-    for start in range(0, len(samples), 10_000):
-        whole = selected is None
-        part = table.slice(start, 10_000) if whole else table.take(selected.slice(start, 10_000))
+    for part in table_parts(samples, ["id", "task_name", "image"]):
         names, task_names, images = (column.to_pylist() for column in part.columns)
         tasks.update(task_names)
         for name, task, image in zip(names, task_names, images):
@@ -166,6 +163,19 @@ def mixture_record(recipe: Recipe, samples: Dataset) -> dict[str, Any]:
         "tasks": dict(sorted(tasks.items())),
         "order": order.hexdigest(),
     }
+
+
+def table_parts(samples: Dataset, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows in their order as Arrow tables, 10,000 at a time.
+
+    `datasets` gives them too, of a selection ten times as slowly.
+    """
+    table = samples.data.table.select(columns)
+    # A selection keeps the whole table and the numbers of its rows.
+    selected = None if samples._indices is None else samples._indices.column(0)
+    for start in range(0, len(samples), 10_000):
+        whole = selected is None
+        yield table.slice(start, 10_000) if whole else table.take(selected.slice(start, 10_000))
 
 
 def released_tasks() -> dict[str, dict[str, str]]:

@@ -3,7 +3,7 @@
 Arrow trusts the file: it makes room for as many bytes and values as the header of a page states,
 and writes a value of a dictionary as often as the page names it. 20 kB may become 5 GB so. The
 footer says how much it will be, but it is the headers that decide, so they are read here. The
-footer is read here too: pyarrow ends the process when it is asked about a column that has none.
+footer is read here too: pyarrow ends the process when it is asked about a damaged column.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,12 +32,15 @@ _HEADERS = {_DATA: (5, 2), _DICTIONARY_PAGE: (7, 2), _DATA_V2: (8, 4)}
 _TEXT, _FIXED = 6, 7
 
 
-class Refused(ValueError):
+class Unreadable(ValueError):
     """Why a whole parquet file cannot be used: a sentence that goes on from its name."""
 
 
 class Chunk(NamedTuple):
-    """A column of a row group. width: of values of a fixed width, else 0. start, size: in bytes."""
+    """A column of a row group. width: of values of a fixed width, else 0. start, size: in bytes.
+
+    nulls: how many values are null, None if the file does not say.
+    """
 
     name: str
     kind: int
@@ -44,6 +48,7 @@ class Chunk(NamedTuple):
     values: int
     start: int
     size: int
+    nulls: int | None = None
 
 
 class Pages:
@@ -65,12 +70,19 @@ class Pages:
             for group in footer.get(4, ())
         ]
 
-    def _open(self) -> mmap.mmap:
+    @contextmanager
+    def _open(self) -> Iterator[bytes | mmap.mmap]:
         with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError:
+                # Some file systems cannot map files.
+                mapped = nullcontext(file.read())
+            with mapped as data:
+                yield data
 
     def check(self, group: int, columns: Iterable[str]) -> None:
-        """Refused if a column of a row group unpacks to more than `unpacked_limit` of its bytes."""
+        """Unreadable if a column of a row group unpacks to more than `unpacked_limit` allows."""
         with self._open() as data:
             for chunk in self.groups[group]:
                 if any(f"{chunk.name}.".startswith(f"{column}.") for column in columns):
@@ -81,7 +93,8 @@ def _chunk(record: dict, width: int) -> Chunk:
     start, first = record[9], record.get(11, 0)
     start = first if 0 < first < start else start
     name = b".".join(record[3]).decode("utf-8", "replace")
-    return Chunk(name, record[1], width, record[5], start, record[7])
+    nulls = record.get(12, {}).get(3)
+    return Chunk(name, record[1], width, record[5], start, record[7], nulls)
 
 
 def _check_column(path, data, group: int, chunk: Chunk) -> None:
@@ -102,7 +115,7 @@ def _check_column(path, data, group: int, chunk: Chunk) -> None:
             step = 64
         if values > MAX_VALUES:
             problem = f"has more than {MAX_VALUES:,} values in {chunk.name}, row group {group}"
-            raise Refused(problem)
+            raise Unreadable(problem)
         if size > limit:
             break
     if chunk.kind == _FIXED:
@@ -111,7 +124,7 @@ def _check_column(path, data, group: int, chunk: Chunk) -> None:
         # A few long values, or many short ones? Only the pages say.
         size = _text_bytes(path, group, chunk.name, step, limit)
     if size > limit:
-        raise Refused(f"unpacks to more than {limit:,} bytes in {chunk.name}, row group {group}")
+        raise Unreadable(f"unpacks to more than {limit:,} bytes in {chunk.name}, row group {group}")
 
 
 def _text_bytes(path, group: int, column: str, step: int, limit: int) -> int:

@@ -101,19 +101,17 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     config: LlavaConfig,
     folder: Path,
-    validate: bool = True,
 ) -> Data:
     """Check and tokenise the recipe's samples.
 
     Bad rows are left out and listed in `folder`/bad.jsonl. ValueError if there are too many of
     them. Rows that lose a part, such as an answer's end beyond `max_length`, are trained on and
-    listed in repaired.jsonl (row, id, reason). validate=False reads bad.jsonl, which another
-    process of this run has just written.
+    listed in repaired.jsonl (row, id, reason).
     """
     samples, listing = recipe_samples(recipe), folder / "bad.jsonl"
-    bad, repaired = _validate(recipe, samples, folder) if validate else (_read_reasons(listing), {})
+    bad, repaired = _validate(recipe, samples, folder)
     names, numbers, blocks = {}, {}, []  # {row: id} of listed rows, {image: number}, flat arrays
-    for rows in _read_chunks(samples, validate):
+    for rows in _read_chunks(samples):
         names |= {row: name for row, name, *_ in rows if row in bad or row in repaired}
         # The tokenizer gets many texts in one call, which its threads share.
         rows, usable = [each for each in rows if each[0] not in bad], []
@@ -134,9 +132,8 @@ def prepare(
             blocks.append(_join(usable))
     # A row that turned out bad here was perhaps only repaired in the check.
     repaired = {row: reason for row, reason in repaired.items() if row not in bad}
-    if validate:
-        _write_reasons(listing, bad, names)
-        _write_reasons(folder / "repaired.jsonl", repaired, names)
+    _write_reasons(listing, bad, names)
+    _write_reasons(folder / "repaired.jsonl", repaired, names)
     if len(bad) > recipe.max_bad_share * len(samples) or not blocks:
         raise ValueError(_too_many_bad(recipe, len(samples), bad, names, listing))
     if tuple(recipe.tune) == ("projector",) and not numbers:
@@ -154,23 +151,16 @@ def _validate(recipe, samples, folder):
     return tuple(dict(zip(table.row, table.reason)) for table in (report.bad, report.repaired))
 
 
-def _read_reasons(path):
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["row"]: line["reason"] for line in lines}
-
-
 def _write_reasons(path, reasons, names):
     lines = [dict(row=row, id=names[row], reason=reasons[row]) for row in sorted(reasons)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
 
 
-def _read_chunks(samples, show_progress):
+def _read_chunks(samples):
     """Yield lists of (row, id, image, conversations)."""
     starts = range(0, len(samples), _ENCODED_TOGETHER)
-    if show_progress:
-        starts = counted(starts, "tokenising", len(samples), "rows", _ENCODED_TOGETHER)
-    for start in starts:
+    for start in counted(starts, "tokenising", len(samples), "rows", _ENCODED_TOGETHER):
         chunk = samples[start : start + _ENCODED_TOGETHER]
         columns = chunk["id"], chunk["image"], chunk["conversations"]
         yield [(start + i, *row) for i, row in enumerate(zip(*columns))]

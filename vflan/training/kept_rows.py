@@ -20,7 +20,7 @@ import tokenizers
 import transformers
 
 from vflan.config import Recipe, read_json, shown, write_json
-from vflan.data.mixture import recipe_samples
+from vflan.data.mixture import recipe_samples, table_parts
 from vflan.data.validation import fingerprints
 from vflan.io import ROWS, clear, is_sealed, seal
 from vflan.models.loss import packs
@@ -73,7 +73,8 @@ def _key(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     libraries = transformers.__version__, tokenizers.__version__
     digest.update(json.dumps([versions()["code"], libraries, packs(recipe)]).encode())
-    for part in recipe_samples(recipe).with_format("arrow").iter(10_000):
+    samples = recipe_samples(recipe)
+    for part in table_parts(samples, samples.column_names):
         for batch in part.combine_chunks().to_batches():
             digest.update(batch.serialize())
     return digest.hexdigest()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from vflan.config import CACHE
+from vflan.data.limits import unpacked_limit
+from vflan.data.parquet_pages import Pages
 
 ID_KEYS = ("question_id", "questionId", "index", "id", "image")
 TEXT_KEYS = ("prediction", "text", "response", "pred_answer", "pred", "output", "answer")
@@ -69,8 +71,11 @@ def open_bytes(path: Path) -> IO[bytes]:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 with its byte order mark; unpacked if need be."""
     try:
+        limit = unpacked_limit(path.stat().st_size)
         with open_bytes(path) as file:
-            raw = file.read()
+            raw = file.read(limit + 1)
+        if len(raw) > limit:
+            raise UnreadableFile(f"{path} unpacks to more than {limit:,} bytes.")
         wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes what is redirected
         return raw.decode("utf-16" if wide else "utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -138,6 +143,9 @@ def read_table(path: Path, kind: str, na: bool = False) -> list[dict]:
     import pandas as pd
 
     if kind == "parquet":
+        pages = Pages(path)
+        for group, columns in enumerate(pages.groups):
+            pages.check(group, {column.name.split(".")[0] for column in columns})
         return pd.read_parquet(path).to_dict("records")
     if kind == "xlsx":
         try:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vflan.data.images import as_rgb, open_picture
+from vflan.data.limits import MAX_PIXELS
 from vflan.tools.widgets import elements
 
 ORANGE = "#D55E00"
@@ -147,7 +148,10 @@ class _Chat:
     def read_upload(self, _):
         for file in self.upload.value:
             try:
-                image = as_rgb(open_picture(io.BytesIO(file["content"])))
+                picture = open_picture(io.BytesIO(file["content"]))
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise ValueError("too many pixels")
+                image = as_rgb(picture)
             except Exception:  # Pillow raises many kinds
                 self.take(None, f"{file['name']} is no picture that can be opened")
             else:
