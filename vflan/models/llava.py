@@ -249,7 +249,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {part: sum(map(count, module.parameters())) for part, module in parts(model).items()}
 
 
-
 def quantised_layers(model: nn.Module) -> dict[str, int]:
     """How many 8- or 4-bit layers each part has."""
     return {
