@@ -991,3 +991,17 @@ def test_a_rotation_without_an_answer_takes_its_question_out():
     test = EVALUATOR.LoadedBenchmark(mmbench, rows, rows, "greedy", None, {})
     items, _ = test.measure(["B", "B", None, "B"])
     assert items["accuracy"].value() == 100 and len(items["accuracy"].num) == 1
+
+
+@pytest.mark.parametrize("processes", [0, -1, 2.0, True, "2", None])
+def test_what_is_no_number_of_processes_is_one_sentence_before_anything_is_read(processes):
+    with pytest.raises(ValueError, match="a whole number of at least 1 is needed"):
+        evaluate(None, model=SimpleNamespace(answering=1, folder_name="m"), folder="nowhere",
+                 num_processes=processes)  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted elsewhere")
+def test_thousands_of_processes_are_not_started():
+    with pytest.raises(ValueError, match="10000 processes were requested"):
+        evaluate(None, model=SimpleNamespace(answering=1, folder_name="m"), folder="nowhere",
+                 num_processes=10_000)  # fmt: skip

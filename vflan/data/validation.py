@@ -167,9 +167,7 @@ def check(
         tally = tasks.setdefault(task or "", np.zeros(6, int))
         tally += (1, not reason, bool(reason), bool(left_out), number in twins, is_copy)
     listed = list(pictures)
-    same = [
-        (listed[number], listed[twins[number]], shown_by) for number, shown_by in duplicates.items()
-    ]
+    same = [(listed[number], listed[twins[number]], by) for number, by in duplicates.items()]
     counts = ["task_name", "rows", "ok", "bad", "repaired", "duplicates", "contaminated"]
     return Report(
         len(samples),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 
 from vflan.config import folder_name, output_path, resolve, shown
 from vflan.data.images import stamp
@@ -31,6 +32,7 @@ from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
 from vflan.evaluation.generation import answering
 from vflan.evaluation.stats import bootstrap
+from vflan.training.distributed import check_cores, check_count
 from vflan.training.run import Run
 
 if TYPE_CHECKING:
@@ -135,6 +137,9 @@ def open_run(run: AnyRun | None) -> Run | ReleasedModel | None:
 def _check_name(run, model, name, folder, num_processes) -> str | None:
     """The name for the answers of a given model; ValueError for arguments that do not fit."""
     served = hasattr(model, "answering")
+    check_count(num_processes)
+    if num_processes > 1 and not torch.cuda.is_available():
+        check_cores(num_processes)
     name = name or (model.folder_name if served else None)
     # The name becomes a folder; that of a sweep's arm may have several parts.
     for part in name.split("/") if isinstance(name, str) else ():

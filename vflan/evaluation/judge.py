@@ -386,7 +386,10 @@ def _language_model(source: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from vflan.models.hub import hub_options
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    options = dict(trust_remote_code=False, **hub_options(source))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(source, **options)

@@ -63,6 +63,11 @@ class Data:
         labels = np.where(np.repeat(self.learned[span], repeats), ids, IGNORE_INDEX)
         return np.where(ids == IMAGE_TOKEN_INDEX, self.image_token_id, ids), labels
 
+    def sizes(self, rows: Sequence[int]) -> dict[str, int]:
+        """Of some rows: supervised tokens, all tokens (useful), and rows with a picture."""
+        tokens, useful = int(self.supervised[rows].sum()), int(self.lengths[rows].sum())
+        return dict(tokens=tokens, useful=useful, pictures=int((self.picture[rows] >= 0).sum()))
+
     def batch(self, rows: Sequence[int], device: str | torch.device) -> list[torch.Tensor | None]:
         """Return the first five arguments of `Learner.forward`.
 

@@ -63,7 +63,7 @@ class TrainState:
             yield
 
 
-def load_model(recipe: Recipe, init: str | None, accelerator: Accelerator) -> nn.Module:
+def load_for_training(recipe: Recipe, init: str | None, accelerator: Accelerator) -> nn.Module:
     """Load the model that a run starts from. Every process calls this.
 
     If the model will be sharded, only the main process reads it: a machine then holds one whole
@@ -144,13 +144,8 @@ def check_processes(recipe: Recipe, processes: int) -> None:
             f"This machine has {gpus} GPUs, but {local} processes were requested; "
             f"start {gpus} at most."
         )
-    # More would only take memory, and thousands of them the machine.
-    cores = os.cpu_count() or 1
-    if (not gpus or recipe.device == "cpu") and local > 4 * cores:
-        raise ValueError(
-            f"This machine has {cores} cores, but {local} processes were requested; "
-            f"start {cores} at most."
-        )
+    if not gpus or recipe.device == "cpu":
+        check_cores(local)
     if recipe.sharding.startswith("zero") and not find_spec("deepspeed"):
         raise ImportError(
             f"sharding={recipe.sharding!r} needs DeepSpeed: pip install deepspeed, "
@@ -190,11 +185,27 @@ def check_device(recipe: Recipe) -> None:
         )
 
 
+def check_count(processes: int) -> None:
+    """ValueError if this is no number of processes."""
+    if isinstance(processes, bool) or not hasattr(processes, "__index__") or processes < 1:
+        raise ValueError(f"{processes!r} processes: a whole number of at least 1 is needed.")
+
+
+def check_cores(processes: int) -> None:
+    """ValueError if a machine without GPUs would be given more than four processes a core."""
+    # More would only take memory, and thousands of them the machine.
+    cores = os.cpu_count() or 1
+    if processes > 4 * cores:
+        raise ValueError(
+            f"This machine has {cores} cores, but {processes} processes were requested; "
+            f"start {cores} at most."
+        )
+
+
 def rows_per_process(recipe: Recipe, processes: int) -> int:
     """Return each process's rows of a global batch; ValueError if it cannot be divided evenly."""
     batch = recipe.global_batch
-    if isinstance(processes, bool) or not hasattr(processes, "__index__") or processes < 1:
-        raise ValueError(f"{processes!r} processes: a whole number of at least 1 is needed.")
+    check_count(processes)
     if batch % processes:
         divisor = max(n for n in range(1, min(processes, batch) + 1) if batch % n == 0)
         why = "are more than its samples" if batch < processes else "cannot share it evenly"

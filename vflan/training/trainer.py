@@ -164,7 +164,7 @@ def _fit(run, recipe, accelerator):
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
 
     # Model and data. The main process makes the rows, and all read them from the run's folder.
-    model = distributed.load_model(recipe, init, accelerator)
+    model = distributed.load_for_training(recipe, init, accelerator)
     processor = models.load_processor(recipe, model)
     models.freeze(model, recipe)
     with accelerator.main_process_first():
@@ -201,9 +201,7 @@ def _fit(run, recipe, accelerator):
         optimizer.step()
         optimizer.zero_grad()
 
-        sizes = dict(tokens=int(data.supervised[rows].sum()), useful=int(data.lengths[rows].sum()))
-        sizes |= dict(positions=positions, pictures=int((data.picture[rows] >= 0).sum()))
-        sizes |= dict(seconds=time.perf_counter() - start)
+        sizes = data.sizes(rows) | dict(positions=positions, seconds=time.perf_counter() - start)
         log.step(step + 1, loss, optimizer.param_groups[0]["lr"], **sizes)
         if validate and (last or _is_due(recipe.evaluate_every, step)):
             validate(step + 1, log)
