@@ -26,24 +26,14 @@ from vflan.training.run import Run
 
 SECONDS = 240  # a busy machine may need for one step
 CELLS = {  # of each notebook, the cells that contain these words are run
-    "01": ["preset = ", "import vflan", "path, folder = ", "known = ", "widgets.task_browser"],
-    "04": [
-        "preset = ",
-        "import vflan",
-        "talk, tasks = ",
-        "bases, chats = ",
-        "questions = [q |",
-        "widgets.chat",
-    ],
-    "05": [
-        "preset = ",
-        "import vflan",
-        "arms = {",
-        "names = present",
-        "scores = vflan.sweep",
-        "widgets.answer_browser",
-    ],
-}
+    "01": ["preset = ", "import vflan", "data = exploration", "look = lab", "placed = ",
+           "widgets.task_browser"],
+    "03": ["preset = ", "import vflan", "recipes = ", "projectors = ", "widgets.live_loss",
+           "plots.loss_curve"],
+    "04": ["preset = ", "import vflan", "talk, tasks = ", "bases, chats = ", "questions = [q |",
+           "widgets.chat"],
+    "05": ["preset = ", "import vflan", "arms = {", "scores = done", "widgets.answer_browser"],
+}  # fmt: skip
 
 
 def finished():
@@ -67,7 +57,7 @@ def finished():
 def folder(tmp_path_factory):
     """A folder with the three notebooks, cut to the cells that lead to their widget."""
     folder = tmp_path_factory.mktemp("lab")
-    changes, skipped = {}, ["scores = vflan.sweep"]  # its answers are stored
+    changes = {}
     if not finished():
         small = world.build(
             folder / "world", captions=40, per_kind=4, conversations=20, questions=0.1
@@ -81,21 +71,16 @@ def folder(tmp_path_factory):
             images=str(small / "samples/images"),
             benchmarks=str(small / "benchmarks"),
         )
-        skipped = []
     for start, contents in CELLS.items():
         (path,) = (ROOT / "notebooks").glob(f"{start}_*.ipynb")
         whole, cells = nbformat.read(path, 4), []
+        code = [cell for cell in whole.cells if cell.cell_type == "code"]
         for words in contents:
-            if words not in skipped:
-                (cell,) = (
-                    cell
-                    for cell in whole.cells
-                    if cell.cell_type == "code" and words in cell.source
-                )
-                cells.append(
-                    nbformat.v4.new_code_cell(cell.source.replace("world.build()", "world"))
-                )
-        cells[0].source += f"\nchanges = {changes!r}\nseeds = [0]"
+            (cell,) = (cell for cell in code if words in cell.source)
+            cells.append(nbformat.v4.new_code_cell(cell.source))
+        # notebook 03 trains, to be watched: sixty steps of a run of its own
+        own = dict(max_steps=60, runs=str(folder / "watched")) if start == "03" else {}
+        cells[0].source += f"\nchanges = {changes | own!r}\nseeds = [0]"
         notebook = nbformat.v4.new_notebook(cells=cells, metadata=whole.metadata)
         nbformat.write(notebook, folder / f"{start}.ipynb")
     return folder
@@ -162,14 +147,14 @@ def notebook(browser, lab):
     page = browser.new_page(viewport={"width": 1180, "height": 1600})
     page.set_default_timeout(1000 * SECONDS)
 
-    def run(start):
+    def run(start, appears=".widget-vbox, .jp-RenderedText[data-mime-type*=error]"):
         page.goto(lab.format(start))
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
         # the status bar: before its kernel has begun, "run" asks which one to take
         page.get_by_text("| Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        page.locator(".widget-vbox, .jp-RenderedText[data-mime-type*=error]").first.wait_for()
+        page.locator(appears).first.wait_for()
         assert errors(page) == []
         return page, page.locator(".jp-OutputArea-output .widget-vbox").first
 
@@ -219,9 +204,21 @@ def test_the_task_browser(notebook):
     keep(page, "notebook-lab")  # a whole notebook in JupyterLab
 
 
+def test_the_loss_is_drawn_while_a_notebook_trains(notebook):
+    page, _ = notebook("03", ".widget-html svg, .jp-RenderedText[data-mime-type*=error]")
+    plot = page.locator(".widget-html").filter(has=page.locator("svg")).first
+    says(plot, "base: step 60, loss", "nats")
+    assert plot.locator("polyline").count() == 1 and errors(page) == []
+    page.locator(".jp-OutputArea-output img").first.wait_for()  # the figure at the end
+    keep(plot, "widgets-loss")
+
+
 def test_the_answer_browser(notebook):
     page, widget = notebook("05")
     says(widget, "questions; right: base")
+    widget.get_by_role("button", name="next").click()
+    widget.get_by_role("button", name="back").click()
+    choose(widget, "show", "answers differ")
     choose(widget, "benchmark", "pope")
     choose(widget, "show", "both wrong")
     says(widget, "right: base 0%, chat 0%")
@@ -237,25 +234,24 @@ def test_the_answer_browser(notebook):
 
 def test_the_chat(notebook, tmp_path):
     page, widget = notebook("04")
-    answers = widget.locator("div[style*=pre-wrap]")
+    answers = widget.locator("div[style*=pre-wrap]").first
+    asking = widget.get_by_placeholder("ask about the picture")
+    ready = widget.get_by_role("button", name="ask").element_handle()
     widget.get_by_role("button", name="another picture").click()
     widget.get_by_label("where it looks").check()
-    for number, question in enumerate(
-        ["Please give a detailed description of the image.", "What is the color of the circle?"], 1
-    ):
-        widget.get_by_placeholder("ask about the picture").fill(question)
-        widget.get_by_role("button", name="ask").click()
+    choose(widget, "run", "base")
+    choose(widget, "beside", "chat")
+    for question in ("Please give a detailed description of the image.", "What is this?"):
+        asking.fill(question)
+        asking.press("Enter")
         says(widget, question)
-        page.wait_for_function(
-            "button => !button.disabled",
-            arg=widget.get_by_role("button", name="ask").element_handle(),
-        )
-        assert answers.inner_text().count(
-            "you "
-        ) == number and "(" not in answers.inner_text().replace("(nothing)", "")
-        choose(widget, "run", "base" if number == 1 else "chat")
+        page.wait_for_function("button => !button.disabled", arg=ready)
+    said = answers.inner_text()
+    assert said.count("you ") == said.count("base ") == said.count("chat ") == 2
     says(widget, "of its attention is on the picture")
     choose(widget, "layer", "2")
+    choose(widget, "as", "overlay")
+    choose(widget, "as", "frames")
     assert errors(page) == []
     keep(widget, "widgets-chat")
     Image.new("RGB", (48, 48), "red").save(tmp_path / "own.png")
