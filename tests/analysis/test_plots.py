@@ -239,6 +239,12 @@ def test_bubbles_do_not_overlap_and_their_area_is_the_number_of_tasks():
     assert any("188 tasks in 25 categories" in t for t in texts(fig))
 
 
+def test_a_bubble_too_small_for_its_name_is_named_below():
+    tasks = pd.DataFrame({"category": ["a"] * 900 + ["paraphrase of a whole sentence"]})
+    fig = plots.task_bubbles({"mine": tasks.assign(group="generation")})
+    assert "small: paraphrase of a whole sentence" in " ".join(texts(fig)).replace("\n", " ")
+
+
 def test_a_loss_curve_is_drawn_for_every_run():
     table = pd.DataFrame({"step": range(50), "loss": np.linspace(3, 1, 50)})
     runs = [SimpleNamespace(name=name, metrics=lambda: table) for name in ("base", "chat")]

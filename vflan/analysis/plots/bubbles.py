@@ -73,16 +73,23 @@ def task_bubbles(collections: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figu
         rest = f", {others} of no group" if others else ""
         rows.append((f"{comma}{len(tasks)} tasks in {categories} categories{rest}", clusters))
     widths = [sum(c.extent[0] + gap for c in clusters.values()) - gap for _, clusters in rows]
-    heights = [max(c.extent[1] for c in clusters.values()) + heading for _, clusters in rows]
     inches = 8.9 / max(widths)  # of one unit
+    notes = [{group: _unnamed(cluster, inches) for group, cluster in clusters.items()}
+             for _, clusters in rows]  # fmt: skip
+    # below the bubbles: 0.13 inches for each line of the longest note
+    feet = [max(len(lines) for lines in of.values()) * 0.13 / inches for of in notes]
+    heights = [max(c.extent[1] for c in clusters.values()) + heading + foot
+               for (_, clusters), foot in zip(rows, feet)]  # fmt: skip
     size = (9, sum(heights) * inches + 0.35 * len(rows))
     fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=heights)
-    for ax, (title, clusters), width, height in zip(axes.flat, rows, widths, heights):
+    parts = zip(axes.flat, rows, widths, heights, feet, notes)
+    for ax, (title, clusters), width, height, foot, of in parts:
         x = (max(widths) - width) / 2
         for group, cluster in clusters.items():
-            corner = np.array([x, (height - heading - cluster.extent[1]) / 2])
+            corner = np.array([x, foot + (height - heading - foot - cluster.extent[1]) / 2])
             _draw_cluster(ax, cluster, corner, colors[group], inches)
             centre = x + cluster.extent[0] / 2
+            ax.text(centre, 0, "\n".join(of[group]), ha="center", va="bottom", fontsize=7)
             ax.text(centre, height - 0.75, group, ha="center", color=colors[group], weight="bold")
             x += cluster.extent[0] + gap
         ax.set(xlim=(0, max(widths)), ylim=(0, height), aspect="equal")
@@ -91,16 +98,28 @@ def task_bubbles(collections: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figu
     return fig
 
 
+def _label(name, count, radius, inches):
+    """(text, size) of the words in a bubble; a name that would be too small to read is left out."""
+    lines = textwrap.wrap(name, max(9, len(name) // 2), break_long_words=False)
+    longest = max(len(line) for line in [*lines, str(count)])
+    size = min(9.5, 1.8 * radius * inches * 72 / (0.62 * longest))
+    return ("\n".join([*lines, str(count)]), size) if size >= 4.2 else (str(count), 6)
+
+
+def _unnamed(cluster, inches):
+    """Lines with the names that did not fit into their bubbles."""
+    bubbles = zip(cluster.counts.items(), cluster.radii)
+    names = [name for (name, count), radius in bubbles
+             if _label(name, count, radius, inches)[0] == str(count)]  # fmt: skip
+    width = max(24, int(cluster.extent[0] * inches * 72 / (7 * 0.55)))
+    return textwrap.wrap(f"small: {', '.join(names)}", width) if names else []
+
+
 def _draw_cluster(ax, cluster, corner, color, inches):
-    """Draw the bubbles of a group; a name that would be too small to read is left out."""
+    """Draw the bubbles of a group."""
     inside = dict(ha="center", va="center", color="white", linespacing=0.95, parse_math=False)
     circles = zip(cluster.counts.items(), cluster.radii, cluster.centres + corner)
     for (name, count), radius, centre in circles:
-        lines = textwrap.wrap(name, max(9, len(name) // 2), break_long_words=False)
-        text = "\n".join([*lines, str(count)])
-        longest = max(map(len, text.splitlines()))
-        size = min(9.5, 1.8 * radius * inches * 72 / (0.62 * longest))
-        if size < 4.2:
-            text, size = str(count), 6
+        text, size = _label(name, count, radius, inches)
         ax.add_patch(plt.Circle(centre, radius, color=color, alpha=0.85, lw=0))
         ax.text(*centre, text, fontsize=size, **inside)
