@@ -101,7 +101,9 @@ def prose(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_line_of_prose_is_longer_than_120_characters(page):
-    assert [line for line in prose(page) if len(line) > 120] == []
+    # A picture's text and place stand on one line.
+    lines = [line for line in prose(page) if not line.startswith("![")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_the_readme_is_short():

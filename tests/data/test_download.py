@@ -17,6 +17,7 @@ from time import sleep
 from urllib.parse import unquote
 
 import pytest
+from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 
 import vflan.data.download  # noqa: F401
@@ -661,7 +662,7 @@ def test_offline_nothing_is_asked(shards, tmp_path, monkeypatch):
 
 def test_two_fetches_into_one_folder_do_not_mix(hub, tmp_path):
     with (
-        module.FileLock(tmp_path / ".fetch.lock"),
+        FileLock(tmp_path / ".fetch.lock"),
         pytest.raises(OSError, match="another fetch is running"),
     ):
         fetch("vision_flan_191", tmp_path)
