@@ -43,6 +43,7 @@ from PIL import Image  # noqa: E402
 import vflan  # noqa: E402
 from bench.record import write  # noqa: E402
 from tests.conftest import make_backbones, make_squares  # noqa: E402
+from vflan.__main__ import main as main_command  # noqa: E402
 from vflan.config import Recipe  # noqa: E402
 from vflan.data.images import picture_trouble, read_picture  # noqa: E402
 from vflan.evaluation.benchmarks import BENCHMARKS  # noqa: E402
@@ -494,7 +495,7 @@ def benchmarks(draw, folder, n):
     def command(name, questions, answers):
         said = io.StringIO()
         with redirect_stderr(said):
-            code = command(
+            code = main_command(
                 ["score", name, "--questions", str(questions), "--answers", str(answers)]
             )
         text = said.getvalue().strip()

@@ -415,7 +415,11 @@ class Watcher:
         if not self.on:
             return
         if event in STARTS:
-            frame = traceback.extract_stack()[-4]
+            stack = traceback.extract_stack()
+            # A preset file is Python, which a process of its own runs: that one is meant.
+            if any(frame.filename.endswith("preset_file.py") for frame in stack):
+                return
+            frame = stack[-4]
             self.started.append(f"{event} {args[:1]} in {frame.filename}:{frame.lineno}")
         elif event == "open" and isinstance(args[0], str) and self.writes(args):
             path = os.path.realpath(args[0])
