@@ -248,6 +248,8 @@ def test_the_chat(notebook, tmp_path):
         page.wait_for_function("button => !button.disabled", arg=ready)
     said = answers.inner_text()
     assert said.count("you ") == said.count("base ") == said.count("chat ") == 2
+    if finished():  # Chat describes, and both have been asked
+        assert "chat (nothing)" not in " ".join(said.split()) and len(said.split()) > 20
     says(widget, "of its attention is on the picture")
     choose(widget, "layer", "2")
     choose(widget, "as", "overlay")

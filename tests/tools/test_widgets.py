@@ -312,11 +312,14 @@ def talk(monkeypatch):
             ended.append("length" if len(begun) < 6 else "stop")
             yield "word "
             return
-        yield EVIL
-        while not talk.go_on.wait(0.01):
-            if stop.is_set():
-                return
-        yield " the end"
+        try:
+            yield EVIL
+            while not talk.go_on.wait(0.01):
+                if stop.is_set():
+                    return
+            yield " the end"
+        finally:
+            stop.set()  # as the real one does
 
     def maps(model, processor, text, image, before):
         talk.looked.append((model, text))
@@ -512,6 +515,14 @@ def test_two_runs_answer_the_same_question_side_by_side(talk, png):
     assert (first.loads, second.loads) == (1, 1), "both stay loaded while both are chosen"
     text = conversation(box)
     assert text.count("<b>you</b>") == text.count("<b>base</b>") == text.count("<b>chat</b>") == 2
+    assert text.count("the end") == 4
+    talk.go_on.clear()
+    ask(box, "three?", wait=False)
+    wait_until(lambda: len(talk.asked) == 5)
+    find(box, w.Button, "stop").click()
+    wait_until(lambda: not find(box, w.Button, "ask").disabled)
+    assert len(talk.asked) == 5, "after a stop the other run is not asked"
+    text = conversation(box)
     assert text.index("one?") < text.index("<b>base</b>") < text.index("<b>chat</b>")
 
 

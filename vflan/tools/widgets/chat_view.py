@@ -65,7 +65,9 @@ def chat(runs, pictures=None, max_new_tokens: int = 512) -> w.VBox:
 class _Chat:
     def __init__(self, runs, pictures, max_new_tokens):
         self.runs, self.pictures, self.max_new_tokens = runs, pictures, max_new_tokens
-        self.picture_number, self.stopped = 0, Event()
+        self.picture_number, self.stopped = 0, False
+        # ends the answer that is being written, which also sets it at its own end
+        self.current = Event()
         self.loaded = {}  # {run's name: (model, processor)} of the runs that answered last
 
         self.run = elements.dropdown(list(runs), "run")
@@ -101,12 +103,11 @@ class _Chat:
 
     def connect(self):
         self.send.on_click(self.ask)
-        with (
-            warnings.catch_warnings()
-        ):  # the way it names instead also sends when the field is left
+        # the way that the warning names would also send when the field is left
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             self.question.on_submit(self.ask)
-        self.stop.on_click(lambda _: self.stopped.set())
+        self.stop.on_click(self.stop_answers)
         self.go_on.on_click(lambda _: self.begin(self.continue_answers))
         self.another.on_click(self.next_picture)
         self.upload.observe(self.read_upload, "value")
@@ -187,8 +188,13 @@ class _Chat:
             self.set_busy(False)
 
         self.set_busy(True)
-        self.stopped.clear()
+        self.stopped = False
         Thread(target=run, daemon=True).start()
+
+    def stop_answers(self, _):
+        """End the answer that is being written, and ask no other run."""
+        self.stopped = True
+        self.current.set()
 
     def set_busy(self, busy):
         self.stop.disabled = not busy
@@ -213,7 +219,8 @@ class _Chat:
         for answer in answers:
             begun, ended = answer.text, []
             answer.is_cut, answer.error = False, ""
-            how = dict(stop=self.stopped, before=answer.before, begun=begun, ended=ended)
+            self.current = Event()
+            how = dict(stop=self.current, before=answer.before, begun=begun, ended=ended)
             how |= dict(temperature=self.temperature.value)
             image = self.image if turn.has_picture else None
             self.show_turns()
@@ -229,7 +236,7 @@ class _Chat:
                 answer.error = elements.first_line(error)
             answer.is_done = True
             self.show_turns()
-            if self.stopped.is_set():
+            if self.stopped:
                 break
         for answer in turn.answers:  # those that a stop left out
             answer.is_done = True
