@@ -249,7 +249,7 @@ def test_a_loss_curve_is_drawn_for_every_run():
     table = pd.DataFrame({"step": range(50), "loss": np.linspace(3, 1, 50)})
     runs = [SimpleNamespace(name=name, metrics=lambda: table) for name in ("base", "chat")]
     fig = plots.loss_curve(*runs)
-    assert len(fig.axes[0].lines) == 4 and "chat: mean of the last 1 steps 1.00" in texts(fig)
+    assert len(fig.axes[0].lines) == 4 and "chat: mean of the last 5 steps 1.08" in texts(fig)
 
 
 def test_steps_of_text_alone_are_crosses_outside_the_mean():

@@ -56,7 +56,7 @@ def loss_curve(*runs, smooth: float = 0.03) -> Figure:
         if "pictures" in table and len(text := table[table.pictures == 0]) < len(table):
             table, crosses = table[table.pictures != 0], crosses or len(text) > 0
             ax.plot(text.step, text.loss, "x", color=color, alpha=0.5, markersize=4)
-        window = max(1, int(smooth * len(table)))
+        window = min(len(table), max(5, int(smooth * len(table))))
         mean = table.loss.rolling(window, min_periods=1, center=True).mean()
         last = f"last {window} steps {table.loss.tail(window).mean():.2f}"
         ax.plot(table.step, table.loss, color=color, alpha=0.18, lw=0.8)
