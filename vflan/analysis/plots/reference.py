@@ -18,13 +18,7 @@ Scores = pd.DataFrame  # a table of vflan.evaluate: one row for each run, seed a
 TITLES = BENCHMARKS.titles()  # {benchmark: its name in figures and tables}
 CAPTIONS = json.loads((Path(__file__).parents[1] / "captions.json").read_text(encoding="utf-8"))
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
-UNITS |= {
-    "format": "answers, %",
-    "hallucination": "pairs, %",
-    "words": "words",
-    "recall": "words, %",
-}
-UNITS |= {"coverage_capitalised": "names, %", "total": "total, %"}
+UNITS |= {"format": "answers, %", "hallucination": "pairs, %", "words": "words"}
 
 
 def paper() -> pd.DataFrame:
