@@ -1,7 +1,8 @@
 """Folders like those that the real presets read, but tiny: Vicuna, CLIP, LLaVA's projector, data.
 
-A language model has two .bin shards and a SentencePiece tokenizer without `<image>`; CLIP is a
-whole one, text side included; a projector is LLaVA's mm_projector.bin.
+A language model has two .bin shards and a SentencePiece tokenizer without `<image>`; SmolLM2's has
+tied weights and a byte-level tokenizer that begins no text by itself; CLIP is a whole one, text
+side included; a projector is LLaVA's mm_projector.bin.
 """
 
 import io
@@ -10,12 +11,14 @@ from shutil import copytree
 
 import torch
 from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from vflan import world
@@ -49,6 +52,31 @@ def make_language_model(folder, seed):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, num_attention_heads=4, **small))
     model.config.save_pretrained(folder)
     _write_shards(folder, model.half().state_dict())
+    return str(folder)
+
+
+def make_smollm(folder, seed):
+    """Like HuggingFaceTB/SmolLM2-135M-Instruct; with another seed like SmolLM2-135M."""
+    named = dict(unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>")
+    tokenizer = Tokenizer(models.BPE())
+    split = [pre_tokenizers.Digits(individual_digits=True)]
+    split += [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [SYSTEM, "USER: ASSISTANT:", "What color is the square? yes, no, a red one."]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    options = dict(vocab_size=400, special_tokens=[*named.values()], initial_alphabet=letters)
+    tokenizer.train_from_iterator(text * 20, trainers.BpeTrainer(**options))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=named["eos_token"], **named
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    small = dict(hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=2)
+    small |= dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = LlamaConfig(vocab_size=len(fast), **small, **ends)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return str(folder)
 
 

@@ -22,7 +22,8 @@ app = typer.Typer(
     help="Vision-Flan: visual instruction tuning in two stages, from raw samples to figures.",
 )
 NEED_TORCH = ("notebooks", "plan", "train", "evaluate", "export")
-PRESET = "tiny, tiny_frozen, qlora_7b, lora_7b, full_7b, full_13b, or a .py file of your own"
+PRESET = "tiny, tiny_frozen, smol, smol_real, qlora_7b, lora_7b, full_7b, full_13b, "
+PRESET += "or a .py file of your own"
 CHANGES = 'fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\''
 ANSWERS = "JSON Lines with question_id and text, or the benchmark's upload format"
 ALL_QUESTIONS = "vqav2: the file of all of test2015; default: beside the questions"

@@ -570,8 +570,11 @@ def test_a_source_without_a_model_is_refused_with_one_sentence(recipe, model, tm
         load_model(recipe, tmp_path / "full")
 
 
-# The published sizes of CLIP ViT-L/14-336's picture side, LLaVA-1.5's projector, LLaMA-2.
+# The published sizes of the picture sides of CLIP ViT-L/14-336 and ViT-B/16, of LLaVA-1.5's
+# projector, LLaMA-2 and SmolLM2-135M; of the mini world's tower and of smaller projectors our own.
 PUBLISHED = {
+    "smol": (1_104_320, 425_088, 134_515_008),
+    "smol_real": (85_799_424, 775_296, 134_515_008),
     "qlora_7b": (303_507_456, 20_979_712, 6_738_415_616),
     "lora_7b": (303_507_456, 20_979_712, 6_738_415_616),
     "full_7b": (303_507_456, 20_979_712, 6_738_415_616),
@@ -587,7 +590,8 @@ def test_the_presets_models_have_the_published_numbers_of_parameters(name, monke
         assert tuple(parameter_counts(model).values()) == PUBLISHED[name] and list(
             parameter_counts(model)
         ) == list(PARTS)
-        assert model.config.image_seq_length == 576 and model.device.type == "meta"
+        patches = {"smol": 16, "smol_real": 196}.get(name, 576)
+        assert model.config.image_seq_length == patches and model.device.type == "meta"
 
 
 @pytest.mark.parametrize("size, adapters", [("7b", 319.8e6), ("13b", 500.7e6)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 from papermill.engines import Engine, papermill_engines
-from real_folders import make_clip, make_data, make_language_model, make_projector
+from real_folders import make_clip, make_data, make_language_model, make_projector, make_smollm
 
 from vflan.config import ROOT
 from vflan.training.run import Run
@@ -59,10 +59,12 @@ class InThisProcess(Engine):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with the stand-ins: vicuna, llama_chat, clip, projector, samples, benchmarks."""
+    """A folder with the stand-ins: language models, clip, projector, samples, benchmarks."""
     folder = tmp_path_factory.mktemp("real")
     make_language_model(folder / "vicuna", seed=1)
     make_language_model(folder / "llama_chat", seed=2)
+    make_smollm(folder / "smollm", seed=1)
+    make_smollm(folder / "smollm_base", seed=2)
     make_clip(folder / "clip")
     make_projector(folder / "llava" / "mm_projector.bin")
     make_data(folder)
@@ -85,13 +87,14 @@ def like_a_gpu(monkeypatch):
 
 def preset_file(home, name, runs):
     changes = dict(
-        language_model=str(home / "vicuna"),
+        language_model=str(home / ("smollm" if name.startswith("smol") else "vicuna")),
         vision_tower=str(home / "clip"),
         images=str(home / "world" / "samples" / "images"),
         benchmarks=str(home / "benchmarks"),
         runs=str(runs),
         device="cpu",
         packing="packed",
+        num_samples=None,
         global_batch=4,
         micro_batch=2,
     )
@@ -112,6 +115,18 @@ def walk(path, start, **parameters):
         engine_name="here",
         progress_bar=False,
     )
+
+
+@pytest.mark.parametrize("name", ["smol", "smol_real"])
+def test_no_cell_fails_with_a_language_model_of_another_family(home, like_a_gpu, tmp_path, name):
+    """Tied weights, and a tokenizer that puts no token before a text; `smol` in fp32."""
+    path, more = preset_file(home, name, tmp_path / "runs"), dict(FEW)
+    more["other_language_model"] = str(home / "smollm_base")
+    for start in ("02", "03", "04", "05", "06", "07", "08"):
+        walk(path, start, live="small", **more)
+    recipes = [Run(done.parent).recipe for done in tmp_path.glob("runs/*/done.json")]
+    assert {"projector", "base", "chat", "only-projector-of-60"} <= {r.name for r in recipes}
+    assert {r.precision for r in recipes} == {"fp32" if name == "smol" else "bf16"}
 
 
 @pytest.mark.parametrize("name, bits", [("qlora_7b", 4), ("full_7b", 16)])

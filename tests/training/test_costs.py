@@ -9,6 +9,7 @@ import pytest
 
 import vflan
 from vflan.training import batching, costs
+from vflan.training.row_lengths import load_rows
 
 HOME = Path(__file__).resolve().parents[2]
 MEASURED = json.loads((HOME / "bench" / "results" / "gpu.json").read_text())
@@ -160,6 +161,19 @@ def test_the_page_says_what_the_plan_says(walk):
     assert float(numbers) == pytest.approx(walk.evaluation, abs=0.06)
 
 
+def test_the_page_says_what_the_plan_says_of_the_small_model():
+    page = (HOME / "docs" / "real_data.md").read_text(encoding="utf-8")
+    for precision, kind in (("bf16", "`"), ("fp32", '` with `precision="fp32"`')):
+        (numbers,) = re.findall(rf"\| `smol_real{kind} \| (.*) \|\n", page)
+        gpu, memory, most, left = map(float, re.sub(r"[^\d. ]", "", numbers).split())
+        walk = vflan.plan(vflan.preset("smol_real", precision=precision), gpu="L4-24G")
+        # It also fits into 8 GB, of which the driver keeps some.
+        assert gpu == pytest.approx(walk.table.gpu["all"], abs=0.06) and gpu < 7.7
+        assert memory == pytest.approx(walk.table.memory["all"], abs=0.06)
+        assert most == pytest.approx(walk.table.disk["all"], abs=0.06)
+        assert left == pytest.approx(walk.table.left["all"], abs=0.06)
+
+
 def test_disk_is_models_and_the_checkpoints_of_the_stage_that_trains(walk):
     """13.35 G weights: 2 bytes each in a model, 12 for each trained one in a checkpoint."""
     table, model = walk.table, 26.7
@@ -201,6 +215,22 @@ def medium_preset(recipe):
 
     projector = vflan.replace(recipe, name="projector", tune=("projector",), template="plain")
     return Preset(projector, recipe, vflan.replace(recipe, name="chat"))
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        (dict(), 186_103),
+        (dict(per_task=100), 19_100),
+        (dict(num_tasks=10), 9_743),
+        (dict(num_tasks=10, per_task=100), 1_000),
+        (dict(per_task=5_000), 186_103),
+        (dict(per_task=100, num_samples=500), 500),
+    ],
+)
+def test_a_plan_counts_tasks_of_a_file_that_is_not_here(changes, rows):
+    base = vflan.preset("full_7b").base
+    assert len(load_rows(vflan.replace(base, **changes))[0].ids) == rows
 
 
 def test_more_rows_than_memory_orders_are_refused_at_once():

@@ -71,7 +71,7 @@ def test_bf16_without_a_gpu_is_refused_and_leaves_no_folder(recipe, machine):
     check_device(half)
 
 
-@pytest.mark.parametrize("name", ["qlora_7b", "lora_7b", "full_7b", "full_13b"])
+@pytest.mark.parametrize("name", ["smol_real", "qlora_7b", "lora_7b", "full_7b", "full_13b"])
 def test_no_preset_for_gpus_trains_on_a_cpu_unless_it_is_asked_to(machine, name):
     machine("", None)
     for recipe in vflan.preset(name):

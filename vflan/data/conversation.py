@@ -28,9 +28,9 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# The same template for Hugging Face processors; `chat_template` fills in SYSTEM and GAP.
+# The same template for Hugging Face processors; `chat_template` fills in BEGIN, SYSTEM and GAP.
 _CHAT_TEMPLATE = """\
-{% set has_system = messages[0].role == 'system' %}{% if not has_system %}{{ 'SYSTEM ' }}\
+BEGIN{% set has_system = messages[0].role == 'system' %}{% if not has_system %}{{ 'SYSTEM ' }}\
 {% elif messages[0].content is string %}{{ messages[0].content + ' ' }}{% else %}\
 {% for c in messages[0].content if c.type == 'text' %}{{ c.text + ' ' }}{% endfor %}{% endif %}\
 {% for m in (messages[1:] if has_system else messages) %}\
@@ -248,13 +248,16 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
     It tokenises the whole text at once, where training takes the text before and after the image
     separately. Some tokenizers begin every text with a space, but not after a special token
-    (Vicuna's, for instance): for them the template has to write that space.
+    (Vicuna's, for instance): for them the template has to write that space. Some name a token that
+    begins a text, but do not put it there (SmolLM2's): for them the template writes that too.
     """
+    begins = tokenizer("").input_ids[:1] == _bos(tokenizer) or not _bos(tokenizer)
     separate = prompt_ids(f"{IMAGE}\nWhat?", tokenizer)[len(_bos(tokenizer)) :]
     separate[separate.index(IMAGE_TOKEN_INDEX)] = tokenizer.convert_tokens_to_ids(IMAGE)
     at_once = tokenizer(f"{SYSTEM} USER: {IMAGE} \nWhat? ASSISTANT:", add_special_tokens=False)
     gap = " \n" if at_once.input_ids == separate else "\n"
-    return _CHAT_TEMPLATE.replace("SYSTEM", SYSTEM.replace("'", "\\'")).replace("GAP", gap)
+    template = _CHAT_TEMPLATE.replace("BEGIN", "" if begins else "{{ bos_token }}")
+    return template.replace("SYSTEM", SYSTEM.replace("'", "\\'")).replace("GAP", gap)
 
 
 def expand(

@@ -27,10 +27,17 @@ _VICUNA_13B = _VICUNA | dict(hidden_size=5120, intermediate_size=13824)
 _VICUNA_13B |= dict(num_hidden_layers=40, num_attention_heads=40)
 _CLIP_L = dict(hidden_size=1024, intermediate_size=4096, image_size=336, patch_size=14)
 _CLIP_L |= dict(num_hidden_layers=24, num_attention_heads=16)
+_CLIP_B = dict(hidden_size=768, intermediate_size=3072, image_size=224, patch_size=16)
+_CLIP_B |= dict(num_hidden_layers=12, num_attention_heads=12)
+_SMOL = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5)
+_SMOL |= dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+_SMOL |= dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
 _KNOWN_SHAPES = {
     "lmsys/vicuna-7b-v1.5": (LlamaConfig, _VICUNA_7B),
     "lmsys/vicuna-13b-v1.5": (LlamaConfig, _VICUNA_13B),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (LlamaConfig, _SMOL),
     "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, _CLIP_L),
+    "openai/clip-vit-base-patch16": (CLIPVisionConfig, _CLIP_B),
 }
 
 

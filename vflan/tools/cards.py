@@ -34,7 +34,9 @@ TINY = "data/tiny/"  # the mini world's files and backbones
 BACKBONES = {
     "lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
     "openai/clip-vit-large-patch14-336": "MIT, that of OpenAI's CLIP repository",
+    "openai/clip-vit-base-patch16": "MIT, that of OpenAI's CLIP repository",
 }
 # The hub's size classes, by the number of digits above three.
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")

@@ -14,8 +14,10 @@ from vflan.data.conversation import IGNORE_INDEX, encode_many
 from vflan.data.mixture import recipe_samples
 from vflan.models import llava as models
 
-# Rows of published files, and percentiles of text lengths.
-_, ROWS, TEXT, _ = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
+# Rows of published files, percentiles of text lengths, and how many tasks the rows are of.
+_, ROWS, TEXT, TASKS, _ = json.loads(
+    Path(__file__).with_name("planning.json").read_bytes()
+).values()
 # The lengths of so many rows are read; others are alike. So many rows are ordered in memory.
 ROWS_READ, MOST_ROWS = 4000, 10**7
 
@@ -25,7 +27,7 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
     vision, text = models.shapes(recipe)
     patches, path = (vision.image_size // vision.patch_size) ** 2, resolve(recipe.samples)
     samples = recipe_samples(recipe) if path.exists() else None
-    rows = len(samples) if samples else recipe.num_samples or ROWS.get(path.name)
+    rows = len(samples) if samples else _published_rows(recipe, path.name)
     if not rows:
         raise ValueError(
             f"{recipe.samples} is not there, and its number of rows is unknown: set num_samples."
@@ -50,6 +52,16 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
     columns = dict(lengths=lengths[chosen], supervised=learned[chosen], picture=picture, ids=chosen)
     packed = recipe.packing == "packed"
     return SimpleNamespace(**columns, packed=packed, patches=patches, text=text), notes
+
+
+def _published_rows(recipe, name):
+    """Return how many rows a recipe takes of a published file; None if that is unknown."""
+    rows, tasks = ROWS.get(name), TASKS.get(name)
+    if recipe.num_samples or not (rows and tasks):
+        return recipe.num_samples or rows
+    taken = min(recipe.num_tasks or tasks, tasks)
+    # As if each task had as many rows as the others.
+    return min(taken * (recipe.per_task or rows), rows * taken // tasks)
 
 
 def _has_tokenizer(source):
