@@ -198,7 +198,7 @@ def categories(
     fig, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
     for ax, name, table in zip(axes.flat, benchmarks, parts):
         values = table.value.unstack()[list(dict.fromkeys(table.index.get_level_values(1)))]
-        values = values.sort_values(values.columns[-1])
+        values = values.sort_values(values.columns[-1], kind="stable")
         colors, lines = model_colors(values), np.arange(len(values))
         chance = table.baseline.unstack().mean(axis=1)[values.index]
         ax.vlines(chance, lines - 0.4, lines + 0.4, label="majority answer", **MAJORITY)
