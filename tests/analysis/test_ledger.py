@@ -179,6 +179,16 @@ def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():
     assert "holds (committed long form, 5 seeds: +" in next(claims.reading(None, long))
 
 
+def test_what_changed_since_the_committed_run_is_told():
+    now = claims.verdicts(items(0.3), range(5), claim(), rounds=50)
+    before = now.assign(verdict=claims.NOT, effect=-1.25)
+    (line,) = claims.changed(now, before)
+    assert line.startswith("1. ") and line.endswith(f"now holds ({now.effect[0]:+.1f})")
+    assert f"{claims.NOT} (-1.2) before" in line
+    assert claims.changed(now, now) == ["The verdicts are those of the committed run."]
+    assert claims.changed(now, now.iloc[:0]) == ["measured for the first time: 1"]
+
+
 def test_verdicts_and_scores_are_kept_beside_the_runs_that_they_are_of(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ROOT", tmp_path)
     row = ["a", "x", "accuracy", 1.0, 0.0, 2.0, 9, 0, 0.0, "", 0]

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import vflan
-from vflan.analysis.sweeps import estimated_rows, longest_first
+from vflan.analysis.sweeps import estimated_rows, longest_first, with_samples
 from vflan.config import replace, write_json
 
 
@@ -115,6 +115,22 @@ def test_the_rows_of_an_arm_come_from_its_recipe(small):
     assert rows(whole, num_tasks=3, per_task=10, epochs=2.0) == 60
     assert rows(whole, num_samples=40) == 40
     assert rows(whole) > 10_000
+
+
+def test_fewer_samples_are_seen_as_often_and_more_in_as_many_steps(small):
+    """Chat of the presets: 1,000 conversations, eight passes of 16, or 128 steps of 64."""
+    chat = vflan.preset("tiny").chat
+    amounts = {n: with_samples(chat, n) for n in (30, 100, 1000, 3000, 9000)}
+    assert amounts[1000] == chat
+    assert {n: recipe.num_samples for n, recipe in amounts.items()} == {n: n for n in amounts}
+    steps = {n: recipe.max_steps for n, recipe in amounts.items() if n != 1000}
+    # 15 and 50 of 500 steps; all 3,000 fit into 500 steps; 9,000 once are 563.
+    assert steps == {30: 15, 100: 50, 3000: 500, 9000: 563}
+    published = vflan.preset("full_13b").chat
+    assert with_samples(published, 100).max_steps == 13
+    assert with_samples(published, 158_000).max_steps == 2469
+    everything = vflan.replace(chat, num_samples=None)
+    assert with_samples(everything, 50).max_steps is None
 
 
 def test_an_arm_that_fails_is_named_and_what_was_done_stays(small, tmp_path):

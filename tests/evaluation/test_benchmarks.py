@@ -13,7 +13,7 @@ from vflan.evaluation.benchmarks.files import json_lines
 from vflan.evaluation.benchmarks.llava_bench import judge
 from vflan.evaluation.benchmarks.mmbench import options
 from vflan.evaluation.benchmarks.tasks import lenient
-from vflan.evaluation.judge import RuleJudge, is_long_form, mentions
+from vflan.evaluation.judge import Judgement, RuleJudge, is_long_form, mentions
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 LEXICON = {
@@ -165,6 +165,24 @@ def test_pope_counts_by_hand():
     assert scores == pytest.approx(dict(accuracy=50, precision=50, recall=50, f1=50, yes_ratio=50))
     assert BENCHMARKS["pope"].score(samples, ["No"] * 4)["f1"] == 0  # no division by zero
     assert BENCHMARKS["pope"].baseline(samples)["f1"] == pytest.approx(200 / 3)
+
+
+def test_a_judge_decides_on_the_choices_of_mmbench_that_no_rule_reads():
+    """All rotations of a question have to be right; by rule or by judgement."""
+    text = "Which? (a) red (b) blue Answer with the letter."
+    rows = [("1", "b"), ("1000001", "a"), ("2", "a"), ("1000002", "b")]
+    more = dict(text=text, exact=True)
+    samples = [question(k, number=i, rotation_of=i[-1], **more) for i, k in rows]
+    answers = ["b", "Hard to say.", "It is red.", "Who knows?"]
+    bench, yes, no = BENCHMARKS["mmbench"], Judgement(1.0, "Yes", 1.0), Judgement(0.0, "No", 1.0)
+    plain = dict(accuracy=0.0, lenient=0.0)
+    for judgements, value in (([yes, yes], 100), ([yes, no], 50), ([None, yes], 50)):
+        verdicts = [None, judgements[0], None, judgements[1]]
+        scores = bench.score(samples, answers, verdicts)
+        assert scores["judged"] == value and plain.items() <= scores.items()
+    assert "judged" not in bench.score(samples, answers)
+    # A judgement on an answer that a rule reads changes nothing.
+    assert bench.score(samples, answers, [no, yes, no, yes])["judged"] == 100
 
 
 def test_mme_adds_accuracy_and_accuracy_of_whole_pairs():

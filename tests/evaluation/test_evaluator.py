@@ -706,6 +706,27 @@ def test_a_judge_for_all_is_only_asked_where_a_judge_is_needed(run):
     assert set(evaluate(run, judge=judge).judge) == {""} and not judge.seen
 
 
+def test_a_judge_of_mmbench_is_asked_only_what_no_rule_reads(run, monkeypatch, capsys):
+    folder = run.folder / "benchmarks" / "mmbench"
+    folder.mkdir()
+    text = "Which? (a) red (b) blue Answer with the letter."
+    rows = [
+        dict(question_id=f"{i}", image="0.png", text=text, label="b", category="color")
+        for i in range(3)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def said(model, processor, samples, *more):
+        return ((i, Answer(text, "stop")) for i, text in enumerate(["b", "Hard to say.", "a"]))
+
+    monkeypatch.setattr(EVALUATOR, "answering", said)
+    judge = Fixed()
+    scores = evaluate(run, "mmbench", judge={"mmbench": judge}).set_index("metric")
+    assert [answer for *_, answer in judge.seen] == ["Hard to say."]
+    assert scores.value["judged"] == pytest.approx(200 / 3)
+    assert scores.value["accuracy"] == pytest.approx(100 / 3)
+
+
 @pytest.fixture
 def open_questions(run):
     """Three questions of LLaVA-Bench's kind, in place of POPE; the lexicon is the mini world's."""

@@ -22,6 +22,10 @@ ANIMALS = {"a": "cat", "b": "dog", "c": "horse"}
         ("b) dog", "b"),
         ("b: dog", "b"),
         ("A: cat", "a"),
+        # a model that does not stop
+        ("b b b b b b", "b"),
+        ("a a small cat", "a"),
+        ("c c c, a dog.", "c"),
         # a stated letter
         ("The answer is (b).", "b"),
         ("The answer is\nB", "b"),
@@ -52,6 +56,8 @@ ANIMALS = {"a": "cat", "b": "dog", "c": "horse"}
         ("Option B isn’t right.", None),
         ("Option A is incorrect, so the answer is B.", "b"),
         ("The answer is A or B", None),
+        ("a small horseshoe", None),
+        ("b c b c", None),
         ("a cat and a dog", None),
         ("None of them", None),
         ("D", None),

@@ -61,6 +61,22 @@ def test_a_sweep_reads_it_for_each_seed_and_trains_no_captions(stage, recipe, fi
     assert projector_arm(stage, "", [0]) == vflan.Arm(stage)
 
 
+def test_a_recipe_may_name_the_projector_that_later_stages_start_from(stage, recipe, file):
+    """The stage can still be trained: what is taken has a folder of its own."""
+    stage = vflan.replace(stage, pretrained=str(file), max_steps=2)
+    arms = {"one-epoch": vflan.Arm(stage), "projector": projector_arm(stage, "", [0, 1])}
+    arms["base"] = vflan.Arm(vflan.replace(recipe, max_steps=2), init="projector")
+    done = vflan.sweep(arms, [0, 1], (), folder=".", jobs=1)
+    steps = {key: (run.name, run.summary["steps"]) for key, run in done.runs.items()}
+    assert steps["projector", 0] == (f"{stage.name}-pretrained", 0)
+    assert steps["one-epoch", 1] == (f"{stage.name}-seed1", 2) and steps["base", 0][1] == 2
+    taken = read_projector(done.runs["projector", 1])["linear_2.bias"]
+    assert torch.equal(taken, read_projector(file)["linear_2.bias"].float())
+    # What a notebook's parameter names comes first.
+    other = projector_arm(vflan.replace(stage, name="other"), str(file), [0])
+    assert other.recipe.name == "other"
+
+
 @pytest.mark.parametrize("vision, text", [(32, 48), (48, 32)])
 def test_a_projector_of_another_shape_is_refused_in_one_sentence(stage, tmp_path, vision, text):
     wrong = make_projector(tmp_path / "wrong.bin", vision, text)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vflan.config import ROOT
+from vflan.config import ROOT, preset
+from vflan.models.llava import fitting_projector
+from vflan.world import WORLDS
 from vflan.world import language_model as L
 from vflan.world import scene as W
 from vflan.world import tasks as T
@@ -42,8 +44,20 @@ def small(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
+def test_the_shipped_projector_fits_was_trained_on_other_pictures_and_converged():
+    stage = preset("tiny").projector
+    projector = fitting_projector(stage.pretrained, vision=160, text=128)
+    record = json.loads((FOLDER / "backbones.json").read_text())["projector"]
+    assert sum(weight.numel() for weight in projector.values()) == record["parameters"]
+    assert record["captions"] * record["epochs"] / 16 == record["steps"]
+    assert record["seed"] not in {world.get("seed", 0) for world in WORLDS.values()}
+    losses = record["losses"]
+    assert losses[-1] < losses[0] / 8 and min(losses[:10]) > 1.5 * max(losses[-5:])
+
+
 def test_the_shipped_files_are_small_safetensors_of_the_right_classes(model):
-    files = [p for part in ("vision_tower", "language_model") for p in (FOLDER / part).iterdir()]
+    parts = ("vision_tower", "language_model", "projector")
+    files = [p for part in parts for p in (FOLDER / part).iterdir()]
     assert sum(p.stat().st_size for p in files) < 25e6
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl")]
     assert isinstance(CLIPVisionModel.from_pretrained(FOLDER / "vision_tower"), CLIPVisionModel)

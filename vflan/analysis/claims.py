@@ -314,22 +314,43 @@ def publish(
 ) -> None:
     """Save a notebook's verdicts and scores as claims.csv and sweeps.csv in `results` of its runs.
 
-    `make publish` copies them to data/results, where `committed` reads them.
+    `make publish` copies them to data/results, where `committed` reads them. Prints what is
+    otherwise than committed.
     """
     folder = output_folder(resolve(recipes(preset, changes or {}).base.runs), "results")
+    print("\n".join(changed(measured, _committed(preset))))
     keep_verdicts(folder / "claims.csv", measured)
     keep_scores(folder / "sweeps.csv", scores)
 
 
+def changed(measured: pd.DataFrame, before: pd.DataFrame) -> list[str]:
+    """A line for each claim with another verdict than `before`, or one that says that none has."""
+    both = measured.merge(before, on="claim", how="left", suffixes=("", "_before"))
+    new = both[both.verdict_before.isna()]
+    other = both[both.verdict_before.notna() & (both.verdict != both.verdict_before)]
+    lines = [
+        f"{row.claim}. {row.statement}: {row.verdict_before} ({row.effect_before:+.1f}) before, "
+        f"now {row.verdict} ({row.effect:+.1f})"
+        for row in other.itertuples()
+    ]
+    if len(new):
+        lines.append(f"measured for the first time: {', '.join(new.claim)}")
+    return lines or ["The verdicts are those of the committed run."]
+
+
 def committed(notebook: str, preset: str = "tiny") -> pd.DataFrame:
     """The committed verdicts of a notebook's claims ("06"); empty if there are none yet."""
+    saved = _committed(preset)
+    return saved[saved.claim.isin(ledger().query("notebook == @notebook").claim)]
+
+
+def _committed(preset):
     # `tiny` and `tiny_frozen` share one file: the frozen mini world is measured for both
     path = resolve(f"data/results/claims_{Path(preset).stem.removesuffix('_frozen')}.csv")
     if not path.exists():
         return pd.DataFrame(columns=VERDICTS)
     READ.append(shown_path(path))
-    saved = pd.read_csv(path, dtype={"claim": str})
-    return saved[saved.claim.isin(ledger().query("notebook == @notebook").claim)]
+    return pd.read_csv(path, dtype={"claim": str})
 
 
 def beside(scores: Scores, preset: str = "tiny", changes: dict | None = None) -> pd.DataFrame:

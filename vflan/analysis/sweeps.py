@@ -184,13 +184,18 @@ def projector_arm(
     seeds: Iterable[int],
     benchmarks: tuple[str, ...] | None = None,
 ) -> Arm:
-    """The arm of the projector stage: trained, or the `projector` of others if one is named.
+    """The arm of the projector stage: the `projector` of others, the recipe's own, or trained here.
 
     projector: LLaVA's `mm_projector.bin`, its folder or hub id. It becomes a finished run for each
-    seed (`take_projector`), which the sweep reads, asks and starts from like any other.
+    seed (`take_projector`), which the sweep reads, asks and starts from like any other. Without it,
+    `recipe.pretrained` is taken so, as the run `<name>-pretrained`; the recipe is trained if it
+    names none.
     """
-    if not projector:
+    if not projector and not recipe.pretrained:
         return Arm(recipe, benchmarks=benchmarks)
+    if not projector:
+        projector = recipe.pretrained
+        recipe = replace(recipe, name=f"{recipe.name}-pretrained")
     for seed in seeds:
         take_projector(for_seed(recipe, seed), projector)
     return Arm(recipe, Path(projector), benchmarks)
@@ -205,6 +210,21 @@ def spread(recipe: Recipe, instances: int, tasks: int) -> Recipe:
     steps = recipe.max_steps or math.ceil(instances / recipe.global_batch)
     name = f"tasks-{tasks}-of-{instances}"
     return replace(recipe, name=name, num_tasks=tasks, per_task=instances // tasks, max_steps=steps)
+
+
+def with_samples(recipe: Recipe, number: int) -> Recipe:
+    """A second stage on `number` random samples in place of its own (Figures 5 to 8).
+
+    Fewer are seen as often as its own are. More are seen in as many steps, so that they are other
+    samples and not a longer training, but each at least once.
+    """
+    own, batch = recipe.num_samples, recipe.global_batch
+    if own in (None, number):
+        return replace(recipe, num_samples=number)
+    steps = recipe.max_steps or math.ceil(recipe.epochs * own / batch)
+    once = math.ceil(number / batch)
+    steps = math.ceil(steps * number / own) if number < own else max(steps, once)
+    return replace(recipe, num_samples=number, max_steps=steps)
 
 
 def default_jobs() -> int:

@@ -34,7 +34,8 @@ if INSTALLED:
 # Files and whole folders that come with vflan: patterns, relative to SHIPPED.
 SHIPPED_FILES = (
     *("data/*.csv", "data/README.md", "data/results", "data/tiny/backbones.json"),
-    *("data/tiny/language_model", "data/tiny/second_language_model", "data/tiny/vision_tower"),
+    *("data/tiny/language_model", "data/tiny/second_language_model"),
+    *("data/tiny/vision_tower", "data/tiny/projector"),
     *("figures/vflan.mplstyle", "figures/tiny_frozen", "notebooks"),
 )
 # What can be computed again: Arrow tables, verdicts of judges, image features.
@@ -73,6 +74,9 @@ class Recipe:
     task_weights: tuple[str, ...] = ()
     # Further sample files to mix in; "file.json#1000" takes 1000 random rows of it.
     more_samples: tuple[str, ...] = ()
+    # Of a projector stage: a projector of the same shape that was trained longer, as LLaVA's
+    # mm_projector.bin. Where nothing else is said, notebooks start Base from it, as the paper does.
+    pretrained: str = ""
     # Which parts learn. The vision tower never does (paper, section 3).
     tune: tuple[str, ...] = ("projector",)
     bits: int = 16  # 8 or 4 quantises the language model; LoRA is then needed to tune it

@@ -237,14 +237,24 @@ class LoadedBenchmark:
         if self.judge is not None:
             from vflan.evaluation.judge import judge_all
 
-            judgements = judge_all(self.judge, samples, texts)
-            if all(judgement.score is None for judgement in judgements):
+            where = self._to_judge(samples, texts)
+            found = judge_all(self.judge, [samples[i] for i in where], [texts[i] for i in where])
+            if found and all(judgement.score is None for judgement in found):
                 raise ValueError(
                     f"{self.benchmark.name}: the judge gave no score that can be read "
-                    f"({judgements[0].reason})."
+                    f"({found[0].reason})."
                 )
+            judged = dict(zip(where, found))
+            judgements = [judged.get(i) for i in range(len(samples))]
         items = self.benchmark.items(samples, texts, judgements)
-        return items, dict(zip(kept, judgements or ()))
+        return items, {i: j for i, j in zip(kept, judgements or ()) if j is not None}
+
+    def _to_judge(self, samples, texts):
+        """The indices of the answers that a judge has to decide on: those that no rule reads."""
+        if not self.benchmark.measure_with_judge:
+            return range(len(samples))
+        pairs = enumerate(zip(samples, texts))
+        return [i for i, (s, text) in pairs if self.benchmark.parse(text, s) is None]
 
 
 def load_benchmark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -77,6 +78,15 @@ def read_pretrained(kind: Any, source: str | os.PathLike, **options: Any) -> Any
         raise error_class(f"{source} cannot be read: {_reason(error)}") from error
 
 
+def sign(record: dict[str, Any]) -> dict[str, Any]:
+    """A done.json with, among the checksums of `files`, one of its own other entries."""
+    files = {name: each for name, each in record["files"].items() if name != "done.json"}
+    # As it comes back from the file: tuples become lists.
+    text = json.dumps(json.loads(json.dumps(record | dict(files=files))), sort_keys=True)
+    own = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return record | dict(files=files | {"done.json": own})
+
+
 def check_files(folder: Path, weights: bool = True) -> None:
     """Compare a run's model, or its adapter, with the checksums in done.json, once a process.
 
@@ -87,6 +97,11 @@ def check_files(folder: Path, weights: bool = True) -> None:
     record = read_json(folder.parent / "done.json") if folder.name in ("model", "adapter") else {}
     if weights and record:
         require_kept(folder)
+    if "done.json" in record.get("files", {}) and sign(record) != record:
+        raise ValueError(
+            f"{shown(folder.parent / 'done.json')} is not as it was written: put back a copy of it, "
+            f"or delete {shown(folder.parent)} and train it again."
+        )
     for name, before in record.get("files", {}).items():
         path = folder.parent / name
         if path.parent != folder or not (weights or path.suffix != ".safetensors"):

@@ -27,7 +27,7 @@ def preset() -> Preset:
     changes |= dict(micro_batch=8)
     projector, base, chat = (replace(recipe, **changes) for recipe in tiny())
     return Preset(
-        replace(projector, lr=1e-3),
-        replace(base, per_task=113, lr=1e-4, projector_lr=None),
-        replace(chat, lr=5e-5),
+        replace(projector, lr=1e-3, pretrained=""),
+        replace(base, per_task=113, lr=1e-4),
+        replace(chat, lr=5e-5, epochs=1),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from vflan.config import shown, write_json
 from vflan.evaluation.answer_cache import hash_weights
 from vflan.io import MODEL, foreign, named
+from vflan.models.weights import sign
 from vflan.training.run import Run
 
 KEEPS = ("model", "adapter", "nothing")
@@ -41,7 +42,7 @@ def keep_only(run: Run, what: str) -> None:
         done.setdefault("weights", hash_weights(model))
         gone = {file.relative_to(run.folder).as_posix() for file in files}
         sums = {name: each for name, each in done.get("files", {}).items() if name not in gone}
-        write_json(run.folder / "done.json", done | dict(files=sums, kept=what))
+        write_json(run.folder / "done.json", sign(done | dict(files=sums, kept=what)))
         for file in files:
             file.unlink()
 

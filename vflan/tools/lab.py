@@ -4,8 +4,8 @@ Each is documented where it is defined.
 """
 
 from vflan.analysis.movement import moved, weight_pairs
-from vflan.analysis.sweeps import projector_arm, spread
-from vflan.config import ROOT, for_seed, output_folder, read_changes, resolve
+from vflan.analysis.sweeps import projector_arm, spread, with_samples
+from vflan.config import ROOT, for_seed, output_folder, read_changes, read_json, resolve
 from vflan.data.conversation import expand
 from vflan.data.images import read_picture
 from vflan.data.mixture import recipe_samples
@@ -29,10 +29,10 @@ from vflan.training.batching import pack
 from vflan.training.trainer import learning_rate
 
 __all__ = [
-    "attention_maps", "captioned", "checked", "data_paths", "difference", "expand", "fingerprint",
-    "for_seed", "image_features", "is_small", "judged_answers", "learning_rate", "load_processor",
-    "load_tokenizer", "moved", "nearest_words", "output_folder", "pack", "parameter_counts",
-    "part_sizes", "per_task", "picture_tokens", "present", "projector_arm", "read_changes",
-    "read_picture", "recipe_samples", "resolve", "ROOT", "scorable", "spread", "texture",
-    "tower_view", "usable_part", "weight_pairs", "write_sheet",
+    "attention_maps", "captioned", "checked", "data_paths", "difference", "expand",
+    "fingerprint", "for_seed", "image_features", "is_small", "judged_answers", "learning_rate",
+    "load_processor", "load_tokenizer", "moved", "nearest_words", "output_folder", "pack",
+    "parameter_counts", "part_sizes", "per_task", "picture_tokens", "present", "projector_arm",
+    "read_changes", "read_json", "read_picture", "recipe_samples", "resolve", "ROOT",
+    "scorable", "spread", "texture", "tower_view", "usable_part", "weight_pairs", "with_samples", "write_sheet",
 ]  # fmt: skip

@@ -55,7 +55,6 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "budgets": _COUNTS,
     "num_tasks": _COUNTS,
     "instances": _COUNTS,
-    "often": _COUNT,
     "beyond": ("True or False", lambda value: isinstance(value, bool)),
     "live": ('"small" or "all"', lambda value: value in ("small", "all")),
     "projector": _TEXT,

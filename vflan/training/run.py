@@ -235,6 +235,7 @@ class Run:
     ) -> None:
         """Write the model, then done.json with a summary, and delete the checkpoints."""
         from vflan.models import llava as models
+        from vflan.models.weights import sign
         from vflan.training.checkpointing import flush
 
         scratch, metrics = self.folder / ".model", self.metrics()
@@ -264,7 +265,7 @@ class Run:
                 for name, digest in io.digests(folder).items()
             }
             scratch.replace(self.folder / "model")
-            write_json(self.folder / "done.json", summary)
+            write_json(self.folder / "done.json", sign(summary))
         io.clear(self.folder / "checkpoints", io.CHECKPOINTS)
         io.clear(self.folder / "rows", io.ROWS)
 

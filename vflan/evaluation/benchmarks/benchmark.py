@@ -240,6 +240,9 @@ class Benchmark:
     title: str = ""  # in figures and tables; the name if empty
     paper: str = ""  # the column of Table 2
     judged: bool = False  # the official number comes from a judge
+    # (samples, answers, judgements) -> Metrics, where a judge decides only on the answers that
+    # `parse` reads nothing in; a judgement is None for the others
+    measure_with_judge: Callable | None = None
     # (samples, answers, path): write the file that the benchmark's server takes
     upload: Callable | None = None
     # How that file is called (in <run>/answers/); "": NAME_upload.json
@@ -354,7 +357,8 @@ class Benchmark:
         Left out are questions without a known label and, unless the official script counts them as
         wrong, those whose answer is None; `problems` lists them. judgements: a Judgement or None
         for each question. They give a benchmark that is not `judged` its headline, as the paper
-        lets Vicuna decide on forgetting; invalid ones are left out.
+        lets Vicuna decide on forgetting; invalid ones are left out. MMBench takes them only where
+        its rules read no choice, as its official script does.
         """
         self._same_length(samples, answers, "answers")
         if judgements is not None:
@@ -371,8 +375,8 @@ class Benchmark:
         if judgements is None:
             return self.measure(scored, texts)
         verdicts = [judgements[i] for i in kept]
-        if self.judged:
-            return self.measure(scored, texts, verdicts)
+        if self.judged or self.measure_with_judge:
+            return (self.measure_with_judge or self.measure)(scored, texts, verdicts)
         pairs = [(s, j) for s, j in zip(scored, verdicts) if valid(j)]
         if not pairs:
             return {}

@@ -8,21 +8,30 @@ To score, an upload sheet (.xlsx) will do as questions: it has all but the pictu
 Rows whose `index` is equal modulo a million are rotations of one question. The official judge is a
 server on which a language model reads the answers. Here an answer to the released file is right if
 it is the letter and nothing else, which reproduces LLaVA-1.5-13B's published 67.7. `lenient` also
-finds letters and options in sentences. The test split has no answers: `upload` writes the sheet for
+finds letters and options in sentences. With a judge, `judged` is the official procedure: rules read
+the choice, and the judge decides where they read none. The test split has no answers: `upload` writes the sheet for
 the server. A missing answer is wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, clean, labelled, metrics
+from vflan.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Metric,
+    clean,
+    labelled,
+    metrics,
+    out_of,
+    valid,
+)
 from vflan.evaluation.benchmarks.files import FORMATS, LETTER, LETTER_CN, read_rows
 from vflan.evaluation.benchmarks.reading import choose
 
@@ -100,8 +109,24 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
 
     single_pass is of the questions in their first order alone, as the authors publish it.
     """
+    return _scores(samples, answers)
+
+
+def items_with_judge(
+    samples: list[dict], answers: list[str], judgements: Sequence
+) -> dict[str, Metric]:
+    """`items`, and judged (circular): right by `parse`, or by a judgement where it reads nothing.
+
+    judgements: a Judgement of 0 or 1 for each answer, or None. An answer that neither reads counts
+    as wrong.
+    """
+    return _scores(samples, answers, judgements)
+
+
+def _scores(samples, answers, judgements=None):
     label = [s["label"].lower().strip("() ") for s in samples]
-    loose = np.array([parse(a, s) == right for a, s, right in zip(answers, samples, label)], float)
+    chosen = [parse(a, s) for a, s in zip(answers, samples)]
+    loose = np.array([choice == right for choice, right in zip(chosen, label)], float)
     strict = [
         a == s["label"] if s.get("exact") else ok for a, s, ok in zip(answers, samples, loose)
     ]
@@ -121,6 +146,13 @@ def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
     measured["single_pass"] = metrics("single_pass", right[base], heads, pooled=True)["single_pass"]
     if any(s.get("exact") for s in samples):
         measured["lenient"] = metrics("lenient", circular(loose), heads, pooled=True)["lenient"]
+    if judgements is not None:
+        decided = [
+            valid(j) and j.score >= out_of(j) / 2 if choice is None else ok
+            for choice, ok, j in zip(chosen, loose, judgements)
+        ]
+        judged = circular(np.array(decided, float))
+        measured["judged"] = metrics("judged", judged, heads, pooled=True)["judged"]
     return measured
 
 
@@ -173,6 +205,7 @@ family = partial(
     headline="accuracy",
     parse=parse,
     measure=items,
+    measure_with_judge=items_with_judge,
     known=labelled,
     unit=rotated,
     missing="wrong",

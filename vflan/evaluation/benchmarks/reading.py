@@ -76,7 +76,7 @@ def choose(answer: object, options: dict[str, str]) -> str | None:
     """The letter that an answer chooses, or None where it chooses none or several.
 
     options: {letter: its text}, small letters. Read are the letter alone ("b", "**B**", "(b) blue",
-    "B. blue"), a stated letter ("I think the answer is B."), or one option's text that is not
+    "B. blue", "b b b"), a stated letter ("I think the answer is B."), or one option's text that is not
     denied ("The answer is a dog.").
     """
     answer, letters = plain(answer), "".join(options) or "abcd"
@@ -84,6 +84,7 @@ def choose(answer: object, options: dict[str, str]) -> str | None:
         rf"[\"'(\[]*([{letters}])[\"')\]]*[.:,)]?$",  # nothing but the letter
         rf"[(\[]([{letters}])[)\]]",  # (b) blue
         rf"([{letters}])[.:)](?:\s|$)",  # b. blue
+        rf"([{letters}])(?:\s+\1)+(?!\w)",  # b b b: a model that does not stop
     ):
         if match := re.match(pattern, answer, re.I):
             return match[1].lower()
