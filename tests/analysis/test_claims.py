@@ -70,10 +70,11 @@ def test_floors_are_judged_on_the_mean_of_the_seeds():
 
 def test_floors_count_from_the_majority_answer_and_from_the_stage_before():
     rows = [
-        ("projector", 0, "heldout", "accuracy", 50, 2, 33),
+        ("projector", 0, "mmbench", "accuracy", 50, 2, 33),
         ("base", 0, "heldout", "accuracy", 55, 2, 33),
+        ("base", 0, "mmbench", "accuracy", 55, 2, 33),
     ]
-    assert list(held(claims.floors(scores(*rows))).values()) == [True, False]
+    assert list(held(claims.floors(scores(*rows))).values()) == [True, False, None]
 
 
 def test_a_floor_over_a_stage_that_was_not_scored_does_not_hold():

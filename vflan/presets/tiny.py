@@ -6,8 +6,8 @@ Expect: Base answers the mini world's questions tersely, Chat in sentences; READ
 of the committed run.
 Base starts from a projector that was trained longer (`pretrained`), as the paper's starts from
 LLaVA's. The learning rates suit a model of 1 M parameters; their ratios are the paper's: one rate
-for the projector and the language model, and half of it for Chat. One pass over the tasks, and
-eight over 1,000 conversations, as in the paper.
+for the projector and the language model, and half of it for Chat. One pass over half of the tasks'
+samples, and eight over 1,000 conversations, as in the paper.
 """
 
 from vflan.config import Preset, Recipe, replace
@@ -41,6 +41,7 @@ def preset() -> Preset:
         samples="data/tiny/samples/flan.json",
         template="vicuna_v1",
         image_aspect_ratio="pad",
+        per_task=250,
         tune=("projector", "language_model"),
         lr=6e-4,
     )
@@ -49,6 +50,7 @@ def preset() -> Preset:
         name="chat",
         stage="chat",
         samples="data/tiny/samples/chat.json",
+        per_task=None,
         num_samples=1000,
         lr=3e-4,
         epochs=8,

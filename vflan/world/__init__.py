@@ -50,11 +50,12 @@ WRITTEN += (
 )
 VERSION = 7  # of the generated files; a folder of another version or seed is built again
 # The worlds that presets read. All choices were made on the first. The second has other scenes and
-# a random choice of held-out kinds, and is used only for the claims. (The draw 2402 and 11690 was
-# retired, because three seeds of notebook 06 had been seen on it.)
+# a random choice of held-out kinds, and is used only for the claims. It is the third such draw: on
+# (2402, 11690) three seeds of notebook 06 had been seen before the number of seeds was chosen, and
+# on (2403, 11691) all claims had been measured with earlier settings (docs/claims.md).
 WORLDS = {
     "tiny": dict(),
-    "tiny_frozen": dict(folder=ROOT / "data" / "frozen", seed=2403, redraw=11691),
+    "tiny_frozen": dict(folder=ROOT / "data" / "frozen", seed=2404, redraw=11692),
 }
 
 
