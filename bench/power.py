@@ -1,6 +1,6 @@
 """How small an effect the declared seeds of `make paper` would show: the claims on the dev world.
 
-    python -m bench.power                       # seeds 0, 1, 2 of `tiny`, into bench/results/power.json
+    python -m bench.power              # seeds 0, 1, 2 of `tiny`, into bench/results/power.json
 
 Trains and asks the runs of notebooks 06 to 08 on `tiny`, where the settings were chosen, and
 measures each claim of the ledger. The spread of its effect between seeds and over pictures gives

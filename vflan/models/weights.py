@@ -99,8 +99,8 @@ def check_files(folder: Path, weights: bool = True) -> None:
         require_kept(folder)
     if "done.json" in record.get("files", {}) and sign(record) != record:
         raise ValueError(
-            f"{shown(folder.parent / 'done.json')} is not as it was written: put back a copy of it, "
-            f"or delete {shown(folder.parent)} and train it again."
+            f"{shown(folder.parent / 'done.json')} is not as it was written: put back a copy of "
+            f"it, or delete {shown(folder.parent)} and train it again."
         )
     for name, before in record.get("files", {}).items():
         path = folder.parent / name

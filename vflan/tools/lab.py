@@ -34,5 +34,6 @@ __all__ = [
     "load_processor", "load_tokenizer", "moved", "nearest_words", "output_folder", "pack",
     "parameter_counts", "part_sizes", "per_task", "picture_tokens", "present", "projector_arm",
     "read_changes", "read_json", "read_picture", "recipe_samples", "resolve", "ROOT",
-    "scorable", "spread", "texture", "tower_view", "usable_part", "weight_pairs", "with_samples", "write_sheet",
+    "scorable", "spread", "texture", "tower_view", "usable_part", "weight_pairs",
+    "with_samples", "write_sheet",
 ]  # fmt: skip

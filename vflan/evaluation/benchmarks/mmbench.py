@@ -9,8 +9,8 @@ Rows whose `index` is equal modulo a million are rotations of one question. The 
 server on which a language model reads the answers. Here an answer to the released file is right if
 it is the letter and nothing else, which reproduces LLaVA-1.5-13B's published 67.7. `lenient` also
 finds letters and options in sentences. With a judge, `judged` is the official procedure: rules read
-the choice, and the judge decides where they read none. The test split has no answers: `upload` writes the sheet for
-the server. A missing answer is wrong.
+the choice, and the judge decides where they read none. The test split has no answers: `upload`
+writes the sheet for the server. A missing answer is wrong.
 """
 
 from __future__ import annotations

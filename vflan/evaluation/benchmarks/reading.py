@@ -76,8 +76,8 @@ def choose(answer: object, options: dict[str, str]) -> str | None:
     """The letter that an answer chooses, or None where it chooses none or several.
 
     options: {letter: its text}, small letters. Read are the letter alone ("b", "**B**", "(b) blue",
-    "B. blue", "b b b"), a stated letter ("I think the answer is B."), or one option's text that is not
-    denied ("The answer is a dog.").
+    "B. blue", "b b b"), a stated letter ("I think the answer is B."), or one option's text that is
+    not denied ("The answer is a dog.").
     """
     answer, letters = plain(answer), "".join(options) or "abcd"
     for pattern in (
