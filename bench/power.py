@@ -4,8 +4,8 @@
 
 Trains and asks the runs of notebooks 06 to 08 on `tiny`, where the settings were chosen, and
 measures each claim of the ledger. The spread of its effect between seeds and over pictures gives
-the smallest effect that the declared number of seeds shows four times in five: the interval,
-corrected for many claims, then lies above 0. Run it before the frozen world is run.
+the smallest effect that the declared number of seeds, and twice as many questions, show four times
+in five: the interval, corrected for many claims, then lies above 0. Run it before the frozen world.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from vflan import Arm, Swap, preset, replace, sweep
 from vflan.analysis import claims
 from vflan.analysis.movement import moved
 from vflan.analysis.sweeps import projector_arm, spread, with_samples
-from vflan.world import build_for
+from vflan.world import WORLDS, build_for
 
-SEEDS = {"06": 10, "07": 5, "08": 5}  # of `make paper`, by notebook
+SEEDS = {"06": 10, "07": 6, "08": 6}  # of `make paper`, by notebook
 TASKS, COUNTS, BUDGETS = 53, (2, 8, 24, 53), (3000, 1500)
 MAIN = ("heldin", "heldout", "mmbench", "mme", "pope", "llava_bench", "forgetting")
 CASES = ("mm_vet", "textocr", "wit")
@@ -60,8 +60,9 @@ def make_arms(runs, seeds):
 
 
 def smallest_shown(effects, replicates, seeds, level):
-    """The effect, in points, that `seeds` seeds show so often as SHOWN says."""
-    between, pictures = np.var(effects, ddof=1) / seeds, float(np.var(replicates))
+    """The effect, in points, that `seeds` seeds of the frozen world show so often as SHOWN says."""
+    between = np.var(effects, ddof=1) / seeds
+    pictures = float(np.var(replicates)) / WORLDS["tiny_frozen"].get("questions", 1)
     total = between + pictures
     freedom = total**2 / (between**2 / (seeds - 1) + pictures**2 / 1000) if total else 1.0
     sure, often = student.ppf([(1 + level) / 2, SHOWN], freedom)

@@ -3,8 +3,7 @@
 Everything in the mini world was tried out and chosen on the scenes and kinds of `tiny`. This world
 (vflan.world.WORLDS) and the seeds of `make paper` were fixed before anything ran on them, and are
 used once, for data/claims.csv.
-Hardware and expectations: those of `tiny`. `make paper` took about two hours on two cores, beside
-other work.
+Hardware and expectations: those of `tiny`. docs/claims.md declares what `make paper` measures.
 """
 
 from vflan.config import Preset, replace
