@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ from vflan import config
 from vflan.analysis.tables import mean_scores, pictures, score_rows, write_gallery
 from vflan.evaluation.answer_cache import read_scores
 from vflan.tools.clean import clean_file
+from vflan.tools.execute import Stopped as Stopped
+from vflan.tools.execute import measured_run
 from vflan.tools.keeping import check_keep, keep_in_all
 from vflan.tools.parameters import absolute, checked, is_small
 from vflan.tools.report import write_report
@@ -39,15 +40,8 @@ from vflan.tools.watch import Watch
 from vflan.training.distributed import end_with_parent
 from vflan.training.run import Run
 
-# The first line of a kernel that will call vflan.sweep: the process that the sweep forks from
-# loads while the notebook begins.
-FORK_EARLY = "from vflan.evaluation.parallel import forking; forking(soon=True)"
 # Which earlier notebooks' runs each one reads. The others can run beside it.
 NEEDS = {"03": ["02"], "04": ["03"], "05": ["04"], "06": ["02"], "07": ["05"], "08": ["05", "06"]}
-
-
-class Stopped(RuntimeError):
-    """A notebook failed; the message names the notebook, the cell and the error."""
 
 
 def run_notebooks(
@@ -332,49 +326,6 @@ def _needs(source, sources):
     before = sources[: sources.index(source)]
     numbers = NEEDS.get(source.name[:2])
     return {path for path in before if numbers is None or path.name[:2] in numbers}
-
-
-def measured_run(source: Path, target: Path, parameters: dict) -> tuple[float, float]:
-    """Run one notebook; (minutes, peak memory in GB) of this process and all its children."""
-    with Watch() as watch:
-        run_notebook(source, target, parameters)
-    return watch.minutes, watch.peak_gb
-
-
-def run_notebook(source: Path, target: Path, parameters: dict) -> None:
-    """Execute one notebook in its own folder, as Jupyter and nbval do, and write it to `target`.
-
-    Raises Stopped if a cell fails, the kernel dies or papermill cannot run it.
-    """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillException
-
-    # no remarks of the kernel on how it is connected or stopped
-    options = ["--IPKernelApp.log_level=50"]
-    if "vflan.sweep(" in source.read_text(encoding="utf-8"):
-        options.append(f"--IPKernelApp.exec_lines={FORK_EARLY}")
-    try:
-        papermill.execute_notebook(
-            str(source),
-            str(target),
-            parameters=parameters,
-            kernel_name="python3",
-            language="python",
-            extra_arguments=options,
-            cwd=str(source.parent),
-            progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
-        )
-    except papermill.PapermillExecutionError as error:
-        cell, sentence = error.exec_count, f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        reason = f"stopped in cell [{cell}] - {sentence}\nread on in {target}"
-    except DeadKernelError:
-        reason = f"lost its kernel, most likely for lack of memory; see {target}"
-    except PapermillException as error:
-        reason = f"could not be run: {error}"
-    else:
-        return
-    raise Stopped(f"{source.name} {reason}")
 
 
 def _print_results(record, out, folder, say):
