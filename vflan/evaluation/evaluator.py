@@ -251,7 +251,8 @@ class LoadedBenchmark:
 
     def _to_judge(self, samples, texts):
         """The indices of the answers that a judge has to decide on: those that no rule reads."""
-        if not self.benchmark.measure_with_judge:
+        # A benchmark of one's own need not be of our class.
+        if not getattr(self.benchmark, "measure_with_judge", None):
             return range(len(samples))
         pairs = enumerate(zip(samples, texts))
         return [i for i, (s, text) in pairs if self.benchmark.parse(text, s) is None]
