@@ -22,6 +22,18 @@ from PIL import Image
 atexit.register(shutil.rmtree, os.environ["VFLAN_CACHE"], ignore_errors=True)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 COLOURS = ["red", "green", "blue", "yellow"]
+# Several processes each run one file at a time: with the longest last, all others would wait for it.
+LONGEST = (
+    *("test_notebooks.py", "test_distributed.py", "test_real_notebooks.py", "test_setup.py"),
+    *("test_notebook_files.py", "test_batching.py", "test_memory.py", "test_evaluator.py"),
+    *("test_resume.py", "test_broken_disks.py", "test_sweeps.py", "test_validation.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ It has 120 times as many parameters as `tiny`'s language model, and has read rea
 Hardware: any laptop with 8 GB of memory.
 Memory, by vflan.plan (computed): 4 GB for Chat and 3 GB for Base, beside 1 GB for Python.
 Cost: about an hour on two quiet cores, at 200 useful tokens a second (from one trial, not a bench):
-7,000 captions 26 minutes, 113 rows of each of 53 tasks 25, 1,000 conversations 8. Evaluation is not
-counted, nor are notebooks 06 to 08, which train more runs.
+7,000 captions 26 minutes, 113 rows of each of 53 tasks 25, 1,000 conversations 8 (seen once, not
+eight times). Evaluation is not counted, nor are notebooks 06 to 08, which train more runs.
 Expect: not measured; no score of it is in this repository.
 The weights (Apache-2.0) are downloaded from the hub at first use, 0.3 GB. Without the hub,
 examples/smollm2.py makes a folder of them, to be named as `language_model` in `changes`.
