@@ -22,7 +22,7 @@ from PIL import Image
 atexit.register(shutil.rmtree, os.environ["VFLAN_CACHE"], ignore_errors=True)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 COLOURS = ["red", "green", "blue", "yellow"]
-# Several processes each run one file at a time: with the longest last, all others would wait for it.
+# Several processes run one file each. With the longest at the end, all others would wait for it.
 LONGEST = (
     *("test_notebooks.py", "test_distributed.py", "test_real_notebooks.py", "test_setup.py"),
     *("test_notebook_files.py", "test_batching.py", "test_memory.py", "test_evaluator.py"),
