@@ -71,12 +71,10 @@ PRESET ?= tiny
 publish: $(STAMP)
 	$(PY) -m vflan publish $(PRESET)
 
-# One process more than there are cores: some tests wait for a server or for a child.
-TESTERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1 )))
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PYTEST) -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(NBVAL) tests
+	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder $(NBVAL) tests
 
 # One after the other: every notebook trains and asks on all cores, and they share the demo's runs.
 notebooks-test: $(STAMP)
