@@ -61,12 +61,10 @@ def make_arms(runs, seeds):
 
 def smallest_shown(effects, replicates, seeds, level):
     """The effect, in points, that `seeds` seeds of the frozen world show so often as SHOWN says."""
-    between = np.var(effects, ddof=1) / seeds
     pictures = float(np.var(replicates)) / WORLDS["tiny_frozen"].get("questions", 1)
-    total = between + pictures
-    freedom = total**2 / (between**2 / (seeds - 1) + pictures**2 / 1000) if total else 1.0
+    error, freedom = claims.standard_error(np.var(effects, ddof=1), pictures, seeds)
     sure, often = student.ppf([(1 + level) / 2, SHOWN], freedom)
-    return float((sure + often) * total**0.5)
+    return float((sure + often) * error)
 
 
 def main():

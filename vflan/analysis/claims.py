@@ -276,12 +276,23 @@ def effect_interval(
     """(low, high) of the mean effect; NaN with fewer than two seeds, whose spread is unknown."""
     if len(effects) < 2:
         return float("nan"), float("nan")
-    seeds, questions = np.var(effects, ddof=1) / len(effects), float(np.var(replicates))
-    total = seeds + questions
-    # Welch and Satterthwaite; the bootstrap counts as 1000 degrees of freedom
-    freedom = total**2 / (seeds**2 / (len(effects) - 1) + questions**2 / 1000) if total else 1.0
-    half = float(student.ppf((1 + level) / 2, freedom)) * total**0.5
+    between, pictures = np.var(effects, ddof=1), float(np.var(replicates))
+    error, freedom = standard_error(between, pictures, len(effects))
+    half = float(student.ppf((1 + level) / 2, freedom)) * error
     return float(np.mean(effects) - half), float(np.mean(effects) + half)
+
+
+def standard_error(between: float, pictures: float, seeds: int) -> tuple[float, float]:
+    """(standard error, degrees of freedom) of the mean effect of so many seeds.
+
+    between: variance of an effect from seed to seed. pictures: variance of the mean over draws of
+    pictures.
+    """
+    of_seeds = between / seeds
+    total = of_seeds + pictures
+    # Welch and Satterthwaite; the bootstrap counts as 1000 degrees of freedom
+    freedom = total**2 / (of_seeds**2 / (seeds - 1) + pictures**2 / 1000) if total else 1.0
+    return float(total**0.5), float(freedom)
 
 
 def keep_verdicts(path: str | Path, measured: pd.DataFrame) -> pd.DataFrame:
