@@ -28,9 +28,8 @@ CASES = ("mm_vet", "textocr", "wit")
 SHOWN = 0.8  # how often an effect of the smallest size is to be shown
 
 
-def make_arms(runs, seeds):
+def make_arms(p, seeds):
     """The arms of notebooks 06 to 08 that the ledger compares, under its labels."""
-    p = preset("tiny", {"runs": runs})
     arms = {"projector": projector_arm(p.projector, "", seeds), "base": Arm(p.base, "projector")}
     for budget, size in zip(BUDGETS, ("large", "small")):
         for count, many in zip(COUNTS, ("fewest", "few", "more", "all")):
@@ -75,7 +74,7 @@ def main():
     if len(args.seeds) < 2:
         parser.error("--seeds: at least two are needed; one seed has no spread.")
     folder = build_for("tiny")
-    arms = make_arms(args.runs, args.seeds)
+    arms = make_arms(preset("tiny", {"runs": args.runs}), args.seeds)
     done = sweep(arms, args.seeds, MAIN, folder / "benchmarks")
     more = sweep(arms, args.seeds, CASES, folder / "benchmarks_more")
 

@@ -231,7 +231,8 @@ def start(model, tokenizer, seed=0, es=0.5, g2=2.5, om=1.5):
                     q[rows][last, 0] += 3.0 / const
                     k[rows][last] += 5.0 * bos / (bos @ bos) * rms
                     v[rows], o[:, rows] = B, R @ B.T * (6 * rms * 0.5)
-                elif h < heads // 2:  # look up words of one sort among what the full stops gathered
+                # Look up words of one sort among what the full stops gathered.
+                elif h < heads // 2 and (i % 2, h) in LOOKUPS:
                     keys, values = LOOKUPS[(i % 2, h)]
                     # Slow enough to match far away.
                     free = [f + half for half in (0, hd // 2) for f in range(4, last)]
@@ -560,8 +561,12 @@ def make_language_model(
     rows_a_step: int = 6,
     budget: int = 224,
     log: Callable = print,
-) -> None:
+    width: int = 128,
+) -> dict:
     """Pretrain a `LlamaForCausalLM` on text and save it; returns its record.
+
+    width: of its hidden states, a multiple of 32, one head for each 32. The shipped one has 128;
+    bench/scale.py makes others. `folder`/language_model holds the tokenizer.
 
     Kinds that are not learned yet are drawn more often. Every 800 steps the skill of each kind is
     estimated on scenes of the training part, and its weight is what it lacks, at least .12.
@@ -573,11 +578,11 @@ def make_language_model(
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=336,
+            hidden_size=width,
+            intermediate_size=width * 21 // 8,
             num_hidden_layers=5,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
@@ -665,7 +670,7 @@ def make_second_language_model(
     rows_a_step: int = 6,
     budget: int = 224,
     log: Callable = print,
-) -> None:
+) -> dict:
     """Train the shipped language model further, to one that answers in sentences and at length.
 
     Vicuna v1.5 and LLaMA-2-Chat, which the paper exchanges in Table 7, come from the same model by
