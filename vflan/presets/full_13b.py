@@ -4,7 +4,7 @@ Vision-Flan, section 3.
 
 Hardware: 8 GPUs of 80 GB (the papers used A100s) with num_processes 8, so that weights and
 optimiser are sharded over them.
-Memory, by vflan.plan (computed, not measured): 38 GB on each of 8 for the base stage, 34 GB for the
+Memory, by vflan.plan (computed, not measured): 37 GB on each of 8 for the base stage, 34 GB for the
 projector.
 Cost, by vflan.plan on 8 A100-80G (computed, not measured): 9.3 h for the three stages, of which
 3.3 h for the base stage, and 0.7 h of evaluation. LLaVA-1.5 reports 5.5 h for a 13B projector on 8
