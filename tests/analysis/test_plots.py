@@ -399,6 +399,48 @@ def test_the_committed_long_form_stands_beside_tables_3_to_7():
         assert table.notna().all(axis=None) and len(table.columns) >= 4, item
 
 
+def test_the_committed_long_form_is_found_where_vflan_is_installed(monkeypatch, tmp_path):
+    """There the project folder is the working directory, without the files of a clone."""
+    rows = {"Base": "base", "Base + LLaMA-2-Chat": "base/other-lm"}
+    here = tables.compared_with_paper("Table 7", rows)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.compared_with_paper("Table 7", rows).equals(here)
+
+
+def test_a_comparison_without_numbers_says_so(scores):
+    rows = {"Vision-Flan Base": "base", "Vision-Flan Chat": "nowhere"}
+    table = tables.compared_with_paper("Table 2", rows, scores)
+    assert tables.in_a_sentence(table, *rows).endswith("no benchmark has all four numbers.")
+
+
+def test_tables_leave_out_what_is_not_known(scores):
+    """A model as judge answers for no majority, and one seed has no interval."""
+    text = tables.scores_markdown(scores.assign(baseline=np.nan))
+    assert "nan" not in text and "| POPE F1 |  | 50.0 [45.0, 60.0] |" in text
+    measured = verdict_rows(
+        ("1", 5, 9.0, 4.0, 14.0, "holds"),
+        ("2", 1, 2.0, np.nan, np.nan, "not enough runs"),
+        ("3", 0, np.nan, np.nan, np.nan, "not enough runs"),
+    )
+    text = tables.claims_markdown(measured)
+    assert "| 5 | +9.0 [4.0, 14.0] |" in text and "| 1 | +2.0 |" in text and "| 0 |  |" in text
+    assert "(2) statement 2: +2.0; (3) statement 3." in tables.verdicts_markdown(measured)
+
+
+@pytest.mark.parametrize(
+    "name, caption",
+    [
+        ("fig4_mine", "Figure 4: mine"),
+        ("figure_1", "figure 1"),
+        ("tables_of_mine", "tables of mine"),
+    ],
+)
+def test_a_file_name_in_words(tmp_path, name, caption):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert tables.caption(tmp_path / f"{name}.png") == caption
+
+
 def test_a_notebook_opens_with_a_committed_picture_or_nothing(capsys, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
