@@ -120,6 +120,12 @@ def test_a_question_without_a_label_can_be_shown():
     assert "Describe it." in weight and weight["(nothing)"] != "bold"
 
 
+def test_a_question_of_a_test_set_has_no_answer_to_show():
+    question = {"image": None, "text": "What color?", "label": None, "category": None}
+    shown = texts(plots.gallery([question]))
+    assert "What color?" in shown and "None" not in shown
+
+
 def test_learned_tokens_are_orange_and_the_picture_is_one_blue_box():
     words = SimpleNamespace(decode=lambda ids: ["\n", " red", "</s>"][ids[0]])
     fig = plots.tokens([0, -200, 1, 2], [-100, -100, 1, 2], words)
@@ -165,6 +171,25 @@ def test_a_legend_names_only_what_is_drawn(scores):
     assert "majority answer" in drawn and "paper, 13B" not in drawn
     fig = plots.dots(scores, {"base": ("Base", "Vision-Flan Base")}, "Table 2", ["forgetting"])
     assert "paper, 13B, not confirmed" in texts(fig) and "paper, 13B" not in texts(fig)
+
+
+def test_no_legend_names_a_majority_answer_where_none_is_known(scores):
+    """A model as judge has none: its answers would cost calls."""
+    kinds = scores.assign(metric="accuracy/" + scores.run, baseline=np.nan)
+    unknown = scores.assign(baseline=np.nan)
+    for fig in (
+        plots.table2(unknown),
+        plots.diversity(unknown, {"base": 2}),
+        plots.categories(kinds, ["heldin"]),
+    ):
+        assert "majority answer" not in texts(fig)
+    some = scores.assign(baseline=scores.baseline.where(scores.benchmark == "pope"))
+    assert "majority answer" in texts(plots.diversity(some, {"base": 2}))
+
+
+def test_a_figure_without_panels_says_so(scores):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.table2(scores.iloc[:0])
 
 
 def test_the_share_of_yes_of_each_stage_stands_under_its_own_colour():
@@ -323,6 +348,14 @@ def test_categories_show_the_mean_of_their_kinds_for_each_stage():
     spans = {tuple(segment[:, 0].round(4)) for group in ax.collections[1:2]
              for segment in group.get_segments()}  # fmt: skip
     assert spans == {(round(21 - 6 / 2**0.5, 4), round(21 + 8 / 2**0.5, 4)), (45, 59)}
+
+
+@pytest.mark.filterwarnings("error")  # pandas 4 will refuse what pandas 3 warns of
+def test_a_kind_keeps_a_slash_in_its_name():
+    columns = ["run", "benchmark", "metric", "value", "low", "high", "baseline"]
+    rows = [["base", "vqav2", f"accuracy/{kind}", 50, 40, 60, 20] for kind in ("yes/no", "other")]
+    (ax,) = plots.categories(pd.DataFrame(rows, columns=columns), ["vqav2"]).axes
+    assert {tick.get_text() for tick in ax.get_yticklabels()} == {"yes/no", "other"}
 
 
 def test_affinity_is_the_gain_over_the_start_by_category():
