@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from numpy.random import Generator
@@ -29,25 +28,20 @@ from vflan.world.scene import (
     SHAPES,
     Scene,
     digits,
+    draw_all,
     held,
-    mnist_picture,
     pick,
-    render,
     rng_of,
     sample_scene,
 )
 from vflan.world.tasks import KINDS, YES_NO, added_kinds, kinds, sample, table, unique
-from vflan.world.twins import write_twins
+from vflan.world.twins import CHOICES, write_twins
 from vflan.world.words import NUMBERS, describe, sentences
 
 CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 7000, 500, 3000, 0.06
+# In the three folders; patterns of `io.foreign`.
 WRITTEN = (MARK, "built.json", "README.md", "tasks.csv", "captions.json", "flan.json", "chat.json")
-# In each of the three folders; patterns of `io.foreign`.
-WRITTEN += (
-    "images/*.png",
-    "*/questions.jsonl",
-    "*/*.json",
-)
+WRITTEN += ("images/*.png", "*/questions.jsonl", "*/*.json")
 VERSION = 7  # of the generated files; a folder of another version or seed is built again
 # The worlds that presets read. All choices were made on the first. The second has other scenes and
 # a random choice of held-out kinds, and is used only for the claims. It is the third such draw: on
@@ -165,24 +159,7 @@ def _refuse_foreign(folder):
 
 
 def _is_done(folder, sizes):
-    done = folder / "built.json"
-    return done.exists() and json.loads(done.read_text()) == sizes
-
-
-def draw_all(jobs: Iterable[tuple[str, Scene | int]]) -> None:
-    """Write (path, scene) as PNG files; a number instead of a scene is a handwritten digit."""
-
-    def draw(job):
-        path, scene = job
-        (mnist_picture(scene) if isinstance(scene, int) else render(scene)).save(
-            path, compress_level=1
-        )
-
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # while one compresses and writes, another draws
-        for _ in pool.map(draw, jobs):
-            pass
+    return config.read_json(folder / "built.json") == sizes
 
 
 def turns(*pairs: tuple[str, str], image_first: bool | None = None) -> list[dict]:
@@ -198,11 +175,9 @@ def turns(*pairs: tuple[str, str], image_first: bool | None = None) -> list[dict
     return out
 
 
-def training_scene(
-    rng: Generator, seed: int, kind: str | None = None, n: int | None = None
-) -> Scene:
+def training_scene(rng: Generator, seed: int, kind: str | None = None) -> Scene:
     """A scene that is not set aside for evaluation (`scene.held`)."""
-    while held(scene := sample_scene(rng, kind, n, seed=seed)):
+    while held(scene := sample_scene(rng, kind, seed=seed)):
         pass
     return scene
 
@@ -495,11 +470,10 @@ def mmbench(
 ) -> list[dict]:
     """MMBench's circular questions: each four-option question in all rotations of its options."""
     rows = []
-    names = ("choose_color", "choose_shape", "choose_background", "choose_place", "choose_present")
-    for q, row in enumerate(r for name in names for r in tasks("mmbench", [KINDS[name]], n)):
+    for q, row in enumerate(r for name in CHOICES for r in tasks("mmbench", [KINDS[name]], n)):
         stem, rest = row["text"].split(" (a) ", 1)
         body, tail = rest.split(" Answer with", 1)
-        options = [o.strip() for part in body.split(" (") for o in [part.split(") ")[-1]]]
+        options = [part.split(") ")[-1].strip() for part in body.split(" (")]
         right = options["abcd".index(row["label"])]
         for turn in range(4):
             turned = options[turn:] + options[:turn]

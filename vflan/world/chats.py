@@ -24,6 +24,8 @@ from vflan.world.scene import (
     Scene,
     Thing,
     pick,
+    rng_of,
+    sample_scene,
 )
 from vflan.world.tasks import ANIMAL, FRUIT, unique
 from vflan.world.words import NUMBERS, join, phrase, sentences, side
@@ -177,12 +179,10 @@ def conversation(scene: Scene, rng: Generator) -> tuple[str, list[tuple[str, str
 
 def phrases() -> list[str]:
     """All wordings of this file, for the tokenizer."""
-    from vflan.world.scene import rng_of, sample_scene
-
     out = [f"{q} {a}" for q, a in TALK] + [
         q for group in (OPEN, NEW) for qs in group.values() for q in qs
     ]
     for i in range(400):
         rng = rng_of("phrases", i)
         out += [f"{q} {a}" for q, a in conversation(sample_scene(rng, "objects"), rng)[1]]
-    return out + [f"{b}" for b in BACKGROUNDS]
+    return [*out, *BACKGROUNDS]
