@@ -221,33 +221,24 @@ def write_samples(
         rng = rng_of("captions", seed, i)
         scene = training_scene(rng, seed=int(rng.integers(2**40)))
         question = pick(rng, BRIEF)
-        rows.append(
-            row(
-                scene,
-                i,
-                "caption",
-                turns((question, describe(scene)), image_first=bool(rng.integers(2))),
-            )
-        )
+        talk = turns((question, describe(scene)), image_first=bool(rng.integers(2)))
+        rows.append(row(scene, i, "caption", talk))
     save("captions.json", rows)
 
     rows = []
     for k in kinds(redraw):
         if k.split == "train":
             for i, (scene, instruction, answer) in enumerate(sample(k, per_kind, "flan", seed)):
-                rows.append(
-                    row(scene, i, k.name, turns((instruction, answer), image_first=k.image_first))
-                )
+                talk = turns((instruction, answer), image_first=k.image_first)
+                rows.append(row(scene, i, k.name, talk))
     save("flan.json", rows)
 
     rows, facts, wrong = [], 0, 0
     for i in range(conversations):
         rng = rng_of("chat", seed, i)
         if rng.random() < TEXT_ONLY:
-            question, answer = pick(rng, chats.TALK)
-            rows.append(
-                {"id": f"talk_{i}", "task_name": "talk", "conversations": turns((question, answer))}
-            )
+            talk = turns(pick(rng, chats.TALK))
+            rows.append({"id": f"talk_{i}", "task_name": "talk", "conversations": talk})
             continue
         scene = training_scene(rng, seed=int(rng.integers(2**40)), kind="objects")
         sort, pairs, errors = chats.conversation(scene, rng)
@@ -339,11 +330,8 @@ def write_benchmarks(
     save("llava_bench", rows, lexicon=dict(colors=COLORS, shapes=SHAPES))
     rows = tasks("objects", [KINDS["main_object"]], many(200))
     rows = [dict(r, category="objects", question_id=f"objects_{i}") for i, r in enumerate(rows)]
-    inks = [
-        int(i)
-        for i in rng_of("digits", seed).permutation(len(digits().target) // 2)[: many(200)] * 2 + 1
-    ]
-    for i in inks:
+    order = rng_of("digits", seed).permutation(len(digits().target) // 2)
+    for i in map(int, order[: many(200)] * 2 + 1):
         rows.append(
             dict(
                 question_id=f"digits_{i}",

@@ -157,16 +157,8 @@ def conversation(scene: Scene, rng: Generator) -> tuple[str, list[tuple[str, str
     view, wrong = noisy_view(scene, rng)
     sort = pick(rng, ("conversation", "detail", "reasoning"), (0.4, 0.35, 0.25))
     if sort == "detail":
-        return (
-            sort,
-            [
-                (
-                    pick(rng, DETAIL),
-                    " ".join(sentences(view.things, view.background, view.condition)),
-                )
-            ],
-            wrong,
-        )
+        text = " ".join(sentences(view.things, view.background, view.condition))
+        return sort, [(pick(rng, DETAIL), text)], wrong
     if sort == "reasoning":
         return sort, [(pick(rng, REASON), reason(view, rng))], wrong
     turns = [(pick(rng, SEE), see(view))] if rng.random() < 0.7 else []

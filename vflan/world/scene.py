@@ -320,14 +320,11 @@ def render(scene: Scene) -> Image.Image:
         if rng.random() < 0.5:
             canvas[:] = rng.integers(0, 60, 3)
         light = canvas.mean() < 100
-        handwriting(
-            canvas, scene.ink, rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3)
-        )
+        color = rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3)
+        handwriting(canvas, scene.ink, color)
     for column, character in enumerate(scene.text if scene.kind != "handwritten" else ""):
-        y, x = (
-            scene.line * CELL + 1 + int(rng.integers(-1, 2)),
-            column * CELL + 1 + int(rng.integers(-1, 2)),
-        )
+        y = scene.line * CELL + 1 + int(rng.integers(-1, 2))
+        x = column * CELL + 1 + int(rng.integers(-1, 2))
         paste(canvas, y, x, glyph(character), (40, 30, 30))
     for column, (color, height) in enumerate(scene.bars):
         bar = np.ones((height * CELL - 1, 8), np.float32)
@@ -336,9 +333,8 @@ def render(scene: Scene) -> Image.Image:
         canvas *= 0.5
     canvas += rng.normal(0, 22 if scene.condition == "noisy" else 3, canvas.shape)
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    return (
-        picture.filter(ImageFilter.GaussianBlur(0.9)) if scene.condition == "blurred" else picture
-    )
+    is_blurred = scene.condition == "blurred"
+    return picture.filter(ImageFilter.GaussianBlur(0.9)) if is_blurred else picture
 
 
 def draw_all(jobs: Iterable[tuple[str, Scene | int]]) -> None:

@@ -126,9 +126,7 @@ def scene_for(task: Kind, rng: np.random.Generator, seed: int, odd_ink: bool = F
 
 
 def alike(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one object made to look like another, so that counts above one are not
-    rare.
-    """
+    """The scene with one object made to look like another: counts above one are rare otherwise."""
     things = list(scene.things)
     i, j = (int(k) for k in rng.permutation(len(things))[:2])
     for attribute in ("color", "size", "texture"):
