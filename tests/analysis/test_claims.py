@@ -138,6 +138,12 @@ def test_kept_answers_stand_beside_their_questions(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="run lacks 1 answers to heldin"):
         claims.answered(run, "heldin", folder)
+    others = [row | {"question_id": f"other {row['i']}"} for row in kept[1:]]
+    (run.folder / "answers" / "heldin.jsonl").write_text(
+        "\n".join(map(json.dumps, [kept[0], *others])) + "\n"
+    )
+    with pytest.raises(ValueError, match="run answered other questions of heldin"):
+        claims.answered(run, "heldin", folder)
 
 
 @pytest.fixture
@@ -162,6 +168,11 @@ def test_a_seed_that_ran_stands_beside_the_committed_ones_that_did_not(project):
     }  # the committed seed 0 gives way
     assert list(claims.beside(ran, changes={"max_steps": 4}).columns) == ["seed 0, run here"]
     assert list(claims.beside(ran, "lora_7b").columns) == ["seed 0, run here"]
+
+
+def test_the_committed_verdicts_are_not_those_of_a_preset_file_of_ones_own():
+    assert len(claims.committed("06", "tiny_frozen")) == len(claims.committed("06")) > 0
+    assert claims.committed("06", "mine/tiny.py").empty
 
 
 def test_a_notebook_lists_what_it_ran_and_what_it_read(project, capsys):

@@ -1,5 +1,8 @@
 """The ledger and its verdicts: no effect, the opposite effect and too few runs must not hold."""
 
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -166,6 +169,28 @@ def test_verdicts_are_kept_by_claim(tmp_path):
     claims.keep_verdicts(path, first.assign(claim="2"))
     kept = claims.keep_verdicts(path, first.assign(effect=1.0))
     assert list(kept.claim) == ["1", "2"] and list(kept.effect)[0] == 1.0
+
+
+def test_verdicts_of_two_notebooks_at_once_are_both_kept(tmp_path, monkeypatch):
+    """The second begins while the first has read the file and not yet written it."""
+    path, both = tmp_path / "claims.csv", []
+    first = claims.verdicts(items(0.3), range(5), claim(), rounds=50)
+    claims.keep_verdicts(path, first)
+    real = claims.ledger().claim
+    second = threading.Thread(target=claims.keep_verdicts, args=(path, first.assign(claim="3")))
+
+    def read_csv(*args, **more):
+        table = pd.read_csv(*args, **more)
+        if not both:
+            both.append(second.start())
+            second.join(timeout=1)
+        return table
+
+    monkeypatch.setattr(claims, "pd", SimpleNamespace(read_csv=read_csv, concat=pd.concat))
+    monkeypatch.setattr(claims, "ledger", lambda: SimpleNamespace(claim=real))
+    claims.keep_verdicts(path, first.assign(claim="2"))
+    second.join()
+    assert list(pd.read_csv(path, dtype=str).claim) == ["1", "2", "3"]
 
 
 def test_what_a_notebook_says_prefers_a_verdict_and_names_its_source():

@@ -87,6 +87,16 @@ def test_sizes_are_read_from_the_files(runs):
     )
 
 
+def test_a_part_that_the_files_lack_is_named(runs):
+    with pytest.raises(ValueError, match="two runs hold no tower"):
+        moved(*runs, "tower")
+    for run in runs:
+        (run.folder / "model" / "model.safetensors").rename(run.folder / "model" / "elsewhere")
+    for compare in (moved, weight_pairs):
+        with pytest.raises(ValueError, match="two runs hold no projector"):
+            compare(*runs, "projector")
+
+
 def test_runs_of_two_shapes_are_not_compared(runs):
     file = runs[1].folder / "model" / "model.safetensors"
     weights = load_file(file)

@@ -120,6 +120,12 @@ def test_a_question_without_a_label_can_be_shown():
     assert "Describe it." in weight and weight["(nothing)"] != "bold"
 
 
+def test_a_question_of_a_test_set_has_no_answer_to_show():
+    question = {"image": None, "text": "What color?", "label": None, "category": None}
+    shown = texts(plots.gallery([question]))
+    assert "What color?" in shown and "None" not in shown
+
+
 def test_learned_tokens_are_orange_and_the_picture_is_one_blue_box():
     words = SimpleNamespace(decode=lambda ids: ["\n", " red", "</s>"][ids[0]])
     fig = plots.tokens([0, -200, 1, 2], [-100, -100, 1, 2], words)
@@ -165,6 +171,25 @@ def test_a_legend_names_only_what_is_drawn(scores):
     assert "majority answer" in drawn and "paper, 13B" not in drawn
     fig = plots.dots(scores, {"base": ("Base", "Vision-Flan Base")}, "Table 2", ["forgetting"])
     assert "paper, 13B, not confirmed" in texts(fig) and "paper, 13B" not in texts(fig)
+
+
+def test_no_legend_names_a_majority_answer_where_none_is_known(scores):
+    """A model as judge has none: its answers would cost calls."""
+    kinds = scores.assign(metric="accuracy/" + scores.run, baseline=np.nan)
+    unknown = scores.assign(baseline=np.nan)
+    for fig in (
+        plots.table2(unknown),
+        plots.diversity(unknown, {"base": 2}),
+        plots.categories(kinds, ["heldin"]),
+    ):
+        assert "majority answer" not in texts(fig)
+    some = scores.assign(baseline=scores.baseline.where(scores.benchmark == "pope"))
+    assert "majority answer" in texts(plots.diversity(some, {"base": 2}))
+
+
+def test_a_figure_without_panels_says_so(scores):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.table2(scores.iloc[:0])
 
 
 def test_the_share_of_yes_of_each_stage_stands_under_its_own_colour():
@@ -325,6 +350,14 @@ def test_categories_show_the_mean_of_their_kinds_for_each_stage():
     assert spans == {(round(21 - 6 / 2**0.5, 4), round(21 + 8 / 2**0.5, 4)), (45, 59)}
 
 
+@pytest.mark.filterwarnings("error")  # pandas 4 will refuse what pandas 3 warns of
+def test_a_kind_keeps_a_slash_in_its_name():
+    columns = ["run", "benchmark", "metric", "value", "low", "high", "baseline"]
+    rows = [["base", "vqav2", f"accuracy/{kind}", 50, 40, 60, 20] for kind in ("yes/no", "other")]
+    (ax,) = plots.categories(pd.DataFrame(rows, columns=columns), ["vqav2"]).axes
+    assert {tick.get_text() for tick in ax.get_yticklabels()} == {"yes/no", "other"}
+
+
 def test_affinity_is_the_gain_over_the_start_by_category():
     rows = []
     for run, values in {
@@ -397,6 +430,48 @@ def test_the_committed_long_form_stands_beside_tables_3_to_7():
     }.items():
         table = tables.compared_with_paper(item, rows)
         assert table.notna().all(axis=None) and len(table.columns) >= 4, item
+
+
+def test_the_committed_long_form_is_found_where_vflan_is_installed(monkeypatch, tmp_path):
+    """There the project folder is the working directory, without the files of a clone."""
+    rows = {"Base": "base", "Base + LLaMA-2-Chat": "base/other-lm"}
+    here = tables.compared_with_paper("Table 7", rows)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.compared_with_paper("Table 7", rows).equals(here)
+
+
+def test_a_comparison_without_numbers_says_so(scores):
+    rows = {"Vision-Flan Base": "base", "Vision-Flan Chat": "nowhere"}
+    table = tables.compared_with_paper("Table 2", rows, scores)
+    assert tables.in_a_sentence(table, *rows).endswith("no benchmark has all four numbers.")
+
+
+def test_tables_leave_out_what_is_not_known(scores):
+    """A model as judge answers for no majority, and one seed has no interval."""
+    text = tables.scores_markdown(scores.assign(baseline=np.nan))
+    assert "nan" not in text and "| POPE F1 |  | 50.0 [45.0, 60.0] |" in text
+    measured = verdict_rows(
+        ("1", 5, 9.0, 4.0, 14.0, "holds"),
+        ("2", 1, 2.0, np.nan, np.nan, "not enough runs"),
+        ("3", 0, np.nan, np.nan, np.nan, "not enough runs"),
+    )
+    text = tables.claims_markdown(measured)
+    assert "| 5 | +9.0 [4.0, 14.0] |" in text and "| 1 | +2.0 |" in text and "| 0 |  |" in text
+    assert "(2) statement 2: +2.0; (3) statement 3." in tables.verdicts_markdown(measured)
+
+
+@pytest.mark.parametrize(
+    "name, caption",
+    [
+        ("fig4_mine", "Figure 4: mine"),
+        ("figure_1", "figure 1"),
+        ("tables_of_mine", "tables of mine"),
+    ],
+)
+def test_a_file_name_in_words(tmp_path, name, caption):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert tables.caption(tmp_path / f"{name}.png") == caption
 
 
 def test_a_notebook_opens_with_a_committed_picture_or_nothing(capsys, monkeypatch, tmp_path):

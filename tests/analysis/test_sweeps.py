@@ -206,3 +206,57 @@ def test_a_label_that_cannot_be_a_folder_is_refused_before_anything_is_trained(s
     with pytest.raises(ValueError, match="label='..': it becomes a folder"):
         vflan.sweep(arms, jobs=1)
     assert not projector.folder.exists()
+
+
+def test_a_sweep_without_an_arm_or_a_seed_says_so(small):
+    projector, _, _ = small
+    for arms, seeds in (({}, [0]), ({"x": vflan.Swap("y", "projector", "y")}, [0])):
+        with pytest.raises(ValueError, match="at least one Arm and one seed"):
+            vflan.sweep(arms, seeds)
+    with pytest.raises(ValueError, match="at least one Arm and one seed"):
+        vflan.sweep({"projector": vflan.Arm(projector)}, [])
+
+
+def test_a_swap_is_no_start_of_another_arm(small):
+    """Its model is not kept: the other arm would start from the run without the exchange."""
+    projector, base, _ = small
+    arms = {
+        "projector": vflan.Arm(projector),
+        "base": vflan.Arm(base, init="projector"),
+        "old": vflan.Swap("base", "projector", "projector"),
+    }
+    for wrong in (
+        vflan.Arm(replace(base, name="more"), init="old"),
+        vflan.Swap("old", "language_model", "projector"),
+        vflan.Swap("projector", "projector", "old"),
+    ):
+        with pytest.raises(ValueError, match="wrong needs 'old', a Swap"):
+            vflan.sweep(arms | {"wrong": wrong})
+    assert not projector.folder.exists()
+
+
+def test_two_arms_never_keep_their_scores_under_one_name(small):
+    projector, _, _ = small
+    arm, swap = vflan.Arm(projector), vflan.Swap("own", "projector", "own")
+    with pytest.raises(ValueError, match="a b and a-b would keep their scores under one name"):
+        vflan.sweep({"own": arm, "a b": swap, "a-b": swap})
+    with pytest.raises(ValueError, match="own and projector would keep their scores"):
+        vflan.sweep({"projector": swap, "own": arm})
+    assert not projector.folder.exists()
+
+
+def test_arms_that_are_asked_nothing_are_asked_nothing(small):
+    projector, _, _ = small
+    arms = {
+        "projector": vflan.Arm(projector),
+        "same": vflan.Swap("projector", "projector", "projector"),
+    }
+    done = vflan.sweep(arms, benchmarks=(), jobs=1)
+    assert not (done.runs["projector", 0].folder / "answers").exists()
+    assert done.scores.empty and "value" in done.scores
+
+
+def test_one_arm_after_the_other_also_names_the_one_that_fails(small, tmp_path):
+    lost = replace(small[0], name="lost", samples=str(tmp_path / "nowhere.json"))
+    with pytest.raises(RuntimeError, match="'lost' of seed 0 failed: FileNotFoundError.*nowhere"):
+        vflan.sweep({"lost": vflan.Arm(lost)}, benchmarks=(), jobs=1)

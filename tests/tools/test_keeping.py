@@ -123,6 +123,18 @@ def test_a_sweep_drops_the_models_that_no_arm_needs(small):  # noqa: F811
     assert weights(done.runs["projector", 0]) == weights(done.runs["asked nothing", 0]) == {"model"}
 
 
+def test_a_run_of_two_labels_keeps_its_model_while_another_arm_needs_it(small):  # noqa: F811
+    projector, base, _ = small
+    arms = {
+        "projector": vflan.Arm(projector),
+        "the same": vflan.Arm(projector),
+        "after": vflan.Arm(replace(base, name="after"), init="projector"),
+    }
+    done = vflan.sweep(arms, jobs=1, keep="nothing")
+    assert weights(done.runs["projector", 0]) == {"model"}
+    assert weights(done.runs["after", 0]) == set()
+
+
 def test_the_stages_of_a_preset_keep_their_models(run, recipe):
     base = vflan.train(replace(recipe, name="base", max_steps=1))
     seed = vflan.train(replace(recipe, name="base-seed1", seed=1, max_steps=1))

@@ -21,7 +21,7 @@ from vflan.world.scene import (
     rng_of,
     sample_scene,
 )  # fmt: skip
-from vflan.world.tasks import KINDS, sample, table
+from vflan.world.tasks import KINDS, added_kinds, kind, sample, table
 from vflan.world.words import describe
 
 
@@ -64,6 +64,38 @@ def test_answers_are_short_as_in_the_real_data():
 def test_no_answer_of_a_balanced_kind_passes_60_percent(name):
     answers = Counter(a.split(",")[0] for _, _, a in sample(KINDS[name], 60, "balance"))
     assert max(answers.values()) <= 36
+
+
+@pytest.fixture
+def mine():
+    """Declares a kind of one's own, which is forgotten after the test."""
+
+    def declare(make, **more):
+        make.__module__ = "__main__"
+        kind("perception", **more)(make)
+
+    yield declare
+    KINDS.pop("my_kind", None)
+
+
+def test_a_kind_that_fits_no_scene_does_not_search_for_ever(mine):
+    def my_kind(scene, rng):
+        return None
+
+    mine(my_kind)
+    with pytest.raises(ValueError, match="'my_kind' gave no question for any of 10,000 scenes"):
+        added_kinds()
+
+
+def test_a_world_is_built_again_when_its_table_of_tasks_changes(mine):
+    def my_kind(scene, rng):
+        return "How many?", "one"
+
+    hashes = []
+    for in_text in (True, False, True):
+        mine(my_kind, in_text=in_text)
+        hashes.append(added_kinds()["my_kind"])
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_answers_follow_from_the_scene():

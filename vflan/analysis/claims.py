@@ -23,7 +23,7 @@ from vflan.analysis.plots.reference import Scores, headline
 from vflan.config import output_folder, resolve
 from vflan.config import preset as recipes
 from vflan.config import shown as shown_path
-from vflan.evaluation.answer_cache import keep_scores, read_kept, read_scores
+from vflan.evaluation.answer_cache import keep_scores, locked, read_kept, read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
 from vflan.evaluation.stats import draws, ratio, tables
@@ -41,20 +41,24 @@ def answered(run, benchmark: str, folder: str | Path, name: str | None = None) -
     """The questions of a benchmark, each with the `answer` of a run that vflan.evaluate saved.
 
     run: anything with .folder and .name. folder: of the benchmarks. name: the name under which the
-    answers were saved, None for the run's own. FileNotFoundError if there are none.
+    answers were saved, None for the run's own. FileNotFoundError if there are none, ValueError if
+    they are answers to other questions.
     """
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"{run.name} has no answers to {benchmark} yet: call vflan.evaluate first."
         )
-    answers = {row["i"]: row["answer"] for row in read_kept(path)[1]}
+    rows = {row["i"]: row for row in read_kept(path)[1]}
     samples = BENCHMARKS[benchmark].load(folder)
-    if missing := len(set(range(len(samples))) - answers.keys()):
+    ids = {i: str(sample["question_id"]) for i, sample in enumerate(samples)}
+    if any(str(row.get("question_id", ids.get(i))) != ids.get(i) for i, row in rows.items()):
+        raise ValueError(f"{run.name} answered other questions of {benchmark} than these.")
+    if missing := len(ids.keys() - rows):
         raise FileNotFoundError(
             f"{run.name} lacks {missing} answers to {benchmark}: call vflan.evaluate again."
         )
-    return [sample | {"answer": answers[i]} for i, sample in enumerate(samples)]
+    return [sample | {"answer": rows[i]["answer"]} for i, sample in enumerate(samples)]
 
 
 def table(scores: Scores, columns: Mapping[str, tuple[str, str | None]]) -> pd.DataFrame:
@@ -300,15 +304,16 @@ def keep_verdicts(path: str | Path, measured: pd.DataFrame) -> pd.DataFrame:
 
     The rows are in the order of the ledger.
     """
-    path = Path(path)
-    if path.exists():
-        old = pd.read_csv(path, dtype={"claim": str})
-        measured = pd.concat([old, measured.assign(claim=measured.claim.astype(str))])
-        measured = measured.drop_duplicates("claim", keep="last")
-    order = {claim: i for i, claim in enumerate(ledger().claim)}
-    measured = measured.sort_values("claim", key=lambda column: column.map(order))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured.to_csv(path, index=False)
+    path, order = Path(path), {claim: i for i, claim in enumerate(ledger().claim)}
+    with locked(path):  # notebooks run side by side
+        if path.exists():
+            old = pd.read_csv(path, dtype={"claim": str})
+            measured = pd.concat([old, measured.assign(claim=measured.claim.astype(str))])
+            measured = measured.drop_duplicates("claim", keep="last")
+        measured = measured.sort_values("claim", key=lambda column: column.map(order))
+        part = path.with_suffix(".part")
+        measured.to_csv(part, index=False)
+        part.replace(path)
     return measured
 
 
@@ -357,8 +362,9 @@ def committed(notebook: str, preset: str = "tiny") -> pd.DataFrame:
 
 def _committed(preset):
     # `tiny` and `tiny_frozen` share one file: the frozen mini world is measured for both
-    path = resolve(f"data/results/claims_{Path(preset).stem.removesuffix('_frozen')}.csv")
-    if not path.exists():
+    path = resolve(f"data/results/claims_{preset.removesuffix('_frozen')}.csv")
+    # A preset file of one's own is another experiment, whatever its name.
+    if preset.endswith(".py") or not path.exists():
         return pd.DataFrame(columns=VERDICTS)
     READ.append(shown_path(path))
     return pd.read_csv(path, dtype={"claim": str})

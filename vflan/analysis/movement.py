@@ -24,7 +24,7 @@ def pieces(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The weights of a part in two runs, as flat float64 tensors of about `size` weights each.
 
-    ValueError if the two runs differ in names or shapes.
+    ValueError if the two runs differ in names or shapes, or have no such part in safetensors.
     """
     stored = [
         {name: weight for name, weight in stored_slices(run).items() if part_of(name) == part}
@@ -33,6 +33,8 @@ def pieces(
     shapes = [{name: weight.get_shape() for name, weight in some.items()} for some in stored]
     if shapes[0] != shapes[1]:
         raise ValueError(f"The {part}s of the two runs differ in shape: they cannot be compared.")
+    if not shapes[0]:
+        raise ValueError(f"The safetensors of the two runs hold no {part}.")
     names = list(shapes[0])
     if part == "language_model" and not any("lm_head" in name for name in names):
         # Tied tables are stored once, but they are two weights of the model.

@@ -30,7 +30,7 @@ from vflan.config import Recipe, folder_name, for_seed, replace, resolve, shown
 from vflan.evaluation.answer_cache import read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import Metric
-from vflan.evaluation.evaluator import evaluate, present
+from vflan.evaluation.evaluator import COLUMNS, evaluate, present
 from vflan.evaluation.parallel import forking
 from vflan.evaluation.results import kept_items
 from vflan.io import say
@@ -46,7 +46,7 @@ Key = tuple[str, int]  # (label, seed)
 class Arm:
     """A run to train: its recipe, and what it starts from.
 
-    init: the label of an arm, a Run, or the Path of weights of others; a text is always a label.
+    init: the label of an Arm, a Run, or the Path of weights of others; a text is always a label.
     """
 
     recipe: Recipe
@@ -60,9 +60,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Swap:
-    """The run of arm `of` with one part taken from elsewhere; nothing is trained (Tables 6, 7).
+    """The run of the Arm `of` with one part taken from elsewhere; nothing is trained (Tables 6, 7).
 
-    part: projector or language_model. source: the label of an arm, or else the folder or hub id of
+    part: projector or language_model. source: the label of an Arm, or else the folder or hub id of
     a causal language model of the same shape.
     """
 
@@ -99,7 +99,7 @@ class Sweep:
                 is_own = table.run == (self.answers_as[label] or run.recipe.name)
                 table = table[is_own & table.benchmark.isin(self.asked[label])]
                 tables.append(table.assign(run=label, seed=seed))
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
     def items(self, label: str, seed: int, benchmark: str) -> dict[str, Metric]:
         """{metric: Metric} of one arm on one benchmark, question by question.
@@ -137,18 +137,17 @@ def sweep(
     Mistakes in the arms raise ValueError before anything is trained. Each finished arm is reported
     on stderr. If an arm fails, no new one starts, and a RuntimeError names it.
     """
-    some_arms = (arm for arm in arms.values() if isinstance(arm, Arm))
-    folder = resolve(folder or next(some_arms).recipe.benchmarks)
+    keys = [(label, seed) for seed in seeds for label in arms]
+    recipes = [arm.recipe for arm in arms.values() if isinstance(arm, Arm)]
+    if not keys or not recipes:
+        raise ValueError("A sweep needs at least one Arm and one seed.")
+    folder = resolve(folder or recipes[0].benchmarks)
     names = present(folder) if benchmarks is None else BENCHMARKS.names(benchmarks)
     asked = {label: names if arm.benchmarks is None else BENCHMARKS.names(arm.benchmarks)
              for label, arm in arms.items()}  # fmt: skip
-    _check(arms, asked, folder)
-    if keep not in ("model", "adapter", "nothing"):
-        raise ValueError(f"keep={keep!r}: choose one of model, adapter, nothing.")
-    keys = [(label, seed) for seed in seeds for label in arms]
-    waiting = {
-        (label, seed): [(need, seed) for need in needed(arms, label)] for label, seed in keys
-    }
+    _check(arms, asked, folder, keep)
+    waiting = {(label, seed): [(need, seed) for need in needed(arms, label)]
+               for label, seed in keys}  # fmt: skip
     order = longest_first(waiting, {key: estimated_rows(arms[key[0]]) for key in keys})
 
     runs = {key: run_of(arms, *key) for key in keys}
@@ -159,7 +158,7 @@ def sweep(
     answered = [(*key, name) for key in keys for name in asked[key[0]]
                 if not _answers(runs[key], answers_as[key[0]], name).is_file()]  # fmt: skip
 
-    is_needed = {need for label in arms for need in needed(arms, label)}
+    needed_folders = {runs[need].folder for needs in waiting.values() for need in needs}
 
     def task(label, seed):
         arm, rest = arms[label], dict(benchmarks=asked[label], folder=str(folder))
@@ -169,7 +168,8 @@ def sweep(
             return partial(swap_and_ask, run, arm.part, source, answers_as[label], **rest)
         init = runs[arm.init, seed] if isinstance(arm.init, str) else arm.init
         recipe = for_seed(arm.recipe, seed)
-        if (label, seed) in trained and asked[label] and label not in is_needed:
+        is_needed = runs[label, seed].folder in needed_folders
+        if (label, seed) in trained and asked[label] and not is_needed:
             rest["keep"] = keep
         return partial(train_and_ask, recipe, init, num_processes=num_processes, **rest)
 
@@ -237,9 +237,13 @@ def default_jobs() -> int:
 # ---------------------------------------------------------------------- what is done, and when
 
 
-def _check(arms, asked, folder):
+def _check(arms, asked, folder, keep):
     """Raise for mistakes that would otherwise only show when much has been trained."""
+    if keep not in ("model", "adapter", "nothing"):
+        raise ValueError(f"keep={keep!r}: choose one of model, adapter, nothing.")
     folders = {}
+    answers = {(label, arm.recipe.name): label
+               for label, arm in arms.items() if isinstance(arm, Arm)}  # fmt: skip
     for label, arm in arms.items():
         for need in arm.needs():
             if need not in arms:
@@ -248,8 +252,13 @@ def _check(arms, asked, folder):
             if arm.part not in models.PARTS:
                 known = ", ".join(models.PARTS)
                 raise ValueError(f"{label}: there is no part {arm.part!r}; a model has {known}.")
-            for part in label.replace(" ", "-").split("/"):
+            name = label.replace(" ", "-")
+            for part in name.split("/"):
                 folder_name(part, "label")
+            if (other := answers.setdefault((arm.of, name), label)) != label:
+                raise ValueError(
+                    f"{other} and {label} would keep their scores under one name: rename one label."
+                )
         else:
             # two labels may share a run, but not one folder for two different runs
             other = folders.setdefault(arm.recipe.folder, label)
@@ -261,6 +270,11 @@ def _check(arms, asked, folder):
     except CycleError as error:
         names = ", ".join(sorted(set(error.args[1])))
         raise ValueError(f"These arms start from each other: {names}.") from None
+    for label in arms:
+        if swaps := [need for need in needed(arms, label) if isinstance(arms[need], Swap)]:
+            raise ValueError(
+                f"{label} needs {swaps[0]!r}, a Swap, whose model is not kept: name an Arm."
+            )
     for name in sorted({name for names in asked.values() for name in names}):
         if not BENCHMARKS[name].is_in(folder):
             place = shown(folder / name)
@@ -344,6 +358,9 @@ def swap_and_ask(
     run: str, part: str, source: str, name: str, benchmarks: list[str], folder: str
 ) -> None:
     """Evaluate a run with one part taken from `source`, a run's folder or a language model."""
+    # Without names, evaluate would ask all benchmarks.
+    if not benchmarks:
+        return
     run = Run.open(run)
     other = Run.open(source) if (resolve(source) / "recipe.json").is_file() else source
     model = models.swap_part(run.load_model(), part, other)
@@ -357,12 +374,14 @@ def _do_all(tasks: dict[Key, Callable], waiting, jobs):
     def finish(key):
         done.add(key)
         minutes = (time.monotonic() - began) / 60
-        line = f"[{len(done)}/{len(tasks)}] {key[0]}, seed {key[1]} ({minutes:.1f} min)"
-        say(line)
+        say(f"[{len(done)}/{len(tasks)}] {key[0]}, seed {key[1]} ({minutes:.1f} min)")
 
     if jobs == 1:
         for key, task in tasks.items():
-            task()
+            try:
+                task()
+            except Exception as error:
+                raise _failure(key, error) from error
             finish(key)
         return
     # workers do not know the benchmarks that a notebook registered
@@ -389,9 +408,12 @@ def _do_all(tasks: dict[Key, Callable], waiting, jobs):
                 else:
                     finish(key)
     if failed:
-        (label, seed), error = failed
-        reason = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"The arm {label!r} of seed {seed} failed: {reason}") from error
+        raise _failure(*failed) from failed[1]
+
+
+def _failure(key, error):
+    reason = f"{type(error).__name__}: {error}"
+    return RuntimeError(f"The arm {key[0]!r} of seed {key[1]} failed: {reason}")
 
 
 def _with_benchmarks(packed, task=None):

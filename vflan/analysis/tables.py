@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from vflan.analysis.claims import READ
 from vflan.analysis.plots.reference import CAPTIONS, TITLES, UNITS, Scores, headline, printed
-from vflan.config import ROOT
+from vflan.config import ROOT, resolve, shown
 from vflan.data.images import open_picture
 from vflan.escape import for_markdown
 from vflan.evaluation.answer_cache import read_scores
@@ -40,7 +41,7 @@ def caption(picture: Path) -> str:
     with open_picture(picture) as image:
         description = getattr(image, "text", {}).get("Description")
     kinds = {"fig": "Figure", "table": "Table"}
-    name = re.sub(r"^(fig|table)(\w*?)_", lambda m: f"{kinds[m[1]]} {m[2]}: ", picture.stem)
+    name = re.sub(r"^(fig|table)(\d\w*?)_", lambda m: f"{kinds[m[1]]} {m[2]}: ", picture.stem)
     return description or CAPTIONS.get(picture.stem) or name.replace("_", " ")
 
 
@@ -154,7 +155,8 @@ def score_rows(scores: Scores) -> tuple[str, list[str], list[list]]:
     """
     table = []
     for title, rows in headlines(scores).items():
-        cells = [title, f"{rows.baseline.mean():.1f}"]
+        majority = rows.baseline.mean()  # NaN where a model judged
+        cells = [title, None if pd.isna(majority) else f"{majority:.1f}"]
         for stage in STAGES:
             seeds = rows[rows.run == stage]
             interval = f"[{seeds.low.min():.1f}, {seeds.high.max():.1f}]"
@@ -182,7 +184,9 @@ def compared_with_paper(
     benchmark is left out where one of the two has no number at all.
     """
     if scores is None:
-        scores = pd.read_csv(ROOT / "data" / "results" / "tiny_sweeps.csv")
+        path = resolve("data/results/tiny_sweeps.csv")
+        READ.append(shown(path))
+        scores = read_scores(path)
     columns = {}
     for name, benchmark in BENCHMARKS.items():
         own = _without_seeds(headline(scores, name)).groupby("run").value.mean()
@@ -204,7 +208,8 @@ def in_a_sentence(table: pd.DataFrame, first: str, last: str) -> str:
         if len(known) == 2:
             numbers = ", ".join(f"{a:.1f} to {b:.1f} {where}" for where, a, b in known)
             parts.append(f"{title} goes from {numbers}")
-    return f"From \u201c{first}\u201d to \u201c{last}\u201d, " + "; ".join(parts) + "."
+    changes = "; ".join(parts) or "no benchmark has all four numbers"
+    return f"From \u201c{first}\u201d to \u201c{last}\u201d, {changes}."
 
 
 # ---------------------------------------------------------------------- tables in markdown
@@ -243,7 +248,8 @@ def claims_markdown(verdicts: pd.DataFrame) -> str:
     """The whole claims with their verdicts; their parts (`1a`) are left out."""
     rows = []
     for row in verdicts[verdicts.claim.str.isdigit()].itertuples():
-        effect = f"{row.effect:+.1f} [{row.low:.1f}, {row.high:.1f}]"
+        interval = f" [{row.low:.1f}, {row.high:.1f}]" if row.n_seeds > 1 else ""
+        effect = f"{row.effect:+.1f}{interval}" if row.n_seeds else None
         smallest = f"{row.smallest:g}"
         words = for_markdown(row.statement)
         rows.append([row.claim, words, row.n_seeds, effect, smallest, for_markdown(row.verdict)])
@@ -256,7 +262,7 @@ def verdicts_markdown(verdicts: pd.DataFrame) -> str:
     items = []
     for verdict, rows in verdicts[verdicts.claim.str.isdigit()].groupby("verdict", sort=False):
         words = [for_markdown(statement) for statement in rows.statement]
-        claims = [f"({claim}) {text}: {effect:+.1f}"
+        claims = [f"({claim}) {text}" + ("" if pd.isna(effect) else f": {effect:+.1f}")
                   for claim, text, effect in zip(rows.claim, words, rows.effect)]  # fmt: skip
         items.append(_wrap(f"- **{verdict.capitalize()}: {len(rows)}.** {'; '.join(claims)}."))
     return "\n".join(items)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from numpy.random import Generator
@@ -29,25 +28,20 @@ from vflan.world.scene import (
     SHAPES,
     Scene,
     digits,
+    draw_all,
     held,
-    mnist_picture,
     pick,
-    render,
     rng_of,
     sample_scene,
 )
 from vflan.world.tasks import KINDS, YES_NO, added_kinds, kinds, sample, table, unique
-from vflan.world.twins import write_twins
+from vflan.world.twins import CHOICES, write_twins
 from vflan.world.words import NUMBERS, describe, sentences
 
 CAPTIONS, PER_KIND, CONVERSATIONS, TEXT_ONLY = 7000, 500, 3000, 0.06
+# In the three folders; patterns of `io.foreign`.
 WRITTEN = (MARK, "built.json", "README.md", "tasks.csv", "captions.json", "flan.json", "chat.json")
-# In each of the three folders; patterns of `io.foreign`.
-WRITTEN += (
-    "images/*.png",
-    "*/questions.jsonl",
-    "*/*.json",
-)
+WRITTEN += ("images/*.png", "*/questions.jsonl", "*/*.json")
 VERSION = 7  # of the generated files; a folder of another version or seed is built again
 # The worlds that presets read. All choices were made on the first. The second has other scenes and
 # a random choice of held-out kinds, and is used only for the claims. It is the third such draw: on
@@ -165,24 +159,7 @@ def _refuse_foreign(folder):
 
 
 def _is_done(folder, sizes):
-    done = folder / "built.json"
-    return done.exists() and json.loads(done.read_text()) == sizes
-
-
-def draw_all(jobs: Iterable[tuple[str, Scene | int]]) -> None:
-    """Write (path, scene) as PNG files; a number instead of a scene is a handwritten digit."""
-
-    def draw(job):
-        path, scene = job
-        (mnist_picture(scene) if isinstance(scene, int) else render(scene)).save(
-            path, compress_level=1
-        )
-
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # while one compresses and writes, another draws
-        for _ in pool.map(draw, jobs):
-            pass
+    return config.read_json(folder / "built.json") == sizes
 
 
 def turns(*pairs: tuple[str, str], image_first: bool | None = None) -> list[dict]:
@@ -198,11 +175,9 @@ def turns(*pairs: tuple[str, str], image_first: bool | None = None) -> list[dict
     return out
 
 
-def training_scene(
-    rng: Generator, seed: int, kind: str | None = None, n: int | None = None
-) -> Scene:
+def training_scene(rng: Generator, seed: int, kind: str | None = None) -> Scene:
     """A scene that is not set aside for evaluation (`scene.held`)."""
-    while held(scene := sample_scene(rng, kind, n, seed=seed)):
+    while held(scene := sample_scene(rng, kind, seed=seed)):
         pass
     return scene
 
@@ -246,33 +221,24 @@ def write_samples(
         rng = rng_of("captions", seed, i)
         scene = training_scene(rng, seed=int(rng.integers(2**40)))
         question = pick(rng, BRIEF)
-        rows.append(
-            row(
-                scene,
-                i,
-                "caption",
-                turns((question, describe(scene)), image_first=bool(rng.integers(2))),
-            )
-        )
+        talk = turns((question, describe(scene)), image_first=bool(rng.integers(2)))
+        rows.append(row(scene, i, "caption", talk))
     save("captions.json", rows)
 
     rows = []
     for k in kinds(redraw):
         if k.split == "train":
             for i, (scene, instruction, answer) in enumerate(sample(k, per_kind, "flan", seed)):
-                rows.append(
-                    row(scene, i, k.name, turns((instruction, answer), image_first=k.image_first))
-                )
+                talk = turns((instruction, answer), image_first=k.image_first)
+                rows.append(row(scene, i, k.name, talk))
     save("flan.json", rows)
 
     rows, facts, wrong = [], 0, 0
     for i in range(conversations):
         rng = rng_of("chat", seed, i)
         if rng.random() < TEXT_ONLY:
-            question, answer = pick(rng, chats.TALK)
-            rows.append(
-                {"id": f"talk_{i}", "task_name": "talk", "conversations": turns((question, answer))}
-            )
+            talk = turns(pick(rng, chats.TALK))
+            rows.append({"id": f"talk_{i}", "task_name": "talk", "conversations": talk})
             continue
         scene = training_scene(rng, seed=int(rng.integers(2**40)), kind="objects")
         sort, pairs, errors = chats.conversation(scene, rng)
@@ -364,11 +330,8 @@ def write_benchmarks(
     save("llava_bench", rows, lexicon=dict(colors=COLORS, shapes=SHAPES))
     rows = tasks("objects", [KINDS["main_object"]], many(200))
     rows = [dict(r, category="objects", question_id=f"objects_{i}") for i, r in enumerate(rows)]
-    inks = [
-        int(i)
-        for i in rng_of("digits", seed).permutation(len(digits().target) // 2)[: many(200)] * 2 + 1
-    ]
-    for i in inks:
+    order = rng_of("digits", seed).permutation(len(digits().target) // 2)
+    for i in map(int, order[: many(200)] * 2 + 1):
         rows.append(
             dict(
                 question_id=f"digits_{i}",
@@ -495,11 +458,10 @@ def mmbench(
 ) -> list[dict]:
     """MMBench's circular questions: each four-option question in all rotations of its options."""
     rows = []
-    names = ("choose_color", "choose_shape", "choose_background", "choose_place", "choose_present")
-    for q, row in enumerate(r for name in names for r in tasks("mmbench", [KINDS[name]], n)):
+    for q, row in enumerate(r for name in CHOICES for r in tasks("mmbench", [KINDS[name]], n)):
         stem, rest = row["text"].split(" (a) ", 1)
         body, tail = rest.split(" Answer with", 1)
-        options = [o.strip() for part in body.split(" (") for o in [part.split(") ")[-1]]]
+        options = [part.split(") ")[-1].strip() for part in body.split(" (")]
         right = options["abcd".index(row["label"])]
         for turn in range(4):
             turned = options[turn:] + options[:turn]

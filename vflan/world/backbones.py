@@ -49,7 +49,7 @@ HEADS = dict(
 )
 
 
-def cell_labels(scene: Scene) -> list[list[int]]:
+def cell_labels(scene: Scene) -> np.ndarray:
     """(16, 8) int labels of every cell, in the order of HEADS; 0 stands for "none"."""
     out = np.zeros((16, len(HEADS)), np.int64)
     out[:, 4] = W.BACKGROUNDS.index(scene.background)
@@ -90,8 +90,8 @@ def make_tower(
     steps: int = 4700,
     batch: int = 96,
     log: Callable = print,
-) -> float:
-    """Train a `CLIPVisionModel` and save it.
+) -> dict:
+    """Train a `CLIPVisionModel` and save it; returns its record.
 
     The loss is contrastive, against bags of caption words, plus the labels of the cells.
     """

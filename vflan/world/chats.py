@@ -24,6 +24,8 @@ from vflan.world.scene import (
     Scene,
     Thing,
     pick,
+    rng_of,
+    sample_scene,
 )
 from vflan.world.tasks import ANIMAL, FRUIT, unique
 from vflan.world.words import NUMBERS, join, phrase, sentences, side
@@ -155,16 +157,8 @@ def conversation(scene: Scene, rng: Generator) -> tuple[str, list[tuple[str, str
     view, wrong = noisy_view(scene, rng)
     sort = pick(rng, ("conversation", "detail", "reasoning"), (0.4, 0.35, 0.25))
     if sort == "detail":
-        return (
-            sort,
-            [
-                (
-                    pick(rng, DETAIL),
-                    " ".join(sentences(view.things, view.background, view.condition)),
-                )
-            ],
-            wrong,
-        )
+        text = " ".join(sentences(view.things, view.background, view.condition))
+        return sort, [(pick(rng, DETAIL), text)], wrong
     if sort == "reasoning":
         return sort, [(pick(rng, REASON), reason(view, rng))], wrong
     turns = [(pick(rng, SEE), see(view))] if rng.random() < 0.7 else []
@@ -177,12 +171,10 @@ def conversation(scene: Scene, rng: Generator) -> tuple[str, list[tuple[str, str
 
 def phrases() -> list[str]:
     """All wordings of this file, for the tokenizer."""
-    from vflan.world.scene import rng_of, sample_scene
-
     out = [f"{q} {a}" for q, a in TALK] + [
         q for group in (OPEN, NEW) for qs in group.values() for q in qs
     ]
     for i in range(400):
         rng = rng_of("phrases", i)
         out += [f"{q} {a}" for q, a in conversation(sample_scene(rng, "objects"), rng)[1]]
-    return out + [f"{b}" for b in BACKGROUNDS]
+    return [*out, *BACKGROUNDS]

@@ -390,16 +390,15 @@ def logits_at(model, ids, positions, mask, where):
 
 
 def kinds_for(scene: Scene) -> list[T.Kind]:
-    """Names of the kinds that fit a scene and that the language model may meet in text."""
-    allowed = {"", "any"} if scene.kind != "handwritten" else set()
-    allowed |= {scene.kind}
-    if scene.kind == "objects":
-        allowed |= {"single"} if len(scene.things) == 1 else set()
+    """The kinds that fit a scene and that the language model may meet in text."""
+    allowed = {scene.kind} | ({"", "any"} if scene.kind != "handwritten" else set())
+    if len(scene.things) == 1:
+        allowed.add("single")
     return [k for k in T.KINDS.values() if k.in_text and k.scenes in allowed]
 
 
 def text_scene(rng: Generator, seed: int) -> W.Scene:
-    """A scene for text: many objects, some alike; never one set aside for evaluation."""
+    """A scene for text, with some objects alike; never one set aside for evaluation."""
     while W.held(scene := draw(rng, seed)):
         pass
     return scene
@@ -463,9 +462,9 @@ def lesson(rows, rng, weights, seed, budget, wording=lambda kind, answer: answer
 
 
 def exam(tokenizer, rows, n=40, key="text exam", kinds=None, evaluation=True, wording=None):
-    """Batches of n questions for each kind, about scenes that training never draws.
+    """n questions for each kind, in batches of (kind, text ids, question ids, answer ids).
 
-    Returns [(kind, tensors, spans), ...].
+    evaluation: about scenes that training never draws.
     """
     items = []
     for k in kinds or T.KINDS.values():

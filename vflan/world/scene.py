@@ -10,14 +10,17 @@ invented objects of the GPT-4-style set all come from this prior.
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
 GRID, CELL = 4, 12
@@ -127,14 +130,12 @@ class Scene:
 
 def rng_of(*key: str | int) -> Generator:
     """A generator that depends on the key alone, the same on any machine."""
-    return np.random.default_rng([abs(hash_(k)) for k in key])
-
-
-def hash_(key: str | int) -> int:
-    """A whole number for a key: the key itself, or its bytes."""
-    return (
-        key if isinstance(key, int) else int.from_bytes(str(key).encode(), "little") % (2**61 - 1)
-    )
+    # A whole number stands for itself, a text for its bytes.
+    numbers = [
+        abs(k) if isinstance(k, int) else int.from_bytes(str(k).encode(), "little") % (2**61 - 1)
+        for k in key
+    ]
+    return np.random.default_rng(numbers)
 
 
 def pick(rng: Generator, options: Sequence, p: Sequence[float] | None = None) -> Any:
@@ -292,8 +293,8 @@ def glyph(character: str) -> np.ndarray:
     return bits.repeat(2, 0).repeat(2, 1)
 
 
-def paste(canvas: np.ndarray, y: int, x: int, mask: np.ndarray, color: Sequence[int]) -> None:
-    """Blend a colour into the canvas (height, width, 3) at (y, x), by a mask of 0 to 1."""
+def paste(canvas: np.ndarray, y: int, x: int, mask: np.ndarray, color: ArrayLike) -> None:
+    """Blend a colour, or one for each pixel, into the canvas at (y, x), by a mask of 0 to 1."""
     side_y, side_x = mask.shape
     patch = canvas[y : y + side_y, x : x + side_x]
     patch += mask[..., None] * (np.asarray(color, np.float32) - patch)
@@ -314,21 +315,17 @@ def render(scene: Scene) -> Image.Image:
         other = color * 0.45 if color.sum() > 200 else color + 110  # black cannot darken
         ink = color + texture_mask(thing.texture, side)[..., None] * (other - color)
         y, x = thing.row * CELL + int(shift[0]), thing.column * CELL + int(shift[1])
-        patch = canvas[y : y + side, x : x + side]
-        patch += mask[..., None] * (ink - patch)
+        paste(canvas, y, x, mask, ink)
     if scene.kind == "handwritten":  # on any ground, in any ink that stands out, as MNIST-M has it
         if rng.random() < 0.5:
             canvas[:] = rng.integers(0, 60, 3)
         light = canvas.mean() < 100
-        handwriting(
-            canvas, scene.ink, rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3)
-        )
+        color = rng.integers(170, 256, 3) if light else rng.integers(0, 70, 3)
+        handwriting(canvas, scene.ink, color)
     for column, character in enumerate(scene.text if scene.kind != "handwritten" else ""):
-        y, x = (
-            scene.line * CELL + 1 + int(rng.integers(-1, 2)),
-            column * CELL + 1 + int(rng.integers(-1, 2)),
-        )
-        paste(canvas, max(y, 0), max(x, 0), glyph(character), (40, 30, 30))
+        y = scene.line * CELL + 1 + int(rng.integers(-1, 2))
+        x = column * CELL + 1 + int(rng.integers(-1, 2))
+        paste(canvas, y, x, glyph(character), (40, 30, 30))
     for column, (color, height) in enumerate(scene.bars):
         bar = np.ones((height * CELL - 1, 8), np.float32)
         paste(canvas, GRID * CELL - height * CELL + 1, column * CELL + 2, bar, RGB[color])
@@ -336,6 +333,19 @@ def render(scene: Scene) -> Image.Image:
         canvas *= 0.5
     canvas += rng.normal(0, 22 if scene.condition == "noisy" else 3, canvas.shape)
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    return (
-        picture.filter(ImageFilter.GaussianBlur(0.9)) if scene.condition == "blurred" else picture
-    )
+    is_blurred = scene.condition == "blurred"
+    return picture.filter(ImageFilter.GaussianBlur(0.9)) if is_blurred else picture
+
+
+def draw_all(jobs: Iterable[tuple[str, Scene | int]]) -> None:
+    """Write (path, scene) as PNG files; a number instead of a scene is a handwritten digit."""
+
+    def draw(job):
+        path, scene = job
+        picture = mnist_picture(scene) if isinstance(scene, int) else render(scene)
+        picture.save(path, compress_level=1)
+
+    # While one thread compresses and writes, another draws.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(draw, jobs):
+            pass

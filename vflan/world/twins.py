@@ -22,10 +22,9 @@ from vflan.world.scene import (
     TEXTURES,
     Scene,
     digits,
+    draw_all,
     held,
-    mnist_picture,
     pick,
-    render,
     rng_of,
     sample_scene,
 )
@@ -49,13 +48,11 @@ def write_twins(folder: Path, seed: int, questions: float, **_: object) -> None:
         (folder / name).mkdir()
         with open(folder / name / "questions.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        for image, scene in jobs.items():
-            picture = mnist_picture(scene) if isinstance(scene, int) else render(scene)
-            picture.save(folder / "images" / image, compress_level=1)
+        draw_all((str(folder / "images" / image), scene) for image, scene in jobs.items())
 
 
 def scenes(
-    name: str, seed: int, n: int, kind: str | None = "objects", things: Callable | None = None
+    name: str, seed: int, n: int, kind: str | None = "objects", things: int | None = None
 ) -> Iterator[tuple[int, Scene, Generator]]:
     """n (number, scene, rng) of scenes set aside for evaluation; `things`: objects in each."""
     i = done = 0
@@ -69,7 +66,7 @@ def scenes(
 
 def asked(
     name: str, seed: int, n: int, kinds: Sequence[str], kind: str | None = "objects"
-) -> Iterator[tuple[int, Scene, dict]]:
+) -> Iterator[tuple[int, Scene, Generator, str, str, str]]:
     """(number, scene, rng, kind, question, answer) for every kind that fits a scene."""
     for i, scene, rng in scenes(name, seed, n, kind):
         for task in kinds:
@@ -251,9 +248,10 @@ def classes(name: str, task: str, options: Sequence[str]) -> Callable:
 
 
 def mnist(seed: int, n: int) -> Iterator[tuple]:
-    """Handwritten digits that neither training nor the forgetting benchmark uses.
+    """Handwritten digits that training does not use.
 
-    The latter takes the first 200.
+    The forgetting benchmark takes the first 200 of the same order, or more in a world with more
+    questions: only where `questions` is 1 or less do the two share none.
     """
     inks = (
         rng_of("digits", seed).permutation(len(digits().target) // 2)[200 : 200 + 3 * n // 2] * 2

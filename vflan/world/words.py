@@ -46,11 +46,8 @@ def describe(scene: Scene, rng: Generator | None = None) -> str:
 
 def phrase(thing: Thing, article: bool = True) -> str:
     """'a small red striped star'; the texture 'plain' is left out."""
-    words = (
-        [thing.size, thing.color]
-        + ([thing.texture] if thing.texture != "plain" else [])
-        + [thing.shape]
-    )
+    texture = [thing.texture] if thing.texture != "plain" else []
+    words = [thing.size, thing.color, *texture, thing.shape]
     return ("a " if article else "") + " ".join(words)
 
 

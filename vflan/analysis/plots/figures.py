@@ -30,7 +30,12 @@ def _legend_mark(label, color, marker="o", ls="", **style):
 
 
 def _panels(count, columns, **options):
-    """A figure with `count` axes in rows of `columns`; the axes left over are hidden."""
+    """A figure with `count` axes in rows of `columns`; the axes left over are hidden.
+
+    ValueError for none: matplotlib's would only speak of rows.
+    """
+    if not count:
+        raise ValueError("There is nothing to draw: no row of the table belongs to a panel.")
     lines = -(-count // columns)
     fig, axes = plt.subplots(lines, columns, squeeze=False, **options)
     for ax in axes.flat[count:]:
@@ -46,13 +51,12 @@ def loss_curve(*runs, smooth: float = 0.03) -> Figure:
     alone into steps of their own, and their loss is another task's.
     """
     fig, ax = plt.subplots(figsize=(9, 3.2))
-    colors, styles, crosses = model_colors(run.name for run in runs), {}, False
+    colors, drawn, crosses = model_colors(run.name for run in runs), [], False
     for run in runs:
         table, color = run.metrics(), colors[run.name]
-        style = (
-            "-" if (seeds := styles.setdefault(color, [])) == [] else ("--", ":")[len(seeds) % 2]
-        )
-        seeds.append(run.name)
+        others = drawn.count(color)  # other seeds of this stage
+        style = ("--", ":")[others % 2] if others else "-"
+        drawn.append(color)
         if "pictures" in table and len(text := table[table.pictures == 0]) < len(table):
             table, crosses = table[table.pictures != 0], crosses or len(text) > 0
             ax.plot(text.step, text.loss, "x", color=color, alpha=0.5, markersize=4)
@@ -134,7 +138,7 @@ def _draw_dots(ax, scores, rows, item, column):
     Returns the legend's labels of what is drawn.
     """
     diamond = dict(markeredgecolor=GREY, markersize=6.5, zorder=2)
-    colors, drawn = model_colors(rows), {"majority answer", "here, 95 % interval"}
+    colors, drawn = model_colors(rows), {"here, 95 % interval"}
     for y, (run, (_, row)) in enumerate(rows.items()):
         if number := row and printed(item, row, column):
             drawn.add("paper, 13B" if number[1] else "paper, 13B, not confirmed")
@@ -144,7 +148,9 @@ def _draw_dots(ax, scores, rows, item, column):
                 [score.low, score.high], [y, y], color=colors[run], lw=2.4, alpha=0.45, zorder=3
             )
             ax.plot(score.value, y, "o", color=colors[run], zorder=4)
-            ax.vlines(score.baseline, y - 0.34, y + 0.34, zorder=3, **MAJORITY)
+            if not np.isnan(score.baseline):  # a model as judge answers for no majority
+                drawn.add("majority answer")
+                ax.vlines(score.baseline, y - 0.34, y + 0.34, zorder=3, **MAJORITY)
     return drawn
 
 
@@ -186,9 +192,9 @@ def categories(
     line.
     """
     part = scores[scores.metric.str.startswith(f"{metric}/")]
-    kind = part.metric.str.split("/").str[1]
+    kind = part.metric.str.removeprefix(f"{metric}/")
     stage = part.run.str.replace(r"-seed\d+$", "", regex=True)
-    part = part.assign(kind=kind, stage=stage, line=kind.map(of or {}).fillna(kind))
+    part = part.assign(kind=kind, stage=stage, line=[(of or {}).get(name, name) for name in kind])
     numbers = ["value", "low", "high", "baseline"]
     # the seeds of a stage answer the same questions, so their intervals do not shrink by joining
     part = part.groupby(["benchmark", "line", "stage", "kind"], sort=False)[numbers].mean()
@@ -201,7 +207,8 @@ def categories(
         values = values.sort_values(values.columns[-1], kind="stable")
         colors, lines = model_colors(values), np.arange(len(values))
         chance = table.baseline.unstack().mean(axis=1)[values.index]
-        ax.vlines(chance, lines - 0.4, lines + 0.4, label="majority answer", **MAJORITY)
+        label = "majority answer" if chance.notna().any() else None
+        ax.vlines(chance, lines - 0.4, lines + 0.4, label=label, **MAJORITY)
         for k, column in enumerate(values):
             own, y = table.xs(column, level=1).reindex(values.index), lines + 0.24 * k - 0.12
             ax.hlines(y, own.low, own.high, color=colors[column], lw=2, alpha=0.45)
@@ -230,7 +237,7 @@ def yes_ratio(scores: Scores) -> Figure:
     stand side by side. scores: rows `yes_ratio/SETTING` of the benchmark pope.
     """
     part = scores[(scores.benchmark == "pope") & scores.metric.str.startswith("yes_ratio/")]
-    settings = list(dict.fromkeys(part.metric.str.split("/").str[1]))
+    settings = list(dict.fromkeys(part.metric.str.removeprefix("yes_ratio/")))
     runs = list(dict.fromkeys(zip(part.run, part.seed)))
     colors = model_colors(part.run)
     fig, ax = plt.subplots(figsize=(9, 3))
@@ -314,7 +321,7 @@ def curves(
             ax.plot(part.x, part.value, "o", color=color, markersize=3.5, alpha=0.6)
             ax.plot(mean.index, mean.value, color=color, label=name)
             ax.fill_between(mean.index, mean.low, mean.high, color=color, alpha=0.14, lw=0)
-        if len(own):
+        if own.baseline.notna().any():
             ax.axhline(own.baseline.mean(), label="majority answer", **MAJORITY)
         other = own.iloc[:0] if reference is None else headline(reference, benchmark, metric)
         if len(other):
@@ -325,8 +332,9 @@ def curves(
         ax.set_xticks(xs, ticks)
         ax.minorticks_off()
         ax.margins(x=0.06)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    named = {label: handle for ax in axes.flat
+             for handle, label in zip(*ax.get_legend_handles_labels())}  # fmt: skip
+    fig.legend(named.values(), named, loc="outside lower center", ncols=len(named))
     return fig
 
 

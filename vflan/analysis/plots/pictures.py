@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 def turns(sample: Mapping) -> tuple[str, str, str]:
     """(task, question, answer) of a LLaVA sample's first exchange, or of a benchmark question.
 
-    What a bad row lacks is "".
+    What a bad row, or a question of a test set, lacks is "".
     """
     if "conversations" in sample:
         texts = [t.get("value") or "" for t in sample["conversations"] or ()]
         texts = [text.replace("<image>", "").strip() for text in texts] + ["", ""]
         return sample.get("task_name") or "", texts[0], texts[1]
-    return sample.get("category", ""), sample["text"], sample.get("label", "")
+    return sample.get("category") or "", sample["text"], sample.get("label") or ""
 
 
 def question(sample: Mapping) -> dict:

@@ -93,9 +93,8 @@ def added_kinds() -> dict[str, str]:
     hashes = {}
     for name, added in KINDS.items():
         if name not in SHIPPED:
-            text = repr(
-                (added.category, added.split, added.options, sample(added, 20, "added kind"))
-            )
+            declared = added.category, added.split, added.in_text, added.options
+            text = repr((*declared, sample(added, 20, "added kind")))
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return hashes
 
@@ -127,9 +126,7 @@ def scene_for(task: Kind, rng: np.random.Generator, seed: int, odd_ink: bool = F
 
 
 def alike(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one object made to look like another, so that counts above one are not
-    rare.
-    """
+    """The scene with one object made to look like another: counts above one are rare otherwise."""
     things = list(scene.things)
     i, j = (int(k) for k in rng.permutation(len(things))[:2])
     for attribute in ("color", "size", "texture"):
@@ -147,11 +144,14 @@ def sample(
 
     No answer of a kind with options gets more than its equal share and two. With `evaluation` the
     scenes are those that `scene.held` sets aside, otherwise the rest: a training set and a test set
-    share no scene.
+    share no scene. ValueError for a kind that gives no question for any of 10,000 scenes: the
+    search would not end.
     """
     rows, counts, i = [], {}, 0
     limit = n / max(1, len(task.options)) + 2
     while len(rows) < n:
+        if not rows and i == 10_000:
+            raise ValueError(f"The kind {task.name!r} gave no question for any of {i:,} scenes.")
         i += 1
         rng = rng_of(task.name, i, *key)
         scene = scene_for(task, rng, seed=int(rng.integers(2**40)), odd_ink=evaluation)

@@ -68,9 +68,8 @@ def main_color(scene: Scene, rng: Generator) -> Question:
 
 @kind("texture", scenes="single", options=TEXTURES)
 def main_texture(scene: Scene, rng: Generator) -> Question:
-    return f"Classify the texture of the object. Choose from {join(TEXTURES)}.", scene.things[
-        0
-    ].texture
+    (thing,) = scene.things
+    return f"Classify the texture of the object. Choose from {join(TEXTURES)}.", thing.texture
 
 
 @kind("texture")

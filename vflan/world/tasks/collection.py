@@ -66,9 +66,7 @@ class Kind:
 
     @property
     def image_first(self) -> bool:
-        """Whether the picture comes before the instruction: for about half, as in the released
-        data.
-        """
+        """Whether the picture comes before the instruction, as for half of the released data."""
         return sum(map(ord, self.name)) % 2 == 0
 
 

@@ -1,6 +1,4 @@
-"""Kinds of task about the objects of a scene: their looks, places, number and what is known of
-them.
-"""
+"""Kinds of task about objects: their looks, places and number, and what is known of them."""
 
 from collections.abc import Callable, Sequence
 
@@ -251,6 +249,5 @@ def fruit(scene: Scene, rng: Generator) -> Question:
 @kind("outside knowledge", split="heldout", in_text=False)
 def fruit_at(scene: Scene, rng: Generator) -> Question:
     if t := one(rng, scene.things):
-        return f"Name a fruit that has the color of the object at {PLACES[t.place]}.", FRUIT[
-            t.color
-        ]
+        question = f"Name a fruit that has the color of the object at {PLACES[t.place]}."
+        return question, FRUIT[t.color]

@@ -77,9 +77,8 @@ def shortest_bar(scene: Scene, rng: Generator) -> Question:
 @kind("charts", scenes="chart", options=YES_NO)
 def bar_taller(scene: Scene, rng: Generator) -> Question:
     i, j = rng.permutation(len(scene.bars))[:2]
-    return f"Is the {scene.bars[i][0]} bar taller than the {scene.bars[j][0]} bar?", yes(
-        scene.bars[i][1] > scene.bars[j][1]
-    )
+    (color, height), (other, its_height) = scene.bars[i], scene.bars[j]
+    return f"Is the {color} bar taller than the {other} bar?", yes(height > its_height)
 
 
 @kind("charts", scenes="chart", options=NUMBERS[2:5])
