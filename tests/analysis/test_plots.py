@@ -281,7 +281,7 @@ def test_steps_of_text_alone_are_crosses_outside_the_mean():
     loss = np.where(np.arange(50) == 20, 10.0, 1.0)
     table = pd.DataFrame({"step": range(50), "loss": loss, "pictures": 16 * (loss < 10)})
     fig = plots.loss_curve(SimpleNamespace(name="chat", metrics=lambda: table), smooth=0.2)
-    assert marks(fig.axes[0], "x") == [20] and "a step of text alone" in texts(fig)
+    assert marks(fig.axes[1], "x") == [20] and "Steps of text alone" in texts(fig)
     (mean,) = [line for line in fig.axes[0].lines if line.get_label().startswith("chat")]
     assert set(mean.get_ydata()) == {1.0}
 

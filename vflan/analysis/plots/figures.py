@@ -47,31 +47,41 @@ def loss_curve(*runs, smooth: float = 0.03) -> Figure:
     """The loss over the steps of each run: every step in pale, the running mean on top.
 
     runs: anything with .name and .metrics(). smooth: the mean's window, as a share of all steps.
-    Steps whose rows have no picture are crosses outside the mean: LLaVA's sampler puts rows of text
-    alone into steps of their own, and their loss is another task's.
+    Steps whose rows have no picture are crosses in a panel of their own: LLaVA's sampler puts rows
+    of text alone into steps of their own, and their loss is another task's.
     """
-    fig, ax = plt.subplots(figsize=(9, 3.2))
-    colors, drawn, crosses = model_colors(run.name for run in runs), [], False
-    for run in runs:
-        table, color = run.metrics(), colors[run.name]
+    tables, colors, drawn = [run.metrics() for run in runs], model_colors(r.name for r in runs), []
+    split = [_without_pictures(table) for table in tables]
+    has_text = any(len(text) for text, _ in split)
+    fig, axes = plt.subplots(
+        1 + has_text, 1, figsize=(9, 3.2 + 0.8 * has_text), sharex=True, squeeze=False,
+        height_ratios=[3, 1][: 1 + has_text],
+    )  # fmt: skip
+    ax, below = axes[0, 0], axes[-1, 0]
+    for run, (text, table) in zip(runs, split):
+        color = colors[run.name]
         others = drawn.count(color)  # other seeds of this stage
         style = ("--", ":")[others % 2] if others else "-"
         drawn.append(color)
-        if "pictures" in table and len(text := table[table.pictures == 0]) < len(table):
-            table, crosses = table[table.pictures != 0], crosses or len(text) > 0
-            ax.plot(text.step, text.loss, "x", color=color, alpha=0.5, markersize=4)
+        if len(text):
+            below.plot(text.step, text.loss, "x", color=color, alpha=0.7, markersize=4)
         window = min(len(table), max(5, int(smooth * len(table))))
         mean = table.loss.rolling(window, min_periods=1, center=True).mean()
         last = f"last {window} steps {table.loss.tail(window).mean():.2f}"
         ax.plot(table.step, table.loss, color=color, alpha=0.18, lw=0.8)
         ax.plot(table.step, mean, style, color=color, label=f"{run.name}: mean of the {last}")
-    label = "loss of a learned token, nats"
-    ax.set(xlabel="step", ylabel=label, title="Training loss", ylim=(0, None))
-    handles, _ = ax.get_legend_handles_labels()
-    if crosses:
-        handles.append(_legend_mark("a step of text alone", GREY, "x", markersize=4))
-    ax.legend(handles=handles)
+    ax.set(ylabel="loss of a learned token, nats", title="Training loss", ylim=(0, None))
+    ax.legend()
+    if has_text:
+        below.set(title="Steps of text alone", ylim=(0, None))
+    below.set_xlabel("step")
     return fig
+
+
+def _without_pictures(metrics):
+    """(steps of text alone, other steps); of a run of text, all steps are other ones."""
+    alone = metrics.get("pictures", pd.Series(1, metrics.index)) == 0
+    return (metrics[:0], metrics) if alone.all() else (metrics[alone], metrics[~alone])
 
 
 def learning_curves(heldout: pd.DataFrame, category: Mapping[str, str]) -> Figure:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Inches from a line of small text to the next.
+LINE = 0.14
+
 
 def turns(sample: Mapping) -> tuple[str, str, str]:
     """(task, question, answer) of a LLaVA sample's first exchange, or of a benchmark question.
@@ -68,29 +71,39 @@ def gallery(samples: Sequence[Mapping], n: int = 8, columns: int = 4) -> Figure:
         raise ValueError("There are no samples to draw.")
     rows = [samples[i] for i in range(min(n, len(samples)))]
     columns = min(columns, len(rows))
-    lines, characters, inches = -(-len(rows) // columns), 33, 2.3
-    if columns < 4:
-        characters, inches = 44, 3
-    fig = plt.figure(figsize=(inches * columns, 3.3 * lines), layout="none")
-    cells = fig.add_gridspec(2 * lines, columns, height_ratios=[1.7, 1.4] * lines)
-    cells.update(hspace=0.05, wspace=0.12, left=0.01, right=0.99, top=0.99, bottom=0.01)
-    for i, sample in enumerate(rows):
+    characters, inches = (33, 2.3) if columns >= 4 else (44, 3)
+    exchanges = [_wrapped(sample, characters) for sample in rows]
+    # In inches: a picture, and below it as many lines as the longest text beside it has.
+    heights = []
+    for i in range(0, len(rows), columns):
+        most = max(text.count("\n") for _, text, _ in exchanges[i : i + columns])
+        more = max(reply.count("\n") for _, _, reply in exchanges[i : i + columns])
+        heights += [1.8, LINE * (most + more + 4.5)]
+    fig = plt.figure(figsize=(inches * columns, sum(heights)), layout="none")
+    cells = fig.add_gridspec(len(heights), columns, height_ratios=heights)
+    cells.update(hspace=0.03, wspace=0.12, left=0.01, right=0.99, top=0.995, bottom=0.005)
+    for i, (sample, texts) in enumerate(zip(rows, exchanges)):
         line, column = divmod(i, columns)
         show(fig.add_subplot(cells[2 * line, column]), sample.get("image"))
-        _write_exchange(fig.add_subplot(cells[2 * line + 1, column]), sample, characters)
+        _write_exchange(fig.add_subplot(cells[2 * line + 1, column]), *texts, heights[2 * line + 1])
     return fig
 
 
-def _write_exchange(ax, sample, characters):
-    """Write the task, the instruction and the answer below each other."""
-    ax.set_axis_off()
+def _wrapped(sample, characters):
+    """(task, instruction, answer) in lines of about `characters` letters."""
     task, instruction, reply = turns(sample)
-    # bold letters are wider, so their lines are shorter
+    # Bold letters are wider, so their lines are shorter.
     task, reply = wrap(task.replace("_", " "), characters - 4, 1), wrap(reply, characters - 3, 4)
-    instruction = wrap(instruction, characters, 6)
-    below = 0.83 - 0.094 * (instruction.count("\n") + 1)
-    write(ax, 0, 0.98, task, fontsize=7.5, color=GREY, weight="bold")
-    write(ax, 0, 0.86, instruction, fontsize=7.5)
+    return task, wrap(instruction, characters, 6), reply
+
+
+def _write_exchange(ax, task, instruction, reply, height):
+    """Write the task, the instruction and the answer below each other; height: of `ax`, inches."""
+    ax.set_axis_off()
+    line = LINE / height
+    write(ax, 0, 1 - 0.3 * line, task, fontsize=7.5, color=GREY, weight="bold")
+    write(ax, 0, 1 - 1.6 * line, instruction, fontsize=7.5)
+    below = 1 - line * (1.9 + instruction.count("\n") + 1)
     write(ax, 0, below, reply, fontsize=7.5, color=COLORS[0], weight="bold")
 
 
@@ -108,17 +121,19 @@ def before_after(
     for i, asked in enumerate(questions):
         label = f"\n[{asked['label']}]" if asked.get("label") else ""
         texts = [turns(asked)[1] + label, *(a[i] or "(nothing)" for a in answers.values())]
-        cells.append([wrap(text, width, 8) for text in texts])
+        cells.append([wrap(text, width, 14) for text in texts])
     heights = [max(5, *(text.count("\n") + 1 for text in row)) for row in cells]
     fig = plt.figure(figsize=(9, 0.35 + 0.155 * (sum(heights) + len(heights))), layout="none")
     grid = fig.add_gridspec(len(cells), 1, height_ratios=heights)
     top = 1 - 0.3 / fig.get_figheight()
     grid.update(left=0.01, right=0.99, top=top, bottom=0.01, hspace=0.16)
     columns = [0.115 + 0.885 * k / (len(answers) + 1) for k in range(len(answers) + 1)]
-    heading = dict(weight="bold", va="top", fontsize=9, parse_math=False)
-    colors = model_colors(answers)
+    heading, colors = dict(weight="bold", va="top", parse_math=False), model_colors(answers)
+    # A bold letter at 9 points takes about 0.088 inches.
+    fitting = 9 * 0.885 / (len(answers) + 1) / 0.088
     for x, name in zip(columns, ["question", *answers]):
-        fig.text(0.01 + 0.98 * x, 0.995, name, **heading)
+        size = 9 * min(1, fitting / len(name))
+        fig.text(0.01 + 0.98 * x, 0.995, name, fontsize=size, **heading)
     for i, (asked, row) in enumerate(zip(questions, cells)):
         ax = fig.add_subplot(grid[i])
         ax.set_axis_off()
@@ -214,7 +229,7 @@ def tokens(
     ax.set_axis_off()
     for x, y, text, color in boxes:
         ax.add_patch(plt.Rectangle((x - 0.4, y - 0.4), len(text) + 0.8, 0.8, color=color, lw=0))
-        ax.text(x, y, text, family="DejaVu Sans Mono", fontsize=9, va="center", parse_math=False)
+        ax.text(x, y, text, family="DejaVu Sans Mono", fontsize=8.6, va="center", parse_math=False)
     return fig
 
 
