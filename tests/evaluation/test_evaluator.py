@@ -654,6 +654,55 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     assert (alike.difference == 0).all() and (alike.p == 1).all() and table.p["accuracy"] < 1
 
 
+class Marks:
+    """A judge that gives one mark, and fails on one question."""
+
+    title = "marks 1"
+
+    def __init__(self, failed="", mark=1.0, best=1.0):
+        self.failed, self.mark, self.best, self.asked = failed, mark, best, 0
+
+    def judge(self, question, reference, answer, sample):
+        self.asked += 1
+        failed = sample["question_id"] == self.failed
+        return Judgement(None if failed else self.mark, "a reason", self.best)
+
+
+@pytest.mark.parametrize("failed, n", [(("0", "3"), 10), (("0", ""), 11)])
+def test_a_question_that_either_judge_failed_on_counts_for_neither_run(
+    run, monkeypatch, failed, n
+):
+    evaluate(run)
+    judges = [Marks(failed[0]), Marks(failed[1], mark=0.5)]
+    given, load = iter(judges), results.load_benchmark
+
+    def load_with_a_judge_of_its_own(key, folder, judge):
+        return load(key, folder, {"pope": next(given)})
+
+    monkeypatch.setattr(results, "load_benchmark", load_with_a_judge_of_its_own)
+    row = difference(run, run, "pope").set_index("metric").loc["f1"]
+    assert (row.difference, row.low, row.high, row.n) == (50, 50, 50, n)
+    assert [judge.asked for judge in judges] == [12, 12]
+
+
+def test_marks_beyond_ten_are_problems_and_not_left_out_in_silence(run, capsys):
+    judge = {"pope": Marks(mark=85.0, best=100.0)}
+    with pytest.raises(ValueError, match="no score that can be used .85 of 100 is no score from 0"):
+        evaluate(run, judge=judge)
+
+    class Sometimes(Marks):
+        def judge(self, question, reference, answer, sample):
+            if sample["question_id"] == "1":
+                return Judgement(85.0, "fine", 100.0)
+            return super().judge(question, reference, answer, sample)
+
+    scores = evaluate(run, judge={"pope": Sometimes()}).set_index("metric")
+    assert scores.n["f1"] == 11 and set(scores.problems) == {1}
+    assert "question 1: judge: 85 of 100 is no score from 0 to 10" in capsys.readouterr().out
+    row = judged_answers(run, "pope", judge={"pope": Sometimes()})[1]
+    assert row["right"] is None and row["reason"].startswith("85 of 100")
+
+
 class Fixed:
     """A judge with an opinion on everything but every third answer."""
 
@@ -812,6 +861,12 @@ def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
         True,
         False,
     ]
+
+
+def test_an_answer_to_a_question_without_label_is_neither_right_nor_wrong():
+    row = dict(question_id="a", image="a.png", text="?", label=None, category="random")
+    for name in ("pope", "mme", "vqav2", "heldout"):
+        assert results._is_right(BENCHMARKS[name], row, "yes") is None
 
 
 def test_new_scores_replace_old_ones_in_place(tmp_path):
