@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ import pandas as pd
 import pytest
 import torch
 from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
@@ -193,6 +197,29 @@ def likelier(tiny, row):
         logits = tiny.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
     yes, no = (first_token(w, tiny.processor.tokenizer) for w in ("yes", "no"))
     return "yes" if logits[yes] > logits[no] else "no"
+
+
+def test_one_pass_compares_the_words_as_they_follow_the_prompt_of_the_template():
+    """Behind "ASSISTANT:" a word has a space, behind a line break and behind a picture none."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    core = Tokenizer(models.BPE({x: i for i, x in enumerate([*sorted(letters), "no", "Ġno"])},
+                                [("n", "o"), ("Ġ", "no")]))  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+
+    def first(template):
+        return tokenizer.convert_ids_to_tokens(first_token("no", tokenizer, template))
+
+    assert (first("vicuna_v1"), first("plain")) == ("Ġno", "no")
+    turn = "{% for m in messages %}[{{ m.role }}]SPACE{{ m.content[0].text }}{% endfor %}"
+    turn += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    for space, token in (("", "no"), (" ", "Ġno")):
+        tokenizer.chat_template = turn.replace("SPACE", space)
+        assert first("own") == token
+    # A template that shows the last turn alone says nothing about answers.
+    tokenizer.chat_template = "{{ messages[-1].content[0].text }}"
+    assert first("own") == "no"
 
 
 def test_one_pass_refuses_words_that_begin_alike(tiny):
@@ -555,6 +582,17 @@ def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
         RuntimeError, match="so far are cached: call again to continue, with fewer processes"
     ):
         evaluate(run, num_processes=2)
+
+
+def test_a_process_that_died_between_two_benchmarks_is_one_sentence(monkeypatch):
+    class Dead(ThreadPoolExecutor):
+        def submit(self, *_):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", lambda *_: Dead())
+    with parallel.working(None, 2, 8, "vicuna_v1") as ask:
+        with pytest.raises(RuntimeError, match="A process of the evaluation died"):
+            list(ask([{"image": None, "text": "?"}], 3))
 
 
 def test_a_model_in_memory_cannot_be_shared(run, tiny):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, prompt_ids
+from vflan.data.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, encode, prompt_ids
 from vflan.data.images import picture_trouble, read_picture, stamp
 from vflan.evaluation.answer_cache import Answer, hash_model
 from vflan.models.cache_size import Budget, Row, free, make_rows, ran_out, sizes
@@ -91,7 +91,7 @@ def answering(
     each = sizes(model.config.text_config, model.dtype.itemsize)
     budget = Budget(free(model.device) if memory is None else memory, batch_size, each)
     # Each word is tokenised once, though it is allowed for many questions.
-    start_of = cache(partial(first_token, tokenizer=processor.tokenizer))
+    start_of = cache(partial(first_token, tokenizer=processor.tokenizer, template=template))
     ask = partial(_ask, model, processor.tokenizer, samples, max_new_tokens, start_of)
     # Dropout off; the mode is restored at the end.
     model.eval()
@@ -437,7 +437,16 @@ def _choose_words(model, cache, prompts, allowed, start_of, tokenizer) -> list[A
     return answers
 
 
-def first_token(word: str, tokenizer: Any) -> int:
-    """The first token id of an answer that begins with `word`."""
-    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-    return next(label for label in encode(turns, tokenizer)[1] if label != IGNORE_INDEX)
+def first_token(word: str, tokenizer: Any, template: str = "vicuna_v1") -> int:
+    """The first token id of an answer that begins with `word`, behind the template's prompt."""
+    if template != "own":
+        turns = [{"from": "human", "value": f"{IMAGE}\n?"}, {"from": "gpt", "value": word}]
+        labels = encode(turns, tokenizer, template)[1]
+        return next(label for label in labels if label != IGNORE_INDEX)
+    # What the template writes behind a prompt, for a turn that is over: a space, perhaps.
+    prompt, whole = (
+        prompt_ids("?", tokenizer, template, has_image=False, before=before)
+        for before in ((), [("?", word)])
+    )
+    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+    return (answer or tokenizer(word, add_special_tokens=False).input_ids)[0]
