@@ -222,6 +222,12 @@ def test_one_pass_compares_the_words_as_they_follow_the_prompt_of_the_template()
     assert first("own") == "no"
 
 
+def test_a_batch_holds_one_question_at_least(tiny):
+    rows = questions(tiny, 4)
+    expected = [text for text, _ in generated(tiny, rows, 3)]
+    assert answer(tiny.model, tiny.processor, rows, 3, batch_size=0) == expected
+
+
 def test_one_pass_refuses_words_that_begin_alike(tiny):
     rows = [{"text": "a star ?", "image": None, "choices": ["red star", "red circle"]}]
     with pytest.raises(ValueError, match="cannot tell red star, red circle apart"):
@@ -631,6 +637,12 @@ def test_unknown_benchmarks_and_missing_folders_raise(run):
     assert run.loaded == 0
 
 
+def test_a_template_that_is_none_is_refused(run):
+    with pytest.raises(ValueError, match="no template 'vicuna'; known are vicuna_v1, own, plain"):
+        evaluate(run, template="vicuna")
+    assert run.loaded == 0 and not (run.folder / "answers").exists()
+
+
 def test_without_a_run_a_served_model_and_a_folder_are_needed():
     with pytest.raises(ValueError, match=r"model=ServedModel\(...\) and folder="):
         evaluate(None, "pope")
@@ -672,6 +684,16 @@ def test_a_table_of_tasks_needs_all_answers(run):
         per_task(run, "pope")
 
 
+def test_answers_to_questions_of_the_same_ids_and_other_words_are_not_scored(run):
+    """The questions of two mini worlds have the same ids."""
+    evaluate(run)
+    path = run.folder / "benchmarks" / "pope" / "questions.jsonl"
+    path.write_text(path.read_text().replace("is there a star", "is there a square"))
+    for read in (per_task, judged_answers):
+        with pytest.raises(ValueError, match="pope.jsonl answers other questions than these"):
+            read(run, "pope")
+
+
 def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory, monkeypatch):
     evaluate(run)
     folder = tmp_path_factory.mktemp("other")
@@ -707,9 +729,7 @@ class Marks:
 
 
 @pytest.mark.parametrize("failed, n", [(("0", "3"), 10), (("0", ""), 11)])
-def test_a_question_that_either_judge_failed_on_counts_for_neither_run(
-    run, monkeypatch, failed, n
-):
+def test_a_question_that_either_judge_failed_on_counts_for_neither_run(run, monkeypatch, failed, n):
     evaluate(run)
     judges = [Marks(failed[0]), Marks(failed[1], mark=0.5)]
     given, load = iter(judges), results.load_benchmark

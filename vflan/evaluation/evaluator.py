@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Judges = Judge | dict[str, Judge] | None
 
 COLUMNS = "run benchmark metric value low high n seed baseline judge problems".split()
+TEMPLATES = ("vicuna_v1", "own", "plain")
 YES_NO = ("yes", "Yes", "no", "No")
 LETTERS = tuple("ABCDEFGHabcdefgh")
 LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
@@ -74,19 +75,23 @@ def evaluate(
 
     run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
     layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it.
-    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if the model has another
-    one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder:
-    of the benchmarks (default: the recipe's). model, name: evaluate another model under
-    its own name, one with a swapped part for instance (Tables 6 and 7); or a ServedModel, for
-    which run may be None (then give folder; answers go to runs/served/NAME). one_pass: answer
-    yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True:
-    the benchmarks of CHOICES; or {benchmark: words}). num_processes: each loads the model, and
-    they share the questions. judge: one for all benchmarks that need it, or {benchmark: judge};
-    None: the rule judge of the mini world. memory: bytes that each process may take beside the
-    weights (None: what is free); a batch is made smaller if `batch_size` questions do not fit.
+    template: `vicuna_v1`, `plain`, or `own`, the model's chat template (None: `own` if that is not
+    Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder: of the
+    benchmarks (default: the recipe's). model, name: evaluate another model under its own name, one
+    with a swapped part for instance (Tables 6 and 7); or a ServedModel, for which run may be None
+    (then give folder; answers go to runs/served/NAME). one_pass: answer yes/no and letter questions
+    from one forward pass, by the likeliest of the allowed words (True: the benchmarks of CHOICES;
+    or {benchmark: words}). num_processes: each loads the model, and they share the questions.
+    judge: one for all benchmarks that need it, or {benchmark: judge}; None: the rule judge of the
+    mini world. memory: bytes that each process may take beside the weights (None: what is free);
+    a batch is made smaller if `batch_size` questions do not fit.
     """
     run, served = open_run(run), hasattr(model, "answering")
     template = template or getattr(run, "template", "vicuna_v1")
+    if template not in TEMPLATES:
+        raise ValueError(f"There is no template {template!r}; known are {', '.join(TEMPLATES)}.")
+    if served and one_pass:
+        raise ValueError("A served model answers in full: leave one_pass out.")
     name = _check_name(run, model, name, folder, num_processes)
     # Everything is read and checked before the model is loaded.
     folder = resolve(folder or run.recipe.benchmarks)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vflan.config import resolve, shown
-from vflan.evaluation.answer_cache import read_kept
+from vflan.evaluation.answer_cache import is_about, read_kept
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.evaluation.benchmarks.benchmark import labelled, valid
 from vflan.evaluation.benchmarks.files import find
@@ -58,17 +58,17 @@ def _read_texts(run, benchmark, samples, name=None, complete=True) -> list[str |
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     # A question that was asked again has two rows; the last counts.
     rows = {row["i"]: row for row in read_kept(path)[1]}
-    ids = {i: str(sample["question_id"]) for i, sample in enumerate(samples)}
-    if any(str(row.get("question_id", ids.get(i))) != ids.get(i) for i, row in rows.items()):
+    questions = [{"text": BENCHMARKS[benchmark].prompt(sample)} for sample in samples]
+    if not all(is_about(row, samples, questions) for row in rows.values()):
         raise ValueError(
             f"{shown(path)} answers other questions than these: give the folder of the benchmarks "
             "from which they were asked."
         )
-    if complete and (missing := len(ids.keys() - rows)):
+    if complete and (missing := len(samples) - len(rows)):
         raise FileNotFoundError(
             f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
         )
-    given = (rows.get(i, {"finish": "error"}) for i in ids)
+    given = (rows.get(i, {"finish": "error"}) for i in range(len(samples)))
     return [None if row["finish"] == "error" else row["answer"] for row in given]
 
 

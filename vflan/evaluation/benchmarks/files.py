@@ -69,7 +69,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, unpacked if need be. UnreadableFile for far more than the file's size."""
+    """The bytes of a file, unpacked if need be. UnreadableFile if they are far more than it has."""
     limit = unpacked_limit(path.stat().st_size)
     with open_bytes(path) as file:
         raw = file.read(limit + 1)

@@ -173,7 +173,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def read_parquet(path: Path, keep: Callable, name: str) -> list[dict]:
-    """The hub's files: a column of pictures and one of class numbers, with names in the metadata."""
+    """The hub's files: a column of pictures, one of class numbers, and names in the metadata."""
     import json
 
     import pyarrow.parquet as pq
