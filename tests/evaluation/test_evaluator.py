@@ -200,7 +200,7 @@ def likelier(tiny, row):
 
 
 def test_one_pass_compares_the_words_as_they_follow_the_prompt_of_the_template():
-    """Behind "ASSISTANT:" a word has a space, behind a line break and behind a picture none."""
+    """Behind "ASSISTANT:" a word has a space; other templates write none."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     core = Tokenizer(models.BPE({x: i for i, x in enumerate([*sorted(letters), "no", "Ġno"])},
                                 [("n", "o"), ("Ġ", "no")]))  # fmt: skip
@@ -211,7 +211,7 @@ def test_one_pass_compares_the_words_as_they_follow_the_prompt_of_the_template()
     def first(template):
         return tokenizer.convert_ids_to_tokens(first_token("no", tokenizer, template))
 
-    assert (first("vicuna_v1"), first("plain")) == ("Ġno", "no")
+    assert first("vicuna_v1") == "Ġno"
     turn = "{% for m in messages %}[{{ m.role }}]SPACE{{ m.content[0].text }}{% endfor %}"
     turn += "{% if add_generation_prompt %}[assistant]{% endif %}"
     for space, token in (("", "no"), (" ", "Ġno")):
@@ -451,7 +451,7 @@ def test_answers_of_another_model_are_refused(run, tiny):
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"one_pass": {"pope": ("yes", "no")}}, "decoding"), ({"template": "plain"}, "template")],
+    [({"one_pass": {"pope": ("yes", "no")}}, "decoding"), ({"template": "own"}, "template")],
 )
 def test_answers_of_another_way_to_decode_are_refused(run, change, named):
     evaluate(run)
@@ -637,9 +637,10 @@ def test_unknown_benchmarks_and_missing_folders_raise(run):
     assert run.loaded == 0
 
 
-def test_a_template_that_is_none_is_refused(run):
-    with pytest.raises(ValueError, match="no template 'vicuna'; known are vicuna_v1, own, plain"):
-        evaluate(run, template="vicuna")
+def test_a_template_that_cannot_ask_questions_is_refused(run):
+    for name in ("vicuna", "plain"):
+        with pytest.raises(ValueError, match=f"'{name}' is no template for questions: take vicuna"):
+            evaluate(run, template=name)
     assert run.loaded == 0 and not (run.folder / "answers").exists()
 
 

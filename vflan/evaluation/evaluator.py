@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Judges = Judge | dict[str, Judge] | None
 
 COLUMNS = "run benchmark metric value low high n seed baseline judge problems".split()
-TEMPLATES = ("vicuna_v1", "own", "plain")
+TEMPLATES = ("vicuna_v1", "own")  # `plain` has no place for a question
 YES_NO = ("yes", "Yes", "no", "No")
 LETTERS = tuple("ABCDEFGHabcdefgh")
 LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
@@ -75,7 +75,7 @@ def evaluate(
 
     run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
     layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it.
-    template: `vicuna_v1`, `plain`, or `own`, the model's chat template (None: `own` if that is not
+    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if that is not
     Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder: of the
     benchmarks (default: the recipe's). model, name: evaluate another model under its own name, one
     with a swapped part for instance (Tables 6 and 7); or a ServedModel, for which run may be None
@@ -89,7 +89,8 @@ def evaluate(
     run, served = open_run(run), hasattr(model, "answering")
     template = template or getattr(run, "template", "vicuna_v1")
     if template not in TEMPLATES:
-        raise ValueError(f"There is no template {template!r}; known are {', '.join(TEMPLATES)}.")
+        known = " or ".join(TEMPLATES)
+        raise ValueError(f"{template!r} is no template for questions: take {known}.")
     if served and one_pass:
         raise ValueError("A served model answers in full: leave one_pass out.")
     name = _check_name(run, model, name, folder, num_processes)

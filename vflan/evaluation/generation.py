@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vflan.data.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, encode, prompt_ids
+from vflan.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode, prompt_ids
 from vflan.data.images import picture_trouble, read_picture, stamp
 from vflan.evaluation.answer_cache import Answer, hash_model
 from vflan.models.cache_size import Budget, Row, free, make_rows, ran_out, sizes
@@ -440,9 +440,8 @@ def _choose_words(model, cache, prompts, allowed, start_of, tokenizer) -> list[A
 def first_token(word: str, tokenizer: Any, template: str = "vicuna_v1") -> int:
     """The first token id of an answer that begins with `word`, behind the template's prompt."""
     if template != "own":
-        turns = [{"from": "human", "value": f"{IMAGE}\n?"}, {"from": "gpt", "value": word}]
-        labels = encode(turns, tokenizer, template)[1]
-        return next(label for label in labels if label != IGNORE_INDEX)
+        turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
+        return next(label for label in encode(turns, tokenizer)[1] if label != IGNORE_INDEX)
     # What the template writes behind a prompt, for a turn that is over: a space, perhaps.
     prompt = prompt_ids("?", tokenizer, template, has_image=False)
     whole = prompt_ids("?", tokenizer, template, has_image=False, before=[("?", word)])
