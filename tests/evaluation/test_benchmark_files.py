@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from vflan.evaluation.benchmarks.files import (
     SHORT,
     UNSURE,
     UnreadableFile,
+    keep_picture,
     match,
     read_answers,
     read_rows,
@@ -850,6 +852,20 @@ def test_brackets_in_brackets_are_one_sentence(put, tmp_path, capsys):
     answers = str(tmp_path / "a.json")
     assert main(["score", "mm_vet", "--questions", questions, "--answers", answers]) == 1
     assert "a.json is not whole json (brackets in brackets" in capsys.readouterr().err
+
+
+def test_two_processes_may_keep_the_same_picture_at_the_same_time(cache, monkeypatch):
+    write = Path.write_bytes
+
+    def write_while_another_process_does(path, data):
+        write(path, data)
+        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        assert keep_picture(data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_while_another_process_does)
+    path = Path(keep_picture(picture()))
+    assert path.read_bytes() == picture() and list((cache / "pictures").iterdir()) == [path]
 
 
 def test_textocr_leaves_out_what_is_illegible(put, command):

@@ -630,6 +630,9 @@ def test_scores_written_before_judges_were_named_are_kept(run):
 def test_unknown_benchmarks_and_missing_folders_raise(run):
     with pytest.raises(ValueError, match="'popes'; known are "):
         evaluate(run, "popes")
+    for options in ({"judge": {"popes": Fixed()}}, {"one_pass": {"popes": ("yes", "no")}}):
+        with pytest.raises(ValueError, match="'popes'; known are "):
+            evaluate(run, "pope", **options)
     with pytest.raises(FileNotFoundError, match="01_data_exploration"):
         evaluate(run, folder=run.folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="mme"):

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     Judges = Judge | dict[str, Judge] | None
 
 COLUMNS = "run benchmark metric value low high n seed baseline judge problems".split()
-TEMPLATES = ("vicuna_v1", "own")  # `plain` has no place for a question
+# `plain` has no place for a question.
+TEMPLATES = ("vicuna_v1", "own")
 YES_NO = ("yes", "Yes", "no", "No")
 LETTERS = tuple("ABCDEFGHabcdefgh")
 LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
@@ -282,6 +283,9 @@ def load_benchmark(
     if pictures and not any(map(stamp, pictures)):
         which = f"None of the {len(pictures)} pictures of {key} exists"
         raise FileNotFoundError(f"{which}; the first: {min(pictures)}")
+    if isinstance(one_pass, dict):
+        # A mistyped name would be ignored in silence.
+        BENCHMARKS.names(one_pass)
     # The words are part of the header: answers of other words are not the same answers.
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
@@ -344,6 +348,8 @@ def choose_judge(
     where one is needed. ValueError if a judge or the references that it needs are missing.
     """
     if isinstance(judge, dict):
+        # A mistyped name would be ignored in silence.
+        BENCHMARKS.names(judge)
         judge = judge.get(benchmark.name)
     elif not benchmark.judged:
         judge = None

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
 import zlib
@@ -222,7 +223,8 @@ def keep_picture(data: bytes | str) -> str:
     # A file of which the disk lost a bit is written again.
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        # The processes of a sweep read the same benchmark at the same time.
+        part = path.with_name(f".{path.name}.{os.getpid()}")
         part.write_bytes(data)
         part.replace(path)
     return str(path)
