@@ -121,15 +121,12 @@ def read_cifar(path: Path, labels: Path, keep: Callable, name: str) -> list[dict
         which = "batches.meta" if name == "cifar10" else "meta"
         raise FileNotFoundError(f"{test.parent}/{which} is not there: the names of the classes.")
     batch, meta = unpickle(test), unpickle(names_file)
-    kind, names = (
-        (b"fine_labels", b"fine_label_names")
-        if b"fine_labels" in batch
-        else (b"labels", b"label_names")
-    )
+    fine = b"fine_" if b"fine_labels" in batch else b""
+    classes = [name.decode() for name in meta[fine + b"label_names"]]
     pixels = np.ascontiguousarray(
         np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     )
-    return ask(name, zip(map(png, pixels), batch[kind]), [n.decode() for n in meta[names]], keep)
+    return ask(name, zip(map(png, pixels), batch[fine + b"labels"]), classes, keep)
 
 
 def read_mnist(path: Path, labels: Path, keep: Callable, name: str) -> list[dict]:
