@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from vflan.evaluation.benchmarks.files import (
     SHORT,
     UNSURE,
     UnreadableFile,
+    keep_picture,
     match,
     read_answers,
     read_rows,
@@ -775,7 +777,7 @@ def test_miniimagenet_needs_the_names_of_its_classes(tmp_path, put):
     ]
 
 
-def test_the_hubs_parquet_of_a_classification_set_is_read(tmp_path):
+def write_hub_file(path, labels, bytes_of_a_picture):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -787,12 +789,83 @@ def test_the_hubs_parquet_of_a_classification_set_is_read(tmp_path):
             }
         }
     }
-    table = pa.table({"img": [{"bytes": picture(), "path": None}], "label": [1]})
-    (tmp_path / "cifar10").mkdir()
+    pictures = [{"bytes": bytes_of_a_picture, "path": None}] * len(labels)
+    table = pa.table({"img": pictures, "label": labels})
+    path.parent.mkdir(exist_ok=True)
     table = table.replace_schema_metadata({"huggingface": json.dumps(kinds)})
-    pq.write_table(table, tmp_path / "cifar10" / "test-00000.parquet")
+    pq.write_table(table, path, compression="zstd")
+
+
+def test_the_hubs_parquet_of_a_classification_set_is_read(tmp_path):
+    write_hub_file(tmp_path / "cifar10" / "test-00000.parquet", [1], picture())
     (sample,) = BENCHMARKS["cifar10"].load(tmp_path)
     assert sample["label"] == "dog" and Image.open(sample["image"]).size == (40, 30)
+
+
+def test_a_split_in_several_parquet_files_is_read_whole_or_not_at_all(tmp_path):
+    first, second = (tmp_path / "mnist" / f"test-0000{i}-of-00002.parquet" for i in range(2))
+    write_hub_file(first, [1, 0], picture())
+    with pytest.raises(FileNotFoundError, match="test-00001-of-00002.parquet is not there"):
+        BENCHMARKS["mnist"].load(tmp_path)
+    write_hub_file(second, [1], picture())
+    samples = BENCHMARKS["mnist"].load(tmp_path)
+    assert [(s["question_id"], s["label"]) for s in samples] == [
+        ("0", "dog"),
+        ("1", "cat"),
+        ("2", "dog"),
+    ]
+
+
+def test_a_classification_set_that_unpacks_to_much_more_than_its_size_is_refused(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("vflan.data.limits.MAX_BYTES", 1000)
+    write_hub_file(tmp_path / "cifar10" / "test-00000-of-00001.parquet", [0], bytes(1 << 20))
+    (tmp_path / "mnist").mkdir()
+    for name in ("images-idx3", "labels-idx1"):
+        file = tmp_path / "mnist" / f"t10k-{name}-ubyte.gz"
+        file.write_bytes(gzip.compress(bytes(1 << 20)))
+    for name in ("cifar10", "mnist"):
+        with pytest.raises(UnreadableFile, match="unpacks to more than"):
+            BENCHMARKS[name].load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, test, names",
+    [
+        ("cifar10", "cifar-10-batches-py/test_batch", "batches.meta"),
+        ("cifar100", "cifar-100-python/test", "python/meta"),
+    ],
+)
+def test_cifar_without_the_names_of_its_classes_says_which_file_is_missing(
+    tmp_path, name, test, names
+):
+    (tmp_path / name / test).parent.mkdir(parents=True)
+    (tmp_path / name / test).write_bytes(pickle.dumps({b"data": b""}))
+    with pytest.raises(FileNotFoundError, match=f"{names} is not there: the names of the classes"):
+        BENCHMARKS[name].load(tmp_path)
+
+
+def test_brackets_in_brackets_are_one_sentence(put, tmp_path, capsys):
+    questions = str(put("q.jsonl", [dict(question_id="v1_0", text="?", label="x")]))
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    answers = str(tmp_path / "a.json")
+    assert main(["score", "mm_vet", "--questions", questions, "--answers", answers]) == 1
+    assert "a.json is not whole json (brackets in brackets" in capsys.readouterr().err
+
+
+def test_two_processes_may_keep_the_same_picture_at_the_same_time(cache, monkeypatch):
+    write = Path.write_bytes
+
+    def write_while_another_process_does(path, data):
+        write(path, data)
+        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        assert keep_picture(data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_while_another_process_does)
+    path = Path(keep_picture(picture()))
+    assert path.read_bytes() == picture() and list((cache / "pictures").iterdir()) == [path]
 
 
 def test_textocr_leaves_out_what_is_illegible(put, command):

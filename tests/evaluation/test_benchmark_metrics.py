@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.llava_bench import Review
 from vflan.evaluation.benchmarks.mme import COGNITION, PERCEPTION
 from vflan.evaluation.benchmarks.vqa import normalize
 from vflan.evaluation.judge import Judgement
@@ -228,7 +227,7 @@ def test_llava_bench_is_the_ratio_of_means_without_failed_reviews(seed):
         60, label=["x"] * 60, category=[["conv", "detail", "complex"][i % 3] for i in range(60)]
     )
     pairs = rng.integers(1, 11, (60, 2)).astype(float)
-    reviews = [None if i % 10 == 0 else Review(b, "", a) for i, (a, b) in enumerate(pairs)]
+    reviews = [None if i % 10 == 0 else Judgement(b, "", a) for i, (a, b) in enumerate(pairs)]
     kept = [i for i in range(60) if reviews[i]]
     scores = BENCHMARKS["llava_bench"].score(samples, [""] * 60, reviews)
     assert scores["score"] == pytest.approx(100 * pairs[kept, 1].mean() / pairs[kept, 0].mean())
@@ -243,8 +242,8 @@ def test_llava_bench_is_the_ratio_of_means_without_failed_reviews(seed):
 BAD = [
     Judgement(float("nan"), ""),
     Judgement(-1, ""),
-    Review(-1.0, "", -1.0),
-    Review(5.0, "", 0.0),
+    Judgement(-1.0, "", -1.0),
+    Judgement(5.0, "", 0.0),
     Judgement(100, ""),
     Judgement(None, ""),
     None,

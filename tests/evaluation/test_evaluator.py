@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ import pandas as pd
 import pytest
 import torch
 from tiny_model import TinyRun, by_generate, lines, make_tiny, questions, tiny_model, write_pope
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, prompt_ids
@@ -193,6 +197,35 @@ def likelier(tiny, row):
         logits = tiny.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
     yes, no = (first_token(w, tiny.processor.tokenizer) for w in ("yes", "no"))
     return "yes" if logits[yes] > logits[no] else "no"
+
+
+def test_one_pass_compares_the_words_as_they_follow_the_prompt_of_the_template():
+    """Behind "ASSISTANT:" a word has a space; other templates write none."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    core = Tokenizer(models.BPE({x: i for i, x in enumerate([*sorted(letters), "no", "Ġno"])},
+                                [("n", "o"), ("Ġ", "no")]))  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+
+    def first(template):
+        return tokenizer.convert_ids_to_tokens(first_token("no", tokenizer, template))
+
+    assert first("vicuna_v1") == "Ġno"
+    turn = "{% for m in messages %}[{{ m.role }}]SPACE{{ m.content[0].text }}{% endfor %}"
+    turn += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    for space, token in (("", "no"), (" ", "Ġno")):
+        tokenizer.chat_template = turn.replace("SPACE", space)
+        assert first("own") == token
+    # A template that shows the last turn alone says nothing about answers.
+    tokenizer.chat_template = "{{ messages[-1].content[0].text }}"
+    assert first("own") == "no"
+
+
+def test_a_batch_holds_one_question_at_least(tiny):
+    rows = questions(tiny, 4)
+    expected = [text for text, _ in generated(tiny, rows, 3)]
+    assert answer(tiny.model, tiny.processor, rows, 3, batch_size=0) == expected
 
 
 def test_one_pass_refuses_words_that_begin_alike(tiny):
@@ -418,7 +451,7 @@ def test_answers_of_another_model_are_refused(run, tiny):
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"one_pass": {"pope": ("yes", "no")}}, "decoding"), ({"template": "plain"}, "template")],
+    [({"one_pass": {"pope": ("yes", "no")}}, "decoding"), ({"template": "own"}, "template")],
 )
 def test_answers_of_another_way_to_decode_are_refused(run, change, named):
     evaluate(run)
@@ -557,6 +590,17 @@ def test_a_process_that_dies_is_named_with_what_to_do(run, tiny, monkeypatch):
         evaluate(run, num_processes=2)
 
 
+def test_a_process_that_died_between_two_benchmarks_is_one_sentence(monkeypatch):
+    class Dead(ThreadPoolExecutor):
+        def submit(self, *_):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", lambda *_: Dead())
+    with parallel.working(None, 2, 8, "vicuna_v1") as ask:
+        with pytest.raises(RuntimeError, match="A process of the evaluation died"):
+            list(ask([{"image": None, "text": "?"}], 3))
+
+
 def test_a_model_in_memory_cannot_be_shared(run, tiny):
     with pytest.raises(ValueError, match="Set num_processes=1"):
         evaluate(run, model=tiny.model, name="x", num_processes=2)
@@ -586,11 +630,21 @@ def test_scores_written_before_judges_were_named_are_kept(run):
 def test_unknown_benchmarks_and_missing_folders_raise(run):
     with pytest.raises(ValueError, match="'popes'; known are "):
         evaluate(run, "popes")
+    for options in ({"judge": {"popes": Fixed()}}, {"one_pass": {"popes": ("yes", "no")}}):
+        with pytest.raises(ValueError, match="'popes'; known are "):
+            evaluate(run, "pope", **options)
     with pytest.raises(FileNotFoundError, match="01_data_exploration"):
         evaluate(run, folder=run.folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="mme"):
         evaluate(run, ["pope", "mme"])
     assert run.loaded == 0
+
+
+def test_a_template_that_cannot_ask_questions_is_refused(run):
+    for name in ("vicuna", "plain"):
+        with pytest.raises(ValueError, match=f"'{name}' is no template for questions: take vicuna"):
+            evaluate(run, template=name)
+    assert run.loaded == 0 and not (run.folder / "answers").exists()
 
 
 def test_without_a_run_a_served_model_and_a_folder_are_needed():
@@ -634,6 +688,16 @@ def test_a_table_of_tasks_needs_all_answers(run):
         per_task(run, "pope")
 
 
+def test_answers_to_questions_of_the_same_ids_and_other_words_are_not_scored(run):
+    """The questions of two mini worlds have the same ids."""
+    evaluate(run)
+    path = run.folder / "benchmarks" / "pope" / "questions.jsonl"
+    path.write_text(path.read_text().replace("is there a star", "is there a square"))
+    for read in (per_task, judged_answers):
+        with pytest.raises(ValueError, match="pope.jsonl answers other questions than these"):
+            read(run, "pope")
+
+
 def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory, monkeypatch):
     evaluate(run)
     folder = tmp_path_factory.mktemp("other")
@@ -652,6 +716,53 @@ def test_two_runs_are_compared_on_the_same_questions(run, tiny, tmp_path_factory
     assert ((table.low <= table.difference + 1e-9) & (table.difference <= table.high + 1e-9)).all()
     alike = difference(run, run, "pope")
     assert (alike.difference == 0).all() and (alike.p == 1).all() and table.p["accuracy"] < 1
+
+
+class Marks:
+    """A judge that gives one mark, and fails on one question."""
+
+    title = "marks 1"
+
+    def __init__(self, failed="", mark=1.0, best=1.0):
+        self.failed, self.mark, self.best, self.asked = failed, mark, best, 0
+
+    def judge(self, question, reference, answer, sample):
+        self.asked += 1
+        failed = sample["question_id"] == self.failed
+        return Judgement(None if failed else self.mark, "a reason", self.best)
+
+
+@pytest.mark.parametrize("failed, n", [(("0", "3"), 10), (("0", ""), 11)])
+def test_a_question_that_either_judge_failed_on_counts_for_neither_run(run, monkeypatch, failed, n):
+    evaluate(run)
+    judges = [Marks(failed[0]), Marks(failed[1], mark=0.5)]
+    given, load = iter(judges), results.load_benchmark
+
+    def load_with_a_judge_of_its_own(key, folder, judge):
+        return load(key, folder, {"pope": next(given)})
+
+    monkeypatch.setattr(results, "load_benchmark", load_with_a_judge_of_its_own)
+    row = difference(run, run, "pope").set_index("metric").loc["f1"]
+    assert (row.difference, row.low, row.high, row.n) == (50, 50, 50, n)
+    assert [judge.asked for judge in judges] == [12, 12]
+
+
+def test_marks_beyond_ten_are_problems_and_not_left_out_in_silence(run, capsys):
+    judge = {"pope": Marks(mark=85.0, best=100.0)}
+    with pytest.raises(ValueError, match="no score that can be used .85 of 100 is no score from 0"):
+        evaluate(run, judge=judge)
+
+    class Sometimes(Marks):
+        def judge(self, question, reference, answer, sample):
+            if sample["question_id"] == "1":
+                return Judgement(85.0, "fine", 100.0)
+            return super().judge(question, reference, answer, sample)
+
+    scores = evaluate(run, judge={"pope": Sometimes()}).set_index("metric")
+    assert scores.n["f1"] == 11 and set(scores.problems) == {1}
+    assert "question 1: judge: 85 of 100 is no score from 0 to 10" in capsys.readouterr().out
+    row = judged_answers(run, "pope", judge={"pope": Sometimes()})[1]
+    assert row["right"] is None and row["reason"].startswith("85 of 100")
 
 
 class Fixed:
@@ -812,6 +923,12 @@ def test_a_question_that_is_scored_in_pairs_is_right_by_itself():
         True,
         False,
     ]
+
+
+def test_an_answer_to_a_question_without_label_is_neither_right_nor_wrong():
+    row = dict(question_id="a", image="a.png", text="?", label=None, category="random")
+    for name in ("pope", "mme", "vqav2", "heldout"):
+        assert results._is_right(BENCHMARKS[name], row, "yes") is None
 
 
 def test_new_scores_replace_old_ones_in_place(tmp_path):

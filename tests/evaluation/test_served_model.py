@@ -238,6 +238,11 @@ def test_a_slow_and_an_endless_answer_are_problems_of_their_questions(home, serv
     }
 
 
+def test_a_served_model_cannot_be_asked_in_one_pass(home):
+    with pytest.raises(ValueError, match="answers in full: leave one_pass out"):
+        ask(one_pass=True)
+
+
 def test_a_served_model_is_not_shared_among_processes(home):
     with pytest.raises(ValueError, match="raise its `workers` instead"):
         ask(num_processes=2)

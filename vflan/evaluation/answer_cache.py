@@ -113,7 +113,7 @@ def read_answers(
             "file away or delete it to ask again, or evaluate with the old settings."
         )
     # The questions are those of the header, so that a row with another one is a damaged row.
-    rows = [row for row in rows if _is_about(row, samples, questions)]
+    rows = [row for row in rows if is_about(row, samples, questions)]
     # Scoring again needs neither the model nor the pictures, so a missing picture is no change.
     answered = [row for row in rows if row["finish"] != "error"]
     stale = [image for row in answered if _has_changed(row, image := questions[row["i"]]["image"])]
@@ -283,7 +283,7 @@ def _is_answer(row: dict) -> bool:
     return is_known and type(row.get("i")) is int and isinstance(row.get("reason", ""), str)
 
 
-def _is_about(row: dict, samples: list[dict], questions: list[dict]) -> bool:
+def is_about(row: dict, samples: list[dict], questions: list[dict]) -> bool:
     """Whether a row answers the question that its number names."""
     if not 0 <= (i := row["i"]) < len(questions):
         return False

@@ -29,14 +29,14 @@ from vflan.evaluation.answer_cache import (
     keep_scores,
 )
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric
+from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, out_of, valid
 from vflan.evaluation.generation import answering
 from vflan.evaluation.stats import bootstrap
 from vflan.training.distributed import check_cores, check_count
 from vflan.training.run import Run
 
 if TYPE_CHECKING:
-    from vflan.evaluation.judge import Judge
+    from vflan.evaluation.judge import Judge, Judgement
     from vflan.evaluation.released_model import ReleasedModel
 
     AnyRun = Run | str | os.PathLike
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     Judges = Judge | dict[str, Judge] | None
 
 COLUMNS = "run benchmark metric value low high n seed baseline judge problems".split()
+# `plain` has no place for a question.
+TEMPLATES = ("vicuna_v1", "own")
 YES_NO = ("yes", "Yes", "no", "No")
 LETTERS = tuple("ABCDEFGHabcdefgh")
 LETTER_BENCHMARKS = ("mmbench", "mmbench_cn", "seed", "scienceqa", "mmmu")
@@ -74,19 +76,24 @@ def evaluate(
 
     run: a Run or its folder; or any LLaVA-1.5, as a Hugging Face folder, a folder in LLaVA's own
     layout or a hub id ("llava-hf/llava-1.5-7b-hf"), with the processor that comes with it.
-    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if the model has another
-    one than Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder:
-    of the benchmarks (default: the recipe's). model, name: evaluate another model under
-    its own name, one with a swapped part for instance (Tables 6 and 7); or a ServedModel, for
-    which run may be None (then give folder; answers go to runs/served/NAME). one_pass: answer
-    yes/no and letter questions from one forward pass, by the likeliest of the allowed words (True:
-    the benchmarks of CHOICES; or {benchmark: words}). num_processes: each loads the model, and
-    they share the questions. judge: one for all benchmarks that need it, or {benchmark: judge};
-    None: the rule judge of the mini world. memory: bytes that each process may take beside the
-    weights (None: what is free); a batch is made smaller if `batch_size` questions do not fit.
+    template: `vicuna_v1`, or `own`, the model's chat template (None: `own` if that is not
+    Vicuna's). benchmarks: names or .py files (default: all that `folder` holds). folder: of the
+    benchmarks (default: the recipe's). model, name: evaluate another model under its own name, one
+    with a swapped part for instance (Tables 6 and 7); or a ServedModel, for which run may be None
+    (then give folder; answers go to runs/served/NAME). one_pass: answer yes/no and letter questions
+    from one forward pass, by the likeliest of the allowed words (True: the benchmarks of CHOICES;
+    or {benchmark: words}). num_processes: each loads the model, and they share the questions.
+    judge: one for all benchmarks that need it, or {benchmark: judge}; None: the rule judge of the
+    mini world. memory: bytes that each process may take beside the weights (None: what is free);
+    a batch is made smaller if `batch_size` questions do not fit.
     """
     run, served = open_run(run), hasattr(model, "answering")
     template = template or getattr(run, "template", "vicuna_v1")
+    if template not in TEMPLATES:
+        known = " or ".join(TEMPLATES)
+        raise ValueError(f"{template!r} is no template for questions: take {known}.")
+    if served and one_pass:
+        raise ValueError("A served model answers in full: leave one_pass out.")
     name = _check_name(run, model, name, folder, num_processes)
     # Everything is read and checked before the model is loaded.
     folder = resolve(folder or run.recipe.benchmarks)
@@ -166,8 +173,7 @@ def names_of(benchmarks: str | Sequence[str] | None, folder: Path) -> list[str]:
     """Names from names and .py files of benchmarks (which are registered); None: all present."""
     if not benchmarks:
         return present(folder)
-    names = [benchmarks] if isinstance(benchmarks, (str, os.PathLike)) else list(benchmarks)
-    return names if all(name in BENCHMARKS for name in names) else BENCHMARKS.names(names)
+    return BENCHMARKS.names(benchmarks)
 
 
 def present(folder: str | os.PathLike) -> list[str]:
@@ -220,12 +226,15 @@ class LoadedBenchmark:
         generate = partial(ask, max_new_tokens=tokens)
         return ask_and_keep(path, header, self.samples, self.questions, generate)
 
-    def measure(self, texts: Sequence[str | None]) -> tuple[dict[str, Metric], dict[int, Any]]:
+    def measure(
+        self, texts: Sequence[str | None], given: dict[int, Judgement] | None = None
+    ) -> tuple[dict[str, Metric], dict[int, Judgement]]:
         """({metric: Metric}, {index: Judgement}) of the questions that were answered.
 
         texts: the answer to each question; None where nobody answered. Such a question is left
-        out, with all that are scored together with it (the rotations of MMBench). ValueError if
-        nothing is left, or if no judgement can be read.
+        out, with all that are scored together with it (the rotations of MMBench). given: judgements
+        of an earlier call, so that the judge is not asked. ValueError if nothing is left, or if no
+        judgement can be used.
         """
         unit = self.benchmark.unit
         failed = {unit(s) for s, text in zip(self.samples, texts) if text is None}
@@ -233,29 +242,33 @@ class LoadedBenchmark:
         if not kept:
             raise ValueError(f"{self.benchmark.name}: no question was answered: no score.")
         samples, texts = [self.samples[i] for i in kept], [texts[i] for i in kept]
-        judgements = None
-        if self.judge is not None:
-            from vflan.evaluation.judge import judge_all
-
-            where = self._to_judge(samples, texts)
-            found = judge_all(self.judge, [samples[i] for i in where], [texts[i] for i in where])
-            if found and all(judgement.score is None for judgement in found):
-                raise ValueError(
-                    f"{self.benchmark.name}: the judge gave no score that can be read "
-                    f"({found[0].reason})."
-                )
-            judged = dict(zip(where, found))
-            judgements = [judged.get(i) for i in range(len(samples))]
+        if self.judge is None:
+            return self.benchmark.items(samples, texts, None), {}
+        found = self._judge(kept, samples, texts) if given is None else given
+        if found and not any(map(valid, found.values())):
+            raise ValueError(
+                f"{self.benchmark.name}: the judge gave no score that can be used "
+                f"({why_failed(next(iter(found.values())))})."
+            )
+        judgements = [found.get(i) for i in kept]
         items = self.benchmark.items(samples, texts, judgements)
-        return items, {i: j for i, j in zip(kept, judgements or ()) if j is not None}
+        return items, {i: j for i, j in zip(kept, judgements) if j is not None}
 
-    def _to_judge(self, samples, texts):
-        """The indices of the answers that a judge has to decide on: those that no rule reads."""
+    def _judge(self, kept, samples, texts) -> dict[int, Judgement]:
+        """{index: Judgement} of the answers that a judge has to decide on: no rule reads them."""
+        from vflan.evaluation.judge import judge_all
+
+        rows = list(zip(kept, samples, texts))
+        if self.rules_come_first:
+            rows = [(i, s, text) for i, s, text in rows if self.benchmark.parse(text, s) is None]
+        found = judge_all(self.judge, [s for _, s, _ in rows], [text for *_, text in rows])
+        return {i: judgement for (i, *_), judgement in zip(rows, found)}
+
+    @property
+    def rules_come_first(self) -> bool:
+        """Whether a judge decides only where the benchmark's rules read nothing (MMBench)."""
         # A benchmark of one's own need not be of our class.
-        if not getattr(self.benchmark, "measure_with_judge", None):
-            return range(len(samples))
-        pairs = enumerate(zip(samples, texts))
-        return [i for i, (s, text) in pairs if self.benchmark.parse(text, s) is None]
+        return bool(getattr(self.benchmark, "measure_with_judge", None))
 
 
 def load_benchmark(
@@ -270,6 +283,9 @@ def load_benchmark(
     if pictures and not any(map(stamp, pictures)):
         which = f"None of the {len(pictures)} pictures of {key} exists"
         raise FileNotFoundError(f"{which}; the first: {min(pictures)}")
+    if isinstance(one_pass, dict):
+        # A mistyped name would be ignored in silence.
+        BENCHMARKS.names(one_pass)
     # The words are part of the header: answers of other words are not the same answers.
     decoding = "greedy"
     if words := (CHOICES if one_pass is True else one_pass or {}).get(key):
@@ -332,6 +348,8 @@ def choose_judge(
     where one is needed. ValueError if a judge or the references that it needs are missing.
     """
     if isinstance(judge, dict):
+        # A mistyped name would be ignored in silence.
+        BENCHMARKS.names(judge)
         judge = judge.get(benchmark.name)
     elif not benchmark.judged:
         judge = None
@@ -374,6 +392,15 @@ def score_majority(
     return {key: metric.value() for key, metric in items.items()}
 
 
+def why_failed(judgement: Judgement) -> str:
+    """Why a judgement cannot be averaged, "" if it can."""
+    if valid(judgement):
+        return ""
+    if judgement.score is None:
+        return judgement.reason
+    return f"{judgement.score:g} of {out_of(judgement):g} is no score from 0 to 10"
+
+
 def score_answers(
     run: str, test: LoadedBenchmark, answers: Sequence[Answer], seed: int = 0
 ) -> pd.DataFrame:
@@ -390,7 +417,7 @@ def score_answers(
         from vflan.evaluation.judge import RULES, title
 
         judged_by = title(test.judge, list(judgements.values())) if judgements else RULES
-    failed = [(i, j.reason) for i, j in judgements.items() if j.score is None]
+    failed = [(i, reason) for i, j in judgements.items() if (reason := why_failed(j))]
     problems += [(i, f"judge: {reason}") for i, reason in failed]
     if problems:
         i, reason = problems[0]

@@ -91,7 +91,7 @@ def answering(
     each = sizes(model.config.text_config, model.dtype.itemsize)
     budget = Budget(free(model.device) if memory is None else memory, batch_size, each)
     # Each word is tokenised once, though it is allowed for many questions.
-    start_of = cache(partial(first_token, tokenizer=processor.tokenizer))
+    start_of = cache(partial(first_token, tokenizer=processor.tokenizer, template=template))
     ask = partial(_ask, model, processor.tokenizer, samples, max_new_tokens, start_of)
     # Dropout off; the mode is restored at the end.
     model.eval()
@@ -229,7 +229,8 @@ def picture_features(
     # The longest questions first: if memory is short, it shows at once. Pictures with one
     # question each are then already in the order of the batches.
     paths = sorted(pictures, key=lambda path: -max(len(ids) for _, ids in pictures[path]))
-    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    size = max(1, batch_size)
+    chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
     preparation = str(processor.image_processor.to_dict())
     tower = hash_model(parts(model)["vision_tower"]), model.config.vision_feature_layer
     tower = *tower, model.dtype, model.device.type, preparation
@@ -274,9 +275,8 @@ def cache_features(key: tuple, features: Tensor) -> None:
 def pixels_of(processor: LlavaProcessor, path: str) -> Tensor | str:
     """(3, height, width) of a picture, prepared for the vision tower; or why it cannot be read."""
     try:
-        return processor.image_processor([read_picture(path)], return_tensors="pt")["pixel_values"][
-            0
-        ]
+        prepared = processor.image_processor([read_picture(path)], return_tensors="pt")
+        return prepared["pixel_values"][0]
     # Pillow raises many kinds of errors, and one picture must not end an evaluation.
     except Exception as error:
         return picture_trouble(str(path)) or f"{path}: {error}"
@@ -437,7 +437,13 @@ def _choose_words(model, cache, prompts, allowed, start_of, tokenizer) -> list[A
     return answers
 
 
-def first_token(word: str, tokenizer: Any) -> int:
-    """The first token id of an answer that begins with `word`."""
-    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-    return next(label for label in encode(turns, tokenizer)[1] if label != IGNORE_INDEX)
+def first_token(word: str, tokenizer: Any, template: str = "vicuna_v1") -> int:
+    """The first token id of an answer that begins with `word`, behind the template's prompt."""
+    if template != "own":
+        turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
+        return next(label for label in encode(turns, tokenizer)[1] if label != IGNORE_INDEX)
+    # What the template writes behind a prompt, for a turn that is over: a space, perhaps.
+    prompt = prompt_ids("?", tokenizer, template, has_image=False)
+    whole = prompt_ids("?", tokenizer, template, has_image=False, before=[("?", word)])
+    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+    return (answer or tokenizer(word, add_special_tokens=False).input_ids)[0]

@@ -47,8 +47,8 @@ Row = tuple[str, str, str, dict]  # (question, reference, answer, sample)
 class Judgement:
     """score: None if the judge failed; this answer is left out of the mean.
 
-    out_of: the reference's score if both are rated, else the top of the scale. version: what the
-    judge reports about itself.
+    out_of: the reference's score if both are rated, else the top of the scale. Both are from 0 to
+    10: any other judgement has failed. version: what the judge reports about itself.
     """
 
     score: float | None

@@ -65,10 +65,11 @@ def working(
         size = max(1, min(2 * batch_size, len(questions) // (4 * num_processes)))
         settings = max_new_tokens, batch_size, template, memory
         pieces = {}
-        for piece in split_by_picture(questions, size):
-            future = pool.submit(_answer, [questions[i] for i in piece], *settings)
-            pieces[future] = piece
         try:
+            # A process may have died since the last questions: then the pool takes no more.
+            for piece in split_by_picture(questions, size):
+                future = pool.submit(_answer, [questions[i] for i in piece], *settings)
+                pieces[future] = piece
             for future in as_completed(pieces):
                 yield from ((pieces[future][i], answer) for i, answer in future.result())
         except BrokenProcessPool:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vflan.config import resolve, shown
-from vflan.evaluation.answer_cache import read_kept
+from vflan.evaluation.answer_cache import is_about, read_kept
 from vflan.evaluation.benchmarks import BENCHMARKS
-from vflan.evaluation.benchmarks.benchmark import labelled
+from vflan.evaluation.benchmarks.benchmark import labelled, valid
 from vflan.evaluation.benchmarks.files import find
-from vflan.evaluation.evaluator import load_benchmark, open_run, score_interval
+from vflan.evaluation.evaluator import load_benchmark, open_run, score_interval, why_failed
 from vflan.evaluation.released_model import ReleasedModel
 from vflan.evaluation.stats import paired
 
@@ -58,17 +58,17 @@ def _read_texts(run, benchmark, samples, name=None, complete=True) -> list[str |
     path = Path(run.folder) / "answers" / (name or "") / f"{benchmark}.jsonl"
     # A question that was asked again has two rows; the last counts.
     rows = {row["i"]: row for row in read_kept(path)[1]}
-    ids = {i: str(sample["question_id"]) for i, sample in enumerate(samples)}
-    if any(str(row.get("question_id", ids.get(i))) != ids.get(i) for i, row in rows.items()):
+    questions = [{"text": BENCHMARKS[benchmark].prompt(sample)} for sample in samples]
+    if not all(is_about(row, samples, questions) for row in rows.values()):
         raise ValueError(
             f"{shown(path)} answers other questions than these: give the folder of the benchmarks "
             "from which they were asked."
         )
-    if complete and (missing := len(ids.keys() - rows)):
+    if complete and (missing := len(samples) - len(rows)):
         raise FileNotFoundError(
             f"{shown(path)} lacks {missing} answers: vflan.evaluate asks the questions."
         )
-    given = (rows.get(i, {"finish": "error"}) for i in ids)
+    given = (rows.get(i, {"finish": "error"}) for i in range(len(samples)))
     return [None if row["finish"] == "error" else row["answer"] for row in given]
 
 
@@ -162,7 +162,7 @@ def judged_answers(
 
     right: whether the answer scores half of the points or more, by the judge or by the benchmark's
     own rule; each question counts by itself, without its rotations or its pair. None if the judge
-    failed. reason: the judge's. No model is asked again.
+    failed, or if the question has no label. reason: the judge's. No model is asked again.
     """
     test, texts = _read_answers(run, benchmark, folder, name, judge)
     rows = []
@@ -173,8 +173,8 @@ def judged_answers(
             right, reason = None, "no answer"
         elif judgement is None:
             right, reason = _is_right(test.benchmark, sample, text), ""
-        elif judgement.score is None:
-            right, reason = None, judgement.reason
+        elif reason := why_failed(judgement):
+            right = None
         else:
             right = 2 * judgement.score >= judgement.out_of
             reason = f"{judgement.score:g} of {judgement.out_of:g}: {judgement.reason}"
@@ -183,7 +183,9 @@ def judged_answers(
     return rows
 
 
-def _is_right(benchmark, sample, text) -> bool:
+def _is_right(benchmark, sample, text) -> bool | None:
+    if not (labelled(sample) and benchmark.known(sample)):
+        return None
     items = benchmark.items([sample], [text])
     metric = items.get("accuracy") or items.get(benchmark.headline)
     # A benchmark that scores pairs has no metric for a single question.
@@ -228,8 +230,15 @@ def difference(
     )
     # A question that either run left without an answer counts for neither.
     pairs = [(a, b) if None not in (a, b) else (None, None) for a, b in zip(texts, other_texts)]
-    mine, _ = test.measure([a for a, _ in pairs])
-    theirs, _ = other_test.measure([b for _, b in pairs])
+    mine, judged = test.measure([a for a, _ in pairs])
+    theirs, other_judged = other_test.measure([b for _, b in pairs])
+    both = [*judged.items(), *other_judged.items()]
+    failed = {i for i, judgement in both if not valid(judgement)}
+    # Neither does one that either judge failed on: the means leave it out, and the rest are pairs.
+    if failed and not test.rules_come_first:
+        pairs = [(None, None) if i in failed else pair for i, pair in enumerate(pairs)]
+        mine, _ = test.measure([a for a, _ in pairs], judged)
+        theirs, _ = other_test.measure([b for _, b in pairs], other_judged)
     rows = []
     for key, a in mine.items():
         # The same pictures are drawn for both runs, so what is hard for both cancels.

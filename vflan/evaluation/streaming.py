@@ -45,7 +45,8 @@ def stream(
 
     At temperature 0 (greedy) the words are those of `answer`; above 0 tokens are sampled. image: a
     path, a PIL picture or None. stop: an event that ends the answer when it is set. before: earlier
-    (question, answer) pairs of the conversation. begun: an answer that was cut, to go on with.
+    (question, answer) pairs of the conversation. begun: an answer that was cut, to go on with; the
+    first piece is what follows it, with a space where a new word begins.
     ended: gets why the answer ended: "stop" (the model's end), "length" (max_new_tokens or the end
     of its context) or "stopped". Errors of the model are raised here; OSError if
     the picture cannot be read; ValueError if the conversation is longer than the model's context.
@@ -54,6 +55,9 @@ def stream(
     tokenizer = processor.tokenizer
     options = _inputs(model, processor, text, image, template, before, begun)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    # Decoders drop the space before the first word of a text: the streamer has to know of `begun`.
+    streamer.token_cache = _begun_ids(tokenizer, begun)
+    streamer.print_len = len(tokenizer.decode(streamer.token_cache, skip_special_tokens=True))
     longest = model.config.text_config.max_position_embeddings
     room = max(1, longest - options["input_ids"].shape[1])
     options |= dict(streamer=streamer, max_new_tokens=min(max_new_tokens, room))
@@ -194,13 +198,16 @@ def _read(image: Picture) -> Image.Image:
     return as_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
 
 
+def _begun_ids(tokenizer, begun: str) -> list[int]:
+    return tokenizer(begun.lstrip(), add_special_tokens=False)["input_ids"] if begun else []
+
+
 def _inputs(model, processor, text, image, template, before=(), begun=""):
     """Arguments of the model's forward for one question and the beginning of its answer."""
     ids = prompt_ids(
         text, processor.tokenizer, template, has_image=image is not None, before=before
     )
-    if begun:
-        ids = [*ids, *processor.tokenizer(begun.lstrip(), add_special_tokens=False)["input_ids"]]
+    ids = [*ids, *_begun_ids(processor.tokenizer, begun)]
     # The model expects one image token for each feature of the picture.
     ids, _ = expand(ids, [0] * len(ids), model.config.image_seq_length, model.config.image_token_id)
     longest = model.config.text_config.max_position_embeddings

@@ -8,13 +8,14 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from vflan.config import CACHE
 from vflan.data.limits import unpacked_limit
@@ -68,14 +69,20 @@ def open_bytes(path: Path) -> IO[bytes]:
     return gzip.open(path) if packed else path.open("rb")
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, unpacked if need be. UnreadableFile if they are far more than it has."""
+    limit = unpacked_limit(path.stat().st_size)
+    with open_bytes(path) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise UnreadableFile(f"{path} unpacks to more than {limit:,} bytes.")
+    return raw
+
+
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 with its byte order mark; unpacked if need be."""
     try:
-        limit = unpacked_limit(path.stat().st_size)
-        with open_bytes(path) as file:
-            raw = file.read(limit + 1)
-        if len(raw) > limit:
-            raise UnreadableFile(f"{path} unpacks to more than {limit:,} bytes.")
+        raw = read_bytes(path)
         wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes what is redirected
         return raw.decode("utf-16" if wide else "utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -92,7 +99,7 @@ def json_rows(path: Path, text: str, broken: list[int] | None = None) -> list | 
     start = text.lstrip()
     if not by_line or start.startswith("[") or not _is_json(start.split("\n", 1)[0]):
         try:
-            return json.loads(_without_last_comma(text))
+            return _value(_without_last_comma(text))
         except json.JSONDecodeError as trouble:
             # Several objects, one a line: POPE's label files are called .json.
             if not by_line and trouble.msg != "Extra data":
@@ -102,9 +109,16 @@ def json_rows(path: Path, text: str, broken: list[int] | None = None) -> list | 
     return json_lines(path, text, broken)
 
 
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("brackets in brackets without end", text, 0) from None
+
+
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line.strip().rstrip(","))
+        _value(line.strip().rstrip(","))
     except json.JSONDecodeError:
         return False
     return True
@@ -128,7 +142,7 @@ def json_lines(path: Path, text: str, broken: list[int] | None = None) -> list:
         line = line.strip().removeprefix("\ufeff").rstrip(",")
         try:
             # A list with one object a line has its brackets on lines of their own.
-            rows += [json.loads(line)] if line not in ("", "[", "]") else []
+            rows += [_value(line)] if line not in ("", "[", "]") else []
         except json.JSONDecodeError as trouble:
             if broken is None:
                 raise UnreadableFile(
@@ -209,7 +223,8 @@ def keep_picture(data: bytes | str) -> str:
     # A file of which the disk lost a bit is written again.
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        # The processes of a sweep read the same benchmark at the same time.
+        part = path.with_name(f".{path.name}.{os.getpid()}")
         part.write_bytes(data)
         part.replace(path)
     return str(path)

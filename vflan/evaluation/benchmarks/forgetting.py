@@ -6,7 +6,7 @@
     miniimagenet/   test.csv (filename, label), words.txt (ImageNet's: id, tab, names), images/
     forgetting/     no files: the mean over those of the four that are in the folder
 
-Each of the four can also be the hub's parquet file of its test split, test-*.parquet.
+Each of the four can also be the hub's parquet files of its test split, test-*.parquet.
 
 In the paper Vicuna-13B decides whether an answer names the class; prompts and splits are not
 printed. Our prompt lists the classes (for miniImageNet the 20 of its test split). A rule decides
@@ -18,9 +18,9 @@ loaded.
 
 from __future__ import annotations
 
-import gzip
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from vflan.evaluation.benchmarks.benchmark import (
     first_sentence,
     metrics,
 )
-from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_rows, read_text
+from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_bytes, read_rows, read_text
 from vflan.evaluation.benchmarks.reading import affirms
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
@@ -116,16 +116,17 @@ def read_cifar(path: Path, labels: Path, keep: Callable, name: str) -> list[dict
         (p for p in (path, folder / "test_batch", *folder.glob("cifar-10*/test*")) if p.is_file()),
         path,
     )
-    batch, meta = unpickle(test), unpickle(next(p for p in sorted(test.parent.glob("*meta"))))
-    kind, names = (
-        (b"fine_labels", b"fine_label_names")
-        if b"fine_labels" in batch
-        else (b"labels", b"label_names")
-    )
+    names_file = next(iter(sorted(test.parent.glob("*meta"))), None)
+    if names_file is None:
+        which = "batches.meta" if name == "cifar10" else "meta"
+        raise FileNotFoundError(f"{test.parent}/{which} is not there: the names of the classes.")
+    batch, meta = unpickle(test), unpickle(names_file)
+    fine = b"fine_" if b"fine_labels" in batch else b""
+    classes = [name.decode() for name in meta[fine + b"label_names"]]
     pixels = np.ascontiguousarray(
         np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     )
-    return ask(name, zip(map(png, pixels), batch[kind]), [n.decode() for n in meta[names]], keep)
+    return ask(name, zip(map(png, pixels), batch[fine + b"labels"]), classes, keep)
 
 
 def read_mnist(path: Path, labels: Path, keep: Callable, name: str) -> list[dict]:
@@ -135,8 +136,7 @@ def read_mnist(path: Path, labels: Path, keep: Callable, name: str) -> list[dict
         file = next(iter(sorted(folder.rglob(pattern))), None)
         if file is None:
             raise FileNotFoundError(f"{folder}/{pattern.replace('*', '')} is not there.")
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return np.frombuffer(raw, np.uint8, offset=header)
+        return np.frombuffer(read_bytes(file), np.uint8, offset=header)
 
     digits, pixels = array("t10k-labels*", 8), array("t10k-images*", 16).reshape(-1, 28, 28)
     return ask(name, zip(map(png, pixels), digits.tolist()), [str(d) for d in range(10)], keep)
@@ -161,22 +161,31 @@ def read_miniimagenet(path: Path, labels: Path, keep: Callable, name: str) -> li
     return ask(name, [(image(r["filename"]), ids.index(r["label"])) for r in rows], classes, keep)
 
 
+def parts_of(path: Path) -> list[Path]:
+    """All files of the split of which the hub's file is one: test-00000-of-00002.parquet ..."""
+    part = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.parquet)", path.name)
+    if not part:
+        return [path]
+    return [path.with_name(f"{part[1]}{number:05}{part[2]}") for number in range(int(part[3]))]
+
+
 def read_parquet(path: Path, keep: Callable, name: str) -> list[dict]:
-    """The hub's file: a column of pictures and one of class numbers, with names in the metadata."""
+    """The hub's files: a column of pictures, one of class numbers, and names in the metadata."""
     import json
 
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    kinds = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-    column = next((c for c in ("fine_label", "label") if c in table.column_names), None)
-    picture = next((c for c in ("img", "image") if c in table.column_names), None)
+    rows = [row for file in parts_of(path) for row in read_rows(file)]
+    schema = pq.read_schema(path)
+    kinds = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    column = next((c for c in ("fine_label", "label") if c in schema.names), None)
+    picture = next((c for c in ("img", "image") if c in schema.names), None)
     if not column or not picture or "names" not in kinds[column]:
         raise ValueError(
             f"{path} needs columns img or image, and label with the names of its classes."
         )
-    rows = zip((p["bytes"] for p in table[picture].to_pylist()), table[column].to_pylist())
-    return ask(name, rows, kinds[column]["names"], keep)
+    pairs = ((row[picture]["bytes"], row[column]) for row in rows)
+    return ask(name, pairs, kinds[column]["names"], keep)
 
 
 def read(path: Path, labels: Path, keep: Callable, name: str, other: Callable) -> list[dict]:

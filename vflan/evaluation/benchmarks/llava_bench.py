@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,6 @@ from vflan.evaluation.benchmarks.benchmark import (
 )
 from vflan.evaluation.benchmarks.files import find, pictures_in, read_rows
 from vflan.evaluation.judge import Judgement, RuleJudge, facts, is_long_form
-
-
-@dataclass(frozen=True)
-class Review(Judgement):
-    """A judge's verdict on two answers: `score` for the model's, `out_of` for the reference's."""
-
-    out_of: float = 10.0
 
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
@@ -72,9 +64,9 @@ def parse(answer: str, sample: dict) -> dict:
     `long_form` says whether it is written in sentences. Released questions have only `long_form`,
     because their facts are not known.
     """
-    if "lexicon" not in sample:
-        return {"right": [], "wrong": [], "wanted": [], "long_form": is_long_form(answer)}
-    right, wrong, wanted = facts(sample["label"], answer, sample, sample["lexicon"])
+    right, wrong, wanted = [], [], []
+    if "lexicon" in sample:
+        right, wrong, wanted = facts(sample["label"], answer, sample, sample["lexicon"])
     return {"right": right, "wrong": wrong, "wanted": wanted, "long_form": is_long_form(answer)}
 
 
@@ -89,10 +81,10 @@ def judge(samples: list[dict], answers: list[str]) -> list[Judgement]:
 def reviews(
     path: Path, samples: list[dict], model: str | None = None
 ) -> list[list[Judgement | None]]:
-    """One run: a Review (or None) for each sample, from a released file of GPT-4's reviews.
+    """One run: a Judgement (or None) for each sample, from a released file of GPT-4's reviews.
 
-    It has `tuple` [reference, model], or the two numbers in the first line of `content`. model:
-    ValueError, because such a file is about one model.
+    A review has `tuple` [reference, model], or the two numbers in the first line of `content`; the
+    reference's becomes `out_of`. model: ValueError, because such a file is about one model.
     """
     if model:
         raise ValueError(f"{path} is about one model: leave --model out.")
@@ -101,8 +93,8 @@ def reviews(
         pair = numbers(" ".join(map(str, row.get("tuple") or ()))) or numbers(
             row.get("content", "")
         )
-        review = Review(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
-        by_question[str(row["question_id"])] = review
+        verdict = Judgement(pair[1], row.get("content", ""), pair[0]) if len(pair) == 2 else None
+        by_question[str(row["question_id"])] = verdict
     return [[by_question.get(str(s["question_id"])) for s in samples]]
 
 

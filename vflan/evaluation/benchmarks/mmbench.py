@@ -104,26 +104,15 @@ def _order(sample: dict) -> tuple[int, str]:
     return len(sample["question_id"]), sample["question_id"]
 
 
-def items(samples: list[dict], answers: list[str]) -> dict[str, Metric]:
+def items(
+    samples: list[dict], answers: list[str], judgements: Sequence | None = None
+) -> dict[str, Metric]:
     """accuracy (circular, by category), single_pass, lenient (circular, by `parse`).
 
     single_pass is of the questions in their first order alone, as the authors publish it.
+    judgements: a Judgement of 0 or 1 for each answer, or None. They add judged (circular): right by
+    `parse`, or by a judgement where it reads nothing; wrong where neither reads anything.
     """
-    return _scores(samples, answers)
-
-
-def items_with_judge(
-    samples: list[dict], answers: list[str], judgements: Sequence
-) -> dict[str, Metric]:
-    """`items`, and judged (circular): right by `parse`, or by a judgement where it reads nothing.
-
-    judgements: a Judgement of 0 or 1 for each answer, or None. An answer that neither reads counts
-    as wrong.
-    """
-    return _scores(samples, answers, judgements)
-
-
-def _scores(samples, answers, judgements=None):
     label = [s["label"].lower().strip("() ") for s in samples]
     chosen = [parse(a, s) for a, s in zip(answers, samples)]
     loose = np.array([choice == right for choice, right in zip(chosen, label)], float)
@@ -205,7 +194,7 @@ family = partial(
     headline="accuracy",
     parse=parse,
     measure=items,
-    measure_with_judge=items_with_judge,
+    measure_with_judge=items,
     known=labelled,
     unit=rotated,
     missing="wrong",

@@ -94,10 +94,8 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
         rows = read_rows(path)
     samples = []
     for row in rows:
-        task, stem = (
-            row["question_id"].split("/")[0],
-            row["question_id"].split("/")[-1].split(".")[0],
-        )
+        parts = row["question_id"].split("/")
+        task, stem = parts[0], parts[-1].split(".")[0]
         samples.append(
             row
             | {

@@ -49,8 +49,8 @@ def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
     if not files:
         raise FileNotFoundError(
             f"{labels}/coco_pope_random.json, _popular and _adversarial are not there: POPE's "
-            "labels "
-            f"(RUCAIBox/POPE; sha256 of the random one: {SHA256['coco_pope_random.json']})."
+            "labels (RUCAIBox/POPE; sha256 of the random one: "
+            f"{SHA256['coco_pope_random.json']})."
         )
     label_of = {}
     for file in files:

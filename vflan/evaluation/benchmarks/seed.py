@@ -85,12 +85,9 @@ def by_authors(q: dict) -> dict:
 
 def where(q: dict) -> str:
     """The path of a question's picture in the release."""
-    video = q["data_type"] == "video"
-    return (
-        f"SEED-Bench-video-image/{q['question_id']}.png"
-        if video
-        else f"SEED-Bench-image/{q['data_id']}"
-    )
+    if q["data_type"] == "video":
+        return f"SEED-Bench-video-image/{q['question_id']}.png"
+    return f"SEED-Bench-image/{q['data_id']}"
 
 
 def content(image: object) -> bytes | str:
