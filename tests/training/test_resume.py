@@ -124,6 +124,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monke
     assert same_weights(straight, resumed)
 
 
+def test_a_checkpoint_names_the_file_that_it_lacks(saving, monkeypatch, capsys):
+    run = killed(saving, monkeypatch)
+    (checkpointing.list_checkpoints(run.folder)[0] / "0.pt").unlink()
+    path, _ = checkpointing.newest(run.folder)
+    assert path.name == "step-00000002"
+    assert "step-00000004 is damaged (0.pt)" in capsys.readouterr().err
+
+
 def test_without_an_intact_checkpoint_a_run_starts_again(saving, monkeypatch):
     straight = vflan.train(vflan.replace(saving, name="straight"))
     for path in checkpointing.list_checkpoints(killed(saving, monkeypatch).folder):
