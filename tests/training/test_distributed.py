@@ -226,6 +226,17 @@ def test_a_full_log_does_not_end_a_training_of_two_processes(recipe, monkeypatch
     assert vflan.train(vflan.replace(recipe, max_steps=2), num_processes=2).finished
 
 
+def test_output_that_is_no_text_does_not_end_a_training_of_two_processes(
+    tmp_path, monkeypatch, capfd
+):
+    child = tmp_path / "python"
+    child.write_text("#!/bin/sh\nprintf 'from a library: \\377\\n'\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    distributed.launch(tmp_path, 2)
+    assert "from a library: \ufffd" in capfd.readouterr().err
+
+
 @pytest.mark.usefixtures("alone")
 def test_processes_started_from_a_notebook_print_a_command_to_paste_and_train_the_same(
     recipe, capfd

@@ -274,7 +274,9 @@ def launch(folder: Path, num_processes: int) -> None:
     say(" ".join(["python", *command, shown(Path(folder)), *after]), sys.stdout)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command, lines = [sys.executable, *command, str(folder), *after], []
-    child = subprocess.Popen(command, text=True, env=_environment(folder), **pipes)
+    # Libraries may print bytes that are no text.
+    options = dict(text=True, errors="replace", env=_environment(folder))
+    child = subprocess.Popen(command, **options, **pipes)
     try:
         for line in child.stdout:
             # Timings go to stderr: a notebook would store those on stdout.
