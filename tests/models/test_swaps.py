@@ -1,5 +1,8 @@
 """Parts of real folders are exchanged: a language model without `<image>`, a projector's file."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from real_folders import make_clip, make_language_model, make_projector
@@ -44,6 +47,19 @@ def test_another_vocabulary_is_refused(real, folders, tmp_path):
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="differ in shape .model.embed_tokens.weight and 1 more"):
         vflan.swap_part(load_model(real), "language_model", tmp_path / "small")
+
+
+def test_a_language_model_without_all_its_weights_is_refused(real, folders, tmp_path):
+    """transformers would fill the others with random numbers."""
+    part = shutil.copytree(folders[1], tmp_path / "part")
+    index = json.loads((part / "pytorch_model.bin.index.json").read_text())
+    name, shard = next(pair for pair in index["weight_map"].items() if "up_proj" in pair[0])
+    weights = torch.load(part / shard)
+    del weights[name], index["weight_map"][name]
+    torch.save(weights, part / shard)
+    (part / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"part lacks 1 weights .{name}"):
+        vflan.swap_part(load_model(real), "language_model", part)
 
 
 def test_a_swap_reads_no_more_than_it_needs(real, folders, tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ def _read_language_model(source: str | os.PathLike, model: nn.Module, part: str)
     if quantiser and part == "language_model":
         options["quantization_config"] = quantiser.quantization_config
         options["device_map"] = {"": model.device}
-    other = files.read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
+    other = files.load_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
     # Any other difference in rows is another vocabulary, which cannot be swapped.
     if other.config.vocab_size == model.config.image_token_id:
         _grow_vocabulary(other, model.config.text_config.vocab_size)
