@@ -186,8 +186,7 @@ def _grow_vocabulary(language_model: nn.Module, size: int) -> None:
 
     The logit of such a token is then the mean of the old logits, so that it is never the largest.
     """
-    tables = [language_model.get_input_embeddings(), language_model.get_output_embeddings()]
-    old_size = tables[0].num_embeddings
+    old_size = language_model.get_input_embeddings().num_embeddings
     if size <= old_size:
         return
     language_model.resize_token_embeddings(size, mean_resizing=False)
