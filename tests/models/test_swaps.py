@@ -41,6 +41,16 @@ def test_a_language_model_that_never_saw_a_picture_gets_the_row_of_image(real, f
     assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
 
 
+def test_a_model_in_8_bits_that_has_answered_takes_another_language_model(real, folders):
+    """bitsandbytes moves the scales of a layer when it first computes."""
+    recipe, asked = vflan.replace(real, bits=8, **LORA), dict(input_ids=torch.arange(9)[None])
+    model = load_model(recipe)
+    before = model(**asked).logits
+    vflan.swap_part(model, "language_model", folders[1])
+    expected = load_model(vflan.replace(recipe, language_model=folders[1]))(**asked).logits
+    assert torch.equal(model(**asked).logits, expected) and not torch.equal(before, expected)
+
+
 def test_another_vocabulary_is_refused(real, folders, tmp_path):
     small = AutoModelForCausalLM.from_pretrained(folders[1])
     small.resize_token_embeddings(100, mean_resizing=False)
