@@ -124,6 +124,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monke
     assert same_weights(straight, resumed)
 
 
+def test_texts_of_digits_stay_texts(tmp_path):
+    """LLaVA's ids are such, and so are answers to counting questions."""
+    answer = dict(step=1, id="000000033471", task="7", question="How many?", answer="07")
+    loss = dict(step=1, task="07", loss=2.0, tokens=3)
+    for name, row in (("samples", answer | dict(reference="7")), ("heldout", loss)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    run = Run(tmp_path)
+    assert run.sample_answers().iloc[0].to_dict() == answer | dict(reference="7")
+    assert run.heldout().iloc[0].to_dict() == loss
+
+
 def test_a_checkpoint_names_the_file_that_it_lacks(saving, monkeypatch, capsys):
     run = killed(saving, monkeypatch)
     (checkpointing.list_checkpoints(run.folder)[0] / "0.pt").unlink()

@@ -282,10 +282,11 @@ def launch(folder: Path, num_processes: int) -> None:
             # Timings go to stderr: a notebook would store those on stdout.
             say(line.removesuffix("\n"))
             lines = [*lines, line][-LAST_LINES:]
-    finally:
+    except BaseException:
         # An interrupted notebook cell stops its children too.
-        if child.poll() is None and sys.exc_info()[0] is not None:
-            child.terminate()
+        child.terminate()
+        raise
+    finally:
         child.stdin.close()
         status = child.wait()
     if status:

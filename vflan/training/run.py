@@ -117,7 +117,8 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame(columns=columns)
         try:
-            return pd.read_json(path, lines=True)
+            # Elsewhere a text of digits, such as an id or an answer, is not a number.
+            return pd.read_json(path, lines=True, dtype=name == "metrics")
         except ValueError:
             message = f"{shown(path)} is damaged: restore it from a copy, or delete it."
             raise ValueError(message) from None
