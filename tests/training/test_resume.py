@@ -365,13 +365,26 @@ def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(
     assert (table.peak_gb > 0).all() and (table.tokens_per_second > 0).all()
 
 
-def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def tracked(recipe, tmp_path, monkeypatch):
+    """A recipe with a tracker that keeps what it gets."""
     package = tmp_path / "packages" / "trackio"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(TRACKIO)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
-    run = vflan.train(vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2))
+    return vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2)
+
+
+def test_a_tracker_ends_with_a_run_that_is_stopped(tracked, monkeypatch):
+    """Otherwise the next run of the process would log to it."""
+    killed(tracked, monkeypatch, step=1)
+    calls = sys.modules.pop("trackio").calls
+    assert len(calls) > 2 and calls[-1] == "end" and calls.count("end") == 1
+
+
+def test_trackers_get_what_metrics_jsonl_gets(tracked):
+    run = vflan.train(tracked)
     calls = sys.modules.pop("trackio").calls
     assert calls[0][0] == "vflan" and calls[0][1]["name"] == "base" and calls[-1] == "end"
     logged = [values for values, _ in calls[1:-1]]
