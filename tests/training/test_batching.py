@@ -34,6 +34,7 @@ from vflan.training.batching import (
     packed_step,
     prepare,
 )
+from vflan.training.validation import hold_out
 
 
 @pytest.fixture
@@ -699,6 +700,16 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
             assert list(ids) == expected[0].tolist() and list(labels) == expected[1].tolist()
     unread = next(row for row in range(32) if row not in order[0])
     assert packed_step(samples, unread, vflan.replace(recipe, max_steps=1), tokenizer) is None
+
+
+def test_a_packed_step_reads_no_row_that_is_held_out(mixed):
+    recipe, tokenizer = vflan.replace(mixed, heldout_rows=6), load_processor(mixed).tokenizer
+    samples = vflan.load_samples(mixed.samples, mixed.images)
+    trained, held = hold_out(samples["id"][:], 6)
+    assert packed_step(samples, int(held[0]), recipe, tokenizer) is None
+    step, steps, _ = packed_step(samples, int(trained[0]), recipe, tokenizer)
+    order = batch_order(None, recipe, trained)
+    assert steps == len(order) == 4 and trained[0] in order[step - 1]
 
 
 def test_a_row_whose_answer_does_not_fit_is_in_no_packed_step(mixed):

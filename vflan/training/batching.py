@@ -281,7 +281,7 @@ def _sort_within(order, key, span):
 
 
 def pack(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[int]]:
-    """Group indices of `lengths` so that each group's sum is at most `budget`: few groups, alike.
+    """Group indices of `lengths`: few groups of similar sums, none above `budget`.
 
     Best-fit decreasing: the longest first, each into the fullest group that has room. The number of
     groups is rounded up to a multiple of `processes`. Then a binary search lowers the budget as far
@@ -348,9 +348,16 @@ def packed_step(
     a million samples; therefore bad rows count in the order, and are left out of the step. None if
     no step reads the row.
     """
-    recipe = replace(recipe, packing="packed")
-    batches = batch_order(None, recipe, np.arange(len(samples)))
-    step = next((step for step, rows in enumerate(batches, 1) if row in rows), None)
+    # That file imports this one.
+    from vflan.training.validation import hold_out
+
+    recipe, kept = replace(recipe, packing="packed"), np.arange(len(samples))
+    if recipe.heldout_rows:
+        kept, _ = hold_out(samples["id"][:], recipe.heldout_rows)
+    batches = batch_order(None, recipe, kept)
+    # Each epoch reads every row that is not held out.
+    first_epoch = batches[: batches.in_epoch]
+    step = next((step for step, rows in enumerate(first_epoch, 1) if row in rows), None)
     if step is None:
         return None
     image_tokens, image_id = models.picture_tokens(recipe), tokenizer.convert_tokens_to_ids(IMAGE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ QUESTIONS = 4  # answered in words at every validation, always the same ones
 ANSWER_TOKENS = 32
 
 
-def hold_out(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(ids: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows to train on, `count` rows held out).
 
     A hash of the ids chooses them, so they are the same for every seed and on every machine.
