@@ -17,8 +17,10 @@ from vflan.training.row_lengths import QUESTIONS
 # The share of a GPU's peak rate that reading questions reaches: 0.36 at 7B on one H200, with
 # POPE's shape and with one question a picture (bench/results/gpu.json).
 READING_SHARE = 0.36
-# So many numbers of GPUs are tried where none is given, and so many runs do notebooks 06 to 08 add.
-NUMBERS, MORE_RUNS = (1, 2, 4, 8), {"small": 5, "all": 18}
+# Numbers of GPUs to try where none is given.
+NUMBERS = (1, 2, 4, 8)
+# Runs that notebooks 06 to 08 add: by default, and with live="all".
+MORE_RUNS = {"small": 5, "all": 18}
 GB = 1e9
 
 

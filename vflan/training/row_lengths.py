@@ -18,7 +18,7 @@ from vflan.training.batching import truncate
 # The file says what each of them holds.
 _PLANNING = Path(__file__).with_name("planning.json").read_bytes()
 GPUS, ROWS, TEXT, TASKS, QUESTIONS = json.loads(_PLANNING).values()
-# The lengths of so many rows are read; others are alike. So many rows are ordered in memory.
+# Of how many rows the lengths are read (others are taken to be alike); how many a plan can order.
 ROWS_READ, MOST_ROWS = 4000, 10**7
 
 
