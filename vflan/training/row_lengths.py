@@ -87,7 +87,7 @@ def _measure_lengths(samples, recipe, patches):
     indices = np.linspace(0, len(samples) - 1, min(len(samples), ROWS_READ)).astype(int)
     some = samples.select(indices)
     encoded = encode_many(some["conversations"][:], models.load_tokenizer(recipe), recipe.template)
-    rows, numbers = [], {}
+    rows, numbers, reason = [], {}, ""
     for image, result in zip(some["image"][:], encoded):
         try:
             ids, learned, _ = truncate(result, image, recipe, patches)

@@ -32,7 +32,7 @@ QUESTIONS = 4  # answered in words at every validation, always the same ones
 ANSWER_TOKENS = 32
 
 
-def hold_out(ids: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(ids: np.ndarray | Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows to train on, `count` rows held out).
 
     A hash of the ids chooses them, so they are the same for every seed and on every machine.
