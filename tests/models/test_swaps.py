@@ -1,5 +1,8 @@
 """Parts of real folders are exchanged: a language model without `<image>`, a projector's file."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from real_folders import make_clip, make_language_model, make_projector
@@ -38,12 +41,35 @@ def test_a_language_model_that_never_saw_a_picture_gets_the_row_of_image(real, f
     assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
 
 
+def test_a_model_in_8_bits_that_has_answered_takes_another_language_model(real, folders):
+    """bitsandbytes moves the scales of a layer when it first computes."""
+    recipe, asked = vflan.replace(real, bits=8, **LORA), dict(input_ids=torch.arange(9)[None])
+    model = load_model(recipe)
+    before = model(**asked).logits
+    vflan.swap_part(model, "language_model", folders[1])
+    expected = load_model(vflan.replace(recipe, language_model=folders[1]))(**asked).logits
+    assert torch.equal(model(**asked).logits, expected) and not torch.equal(before, expected)
+
+
 def test_another_vocabulary_is_refused(real, folders, tmp_path):
     small = AutoModelForCausalLM.from_pretrained(folders[1])
     small.resize_token_embeddings(100, mean_resizing=False)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="differ in shape .model.embed_tokens.weight and 1 more"):
         vflan.swap_part(load_model(real), "language_model", tmp_path / "small")
+
+
+def test_a_language_model_without_all_its_weights_is_refused(real, folders, tmp_path):
+    """transformers would fill the others with random numbers."""
+    part = shutil.copytree(folders[1], tmp_path / "part")
+    index = json.loads((part / "pytorch_model.bin.index.json").read_text())
+    name, shard = next(pair for pair in index["weight_map"].items() if "up_proj" in pair[0])
+    weights = torch.load(part / shard)
+    del weights[name], index["weight_map"][name]
+    torch.save(weights, part / shard)
+    (part / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"part lacks 1 weights .{name}"):
+        vflan.swap_part(load_model(real), "language_model", part)
 
 
 def test_a_swap_reads_no_more_than_it_needs(real, folders, tmp_path, monkeypatch):

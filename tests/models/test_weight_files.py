@@ -68,3 +68,11 @@ def test_no_model_is_converted_on_the_hub():
     """transformers starts a thread that asks for it when a hub model has .bin files."""
     assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
     assert not [t for t in threading.enumerate() if t.name == "Thread-auto_conversion"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_of_a_model_of_others_is_named(recipe, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        models.load_model(recipe, tmp_path)

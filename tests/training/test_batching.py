@@ -1,9 +1,12 @@
 """Batches: every row once, packed without a leak; the tower runs once a picture."""
 
 import base64
+import dataclasses
 import errno
 import json
 import math
+import shutil
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from vflan.training.batching import (
     packed_step,
     prepare,
 )
+from vflan.training.validation import hold_out
 
 
 @pytest.fixture
@@ -451,6 +455,54 @@ def test_a_full_disk_stops_the_feature_cache_but_not_the_run(cached, tmp_path, m
     assert not [file for file in tmp_path.glob("cache/features/*/*/*") if file.is_file()]
 
 
+def test_two_readers_of_a_run_write_the_same_features_apart(cached, tmp_path, monkeypatch):
+    """Training and validation have Pictures of their own, which may write at the same moment."""
+    model, data, pictures = prepared(cached, tmp_path)
+    both = [pictures, Pictures(data, model, load_processor(cached), cached)]
+    meet, names, save = threading.Barrier(2), [], np.save
+
+    def slow(out, array):
+        names.append(out.name)
+        meet.wait(10)
+        save(out, array)
+
+    monkeypatch.setattr(image_features.np, "save", slow)
+    for each in both:
+        each([0])
+    for each in both:
+        settle(each)
+    assert len(set(names)) == 2 and not any(each.disk_full for each in both)
+
+
+def test_features_of_earlier_runs_are_forgotten_where_they_would_be_too_many(
+    mixed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(image_features, "_FEATURES", {})
+    model, data, pictures = prepared(mixed, tmp_path)
+    rows = np.arange(len(data.ids))
+    pictures(rows)
+    size = sum(features.nbytes for features in pictures.features.values())
+    monkeypatch.setattr(image_features, "MAX_KEPT_BYTES", int(1.5 * size))
+    again = Pictures(data, model, load_processor(mixed), mixed)
+    assert again.features is pictures.features
+    shutil.copytree(mixed.images, tmp_path / "others")
+    names = [name.replace("images", "others") for name in data.pictures.tolist()]
+    others = dataclasses.replace(data, pictures=np.array(names, dtype=data.pictures.dtype))
+    others = Pictures(others, model, load_processor(mixed), mixed)
+    others(rows)
+    (kept,) = image_features._FEATURES.values()
+    assert kept is others.features and len(kept) == len(names)
+
+
+def test_pixels_that_another_reader_made_needless_are_let_go(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_features, "_FEATURES", {})
+    model, data, pictures = prepared(mixed, tmp_path)
+    pictures.prefetch([0])
+    Pictures(data, model, load_processor(mixed), mixed)([0])
+    pictures.load([0])
+    assert not pictures.pending
+
+
 def test_accumulating_small_batches_is_the_same_as_one_large_batch(mixed):
     """Padded in threes or eights, packed tightly or loosely: each learned token weighs the same."""
     ways = [dict(micro_batch=3), dict(micro_batch=8), dict(micro_batch=1)]
@@ -648,6 +700,27 @@ def test_the_packed_step_that_people_see_is_the_one_that_training_takes(mixed, t
             assert list(ids) == expected[0].tolist() and list(labels) == expected[1].tolist()
     unread = next(row for row in range(32) if row not in order[0])
     assert packed_step(samples, unread, vflan.replace(recipe, max_steps=1), tokenizer) is None
+
+
+def test_a_packed_step_reads_no_row_that_is_held_out(mixed):
+    recipe, tokenizer = vflan.replace(mixed, heldout_rows=6), load_processor(mixed).tokenizer
+    samples = vflan.load_samples(mixed.samples, mixed.images)
+    trained, held = hold_out(samples["id"][:], 6)
+    assert packed_step(samples, int(held[0]), recipe, tokenizer) is None
+    step, steps, _ = packed_step(samples, int(trained[0]), recipe, tokenizer)
+    order = batch_order(None, recipe, trained)
+    assert steps == len(order) == 4 and trained[0] in order[step - 1]
+
+
+def test_a_row_whose_answer_does_not_fit_is_in_no_packed_step(mixed):
+    """Training leaves it out too."""
+    rows = json.loads(Path(mixed.samples).read_text())
+    rows[5]["conversations"][0]["value"] = "<image>\n" + "What color is it? " * 100
+    Path(mixed.samples).write_text(json.dumps(rows))
+    samples = vflan.load_samples(mixed.samples, mixed.images)
+    _, _, packed = packed_step(samples, 5, mixed, load_processor(mixed).tokenizer)
+    assert 5 not in [number for some in packed for number, *_ in some]
+    assert all(max(labels) > 0 for some in packed for _, _, labels in some)
 
 
 # ------------------------------------------------------------------- a plan that is never whole

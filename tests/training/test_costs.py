@@ -241,3 +241,18 @@ def test_more_rows_than_memory_orders_are_refused_at_once():
 def test_a_recipe_for_the_cpu_is_planned_for_this_machine(recipe):
     plan = vflan.plan(vflan.replace(recipe, device="cpu", precision="bf16"), dollars_per_hour=1)
     assert plan.gpu == "cpu" and plan.memory["weights"] > 0 and plan.dollars is None
+
+
+def test_a_preset_for_the_cpu_is_planned_for_one_process(medium_preset, monkeypatch):
+    """More of them would only share this machine's memory, as with gpu="cpu"."""
+    monkeypatch.setattr(costs.Plan, "fits", False)
+    on_cpu = type(medium_preset)(*(vflan.replace(r, device="cpu") for r in medium_preset))
+    assert vflan.plan(on_cpu).gpus == vflan.plan(medium_preset, gpu="cpu").gpus == 1
+
+
+def test_a_plan_counts_further_files_that_are_not_here():
+    base, chat = vflan.preset("full_7b").base, "data/llava_instruct_150k.json"
+    for more, rows in ((f"{chat}#1000", 187_103), (chat, 186_103 + 157_712)):
+        assert len(load_rows(vflan.replace(base, more_samples=more))[0].ids) == rows
+    with pytest.raises(ValueError, match="mine.json is not there, .* write mine.json#rows"):
+        vflan.plan(vflan.replace(base, more_samples="mine.json"))

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -224,6 +225,42 @@ def test_a_full_log_does_not_end_a_training_of_two_processes(recipe, monkeypatch
     monkeypatch.setattr(sys, "stdout", Full())
     monkeypatch.setattr(sys, "stderr", Full())
     assert vflan.train(vflan.replace(recipe, max_steps=2), num_processes=2).finished
+
+
+def launch(folder, monkeypatch, script):
+    """Launches the lines of a shell script in place of two processes."""
+    child = folder / "python"
+    child.write_text(f"#!/bin/sh\n{script}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    distributed.launch(folder, 2)
+
+
+def test_output_that_is_no_text_does_not_end_a_training_of_two_processes(
+    tmp_path, monkeypatch, capfd
+):
+    launch(tmp_path, monkeypatch, "printf 'from a library: \\377\\n'")
+    assert "from a library: \ufffd" in capfd.readouterr().err
+
+
+def test_a_second_try_after_an_error_may_end_in_peace(tmp_path, monkeypatch):
+    """The error that is being handled did not happen in this training."""
+    try:
+        raise OSError("the first try")
+    except OSError:
+        launch(tmp_path, monkeypatch, "exec >&- 2>&-; sleep 0.3")
+
+
+def test_an_interrupted_training_ends_its_children(tmp_path, monkeypatch):
+    def say(text, *_):
+        if text == "begun":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distributed, "say", say)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch(tmp_path, monkeypatch, "echo begun; exec sleep 60")
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.usefixtures("alone")

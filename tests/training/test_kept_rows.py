@@ -1,5 +1,6 @@
 """A run's rows are tokenised once, its pictures stay those that it began with."""
 
+import json
 import os
 import shutil
 import sys
@@ -103,6 +104,23 @@ def test_a_picture_exchanged_and_code_changed_is_named_too(saving, monkeypatch):
     monkeypatch.setattr(rows_file, "versions", lambda: dict(code="another"))
     with pytest.raises(ValueError, match="1 of 32 pictures changed"):
         vflan.train(saving)
+
+
+def test_a_row_that_shows_another_picture_since_the_kill_is_named(saving, monkeypatch):
+    """Its tokens are the same, and no file has changed."""
+    killed(saving, monkeypatch)
+    rows = json.loads(Path(saving.samples).read_text())
+    rows[3]["image"] = rows[4]["image"]
+    Path(saving.samples).write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"1 of 31 pictures changed .*\(first: .*4.png"):
+        vflan.train(saving)
+
+
+def test_pictures_are_compared_when_a_run_resumes_without_further_checkpoints(saving, monkeypatch):
+    killed(saving, monkeypatch)
+    exchange(saving)
+    with pytest.raises(ValueError, match="1 of 32 pictures changed"):
+        vflan.train(vflan.replace(saving, save_every=0))
 
 
 def test_copied_pictures_with_other_dates_are_the_same(saving, monkeypatch):

@@ -218,3 +218,11 @@ def test_lengths_are_read_where_they_can_be_and_else_assumed_and_said(medium):
 def test_bad_arguments_are_refused_in_one_sentence(medium, arguments, message):
     with pytest.raises(ValueError, match=message):
         vflan.plan(medium, **arguments)
+
+
+def test_a_recipe_that_could_not_be_trained_is_not_planned(medium):
+    held = vflan.replace(medium, heldout_rows=12)
+    with pytest.raises(ValueError, match="heldout_rows=12 of 12 .* leaves nothing to train on"):
+        print(vflan.plan(held, gpu="cpu"))
+    with pytest.raises(ValueError, match="no row can be trained on, .* within max_length=8"):
+        vflan.plan(vflan.replace(medium, max_length=8), gpu="cpu")

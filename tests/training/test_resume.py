@@ -124,6 +124,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(saving, monke
     assert same_weights(straight, resumed)
 
 
+def test_texts_of_digits_stay_texts(tmp_path):
+    """LLaVA's ids are such, and so are answers to counting questions."""
+    answer = dict(step=1, id="000000033471", task="7", question="How many?", answer="07")
+    loss = dict(step=1, task="07", loss=2.0, tokens=3)
+    for name, row in (("samples", answer | dict(reference="7")), ("heldout", loss)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    run = Run(tmp_path)
+    assert run.sample_answers().iloc[0].to_dict() == answer | dict(reference="7")
+    assert run.heldout().iloc[0].to_dict() == loss
+
+
+def test_a_checkpoint_names_the_file_that_it_lacks(saving, monkeypatch, capsys):
+    run = killed(saving, monkeypatch)
+    (checkpointing.list_checkpoints(run.folder)[0] / "0.pt").unlink()
+    path, _ = checkpointing.newest(run.folder)
+    assert path.name == "step-00000002"
+    assert "step-00000004 is damaged (0.pt)" in capsys.readouterr().err
+
+
 def test_without_an_intact_checkpoint_a_run_starts_again(saving, monkeypatch):
     straight = vflan.train(vflan.replace(saving, name="straight"))
     for path in checkpointing.list_checkpoints(killed(saving, monkeypatch).folder):
@@ -346,13 +365,26 @@ def test_every_step_is_logged_with_its_rates_and_a_line_a_minute_goes_to_stderr(
     assert (table.peak_gb > 0).all() and (table.tokens_per_second > 0).all()
 
 
-def test_trackers_get_what_metrics_jsonl_gets(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def tracked(recipe, tmp_path, monkeypatch):
+    """A recipe with a tracker that keeps what it gets."""
     package = tmp_path / "packages" / "trackio"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(TRACKIO)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
-    run = vflan.train(vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2))
+    return vflan.replace(recipe, max_steps=2, trackers=("trackio",), heldout_rows=2)
+
+
+def test_a_tracker_ends_with_a_run_that_is_stopped(tracked, monkeypatch):
+    """Otherwise the next run of the process would log to it."""
+    killed(tracked, monkeypatch, step=1)
+    calls = sys.modules.pop("trackio").calls
+    assert len(calls) > 2 and calls[-1] == "end" and calls.count("end") == 1
+
+
+def test_trackers_get_what_metrics_jsonl_gets(tracked):
+    run = vflan.train(tracked)
     calls = sys.modules.pop("trackio").calls
     assert calls[0][0] == "vflan" and calls[0][1]["name"] == "base" and calls[-1] == "end"
     logged = [values for values, _ in calls[1:-1]]

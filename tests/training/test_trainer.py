@@ -257,6 +257,17 @@ def test_lora_goes_on_from_a_run_and_leaves_a_merged_model_that_loads_alone(reci
     )  # what was learned is in the merged weights
 
 
+def test_model_and_adapter_are_on_the_disk_before_a_run_is_finished(recipe, monkeypatch):
+    flushed, real = [], TRAIN.checkpointing.flush
+    monkeypatch.setattr(
+        TRAIN.checkpointing, "flush", lambda path: [flushed.append(path.name), real(path)]
+    )
+    run = vflan.train(vflan.replace(recipe, max_steps=1, lora_r=2, lora_alpha=4))
+    assert flushed == [".model", "adapter"] and set(run.summary["files"]) > {
+        "adapter/adapter_model.safetensors"
+    }
+
+
 @pytest.mark.parametrize(
     "fails", [False, True], ids=["to its end", "until an error, which is kept"]
 )

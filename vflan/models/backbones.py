@@ -73,10 +73,9 @@ def load_processor(recipe: Recipe, model: Any = None) -> LlavaProcessor:
     """
     tokenizer, vision = load_tokenizer(recipe), backbone_config(recipe.vision_tower)
     clip = read_pretrained(CLIPImageProcessorPil, weights_source(recipe.vision_tower)).to_dict()
-    names = (
-        "size crop_size resample image_mean image_std rescale_factor do_normalize do_center_crop"
-    )
-    values = {name: clip[name] for name in names.split() if name in clip}
+    names = "size crop_size resample image_mean image_std rescale_factor".split()
+    names += ["do_normalize", "do_center_crop"]
+    values = {name: clip[name] for name in names if name in clip}
     pictures = LlavaImageProcessorPil(**values, do_pad=recipe.image_aspect_ratio == "pad")
     if (height := pictures.crop_size["height"]) != vision.image_size:
         raise ValueError(

@@ -27,7 +27,7 @@ class Sizes:
     """Bytes of one unit each, for a language model at a given precision."""
 
     token: float  # keys and values of one position in all layers
-    again: float  # the same of one layer, copied while the cache grows and to repeat shared heads
+    again: float  # the same in one layer: copied while the cache grows, and where heads share them
     work: float  # activations of one layer for one position
     logits: float  # of one question
     number: int  # of one number

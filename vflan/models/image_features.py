@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ class Pictures:
             if self.max_pixels != MAX_PIXELS:
                 identity += f" {self.max_pixels}"
             if self.fits_memory:
+                _make_room(identity, size, data.pictures)
                 self.features = _FEATURES.setdefault(identity, {})
             if recipe.feature_cache:
                 name = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -75,7 +77,8 @@ class Pictures:
         if not self.fits_memory:
             self.features = {key: self.features[key] for key in keys if key in self.features}
         # Wait for the threads; each gives stored features or the prepared pixels.
-        read = {key: self.pending.pop(key).result() for key in keys if key not in self.features}
+        waiting = {key: self.pending.pop(key, None) for key in keys}
+        read = {key: one.result() for key, one in waiting.items() if key not in self.features}
         self.features |= {key: stored for key, (stored, _) in read.items() if stored is not None}
         missing = [key for key in read if key not in self.features]
         # Batches of one size whatever the micro-batch: the tower is fast, and bits do not change.
@@ -126,9 +129,9 @@ class Pictures:
 
     def _write(self, key, features):
         file = self._file(key)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        # Written under another name first, because other runs, and validation, read and write here.
+        scratch = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            # Written under another name first, because other runs read this folder too.
             file.parent.mkdir(exist_ok=True)
             with scratch.open("wb") as out:
                 np.save(out, features.view(_stored_dtype(self.dtype)).numpy())
@@ -145,6 +148,19 @@ class Pictures:
     def _file(self, key):
         name = hashlib.sha256(repr(key).encode()).hexdigest()
         return self.folder / name[:2] / f"{name[2:32]}.npy"
+
+
+def _make_room(identity: str, size: int, names: np.ndarray) -> None:
+    """Forget what earlier runs left if it and this run's `size` bytes are more than may be kept.
+
+    names: this run's pictures. A run that still trains keeps its own features.
+    """
+    ours, earlier = set(names.tolist()), 0
+    for other, features in _FEATURES.items():
+        for (name, *_), kept in features.items():
+            earlier += kept.nbytes if other != identity or name not in ours else 0
+    if earlier + size > MAX_KEPT_BYTES:
+        _FEATURES.clear()
 
 
 def _stored_dtype(dtype):

@@ -186,8 +186,7 @@ def _grow_vocabulary(language_model: nn.Module, size: int) -> None:
 
     The logit of such a token is then the mean of the old logits, so that it is never the largest.
     """
-    tables = [language_model.get_input_embeddings(), language_model.get_output_embeddings()]
-    old_size = tables[0].num_embeddings
+    old_size = language_model.get_input_embeddings().num_embeddings
     if size <= old_size:
         return
     language_model.resize_token_embeddings(size, mean_resizing=False)
@@ -311,7 +310,7 @@ def _read_language_model(source: str | os.PathLike, model: nn.Module, part: str)
     if quantiser and part == "language_model":
         options["quantization_config"] = quantiser.quantization_config
         options["device_map"] = {"": model.device}
-    other = files.read_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
+    other = files.load_pretrained(AutoModelForCausalLM, weights_source(str(source)), **options)
     # Any other difference in rows is another vocabulary, which cannot be swapped.
     if other.config.vocab_size == model.config.image_token_id:
         _grow_vocabulary(other, model.config.text_config.vocab_size)

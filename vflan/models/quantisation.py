@@ -90,6 +90,11 @@ def copy_weights(target: nn.Module, source: nn.Module, part: str) -> None:
             f"The two {part}s differ in shape ({different[0]} and {len(different) - 1} more), "
             "so they cannot be swapped."
         )
+    for name in kinds.keys() - layers.keys():
+        layer = target.get_submodule(name)
+        # An 8-bit layer that has computed keeps its scales in its state, where loading finds none.
+        if layer.weight.SCB is None:
+            layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
     target.load_state_dict(new_weights, strict=not layers)
     for name, layer in layers.items():
         weight, device = new_layers[name].weight, layer.weight.device

@@ -28,7 +28,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = read_pretrained(AutoTokenizer, weights_source(recipe.language_model))
     tokenizer = merge_by_score(tokenizer)
     if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        # Without the option, the model's own tokens would no longer be special.
+        more = {"additional_special_tokens": [IMAGE]}
+        tokenizer.add_special_tokens(more, replace_extra_special_tokens=False)
     # `legacy` says how a Llama tokenizer reads the text after an end token. Without this line a
     # saved copy would forget it.
     if hasattr(tokenizer, "legacy"):

@@ -213,12 +213,12 @@ def _download(repo: str) -> Path:
 
 def is_llava_checkpoint(folder: Path) -> bool:
     """Whether LLaVA's own code wrote this folder."""
-    return "mm_vision_tower" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "mm_vision_tower" in read_json(folder / "config.json")
 
 
 def llava_text_config(folder: Path) -> LlamaConfig:
     """The language model's shape in a folder of LLaVA's; ValueError if it is no LLaVA-1.5."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     other = {key: values[key] for key, v in _LLAVA_1_5.items() if values.get(key, v) != v}
     if other or values.get("model_type") not in ("llava", "llava_llama"):
         problem = other or values.get("model_type")

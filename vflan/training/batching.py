@@ -123,7 +123,7 @@ def prepare(
         encoded = encode_many([turns for *_, turns in rows], tokenizer, recipe.template)
         for (row, name, image, _), result in zip(rows, encoded):
             try:
-                ids, learned, lost = _truncate(result, image, recipe, config.image_seq_length)
+                ids, learned, lost = truncate(result, image, recipe, config.image_seq_length)
             except ValueError as error:
                 bad[row], names[row] = str(error), name
                 continue
@@ -171,10 +171,15 @@ def _read_chunks(samples):
         yield [(start + i, *row) for i, row in enumerate(zip(*columns))]
 
 
-def _truncate(result, image, recipe, image_tokens):
+def truncate(
+    result: tuple[list[int], list[int]] | ValueError,
+    image: str | None,
+    recipe: Recipe,
+    image_tokens: int,
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Return a row's ids and answer mask within max_length, and what was cut off (empty: nothing).
 
-    ValueError if the row could not be encoded, or no answer is left.
+    result: of `encode_many`. ValueError if the row could not be encoded, or no answer is left.
     """
     if isinstance(result, ValueError):
         raise result
@@ -276,7 +281,7 @@ def _sort_within(order, key, span):
 
 
 def pack(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[int]]:
-    """Group indices of `lengths` so that each group's sum is at most `budget`: few groups, alike.
+    """Group indices of `lengths`: few groups of similar sums, none above `budget`.
 
     Best-fit decreasing: the longest first, each into the fullest group that has room. The number of
     groups is rounded up to a multiple of `processes`. Then a binary search lowers the budget as far
@@ -343,19 +348,30 @@ def packed_step(
     a million samples; therefore bad rows count in the order, and are left out of the step. None if
     no step reads the row.
     """
-    recipe = replace(recipe, packing="packed")
-    batches = batch_order(None, recipe, np.arange(len(samples)))
-    step = next((step for step, rows in enumerate(batches, 1) if row in rows), None)
+    # That file imports this one.
+    from vflan.training.validation import hold_out
+
+    recipe, kept = replace(recipe, packing="packed"), np.arange(len(samples))
+    if recipe.heldout_rows:
+        kept, _ = hold_out(samples["id"][:], recipe.heldout_rows)
+    batches = batch_order(None, recipe, kept)
+    # Each epoch reads every row that is not held out.
+    first_epoch = batches[: batches.in_epoch]
+    step = next((step for step, rows in enumerate(first_epoch, 1) if row in rows), None)
     if step is None:
         return None
     image_tokens, image_id = models.picture_tokens(recipe), tokenizer.convert_tokens_to_ids(IMAGE)
     rows = batches[step - 1]
-    encoded = encode_many(samples.select(rows)["conversations"][:], tokenizer, recipe.template)
+    some = samples.select(rows)
+    encoded = encode_many(some["conversations"][:], tokenizer, recipe.template)
     usable = []
-    for number, result in zip(rows, encoded):
-        if not isinstance(result, ValueError):
-            columns = expand(*result, image_tokens, image_id)
-            usable.append((int(number), *(column[: recipe.max_length] for column in columns)))
+    for number, image, result in zip(rows, some["image"][:], encoded):
+        try:
+            truncate(result, image, recipe, image_tokens)
+        except ValueError:
+            continue
+        columns = expand(*result, image_tokens, image_id)
+        usable.append((int(number), *(column[: recipe.max_length] for column in columns)))
     lengths = [len(ids) for _, ids, _ in usable]
     groups = pack(lengths, recipe.pack_tokens or recipe.max_length) if usable else []
     return step, len(batches), [[usable[i] for i in group] for group in groups]

@@ -151,14 +151,13 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict] | None:
             # Checkpoints of earlier versions have none.
             if record.pop("crc", None) not in (None, _crc(record)):
                 raise ValueError("a bit of it changed")
-            files = record["files"].items()
-            bad = [name for name, checksum in files if _checksum(path / name) != checksum]
+            files = [(name, path / name, checksum) for name, checksum in record["files"].items()]
+            bad = [name for name, f, sum_ in files if not f.is_file() or _checksum(f) != sum_]
         except (ValueError, KeyError, OSError):
             bad = ["checkpoint.json"]
         if not bad:
             return path, record
-        warning = f"{shown(path)} is damaged ({bad[0]}); trying the one before."
-        say(warning)
+        say(f"{shown(path)} is damaged ({bad[0]}); trying the one before.")
     return None
 
 

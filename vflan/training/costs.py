@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +12,15 @@ import pandas as pd
 from vflan.config import Preset, Recipe, resolve
 from vflan.models import llava as models
 from vflan.training.memory import ASKED, BEFORE, GPUS, PROCESS, Plan, plan_recipe
+from vflan.training.row_lengths import QUESTIONS
 
-# Questions and pictures of the paper's benchmarks, as published.
-*_, QUESTIONS = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
 # The share of a GPU's peak rate that reading questions reaches: 0.36 at 7B on one H200, with
 # POPE's shape and with one question a picture (bench/results/gpu.json).
 READING_SHARE = 0.36
-# So many numbers of GPUs are tried where none is given, and so many runs do notebooks 06 to 08 add.
-NUMBERS, MORE_RUNS = (1, 2, 4, 8), {"small": 5, "all": 18}
+# Numbers of GPUs to try where none is given.
+NUMBERS = (1, 2, 4, 8)
+# Runs that notebooks 06 to 08 add: by default, and with live="all".
+MORE_RUNS = {"small": 5, "all": 18}
 GB = 1e9
 
 
@@ -119,8 +119,7 @@ class Walk:
 
     def _heading(self):
         base, fits = self.stages["base"], "fits into" if self.fits else "does NOT fit into"
-        on_gpu = base.gpu != "cpu"
-        where = f"{self.gpus} x {base.gpu}" if on_gpu else "this machine's memory"
+        where = "this machine's memory" if base.gpu == "cpu" else f"{self.gpus} x {base.gpu}"
         return f"{Path(base.recipe.runs).name} {fits} {where}"
 
     def _shown(self):
@@ -163,7 +162,7 @@ def plan(
         return replace(one, dollars_per_hour=dollars_per_hour)
     if gpus is None:
         possible = [n for n in NUMBERS if not any(stage.global_batch % n for stage in recipe)]
-        possible = possible[:1] if gpu == "cpu" else possible
+        possible = possible[:1] if "cpu" in (gpu, recipe.base.device) else possible
         # Base needs the most memory; it decides.
         fitting = (n for n in possible if plan_recipe(recipe.base, n, gpu, share).fits)
         gpus = next(fitting, possible[-1])

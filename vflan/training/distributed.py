@@ -274,16 +274,19 @@ def launch(folder: Path, num_processes: int) -> None:
     say(" ".join(["python", *command, shown(Path(folder)), *after]), sys.stdout)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command, lines = [sys.executable, *command, str(folder), *after], []
-    child = subprocess.Popen(command, text=True, env=_environment(folder), **pipes)
+    # Libraries may print bytes that are no text.
+    options = dict(text=True, errors="replace", env=_environment(folder))
+    child = subprocess.Popen(command, **options, **pipes)
     try:
         for line in child.stdout:
             # Timings go to stderr: a notebook would store those on stdout.
             say(line.removesuffix("\n"))
             lines = [*lines, line][-LAST_LINES:]
-    finally:
+    except BaseException:
         # An interrupted notebook cell stops its children too.
-        if child.poll() is None and sys.exc_info()[0] is not None:
-            child.terminate()
+        child.terminate()
+        raise
+    finally:
         child.stdin.close()
         status = child.wait()
     if status:

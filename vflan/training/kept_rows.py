@@ -51,18 +51,19 @@ def rows_of_run(
     home = folder / "rows"
     if not accelerator.is_main_process:
         return _data(_read(home))
-    if accelerator.num_processes == 1 and not recipe.save_every:
+    resumes = bool(list_checkpoints(folder))
+    if accelerator.num_processes == 1 and not recipe.save_every and not resumes:
         # There is nobody else, and nothing to resume from.
         return make()
     key = _key(recipe, tokenizer)
     # A run without a checkpoint begins again, with rows and pictures as they are now.
-    kept = _intact(home) if list_checkpoints(folder) else {}
+    kept = _intact(home) if resumes else {}
     is_same = kept.get("key") == key
     data = _data(kept) if is_same else make()
     prints, troubles = fingerprints(data.pictures.tolist(), os.cpu_count() or 1, recipe.max_pixels)
     prints = np.ascontiguousarray(prints["file"])
     if kept:
-        _compare_pictures(kept["arrays"][_PRINTS], prints, data.pictures, troubles, folder)
+        _compare_pictures(kept["arrays"], data, prints, troubles, folder)
     if not is_same:
         _write(home, key, data, prints)
     return _data(_read(home))
@@ -80,19 +81,23 @@ def _key(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def _compare_pictures(before, now, names, troubles, folder) -> None:
-    """Raise ValueError if pictures are not those of the first start.
+def _compare_pictures(before, data, prints, troubles, folder) -> None:
+    """Raise ValueError if a row's picture is not the one of the first start.
 
-    before, now: hashes of their files. With another number of pictures the rows differ too, which
-    `checkpointing.resume` reports.
+    before: the arrays of that time. prints: hashes of the files now. Rows that differ in number,
+    or in whether they have a picture, are left to `checkpointing.resume`: their tokens differ too.
     """
-    if len(before) != len(now) or not (changed := np.flatnonzero(before != now)).size:
+    if len(before["picture"]) != len(data.picture):
         return
-    first = troubles.get(int(changed[0])) or str(names[changed[0]])
-    raise ValueError(
-        f"{len(changed)} of {len(now)} pictures changed since {shown(folder)} began (first: "
-        f"{first}); restore them, or delete {shown(folder)} to train again."
-    )
+    rows = np.flatnonzero((before["picture"] >= 0) & (data.picture >= 0))
+    old, new = before["picture"][rows], data.picture[rows]
+    changed = np.unique(new[before[_PRINTS][old] != prints[new]])
+    if changed.size:
+        first = troubles.get(int(changed[0])) or str(data.pictures[changed[0]])
+        raise ValueError(
+            f"{len(changed)} of {len(prints)} pictures changed since {shown(folder)} began (first: "
+            f"{first}); restore them, or delete {shown(folder)} to train again."
+        )
 
 
 def _write(home: Path, key: str, data: Data, prints: np.ndarray) -> None:

@@ -9,12 +9,10 @@ compares them with LLaVA-1.5's published hours.
 from __future__ import annotations
 
 import html
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +26,7 @@ from vflan.models.cache_size import sizes
 from vflan.training import batching, distributed
 from vflan.training.checkpointing import KEPT
 from vflan.training.footprint import Footprint, count
-from vflan.training.row_lengths import load_rows
+from vflan.training.row_lengths import GPUS, load_rows
 
 # The share of a GPU's peak rate that training reaches, recomputed activations and padding included.
 # One number, fitted to the hours of LLaVA-1.5's four published runs on A100s, which tune a
@@ -43,9 +41,8 @@ RESERVE = 2e9
 BEFORE, ASKED, NEW, BATCH = 35, 60, 64, 64
 # Bytes of main memory of a process for Python, its libraries and CUDA's, beside the weights.
 PROCESS = 2.5e9
-# Of each GPU: memory in GiB, TFLOP/s, W.
-GPUS, *_ = json.loads(Path(__file__).with_name("planning.json").read_bytes()).values()
-# "cpu" is this machine's memory and fp32; its rate would say little about small models.
+# GPUS holds memory in GiB, TFLOP/s and W of each kind. "cpu" is this machine's memory and fp32; its
+# rate would say little about small models.
 GPUS["cpu"] = (None, None, None)
 # So many packed steps are laid out; the others are alike.
 STEPS_PACKED = 64

@@ -121,11 +121,9 @@ class Log:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close files, trackers and the progress bar."""
+        """Close files and the progress bar."""
         for file in self.files.values():
             file.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         if self.bar is not None:
             self.bar.close()
 

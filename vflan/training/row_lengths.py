@@ -10,15 +10,15 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 from vflan.config import Recipe, resolve
-from vflan.data.conversation import IGNORE_INDEX, encode_many
+from vflan.data.conversation import encode_many
 from vflan.data.mixture import recipe_samples
 from vflan.models import llava as models
+from vflan.training.batching import truncate
 
-# Rows of published files, percentiles of text lengths, and how many tasks the rows are of.
-_, ROWS, TEXT, TASKS, _ = json.loads(
-    Path(__file__).with_name("planning.json").read_bytes()
-).values()
-# The lengths of so many rows are read; others are alike. So many rows are ordered in memory.
+# The file says what each of them holds.
+_PLANNING = Path(__file__).with_name("planning.json").read_bytes()
+GPUS, ROWS, TEXT, TASKS, QUESTIONS = json.loads(_PLANNING).values()
+# Of how many rows the lengths are read (others are taken to be alike); how many a plan can order.
 ROWS_READ, MOST_ROWS = 4000, 10**7
 
 
@@ -27,11 +27,7 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
     vision, text = models.shapes(recipe)
     patches, path = (vision.image_size // vision.patch_size) ** 2, resolve(recipe.samples)
     samples = recipe_samples(recipe) if path.exists() else None
-    rows = len(samples) if samples else _published_rows(recipe, path.name)
-    if not rows:
-        raise ValueError(
-            f"{recipe.samples} is not there, and its number of rows is unknown: set num_samples."
-        )
+    rows = len(samples) if samples else _all_rows(recipe, path.name)
     if rows > MOST_ROWS:
         most = f"a plan orders at most {MOST_ROWS:,} rows"
         raise ValueError(f"{rows:,} rows: {most}; set num_samples to fewer, and multiply.")
@@ -49,9 +45,24 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
     if rows > ROWS_READ or not measured:
         # It is not known which rows share a picture: each has its own.
         picture = np.where(picture[chosen] < 0, -1, chosen)
+    if recipe.heldout_rows >= len(chosen):
+        held = f"heldout_rows={recipe.heldout_rows} of {len(chosen)}"
+        raise ValueError(f"{held} usable rows leaves nothing to train on.")
     columns = dict(lengths=lengths[chosen], supervised=learned[chosen], picture=picture, ids=chosen)
     packed = recipe.packing == "packed"
     return SimpleNamespace(**columns, packed=packed, patches=patches, text=text), notes
+
+
+def _all_rows(recipe, name):
+    """Return how many rows a recipe takes of published files; ValueError if one is unknown."""
+    files = [(recipe.samples, _published_rows(recipe, name), "set num_samples")]
+    for file, _, rows in (entry.partition("#") for entry in recipe.more_samples):
+        files.append((file, int(rows or ROWS.get(Path(file).name, 0)), f"write {file}#rows"))
+    for file, rows, advice in files:
+        if not rows:
+            unknown = f"{file} is not there, and its number of rows is unknown"
+            raise ValueError(f"{unknown}: {advice}.")
+    return sum(rows for _, rows, _ in files)
 
 
 def _published_rows(recipe, name):
@@ -76,17 +87,19 @@ def _measure_lengths(samples, recipe, patches):
     indices = np.linspace(0, len(samples) - 1, min(len(samples), ROWS_READ)).astype(int)
     some = samples.select(indices)
     encoded = encode_many(some["conversations"][:], models.load_tokenizer(recipe), recipe.template)
-    rows, numbers = [], {}
+    rows, numbers, reason = [], {}, ""
     for image, result in zip(some["image"][:], encoded):
-        if isinstance(result, ValueError):
+        try:
+            ids, learned, _ = truncate(result, image, recipe, patches)
+        except ValueError as error:
             # Training leaves out bad rows.
+            reason = error
             continue
-        (ids, labels), extra = result, patches - 1 if image else 0
-        labels = labels[: max(0, recipe.max_length - extra)]
-        learned = sum(label != IGNORE_INDEX for label in labels)
         picture = numbers.setdefault(image, len(numbers)) if image else -1
-        if learned:
-            rows.append((min(len(ids) + extra, recipe.max_length), learned, picture))
+        length = len(ids) + (patches - 1 if image else 0)
+        rows.append((length, int(learned.sum()), picture))
+    if not rows:
+        raise ValueError(f"{recipe.samples}: no row can be trained on, the last one: {reason}.")
     return np.array(rows).T
 
 

@@ -117,7 +117,8 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame(columns=columns)
         try:
-            return pd.read_json(path, lines=True)
+            # Elsewhere a text of digits, such as an id or an answer, is not a number.
+            return pd.read_json(path, lines=True, dtype=name == "metrics")
         except ValueError:
             message = f"{shown(path)} is damaged: restore it from a copy, or delete it."
             raise ValueError(message) from None
@@ -255,10 +256,13 @@ class Run:
             if recipe.lora_r:
                 models.save_adapter(model, recipe, self.folder / "adapter")
             models.export(model, processor, recipe, scratch, init)
-            # The model reaches the disk before its rename, and its rename before done.json.
-            flush(scratch)
+            written = {"model": scratch}
+            if recipe.lora_r:
+                written["adapter"] = self.folder / "adapter"
+            # The weights reach the disk before the model's rename, which comes before done.json.
+            for folder in written.values():
+                flush(folder)
             # With these, a bit that the disk loses is noticed when the model is loaded.
-            written = {"model": scratch, "adapter": self.folder / "adapter"}
             summary["files"] = {
                 f"{part}/{name}": digest
                 for part, folder in written.items()

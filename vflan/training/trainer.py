@@ -149,7 +149,12 @@ def fit(folder: str | Path, num_processes: int | None = None) -> None:
         finished = [run.finished]
         broadcast_object_list(finished)
         if not finished[0]:
-            _fit(run, recipe, accelerator)
+            try:
+                _fit(run, recipe, accelerator)
+            finally:
+                # After an error too: the next run of this process would log to this one.
+                for tracker in accelerator.trackers:
+                    tracker.finish()
 
 
 def _check_same_recipe(run, begun):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,13 +32,11 @@ QUESTIONS = 4  # answered in words at every validation, always the same ones
 ANSWER_TOKENS = 32
 
 
-def hold_out(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(ids: np.ndarray | Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows to train on, `count` rows held out).
 
     A hash of the ids chooses them, so they are the same for every seed and on every machine.
     """
-    if not count:
-        return np.arange(len(ids)), np.arange(0)
     if count >= len(ids):
         raise ValueError(
             f"heldout_rows={count} of {len(ids)} usable rows leaves nothing to train on."
@@ -97,20 +96,17 @@ class Validator:
         wait for each other for ever.
         """
         accelerator, names = self.state.accelerator, sorted(self.rows_of)
-        world, rank, device = (
-            accelerator.num_processes,
-            accelerator.process_index,
-            accelerator.device,
-        )
+        world, rank = accelerator.num_processes, accelerator.process_index
         # Tasks do not mix in a pass, so that each pass's loss belongs to one task.
         passes = []
         for i, name in enumerate(names):
             (parts,) = micro_batches(self.data, np.array(self.rows_of[name]), self.recipe)
             passes += [(i, part) for part in parts]
-        sums = torch.zeros(len(names), device=device)
+        sums = torch.zeros(len(names), device=accelerator.device)
         for start in range(rank, rank + math.ceil(len(passes) / world) * world, world):
             i, rows = passes[min(start, len(passes) - 1)]
-            loss = self.state.learner(*self.data.batch(rows, device), self.pictures(rows))
+            batch = self.data.batch(rows, accelerator.device)
+            loss = self.state.learner(*batch, self.pictures(rows))
             # A pass beyond the last one repeats it, and does not count.
             sums[i] += loss * (start < len(passes))
         sums = accelerator.reduce(sums).tolist()
