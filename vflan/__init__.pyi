@@ -17,11 +17,11 @@ from .models.llava import load_model, parts, swap_part
 from .tools import exploration, lab, widgets
 from .training.costs import plan
 from .training.run import Run
-from .training.trainer import train
+from .training.trainer import take_projector, train
 
 __all__ = [
     "preset", "Recipe", "replace", "load_samples", "save_samples", "mix", "diverse",
     "llava_mixture", "check", "fetch", "encode", "load_model", "parts", "swap_part", "Run",
-    "plan", "train", "answer", "ServedModel", "evaluate", "sweep", "Arm", "Swap", "BENCHMARKS",
-    "plots", "world", "stats", "judge", "widgets", "claims", "tables", "exploration", "lab",
+    "plan", "train", "take_projector", "answer", "ServedModel", "evaluate", "sweep", "Arm", "Swap",
+    "BENCHMARKS", "plots", "world", "stats", "judge", "widgets", "claims", "tables", "exploration", "lab",
 ]  # fmt: skip

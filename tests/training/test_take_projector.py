@@ -72,6 +72,14 @@ def test_a_recipe_may_name_the_projector_that_later_stages_start_from(stage, rec
     assert steps["one-epoch", 1] == (f"{stage.name}-seed1", 2) and steps["base", 0][1] == 2
     taken = read_projector(done.runs["projector", 1])["linear_2.bias"]
     assert torch.equal(taken, read_projector(file)["linear_2.bias"].float())
+    # README's example takes the runs that a sweep has made, and the other way round.
+    run = vflan.take_projector(stage)
+    assert run.folder == done.runs["projector", 0].folder
+    again = vflan.take_projector(vflan.config.for_seed(stage, 1))
+    assert again.folder == done.runs["projector", 1].folder
+    assert vflan.train(arms["base"].recipe, init=run).summary == done.runs["base", 0].summary
+    with pytest.raises(ValueError, match="names no projector in `pretrained`"):
+        vflan.take_projector(recipe)
     # What a notebook's parameter names comes first.
     other = projector_arm(vflan.replace(stage, name="other"), str(file), [0])
     assert other.recipe.name == "other"

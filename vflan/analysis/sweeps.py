@@ -37,7 +37,7 @@ from vflan.io import say
 from vflan.models import llava as models
 from vflan.training.distributed import end_with_parent
 from vflan.training.run import Run
-from vflan.training.trainer import take_projector, train
+from vflan.training.trainer import pretrained_stage, take_projector, train
 
 Key = tuple[str, int]  # (label, seed)
 
@@ -194,8 +194,7 @@ def projector_arm(
     if not projector and not recipe.pretrained:
         return Arm(recipe, benchmarks=benchmarks)
     if not projector:
-        projector = recipe.pretrained
-        recipe = replace(recipe, name=f"{recipe.name}-pretrained")
+        projector, recipe = recipe.pretrained, pretrained_stage(recipe)
     for seed in seeds:
         take_projector(for_seed(recipe, seed), projector)
     return Arm(recipe, Path(projector), benchmarks)

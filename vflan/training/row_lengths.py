@@ -44,7 +44,7 @@ def load_rows(recipe: Recipe) -> tuple[SimpleNamespace, tuple[str, ...]]:
         chosen = np.arange(rows)
     if rows > ROWS_READ or not measured:
         # It is not known which rows share a picture: each has its own.
-        picture = np.where(picture[chosen] < 0, -1, chosen)
+        picture = np.where(picture[chosen] < 0, -1, np.arange(len(chosen)))
     if recipe.heldout_rows >= len(chosen):
         held = f"heldout_rows={recipe.heldout_rows} of {len(chosen)}"
         raise ValueError(f"{held} usable rows leaves nothing to train on.")

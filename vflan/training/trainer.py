@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import re
 import time
 import traceback
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -68,14 +69,18 @@ def train(recipe: Recipe, init: Run | str | None = None, num_processes: int = 1)
     return run
 
 
-def take_projector(recipe: Recipe, source: Run | str | os.PathLike) -> Run:
+def take_projector(recipe: Recipe, source: Run | str | os.PathLike | None = None) -> Run:
     """The run of a projector stage whose projector was trained elsewhere: no step is taken here.
 
     source: LLaVA's `mm_projector.bin`, the folder or hub id of one, or of a whole LLaVA-1.5, of
-    which only the projector is taken. init.json names it and holds the hash of its weights;
-    done.json has 0 steps. ValueError if the projector does not fit between the recipe's backbones,
+    which only the projector is taken. None: `recipe.pretrained`, as the run NAME-pretrained, so
+    that NAME itself can still be trained. init.json names the source and holds the hash of its
+    weights; done.json has 0 steps. ValueError if the projector does not fit between the recipe's backbones,
     or if the run was already trained here.
     """
+    one_recipe(recipe)
+    if source is None:
+        recipe, source = pretrained_stage(recipe), recipe.pretrained
     run, (vision, text) = Run(recipe.folder), models.shapes(recipe)
     # Before the run's folder is made and the backbones are loaded.
     models.fitting_projector(source, vision.hidden_size, text.hidden_size)
@@ -89,6 +94,16 @@ def take_projector(recipe: Recipe, source: Run | str | os.PathLike) -> Run:
                 counts = dict(steps=0, rows=0, heldout=0, bad=0, repaired=0, seconds=0.0)
                 run.finish(model, processor, whole, None, processes=1, **counts)
     return run
+
+
+def pretrained_stage(recipe: Recipe) -> Recipe:
+    """The recipe of the run that takes `recipe.pretrained`; ValueError if it names none."""
+    if not recipe.pretrained:
+        raise ValueError(
+            f"{recipe.name} names no projector in `pretrained`: give take_projector one."
+        )
+    name = re.sub(r"(-seed\d+)?$", r"-pretrained\1", recipe.name, count=1)
+    return replace(recipe, name=name)
 
 
 def _train_under_torchrun(run, recipe, init):
