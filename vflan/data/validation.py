@@ -146,7 +146,7 @@ def check(
         # Imported here because training checks its rows too, but needs no benchmark.
         from vflan.data.decontamination import Overlap
 
-        overlap = Overlap(against, list(pictures), prints, troubles, threads)
+        overlap = Overlap(against, list(pictures), prints, troubles, threads, max_pixels)
 
     bad, repaired, duplicates, tasks = [], [], {}, {}
     rows = _rows(samples, tokenizer, template)
