@@ -474,6 +474,14 @@ def test_a_broken_parquet_file_other_columns_and_several_splits_are_errors(
         load_samples(tmp_path / "train-0.parquet")
     with pytest.raises(FileNotFoundError, match="no parquet file in this folder"):
         load_samples(make(tmp_path).parent / "images")
+    # As the hub converts a set: the folder has the name of the split.
+    for split in ("train", "test"):
+        parquet(tmp_path / "hub" / "default" / split / "0000.parquet", [row(id=split)])
+    with pytest.raises(ValueError, match=r"splits test, train; name one, as in (.*)\.$") as found:
+        load_samples(tmp_path / "hub")
+    pattern = str(found.value).split("as in ")[1][:-1]
+    assert load_samples(pattern)["id"][:] == ["train"]
+    assert load_samples(tmp_path / "hub" / "default" / "test")["id"][:] == ["test"]
 
 
 def test_samples_survive_writing_and_reading(tmp_path):

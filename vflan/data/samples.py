@@ -163,12 +163,27 @@ def _parts(path: Path) -> list[Path]:
         lack = "no parquet file in this folder" if is_folder else "no such samples file"
         how = "data/README.md says how to get it (tiny: notebook 01 makes it)."
         raise FileNotFoundError(f"{path}: {lack}; {how}")
-    matches = [re.match("train|val|dev|test", part.name) for part in parts]
-    splits = sorted({match[0] for match in matches if match})
+    splits = _splits(parts)
     if len(splits) > 1:
-        example = f"{path}/**/{splits[-1]}*.parquet"
-        raise ValueError(f"{path} holds the splits {', '.join(splits)}; name one, as in {example}.")
+        example = f"{path}/**/{splits[max(splits)]}*.parquet"
+        names = ", ".join(sorted(splits))
+        raise ValueError(f"{path} holds the splits {names}; name one, as in {example}.")
     return parts
+
+
+def _splits(parts: list[Path]) -> dict[str, str]:
+    """{split: how the paths of its files begin}, by the names of files, else of their folders.
+
+    The second as in the hub's own conversion of a set: default/train/0000.parquet.
+    """
+    found, shared = {}, os.path.commonpath([part.parent for part in parts])
+    for part in parts:
+        folder = part.relative_to(shared).parent.name
+        if match := re.match("train|val|dev|test", part.name):
+            found[match[0]] = match[0]
+        elif match := re.fullmatch("(partial-)?(train|val|dev|test)(idation)?", folder):
+            found[match[2]] = f"{folder}/"
+    return found
 
 
 # ----------------------------------------------------------------------------- the cached table
