@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import pickle
@@ -342,6 +343,24 @@ def test_without_a_writable_cache_the_samples_are_held_in_memory_with_one_warnin
     assert len(warned) == 1 and samples.to_list() == expected
 
 
+def test_a_file_that_may_not_be_read_is_not_a_fault_of_the_cache(tmp_path, monkeypatch, recwarn):
+    path = make(tmp_path, row(id=1))
+
+    def refuse(file, *args, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(formats, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="rows.json"):
+        load_samples(path)
+    assert not recwarn
+
+
+def test_a_file_with_the_longest_name_is_cached(tmp_path, cache, recwarn):
+    path = make(tmp_path, row(id=1))
+    path = path.rename(path.with_name("数" * 82 + ".json"))
+    assert load_samples(path)["id"][:] == ["1"] and not recwarn
+
+
 def test_a_selected_joined_or_pickled_table_stays_memory_mapped(tmp_path):
     samples = load_samples(make(tmp_path, *[row(id=i) for i in range(100)]))
     some = concatenate_datasets([samples.select(range(50, 60)), samples.select([3, 1])])
@@ -450,6 +469,31 @@ def test_a_parquet_column_of_lists_gives_the_one_image_or_the_reason(tmp_path, c
         assert check(load_samples(tmp_path / "more.parquet")).ok == 3
 
 
+def test_parquet_files_of_arrows_newer_types_open(tmp_path):
+    # Polars writes texts and bytes so.
+    turns = [[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}]]
+    data = pa.array([png("blue")], pa.binary_view())
+    lists = pa.ListViewArray.from_arrays([0], [1], data)
+    for image in (data, lists):
+        table = pa.table({"image": image, "conversations": turns})
+        pq.write_table(table, tmp_path / "new.parquet")
+        samples = load_samples(tmp_path / "new.parquet")
+        assert check(samples).ok == 1
+        assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_images_beside_an_image_are_named_as_left_out(tmp_path):
+    make(tmp_path)
+    ok, more = "ok.png", ["ok.png", "more.png"]
+    rows = [row(image=ok, images=more), row(image=ok, images=[ok]), row(image=ok, images=[])]
+    parquet(tmp_path / "rows.parquet", rows)
+    for path in (make(tmp_path, *rows), tmp_path / "rows.parquet"):
+        report = check(load_samples(path))
+        said = "left out: what images names, because the row names an image too"
+        assert (report.ok, report.repaired.row.tolist()) == (3, [0])
+        assert report.repaired.reason.tolist() == [said]
+
+
 def test_parquet_with_messages_a_system_text_and_a_video_is_read_or_named(tmp_path):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [{"messages": chat, "video": video, "system": "Be brief."} for video in (None, b"film")]
@@ -518,6 +562,10 @@ def test_texture_reports_the_place_of_the_image_and_the_length_of_the_texts(tmp_
     assert list(table.turns) == [2, 4, 2, 2, 0, 1]
     assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
     assert list(room.texture(load_samples(make(tmp_path, rows[4]))).image) == ["none"]
+    glued = row(conversations=turns("<image>What is<image>it?"))
+    assert list(room.texture(load_samples(make(tmp_path, glued))).question) == [3]
+    none = room.texture(load_samples(make(tmp_path, *rows)).select([]))
+    assert len(none) == 0 and list(none) == list(table)
 
 
 def test_the_released_zip_is_read_if_the_folder_was_not_unpacked(tmp_path):

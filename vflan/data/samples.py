@@ -33,7 +33,7 @@ from vflan.io import hold, is_sealed, seal
 from vflan.progress import progress
 
 # Version of the cached table: raise it when the conversion changes, and every table is made again.
-_LAYOUT = 3
+_LAYOUT = 4
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
@@ -59,7 +59,8 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
     # inside depends on sizes and times, so that a table of the old file is not used.
     source = [*map(str, parts), str(root)]
     digest = hashlib.blake2b(json.dumps(source).encode(), digest_size=8).hexdigest()
-    table = CACHE / "samples" / f"{parts[0].stem[:80]}-{digest}.arrow"
+    # A name may have 255 bytes, and a character four.
+    table = CACHE / "samples" / f"{parts[0].stem[:50]}-{digest}.arrow"
     state = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, parts)]
     key = json.dumps([_LAYOUT, source, state]).encode()
     samples = _open(table, key)
@@ -77,6 +78,9 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
             raise OSError("the converted table cannot be read back")
         return samples
     except OSError as error:
+        # Not the cache is at fault, but a file of samples that may not be read.
+        if str(error.filename) in source:
+            raise
         reason = error.strerror or error
         warnings.warn(
             f"{table.parent} cannot be used ({reason}), so {path} is held in memory; "
@@ -122,6 +126,8 @@ def texture(samples: Dataset) -> pd.DataFrame:
     conversation counts 0 words. The texts are counted in Arrow, some thousand rows at a time, so
     that the full set's 1,664,261 rows take seconds and little memory.
     """
+    if not len(samples):
+        return pd.DataFrame(columns=["task_name", "turns", "question", "answer", "image"])
     parts = []
     for batch in samples.with_format("arrow").iter(batch_size=1 << 15):
         turns = batch["conversations"].combine_chunks()
@@ -135,11 +141,12 @@ def texture(samples: Dataset) -> pd.DataFrame:
         has_image = pc.match_substring(question, IMAGE)
         place = pc.if_else(pc.ends_with(question, IMAGE), "last", "inside")
         place = pc.if_else(pc.starts_with(question, IMAGE), "first", place)
+        question = pc.replace_substring(question, IMAGE, " ")
         words = [pc.count_substring_regex(texts, r"\S+") for texts in (question, answer)]
         columns = {
             "task_name": batch["task_name"].combine_chunks(),
             "turns": count,
-            "question": np.where(count > 0, pc.subtract(words[0], has_image.cast("int32")), 0),
+            "question": np.where(count > 0, words[0], 0),
             "answer": np.where(count > 1, words[1], 0),
             "image": np.where(count > 0, pc.if_else(has_image, place, "none"), "none"),
         }
