@@ -297,6 +297,22 @@ room.load_samples(sys.argv[1])
     assert load_samples(path)["id"][:] == [str(i) for i in range(500)]
 
 
+def test_what_another_user_left_stays_and_hinders_nothing(tmp_path, cache, monkeypatch, recwarn):
+    left = cache / f"rows-{'0' * 16}.part"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    hold = room.hold
+
+    def refuse(path, *timeout, **more):
+        if path == left.with_suffix(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return hold(path, *timeout, **more)
+
+    monkeypatch.setattr(room, "hold", refuse)
+    assert len(load_samples(make(tmp_path, row(id=1)))) == 1
+    assert left.exists() and len(list(cache.glob("*.arrow"))) == 1 and not recwarn
+
+
 def test_only_one_of_several_simultaneous_calls_converts(tmp_path, cache, monkeypatch):
     path, converted, convert = make(tmp_path, row(id=1)), [], room._convert
 

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from filelock import Timeout
 
 from vflan.config import CACHE
 from vflan.data.conversation import IMAGE
@@ -230,13 +230,10 @@ def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
 
 
 def _delete_partial_tables(folder: Path) -> None:
-    """Delete what killed conversions left; the lock of a running one is held."""
+    """Delete what killed conversions left. What is still being written, or another user's, stays."""
     for partial in folder.glob(f"*-{'[0-9a-f]' * 16}.part"):
-        try:
-            with hold(partial.with_suffix(".lock"), timeout=0):
-                partial.unlink(missing_ok=True)
-        except Timeout:
-            pass
+        with suppress(OSError), hold(partial.with_suffix(".lock"), timeout=0):
+            partial.unlink(missing_ok=True)
 
 
 def _batches(parts: list[Path], root: Path) -> Iterator[pa.RecordBatch]:
