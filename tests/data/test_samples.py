@@ -498,6 +498,26 @@ def test_parquet_files_of_arrows_newer_types_open(tmp_path):
         assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
+def test_parquet_columns_in_another_form_are_a_reason_for_each_row(tmp_path):
+    def reason(**columns):
+        pq.write_table(pa.table(columns), tmp_path / "other.parquet")
+        return check(load_samples(tmp_path / "other.parquet")).bad.reason.tolist()
+
+    named = "no name of a picture: image is an object with the keys url"
+    assert reason(image=[{"url": "x"}, None], conversations=[[ASK, SAY], [ASK]]) == [
+        named,
+        "wrong order: no question is followed by an answer",
+    ]
+    # As DuckDB and Spark write an object of json.
+    kind = pa.map_(pa.string(), pa.string())
+    images = pa.array([[("url", "x")]], kind)
+    assert reason(image=images, conversations=[[ASK, SAY]]) == [
+        "no name of a picture: image is of type tuple"
+    ]
+    turns = pa.array([[list(ASK.items()), list(SAY.items())]], pa.list_(kind))
+    assert reason(conversations=turns) == ["a turn without text: turn 1 is a list"]
+
+
 def test_images_beside_an_image_are_named_as_left_out(tmp_path):
     make(tmp_path)
     ok, more = "ok.png", ["ok.png", "more.png"]

@@ -311,13 +311,16 @@ def _images(
     is_bytes = image in paths and _is_binary(file.schema_arrow.field(image).type)
     data = image if is_bytes else f"{image}.bytes"
     names = [leaf for leaf in (image, f"{image}.path") if leaf in paths and leaf != data]
+    # A struct that names no image, for instance one of a URL: `check` says what it is.
+    if not names and data not in paths and image in file.schema_arrow.names:
+        names = [image]
     embedded = _is_embedded(batches, group, data) if data in paths else repeat(False)
     # A row may hold a whole video, so only a few rows are read at a time.
     step = 64 if {"images", *MEDIA} & {*columns} else 4096
     for batch in batches(step, group, [*columns, *names]):
         rows = batch.to_pylist()
         given = [row.pop(image, None) for row in rows]
-        named = [each.get("path") if isinstance(each, dict) else each for each in given]
+        named = [each.get("path", each) if isinstance(each, dict) else each for each in given]
         yield rows, zip(named, embedded)
 
 
