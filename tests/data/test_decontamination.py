@@ -112,7 +112,7 @@ def test_a_training_image_whose_crop_is_in_a_benchmark_is_found(tmp_path):
     assert matches(report) == [(0, "mme", "q0", "near picture")]
 
 
-def test_a_picture_above_the_usual_limit_is_compared_if_the_check_may_read_it(tmp_path, monkeypatch):
+def test_a_picture_above_the_usual_limit_is_compared_if_check_may_read_it(tmp_path, monkeypatch):
     monkeypatch.setattr(read_picture, "__defaults__", (96 * 96 - 1,))
     data = samples(tmp_path, ("large.png", scene(0, 95).resize((96, 96)), {}))
     report = check(data, against=benchmark(tmp_path, scene(0, 95)), max_pixels=96 * 96)

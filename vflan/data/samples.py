@@ -230,7 +230,7 @@ def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
 
 
 def _delete_partial_tables(folder: Path) -> None:
-    """Delete what killed conversions left. What is still being written, or another user's, stays."""
+    """Delete what killed conversions left, but not what is being written or is another user's."""
     for partial in folder.glob(f"*-{'[0-9a-f]' * 16}.part"):
         with suppress(OSError), hold(partial.with_suffix(".lock"), timeout=0):
             partial.unlink(missing_ok=True)
