@@ -327,3 +327,9 @@ def test_a_file_without_rows_is_named(uneven, tmp_path):
             recipe_samples(replace(recipe(tmp_path), **changes))
     with pytest.raises(ValueError, match="none.json holds no rows"):
         recipe_samples(recipe(tmp_path, more_samples=(none,)))
+
+
+def test_a_further_file_with_too_few_rows_is_named(uneven, tmp_path):
+    entry = f"{tmp_path / 'rows.json'}#1001"
+    with pytest.raises(ValueError, match="more_samples='.*rows.json#1001', but .* 1000 rows"):
+        recipe_samples(recipe(tmp_path, more_samples=(entry,)))

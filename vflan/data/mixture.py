@@ -126,7 +126,7 @@ def diverse(
 def recipe_samples(recipe: Recipe) -> Dataset:
     """The rows a recipe trains on, bad ones included: its samples, drawn, and its further files.
 
-    ValueError: one of the files holds no rows.
+    ValueError: one of the files holds no rows, or fewer than the recipe draws from it.
     """
     samples = _some_rows(recipe.samples, resolve(recipe.samples), resolve(recipe.images))
     shares = {"temperature": recipe.temperature, "weights": recipe.weights or None}
@@ -233,7 +233,10 @@ def _more_samples(recipe: Recipe) -> Iterator[tuple[str, Dataset, int | None]]:
         file = resolve(name)
         beside = file.parent / "images"
         images = beside if beside.is_dir() else resolve(recipe.images)
-        yield name, _some_rows(name, file, images), int(count) if count else None
+        rows = _some_rows(name, file, images)
+        if count and int(count) > len(rows):
+            raise ValueError(f"more_samples={entry!r}, but the file holds {len(rows)} rows.")
+        yield name, rows, int(count) if count else None
 
 
 def _some_rows(name: str, file: Path, images: Path) -> Dataset:

@@ -188,7 +188,7 @@ def _splits(parts: list[Path]) -> dict[str, str]:
         folder = part.relative_to(shared).parent.name
         if match := re.match("train|val|dev|test", part.name):
             found[match[0]] = match[0]
-        elif match := re.fullmatch("(partial-)?(train|val|dev|test)(idation)?", folder):
+        elif match := re.fullmatch("(partial-)?(train|val|dev|test)(idation)?[0-9]*", folder):
             found[match[2]] = f"{folder}/"
     return found
 
