@@ -565,6 +565,8 @@ def test_with_no_limit_for_memory_nothing_is_said():
             "not enough memory",
         ),
         (RuntimeError("can't start new thread"), "not enough memory"),
+        (MemoryError("malloc of size 1125899906842624 failed"), "not enough memory"),  # Arrow
+        (MemoryError("realloc of size 1125899906842624 failed"), "not enough memory"),
         (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory"),
         (RuntimeError("unable to mmap 5 bytes from file <x>: No such device (19)"), "cannot map"),
         (ValueError("no such task"), ""),

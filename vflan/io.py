@@ -10,6 +10,7 @@ lost; locks; and a sentence for each limit of a machine.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -74,7 +75,8 @@ _NO_SPACE = (
 _NOT_WRITTEN = ("file write failed", "unexpected pos", "requested and")
 # The same for memory, and for a file system without mmap.
 _NO_MEMORY = re.compile(
-    r"allocate memory|[Uu]nable to allocate|os error 12\b|map segment|start new thread|^MemoryError"
+    r"allocate memory|[Uu]nable to allocate|alloc of size|os error 12\b|map segment"
+    r"|start new thread|^MemoryError"
 )
 # Bytes of address space with which torch and its libraries can be imported (a build for the CPU).
 _NEEDED = 2 * 10**9
@@ -85,7 +87,7 @@ def foreign(folder: Path, patterns: Iterable[str]) -> list[str]:
     """The relative paths inside `folder` that no pattern matches; links are always foreign.
 
     A pattern is matched by `fnmatch` on the whole relative path, so that `*` also matches `/`.
-    Folders count only if they are empty: a folder is ours when the files in it are.
+    Folders are not listed: a folder is ours when the files in it are, and when it is empty.
     """
     names, folders = [], [folder]
     while folders:
@@ -288,34 +290,29 @@ def no_room(error: BaseException) -> str:
     text = str(error)
     full = any(words in text for words in _NO_SPACE)
     unknown = any(words in text for words in _NOT_WRITTEN)
-    if any(words in text for words in _TOO_LARGE) or (unknown and not full and _is_limited()):
+    is_limited = _limit("RLIMIT_FSIZE") < math.inf
+    if any(words in text for words in _TOO_LARGE) or (unknown and not full and is_limited):
         return "a file may not grow larger here: raise the limit (ulimit -f)"
     return "the disk is full: free some space" if full or unknown else ""
 
 
-def _is_limited() -> bool:
-    """Whether the size of files is limited for this process."""
+def _limit(name: str) -> float:
+    """The limit of this process for a resource, such as RLIMIT_AS; infinite if there is none."""
     try:
         import resource
     # Windows has no such limits.
     except ImportError:
-        return False
-    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        return math.inf
+    limit = resource.getrlimit(getattr(resource, name))[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def require_memory() -> None:
     """MemoryError if a limit leaves too little to import torch, which then fails in many ways."""
-    try:
-        import resource
-    # Windows has no such limits.
-    except ImportError:
-        return
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if allowed != resource.RLIM_INFINITY and allowed < _NEEDED:
-        allowed, needed = allowed / 1e9, _NEEDED // 10**9
+    if (allowed := _limit("RLIMIT_AS")) < _NEEDED:
         raise MemoryError(
-            f"{allowed:.1f} GB of memory are allowed here (ulimit -v), and {needed} GB are needed "
-            "to start: raise the limit."
+            f"{allowed / 1e9:.1f} GB of memory are allowed here (ulimit -v), and "
+            f"{_NEEDED // 10**9} GB are needed to start: raise the limit."
         )
 
 

@@ -1,3 +1,4 @@
+import copy
 import doctest
 import json
 
@@ -177,6 +178,16 @@ def test_a_conversation_with_nothing_to_learn_is_an_error_with_the_reason(tokeni
     ):
         with pytest.raises(ValueError, match=why):
             encode(conversation, tokenizer, "plain")
+
+
+def test_a_prompt_of_another_template_names_the_image_once_whatever_was_asked_before(tokenizer):
+    other = copy.copy(tokenizer)
+    other.chat_template = chat_template(tokenizer)
+    plain, marked = (
+        prompt_ids("Is it big?", other, "own", before=[(question, "red")])
+        for question in ("What color is it?", "<image>\nWhat color is it? ")
+    )
+    assert plain == marked and plain.count(IMAGE_TOKEN_INDEX) == 1
 
 
 def test_the_chat_template_tokenised_at_once_gives_the_ids_of_training(tokenizer, tiny_tokenizer):

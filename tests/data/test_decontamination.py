@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from vflan.data import decontamination, validation
 from vflan.data.decontamination import Fine, candidates, distance, question_keys
-from vflan.data.images import views
+from vflan.data.images import read_picture, views
 from vflan.data.validation import check
 
 
@@ -109,6 +109,13 @@ def test_a_training_image_whose_crop_is_in_a_benchmark_is_found(tmp_path):
     report = check(
         samples(tmp_path, ("whole.png", scene(3), {})), against=benchmark(tmp_path, crop(scene(3)))
     )
+    assert matches(report) == [(0, "mme", "q0", "near picture")]
+
+
+def test_a_picture_above_the_usual_limit_is_compared_if_check_may_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_picture, "__defaults__", (96 * 96 - 1,))
+    data = samples(tmp_path, ("large.png", scene(0, 95).resize((96, 96)), {}))
+    report = check(data, against=benchmark(tmp_path, scene(0, 95)), max_pixels=96 * 96)
     assert matches(report) == [(0, "mme", "q0", "near picture")]
 
 

@@ -135,6 +135,9 @@ def test_only_a_jpeg_that_is_not_progressive_is_decoded_at_a_reduced_size(tmp_pa
     assert (small.size, small.mode) == ((100, 50), "RGB")
     expected = np.asarray(picture.convert("RGB").reduce(4), float)
     assert np.abs(np.asarray(small, float) - expected).max() < 3
+    # Phones put a second picture behind the first, for which Pillow has another name.
+    picture.save(tmp_path / "b", "MPO", save_all=True, append_images=[picture])
+    assert read_picture(tmp_path / "b", 20_000).tobytes() == small.tobytes()
     picture.save(tmp_path / "a", kind, progressive=True)
     with pytest.raises(OSError, match="too many pixels"):
         read_picture(tmp_path / "a", 20_000)

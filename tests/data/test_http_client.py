@@ -1,5 +1,7 @@
 """What bounds a server: a deadline for each request, bytes, redirects, waits between tries."""
 
+import errno
+import io
 import socket
 import threading
 import time
@@ -189,3 +191,15 @@ def test_a_wait_is_what_the_server_asks_for_but_has_an_end(headers, seconds, mon
     shown = capsys.readouterr().err
     assert len(shown) < 100 and shown.count("\n") == (max(waited) >= 1), "one line for all"
     assert not shown or f"vflan waits {max(waited):.0f} s and tries again" in shown
+
+
+def test_a_wait_that_cannot_be_shown_is_waited_all_the_same(monkeypatch):
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(http_client, "_shown_until", 0.0)
+    monkeypatch.setattr("sys.stderr", FullDisk())
+    waited = []
+    wait(0, {"retry-after": "5"}, 30, waited.append)
+    assert waited == [5]

@@ -159,6 +159,8 @@ def test_a_valid_sharegpt_conversation_is_not_changed():
         and row["model"] == "GPT-4"
         and "image" not in row
     )
+    (row,) = sharegpt([talk("1 + 1 = ?", 2)], Words())
+    assert texts_of(row) == ["1 + 1 = ?", "2"]
     (row,) = sharegpt([talk("", "hello", "q", "a", "left open")], Words())
     assert texts_of(row) == ["", "hello", "q", "a"]
 

@@ -157,6 +157,8 @@ def test_a_larger_total_contains_the_rows_of_a_smaller_one(uneven):
         ),
         ({"total": 1001}, "can give 1 to 1000 rows"),
         ({"total": 0}, "can give 1 to 1000 rows"),
+        ({"num_tasks": -1}, "num_tasks=-1, but the samples hold 3 tasks"),
+        ({"per_task": -1}, "per_task=-1: at least 0"),
         ({"exclude": ["small", "middle", "large"]}, "no task is left"),
     ],
 )
@@ -205,6 +207,8 @@ def test_a_recipe_can_set_all_of_it(uneven, tmp_path):
     mixed = recipe(tmp_path, task_weights=("large=2", "middle=0"), num_samples=15)
     assert counts(recipe_samples(mixed)) == {"small": 5, "large": 10}
     assert ids(recipe_samples(recipe(tmp_path, num_samples=9))) == ids(subset(uneven, 9))
+    with pytest.raises(ValueError, match="num_samples=-1"):
+        subset(uneven, -1)
     assert Recipe.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
 
 
@@ -323,3 +327,9 @@ def test_a_file_without_rows_is_named(uneven, tmp_path):
             recipe_samples(replace(recipe(tmp_path), **changes))
     with pytest.raises(ValueError, match="none.json holds no rows"):
         recipe_samples(recipe(tmp_path, more_samples=(none,)))
+
+
+def test_a_further_file_with_too_few_rows_is_named(uneven, tmp_path):
+    entry = f"{tmp_path / 'rows.json'}#1001"
+    with pytest.raises(ValueError, match="more_samples='.*rows.json#1001', but .* 1000 rows"):
+        recipe_samples(recipe(tmp_path, more_samples=(entry,)))

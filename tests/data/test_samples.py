@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import pickle
@@ -296,6 +297,22 @@ room.load_samples(sys.argv[1])
     assert load_samples(path)["id"][:] == [str(i) for i in range(500)]
 
 
+def test_what_another_user_left_stays_and_hinders_nothing(tmp_path, cache, monkeypatch, recwarn):
+    left = cache / f"rows-{'0' * 16}.part"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    hold = room.hold
+
+    def refuse(path, *timeout, **more):
+        if path == left.with_suffix(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return hold(path, *timeout, **more)
+
+    monkeypatch.setattr(room, "hold", refuse)
+    assert len(load_samples(make(tmp_path, row(id=1)))) == 1
+    assert left.exists() and len(list(cache.glob("*.arrow"))) == 1 and not recwarn
+
+
 def test_only_one_of_several_simultaneous_calls_converts(tmp_path, cache, monkeypatch):
     path, converted, convert = make(tmp_path, row(id=1)), [], room._convert
 
@@ -340,6 +357,24 @@ def test_without_a_writable_cache_the_samples_are_held_in_memory_with_one_warnin
     with pytest.warns(UserWarning, match="VFLAN_CACHE") as warned:
         samples = load_samples(path)
     assert len(warned) == 1 and samples.to_list() == expected
+
+
+def test_a_file_that_may_not_be_read_is_not_a_fault_of_the_cache(tmp_path, monkeypatch, recwarn):
+    path = make(tmp_path, row(id=1))
+
+    def refuse(file, *args, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(formats, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="rows.json"):
+        load_samples(path)
+    assert not recwarn
+
+
+def test_a_file_with_the_longest_name_is_cached(tmp_path, cache, recwarn):
+    path = make(tmp_path, row(id=1))
+    path = path.rename(path.with_name("数" * 82 + ".json"))
+    assert load_samples(path)["id"][:] == ["1"] and not recwarn
 
 
 def test_a_selected_joined_or_pickled_table_stays_memory_mapped(tmp_path):
@@ -450,6 +485,51 @@ def test_a_parquet_column_of_lists_gives_the_one_image_or_the_reason(tmp_path, c
         assert check(load_samples(tmp_path / "more.parquet")).ok == 3
 
 
+def test_parquet_files_of_arrows_newer_types_open(tmp_path):
+    # Polars writes texts and bytes so.
+    turns = [[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dot"}]]
+    data = pa.array([png("blue")], pa.binary_view())
+    lists = pa.ListViewArray.from_arrays([0], [1], data)
+    for image in (data, lists):
+        table = pa.table({"image": image, "conversations": turns})
+        pq.write_table(table, tmp_path / "new.parquet")
+        samples = load_samples(tmp_path / "new.parquet")
+        assert check(samples).ok == 1
+        assert read_picture(samples[0]["image"]).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_parquet_columns_in_another_form_are_a_reason_for_each_row(tmp_path):
+    def reason(**columns):
+        pq.write_table(pa.table(columns), tmp_path / "other.parquet")
+        return check(load_samples(tmp_path / "other.parquet")).bad.reason.tolist()
+
+    named = "no name of a picture: image is an object with the keys url"
+    assert reason(image=[{"url": "x"}, None], conversations=[[ASK, SAY], [ASK]]) == [
+        named,
+        "wrong order: no question is followed by an answer",
+    ]
+    # As DuckDB and Spark write an object of json.
+    kind = pa.map_(pa.string(), pa.string())
+    images = pa.array([[("url", "x")]], kind)
+    assert reason(image=images, conversations=[[ASK, SAY]]) == [
+        "no name of a picture: image is of type tuple"
+    ]
+    turns = pa.array([[list(ASK.items()), list(SAY.items())]], pa.list_(kind))
+    assert reason(conversations=turns) == ["a turn without text: turn 1 is a list"]
+
+
+def test_images_beside_an_image_are_named_as_left_out(tmp_path):
+    make(tmp_path)
+    ok, more = "ok.png", ["ok.png", "more.png"]
+    rows = [row(image=ok, images=more), row(image=ok, images=[ok]), row(image=ok, images=[])]
+    parquet(tmp_path / "rows.parquet", rows)
+    for path in (make(tmp_path, *rows), tmp_path / "rows.parquet"):
+        report = check(load_samples(path))
+        said = "left out: what images names, because the row names an image too"
+        assert (report.ok, report.repaired.row.tolist()) == (3, [0])
+        assert report.repaired.reason.tolist() == [said]
+
+
 def test_parquet_with_messages_a_system_text_and_a_video_is_read_or_named(tmp_path):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [{"messages": chat, "video": video, "system": "Be brief."} for video in (None, b"film")]
@@ -474,6 +554,14 @@ def test_a_broken_parquet_file_other_columns_and_several_splits_are_errors(
         load_samples(tmp_path / "train-0.parquet")
     with pytest.raises(FileNotFoundError, match="no parquet file in this folder"):
         load_samples(make(tmp_path).parent / "images")
+    # As the hub converts a set: the folder has the name of the split.
+    for split in ("train", "test"):
+        parquet(tmp_path / "hub" / "default" / split / "0000.parquet", [row(id=split)])
+    with pytest.raises(ValueError, match=r"splits test, train; name one, as in (.*)\.$") as found:
+        load_samples(tmp_path / "hub")
+    pattern = str(found.value).split("as in ")[1][:-1]
+    assert load_samples(pattern)["id"][:] == ["train"]
+    assert load_samples(tmp_path / "hub" / "default" / "test")["id"][:] == ["test"]
 
 
 def test_samples_survive_writing_and_reading(tmp_path):
@@ -510,6 +598,10 @@ def test_texture_reports_the_place_of_the_image_and_the_length_of_the_texts(tmp_
     assert list(table.turns) == [2, 4, 2, 2, 0, 1]
     assert len(room.texture(load_samples(make(tmp_path, *rows)).select([4, 1]))) == 2
     assert list(room.texture(load_samples(make(tmp_path, rows[4]))).image) == ["none"]
+    glued = row(conversations=turns("<image>What is<image>it?"))
+    assert list(room.texture(load_samples(make(tmp_path, glued))).question) == [3]
+    none = room.texture(load_samples(make(tmp_path, *rows)).select([]))
+    assert len(none) == 0 and list(none) == list(table)
 
 
 def test_the_released_zip_is_read_if_the_folder_was_not_unpacked(tmp_path):

@@ -296,6 +296,21 @@ def test_a_broken_cache_is_replaced(tmp_path, cache):
         assert shelf.execute("select count(*) from pictures").fetchone() == (1,)
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_broken_cache_that_cannot_be_set_aside_is_held_in_memory(
+    tmp_path, cache, monkeypatch, error
+):
+    samples = load_samples(make(tmp_path, row()))
+    (cache / validation.CACHE_FILE).write_text("this is no database" * 100)
+
+    def fail(path):
+        raise error(path)
+
+    monkeypatch.setattr(validation, "set_aside", fail)
+    with pytest.warns(UserWarning, match="an interrupted check will start from the beginning"):
+        assert check(samples).ok == 1
+
+
 def test_without_a_writable_cache_the_check_warns_and_continues(tmp_path, monkeypatch):
     samples = load_samples(make(tmp_path, row()))
     (tmp_path / "file").touch()

@@ -224,8 +224,8 @@ def prompt_ids(
 
 def _own_prompt_ids(text, tokenizer, has_image, before) -> list[int]:
     messages = []
-    for question, answer in [*before, (text.replace(IMAGE, "").strip(), None)]:
-        content = [{"type": "text", "text": question}]
+    for question, answer in [*before, (text, None)]:
+        content = [{"type": "text", "text": question.replace(IMAGE, "").strip()}]
         if has_image and not messages:
             content.insert(0, {"type": "image"})
         messages.append({"role": "user", "content": content})

@@ -26,6 +26,7 @@ from PIL import Image
 from vflan.config import resolve
 from vflan.data.conversation import IMAGE
 from vflan.data.images import INNER, SIDE, WHOLE, read_picture, resize_box
+from vflan.data.limits import MAX_PIXELS
 from vflan.data.validation import fingerprints
 from vflan.evaluation.benchmarks import BENCHMARKS
 from vflan.progress import progress
@@ -65,12 +66,17 @@ class Overlap:
         prints: np.ndarray,
         troubles: dict[int, str],
         threads: int,
+        max_pixels: int,
     ):
-        """names, prints, troubles: the training images, as `fingerprints` describes them."""
+        """names, prints, troubles: the training images, as `fingerprints` describes them.
+
+        max_pixels: of a training image. Benchmarks are read as evaluation reads them.
+        """
         questions = benchmark_questions(against)
         self.of_picture = _group(questions, lambda question: [question["image"]])
         self.of_key = _group(questions, lambda question: question["keys"])
-        self.copies, self.unread = _copies(names, prints, troubles, questions, threads)
+        found = _copies(names, prints, troubles, questions, threads, max_pixels)
+        self.copies, self.unread = found
         self.matches, self.shared = [], Counter()
 
     def add(self, sample: tuple, number: int | None, turns: list[dict]) -> bool:
@@ -182,7 +188,9 @@ def _question_table(shared: dict[str, int], of_key: dict) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------ images
 
 
-def _copies(names: list[str], prints, troubles, questions, threads) -> tuple[dict, Iterable[str]]:
+def _copies(
+    names: list[str], prints, troubles, questions, threads, max_pixels
+) -> tuple[dict, Iterable[str]]:
     """{index: [(evaluation image, kind, distance)]}, and why some images cannot be compared."""
     others = list(dict.fromkeys(q["image"] for q in questions if q["image"]))
     other_prints, other_troubles = fingerprints(others, threads)
@@ -196,20 +204,22 @@ def _copies(names: list[str], prints, troubles, questions, threads) -> tuple[dic
                     exact.add((i, j))
                     copies.setdefault(i, []).append((others[j], kind, 0.0))
     pairs = candidates(prints["views"], other_prints["views"])
-    for (i, j), gap in _compare(pairs, names, others, threads):
+    for (i, j), gap in _compare(pairs, names, others, threads, max_pixels):
         if gap <= 1 and (i, j) not in exact:
             copies.setdefault(i, []).append((others[j], "near picture", gap))
     return copies, other_troubles.values()
 
 
-def _compare(pairs: dict, names, others, threads) -> Iterator[tuple[tuple[int, int], float]]:
+def _compare(
+    pairs: dict, names, others, threads, max_pixels
+) -> Iterator[tuple[tuple[int, int], float]]:
     """((i, j), distance) of each pair of candidates; their images are read again for this."""
     pairs = list(pairs.items())
-    fine = lru_cache(4096)(lambda name: Fine(read_picture(name)))
+    fine = lru_cache(4096)(lambda name, most: Fine(read_picture(name, most)))
 
     def compare(pair):
         (i, j), ways = pair
-        return (i, j), distance(fine(names[i]), fine(others[j]), ways)
+        return (i, j), distance(fine(names[i], max_pixels), fine(others[j], MAX_PIXELS), ways)
 
     bar = progress("comparing pictures", len(pairs), "pairs")
     with ThreadPoolExecutor(threads) as pool, bar:

@@ -284,20 +284,19 @@ def _parquet(path: Path) -> Iterator[tuple[list, int]]:
 def _columns(file) -> tuple[list[str], str, bool]:
     """(the columns to read, the column of images, whether that one is a list)."""
     types = {field.name: field.type for field in file.schema_arrow}
-    columns = {"id", "task_name", "conversations", "messages", "system", *MEDIA} & {*types}
+    columns = {"id", "task_name", "conversations", "messages", "system", "images", *MEDIA}
+    columns &= {*types}
     if columns.isdisjoint(["conversations", "messages"]):
         problem = f"has no column conversations, only {shortened(', '.join(types))}"
         raise Unreadable(f"{problem}; give a set in LLaVA's form")
     image = picture_column(types)
+    columns -= {image}
     counts = Counter(file.schema_arrow.names)
     if twice := [name for name in (*sorted(columns), image) if counts[name] > 1]:
         raise Unreadable(f"has the column {twice[0]} twice; remove one")
-    return sorted(columns), image, _is_list(types.get(image))
-
-
-def _is_list(kind: pa.DataType | None) -> bool:
-    checks = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
-    return kind is not None and any(check(kind) for check in checks)
+    kind = types.get(image, pa.null())
+    # Of the nested types, all but a struct are lists of some kind.
+    return sorted(columns), image, pa.types.is_nested(kind) and not pa.types.is_struct(kind)
 
 
 def _images(
@@ -312,13 +311,16 @@ def _images(
     is_bytes = image in paths and _is_binary(file.schema_arrow.field(image).type)
     data = image if is_bytes else f"{image}.bytes"
     names = [leaf for leaf in (image, f"{image}.path") if leaf in paths and leaf != data]
+    # A struct that names no image, for instance one of a URL: `check` says what it is.
+    if not names and data not in paths and image in file.schema_arrow.names:
+        names = [image]
     embedded = _is_embedded(batches, group, data) if data in paths else repeat(False)
     # A row may hold a whole video, so only a few rows are read at a time.
-    step = 64 if {*MEDIA} & {*columns} else 4096
+    step = 64 if {"images", *MEDIA} & {*columns} else 4096
     for batch in batches(step, group, [*columns, *names]):
         rows = batch.to_pylist()
         given = [row.pop(image, None) for row in rows]
-        named = [each.get("path") if isinstance(each, dict) else each for each in given]
+        named = [each.get("path", each) if isinstance(each, dict) else each for each in given]
         yield rows, zip(named, embedded)
 
 
@@ -347,7 +349,8 @@ def _only_image(given: list | None) -> tuple[list[str], bool]:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    checks = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return any(check(kind) for check in checks)
 
 
 def _is_embedded(batches: _Batches, group: int, data: str) -> Iterator[bool]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -22,6 +21,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
+
+from vflan.io import say
 
 MAX_BYTES = 8 << 20
 MAX_REDIRECTS = 10
@@ -192,7 +193,7 @@ def wait(
     if seconds >= SHOWN_WAIT and now >= _shown_until:
         _shown_until = now + seconds
         wish = "The server failed" if asked is None else f"The server asks for {asked:.0f} s"
-        print(f"{wish}: vflan waits {seconds:.0f} s and tries again.", file=sys.stderr, flush=True)
+        say(f"{wish}: vflan waits {seconds:.0f} s and tries again.")
     (sleep or time.sleep)(seconds)
 
 

@@ -113,7 +113,7 @@ def _entries(client: BoundedClient, endpoint: str, tree: str, end: float) -> Ite
 def _ask(
     client: BoundedClient, endpoint: str, url: str, params: dict[str, str], end: float
 ) -> tuple[Any, httpx2.Response]:
-    """(what the JSON says, the response). Failures that may pass are tried again."""
+    """(what the JSON says, the response). Statuses that may pass are tried again."""
     for number in range(TRIES):
         if time.monotonic() > end:
             raise ConnectionError(_endless(endpoint, f"{LISTING_SECONDS:.0f} seconds"))

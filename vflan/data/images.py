@@ -165,7 +165,9 @@ def _fit(picture: Image.Image, max_pixels: int) -> None:
     if long**2 > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError(f"{long} x {long} pixels, padded to a square")
     side = math.isqrt(max_pixels)
-    if long > side and picture.format == "JPEG" and "progressive" not in picture.info:
+    # MPO: the JPEG of a phone or camera with more pictures behind the first.
+    is_jpeg = picture.format in ("JPEG", "MPO")
+    if long > side and is_jpeg and "progressive" not in picture.info:
         # The decoder knows 1/2, 1/4 and 1/8: the first that is small enough.
         scale = 1 << (math.ceil(long / side) - 1).bit_length()
         picture.draft(None, tuple(max(1, length // scale) for length in picture.size))

@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vflan.data.conversation import IMAGE, audit, encode
+from vflan.data.conversation import IMAGE, as_text, audit, encode
 from vflan.data.limits import no_file
 from vflan.data.mixture import closest, hash_draw
 
@@ -286,7 +286,7 @@ def sharegpt(rows: Iterable[dict], tokenizer: Tokenizer, max_length: int = 2048)
     """
     for row in rows:
         turns = [
-            turn | {"value": (turn.get("value") or "").replace(IMAGE, _IMAGE_AS_TEXT)}
+            turn | {"value": (as_text(turn.get("value")) or "").replace(IMAGE, _IMAGE_AS_TEXT)}
             for turn in row["conversations"] or []
         ]
         try:

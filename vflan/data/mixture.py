@@ -56,8 +56,10 @@ def mix(
         tasks = {task: rows for task, rows in tasks.items() if task not in excluded}
         if not tasks:
             raise ValueError(f"exclude={exclude}: no task is left.")
-    if num_tasks and num_tasks > len(tasks):
+    if not 0 <= (num_tasks or 0) <= len(tasks):
         raise ValueError(f"num_tasks={num_tasks}, but the samples hold {len(tasks)} tasks.")
+    if (per_task or 0) < 0:
+        raise ValueError(f"per_task={per_task}: at least 0 is needed.")
     if total is None and (temperature is not None or weights is not None):
         raise ValueError("temperature and weights share out rows: say with total= how many.")
     if temperature is not None and weights is not None:
@@ -74,7 +76,7 @@ def mix(
 
 def subset(samples: Dataset, num_samples: int, seed: int = 0) -> Dataset:
     """A random subset in the order of the file, nested and machine-independent like `mix`."""
-    if num_samples > len(samples):
+    if not 0 <= num_samples <= len(samples):
         raise ValueError(f"num_samples={num_samples}, but there are {len(samples)} samples.")
     return samples.select(np.sort(_draw_rows(np.arange(len(samples)), num_samples, seed, "subset")))
 
@@ -124,7 +126,7 @@ def diverse(
 def recipe_samples(recipe: Recipe) -> Dataset:
     """The rows a recipe trains on, bad ones included: its samples, drawn, and its further files.
 
-    ValueError: one of the files holds no rows.
+    ValueError: one of the files holds no rows, or fewer than the recipe draws from it.
     """
     samples = _some_rows(recipe.samples, resolve(recipe.samples), resolve(recipe.images))
     shares = {"temperature": recipe.temperature, "weights": recipe.weights or None}
@@ -231,7 +233,10 @@ def _more_samples(recipe: Recipe) -> Iterator[tuple[str, Dataset, int | None]]:
         file = resolve(name)
         beside = file.parent / "images"
         images = beside if beside.is_dir() else resolve(recipe.images)
-        yield name, _some_rows(name, file, images), int(count) if count else None
+        rows = _some_rows(name, file, images)
+        if count and int(count) > len(rows):
+            raise ValueError(f"more_samples={entry!r}, but the file holds {len(rows)} rows.")
+        yield name, rows, int(count) if count else None
 
 
 def _some_rows(name: str, file: Path, images: Path) -> Dataset:

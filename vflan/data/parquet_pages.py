@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,6 +163,8 @@ def leaves(values: pa.Array) -> Iterator[pa.Array]:
     if pa.types.is_struct(values.type):
         for child in values.flatten():
             yield from leaves(child)
+    elif pa.types.is_map(values.type):
+        yield from chain(leaves(values.keys), leaves(values.items))
     elif pa.types.is_nested(values.type):
         yield from leaves(values.flatten())
     else:

@@ -80,6 +80,9 @@ def _turns(row: dict, troubles: list[str]) -> Iterator[tuple[str | None, str]]:
         troubles.append(f"no list of turns: {key} is {kind_of(given)}")
         given = None
     notes = [_note(row, "the row")] if TWICE in row else []
+    image, more = row.get("image"), row.get("images")
+    if not (_is_empty(image) or _is_empty(more) or more in (image, [image])):
+        notes.append((f"{NOTE}what images names, because the row names an image too", ""))
     turns = [_turn(turn, number, troubles, notes) for number, turn in enumerate(given or (), 1)]
     # The system text goes last, so that the first turn is the question for all readers.
     if turns and turns[0][0] == "system":

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from filelock import Timeout
 
 from vflan.config import CACHE
 from vflan.data.conversation import IMAGE
@@ -33,7 +33,7 @@ from vflan.io import hold, is_sealed, seal
 from vflan.progress import progress
 
 # Version of the cached table: raise it when the conversion changes, and every table is made again.
-_LAYOUT = 3
+_LAYOUT = 4
 
 
 def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = None) -> Dataset:
@@ -59,7 +59,8 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
     # inside depends on sizes and times, so that a table of the old file is not used.
     source = [*map(str, parts), str(root)]
     digest = hashlib.blake2b(json.dumps(source).encode(), digest_size=8).hexdigest()
-    table = CACHE / "samples" / f"{parts[0].stem[:80]}-{digest}.arrow"
+    # A name may have 255 bytes, and a character four.
+    table = CACHE / "samples" / f"{parts[0].stem[:50]}-{digest}.arrow"
     state = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, parts)]
     key = json.dumps([_LAYOUT, source, state]).encode()
     samples = _open(table, key)
@@ -77,6 +78,9 @@ def load_samples(path: str | os.PathLike, images: str | os.PathLike | None = Non
             raise OSError("the converted table cannot be read back")
         return samples
     except OSError as error:
+        # Not the cache is at fault, but a file of samples that may not be read.
+        if str(error.filename) in source:
+            raise
         reason = error.strerror or error
         warnings.warn(
             f"{table.parent} cannot be used ({reason}), so {path} is held in memory; "
@@ -122,6 +126,8 @@ def texture(samples: Dataset) -> pd.DataFrame:
     conversation counts 0 words. The texts are counted in Arrow, some thousand rows at a time, so
     that the full set's 1,664,261 rows take seconds and little memory.
     """
+    if not len(samples):
+        return pd.DataFrame(columns=["task_name", "turns", "question", "answer", "image"])
     parts = []
     for batch in samples.with_format("arrow").iter(batch_size=1 << 15):
         turns = batch["conversations"].combine_chunks()
@@ -135,11 +141,12 @@ def texture(samples: Dataset) -> pd.DataFrame:
         has_image = pc.match_substring(question, IMAGE)
         place = pc.if_else(pc.ends_with(question, IMAGE), "last", "inside")
         place = pc.if_else(pc.starts_with(question, IMAGE), "first", place)
+        question = pc.replace_substring(question, IMAGE, " ")
         words = [pc.count_substring_regex(texts, r"\S+") for texts in (question, answer)]
         columns = {
             "task_name": batch["task_name"].combine_chunks(),
             "turns": count,
-            "question": np.where(count > 0, pc.subtract(words[0], has_image.cast("int32")), 0),
+            "question": np.where(count > 0, words[0], 0),
             "answer": np.where(count > 1, words[1], 0),
             "image": np.where(count > 0, pc.if_else(has_image, place, "none"), "none"),
         }
@@ -163,12 +170,27 @@ def _parts(path: Path) -> list[Path]:
         lack = "no parquet file in this folder" if is_folder else "no such samples file"
         how = "data/README.md says how to get it (tiny: notebook 01 makes it)."
         raise FileNotFoundError(f"{path}: {lack}; {how}")
-    matches = [re.match("train|val|dev|test", part.name) for part in parts]
-    splits = sorted({match[0] for match in matches if match})
+    splits = _splits(parts)
     if len(splits) > 1:
-        example = f"{path}/**/{splits[-1]}*.parquet"
-        raise ValueError(f"{path} holds the splits {', '.join(splits)}; name one, as in {example}.")
+        example = f"{path}/**/{splits[max(splits)]}*.parquet"
+        names = ", ".join(sorted(splits))
+        raise ValueError(f"{path} holds the splits {names}; name one, as in {example}.")
     return parts
+
+
+def _splits(parts: list[Path]) -> dict[str, str]:
+    """{split: how the paths of its files begin}, by the names of files, else of their folders.
+
+    The second as in the hub's own conversion of a set: default/train/0000.parquet.
+    """
+    found, shared = {}, os.path.commonpath([part.parent for part in parts])
+    for part in parts:
+        folder = part.relative_to(shared).parent.name
+        if match := re.match("train|val|dev|test", part.name):
+            found[match[0]] = match[0]
+        elif match := re.fullmatch("(partial-)?(train|val|dev|test)(idation)?[0-9]*", folder):
+            found[match[2]] = f"{folder}/"
+    return found
 
 
 # ----------------------------------------------------------------------------- the cached table
@@ -208,13 +230,10 @@ def _convert(parts: list[Path], root: Path, key: bytes, table: Path) -> None:
 
 
 def _delete_partial_tables(folder: Path) -> None:
-    """Delete what killed conversions left; the lock of a running one is held."""
+    """Delete what killed conversions left, but not what is being written or is another user's."""
     for partial in folder.glob(f"*-{'[0-9a-f]' * 16}.part"):
-        try:
-            with hold(partial.with_suffix(".lock"), timeout=0):
-                partial.unlink(missing_ok=True)
-        except Timeout:
-            pass
+        with suppress(OSError), hold(partial.with_suffix(".lock"), timeout=0):
+            partial.unlink(missing_ok=True)
 
 
 def _batches(parts: list[Path], root: Path) -> Iterator[pa.RecordBatch]:

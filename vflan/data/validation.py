@@ -9,12 +9,13 @@ import os
 import sqlite3
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +29,6 @@ from vflan.io import set_aside
 from vflan.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-    from typing import Any
-
     from transformers import PreTrainedTokenizerBase
 
 # Rows, and images, that are read at a time.
@@ -146,7 +143,7 @@ def check(
         # Imported here because training checks its rows too, but needs no benchmark.
         from vflan.data.decontamination import Overlap
 
-        overlap = Overlap(against, list(pictures), prints, troubles, threads)
+        overlap = Overlap(against, list(pictures), prints, troubles, threads, max_pixels)
 
     bad, repaired, duplicates, tasks = [], [], {}, {}
     rows = _rows(samples, tokenizer, template)
@@ -421,7 +418,11 @@ def _other_cache(error: Exception) -> sqlite3.Connection:
         warnings.warn(f"{file} cannot be written ({error}): {consequence}", stacklevel=4)
         return _connect(":memory:")
     # The file is damaged, for instance because the disk was full. It can be made again.
-    set_aside(file)
+    try:
+        set_aside(file)
+    # Another process was faster, or the folder is read-only.
+    except OSError as failure:
+        return _other_cache(failure)
     return _open_cache()
 
 
