@@ -23,5 +23,6 @@ __all__ = [
     "preset", "Recipe", "replace", "load_samples", "save_samples", "mix", "diverse",
     "llava_mixture", "check", "fetch", "encode", "load_model", "parts", "swap_part", "Run",
     "plan", "train", "take_projector", "answer", "ServedModel", "evaluate", "sweep", "Arm", "Swap",
-    "BENCHMARKS", "plots", "world", "stats", "judge", "widgets", "claims", "tables", "exploration", "lab",
+    "BENCHMARKS", "plots", "world", "stats", "judge", "widgets", "claims", "tables", "exploration",
+    "lab",
 ]  # fmt: skip

@@ -75,8 +75,8 @@ def take_projector(recipe: Recipe, source: Run | str | os.PathLike | None = None
     source: LLaVA's `mm_projector.bin`, the folder or hub id of one, or of a whole LLaVA-1.5, of
     which only the projector is taken. None: `recipe.pretrained`, as the run NAME-pretrained, so
     that NAME itself can still be trained. init.json names the source and holds the hash of its
-    weights; done.json has 0 steps. ValueError if the projector does not fit between the recipe's backbones,
-    or if the run was already trained here.
+    weights; done.json has 0 steps. ValueError if the projector does not fit between the recipe's
+    backbones, or if the run was already trained here.
     """
     one_recipe(recipe)
     if source is None:
