@@ -24,6 +24,7 @@ from vflan import config
 from vflan.config import CACHE, Recipe, output_path, preset, preset_names, resolve, shown
 from vflan.data.download import SETS
 from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.tools.parameters import in_mini_world
 from vflan.training.gpus import driver_version, find_problem
 from vflan.training.memory import Plan, plan_recipe
 
@@ -141,9 +142,7 @@ def _missing_samples(recipe: Recipe) -> Iterator[str]:
 
 
 def _where_from(path: str) -> str:
-    worlds = (output_path(world) for world in ("data/tiny", "data/frozen"))
-    is_drawn = any(output_path(path).is_relative_to(world) for world in worlds)
-    return DRAWN if is_drawn else "data/README.md says where it comes from"
+    return DRAWN if in_mini_world(path) else "data/README.md says where it comes from"
 
 
 def _missing_packages(recipe: Recipe) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vflan.config import Preset, Recipe, read_changes, read_value, resolve
+from vflan.config import ROOT, SHIPPED, Preset, Recipe, read_changes, read_value, resolve
 from vflan.data.image_names import images_root
 
 
@@ -36,6 +36,8 @@ def _is_text_or_none(value):
     return value is None or isinstance(value, str)
 
 
+# Where the presets' mini worlds are drawn (vflan.world.WORLDS); the first holds the backbones too.
+_WORLDS = "data/tiny", "data/frozen"
 # The language models of the mini world, which train on a core of a laptop.
 _SMALL = "data/tiny/language_model", "data/tiny/second_language_model"
 
@@ -110,6 +112,12 @@ def absolute(name: str, value: str) -> str:
         if path.exists() or glob.glob(str(path), recursive=True):
             return str(path)
     raise FileNotFoundError(f"{name}={value}: no such file or folder.")
+
+
+def in_mini_world(path: str) -> bool:
+    """Whether a recipe's path leads into a mini world of the presets, drawn already or not."""
+    homes = [home / world for home in (ROOT, SHIPPED) for world in _WORLDS]
+    return any(resolve(path).is_relative_to(home) for home in homes)
 
 
 def is_small(recipes: Preset) -> bool:
