@@ -398,6 +398,18 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     assert "there" in target.read_text()
 
 
+def test_models_stay_until_the_last_notebook_that_needs_them_has_ended(tmp_path):
+    """Notebook 08 asks a run of 06 new questions."""
+    sources = [write(tmp_path / "books", name) for name in ("06_a", "07_b", "08_c")]
+    work = notebooks._Work(sources, dict.fromkeys(sources, {}), tmp_path, tmp_path)
+    free = []
+    for source in sources:
+        (tmp_path / source.stem).mkdir()
+        (tmp_path / source.stem / "done.json").write_text("{}")
+        free.append([run.name for run in work.no_longer_needed(source, jobs=1)])
+    assert free == [[], ["07_b"], ["06_a", "07_b", "08_c"]]
+
+
 SCORES = (
     "run,benchmark,metric,value,low,high,n,seed,baseline\\nbase,pope,f1,{value},60,70,9,0,50\\n"
 )
@@ -515,6 +527,10 @@ def test_what_a_notebook_shows_is_part_of_its_key(home, tmp_path, monkeypatch):
     (package / "analysis").mkdir(parents=True)
     monkeypatch.setattr(notebooks, "__file__", str(package / "tools" / "notebooks.py"))
     keys = [notebooks.source_key(source, {})]
+    given = {"projector": "mine.bin"}  # of the project folder
+    before = notebooks.source_key(source, given)
+    (home / "mine.bin").write_bytes(b"another")
+    assert notebooks.source_key(source, given) != before
     for file in (package / "analysis/captions.json", home / "data/floors.csv"):
         for content in ("a", "b"):
             file.parent.mkdir(parents=True, exist_ok=True)
