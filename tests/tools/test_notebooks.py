@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 
 import nbformat
 import numpy as np
@@ -290,6 +291,7 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
     view = {"text/plain": "VBox(children=())", clean.WIDGET: {"model_id": "1"}}
     text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n"
     text += f" 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
+    text += f"runs{tempfile.gettempdir()}/a \x1b[32m{home}/b.py {str([f'c{chr(10)}{home}/d'])}\n"
     outputs = [
         new_output("display_data", view),
         new_output("stream", name="stdout", text=text),
@@ -305,7 +307,9 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
         cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}}
     )
     first, last = clean.clean_notebook(dirty).cells[0].outputs
-    assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\nmore"
+    assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\n" + (
+        f"runs{tempfile.gettempdir()}/a \x1b[32mb.py ['c\\nd']\nmore"
+    )
     assert last.data["text/html"] == "<i>a.png</i>" and last.metadata == {}
     assert dirty.metadata.papermill and len(dirty.cells[0].outputs) == 5  # a copy was cleaned
 
