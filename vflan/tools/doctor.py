@@ -173,8 +173,9 @@ def _missing_memory(recipe: Recipe) -> Iterator[str]:
         numbers = [number for number in (1, 8) if recipe.global_batch % number == 0]
         plans = [plan_recipe(recipe, number, REFERENCE_GPU, None) for number in numbers]
         planned = next((each for each in plans if each.fits), plans[-1])
-        needs = f"{planned.needs / GB:.0f} GB on each of {planned.gpus} GPUs"
-        needs = needs if planned.fits else "more than 8 GPUs of 80 GB"
+        several = f"{planned.gpus} GPUs" if planned.gpus > 1 else ""
+        needs = f"{planned.needs / GB:.0f} GB on {f'each of {several}' if several else 'one GPU'}"
+        needs = needs if planned.fits else f"more than {several or 'one GPU'} of 80 GB"
         size = f" of {smallest / GB:.0f} GB" if here else ""
         yield f"{recipe.name} needs {needs}, here are {len(here)}{size}; {hint}"
     if planned.host > memory.total:
