@@ -15,10 +15,6 @@ def _is_whole(value, least=1):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_some(value):
-    return value is None or _is_whole(value)
-
-
 def _all_whole(value, least=1):
     is_list = isinstance(value, (list, tuple)) and len(value) > 0
     return is_list and all(_is_whole(number, least) for number in value)
@@ -26,14 +22,6 @@ def _all_whole(value, least=1):
 
 def _are_seeds(value):
     return _all_whole(value, least=0) and len(set(value)) == len(value)
-
-
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def _is_text_or_none(value):
-    return value is None or isinstance(value, str)
 
 
 # Where the presets' mini worlds are drawn (vflan.world.WORLDS); the first holds the backbones too.
@@ -44,8 +32,8 @@ _SMALL = "data/tiny/language_model", "data/tiny/second_language_model"
 # {name: (what the value has to be, its test)}; a notebook's other parameters may be anything.
 _COUNT = "a whole number of at least 1", _is_whole
 _COUNTS = "a list of whole numbers of at least 1", _all_whole
-_SOME = "a whole number of at least 1, or None", _is_some
-_TEXT = "a text", _is_text
+_SOME = "a whole number of at least 1, or None", lambda value: value is None or _is_whole(value)
+_TEXT = "a text", lambda value: isinstance(value, str)
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": _TEXT,
     "num_processes": _COUNT,
@@ -60,7 +48,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beyond": ("True or False", lambda value: isinstance(value, bool)),
     "live": ('"small" or "all"', lambda value: value in ("small", "all")),
     "projector": _TEXT,
-    "other_language_model": ("a folder, a hub id or None", _is_text_or_none),
+    "other_language_model": (
+        "a folder, a hub id or None",
+        lambda value: value is None or isinstance(value, str),
+    ),
 }
 _TEXTS = ("preset", "samples", "images", "projector", "live")  # a text such as "12" stays one
 

@@ -2,9 +2,9 @@
 
 It begins with what came out, in three sentences and a figure; then come the scores, floors and
 claims, the figures in the order of the paper, answers that changed between the stages, recipes,
-the machine and the cost. All of it is read from
-files and escaped by templates/report.html; no script runs on the page, which a content policy
-states too. The executed notebooks become pages beside their files, cleaned in the same way.
+the machine and the cost. All of it is read from files and escaped by templates/report.html; no
+script runs on the page, which a content policy states too. The executed notebooks become pages
+beside their files, cleaned in the same way.
 """
 
 from __future__ import annotations
