@@ -53,7 +53,6 @@ from vflan.world.twins import TWINS, write_twins  # noqa: E402
 
 SECONDS, GIGABYTES = 10, 3.0
 OURS = str(Path(vflan.__file__).parent)
-SECRET = "the secret of another folder"
 ODD = [
     None,
     True,

@@ -6,8 +6,8 @@
 The clone must also be clean after them.
 
 Installing is timed on its own (setup_minutes): it depends on the network more than on us. Peak
-memory is that of the process tree, sampled twice a second; pages that processes share count once
-for each, so the truth is a little lower.
+memory is that of the process tree, sampled up to twice a second. On Linux a page that processes
+share counts once; elsewhere once for each of them, so the truth is a little lower.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def main():
     parser.add_argument(
         "--keep", help="clone into this folder, or use the clone there, and leave it"
     )
-    names, keep = parser.parse_args().only, parser.parse_args().keep
+    options = parser.parse_args()
+    names, keep = options.only, options.keep
     shown = " ".join("FOLDER" if arg == keep else arg for arg in sys.argv[1:])
     write("demo", CHECKS, measure(names, keep), f"python -m bench.demo {shown}".strip())
 

@@ -9,8 +9,9 @@ questions, same processor, same limit on new tokens, one thread. The model is a 
 world after a short training (or --run FOLDER), so that its answers end as trained answers do. Three
 sets of questions:
 
-- POPE-shaped: 17.8 yes/no questions a picture, as POPE has (8,910 on 500); - single: every
-mini-world benchmark picture that has held-in, held-out or forgetting questions, one question each;
+- POPE-shaped: 17.8 yes/no questions a picture, as POPE has (8,910 on 500);
+- single: every mini-world benchmark picture that has held-in, held-out or forgetting questions, one
+  question each;
 - all: all questions of all mini-world benchmarks (only whether the answers are equal).
 """
 

@@ -26,6 +26,7 @@ import time
 import traceback
 import types
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
@@ -293,8 +294,7 @@ class Bench:
         from vflan.training.batching import batch_order
         from vflan.training.run import Run
 
-        vflan.train  # noqa: B018 - reads the module of that name
-        module, data = sys.modules["vflan.training.trainer"], self.data(model.config)
+        module, data = import_module("vflan.training.trainer"), self.data(model.config)
         shapes = model.config.vision_config, model.config.text_config
         swaps = [
             (models, "load_model", lambda *_: model),

@@ -118,7 +118,7 @@ def kill_at_any_moment(recipe, draw, length):
     return end(child) == -signal.SIGKILL
 
 
-def kill_while_writing(recipe, draw, length):
+def kill_while_writing(recipe, draw):
     child, part, whole = (
         start(recipe, slow_disk=0.1),
         recipe.folder / "checkpoints" / ".part",
@@ -225,7 +225,7 @@ def main():
                 if kind == "moment":
                     hit = kill_at_any_moment(mine, draw, length)
                 elif kind == "writing":
-                    hit = kill_while_writing(mine, draw, length)
+                    hit = kill_while_writing(mine, draw)
                 else:
                     hit = kill_of_two(mine, draw, kind)
                 if hit:

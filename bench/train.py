@@ -16,7 +16,6 @@ baseline's workers not), on a GPU the most that PyTorch had allocated.
 """
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
@@ -246,6 +246,7 @@ def ours(recipe):
     from vflan.models import llava as models
     from vflan.training.batching import batch_order
 
+    # Not by `import`: vflan.train as an attribute is a function.
     module, kept = import_module("vflan.training.trainer"), []
     module.prepare = lambda *arguments, prepare=module.prepare, **more: (
         kept.append(prepare(*arguments, **more)) or kept[0]
@@ -257,12 +258,6 @@ def ours(recipe):
     run = vflan.train(recipe)
     batches = [rows.tolist() for rows in batch_order(kept[0], recipe)]
     return kept[0], run.metrics().seconds.tolist(), batches, run
-
-
-def import_module(name):
-    """The file of that name; vflan.train as an attribute is its function."""
-    importlib.import_module(name)
-    return sys.modules[name]
 
 
 def loaded(recipe):
@@ -439,7 +434,7 @@ def work(data, rows, recipe, shapes=None):
     return float(total + 6 * (tower.hidden_size + wide) * wide * data.image_tokens * pictures)
 
 
-def start(kind, recipe, warm=0, folder=None):
+def start(kind, recipe, warm=0):
     """Run `child` in a process of its own."""
     recipe = replace(recipe, name=f"{recipe.name}-{time.time_ns()}")
     command = [

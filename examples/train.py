@@ -7,17 +7,14 @@ A finished stage is loaded, not trained again, so the same command continues a j
 """
 
 import argparse
-import json
 
 import vflan
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset", help="a name, or a .py file of your own")
-    parser.add_argument(
-        "--changes", type=json.loads, default={}, help="Recipe fields for all three stages, as JSON"
-    )
+    parser.add_argument("--changes", help="Recipe fields for all three stages, as JSON")
     arguments = parser.parse_args()
     run = None
-    for recipe in vflan.preset(arguments.preset, **arguments.changes):
+    for recipe in vflan.preset(arguments.preset, arguments.changes):
         run = vflan.train(recipe, init=run)

@@ -98,6 +98,7 @@ def test_a_number_out_of_range_runs_nothing(arguments, capsys):
         (f'{{"seed": {"9" * 5000}}}', "is no json"),
         ('{"name": "a"}', "the three stages cannot share one"),
         ("[" * 10_000, "is no json"),
+        ('{"exclude": {[]}}', "is no json"),
         ('{"lr": 1, "lr": "\\ud800"}', "lr='\\ud800': a number"),
         ('{"runs": "~nosuchuser/x"}', "~nosuchuser is the home of nobody here"),
     ],
@@ -107,6 +108,18 @@ def test_wrong_changes_are_one_sentence(changes, sentence, capsys):
     assert main(["train", "tiny", "--changes", changes]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vflan train: ") and sentence in line and len(line) < 400
+
+
+@pytest.mark.parametrize("command", ["doctor", "upload", "publish", "train"])
+def test_with_too_little_memory_no_command_begins_to_import_torch(command, capsys, monkeypatch):
+    """It may hang there for ever, without a word."""
+
+    def fail():
+        raise MemoryError("raise the limit")
+
+    monkeypatch.setattr("vflan.__main__.require_memory", fail)
+    assert main([command, "tiny"]) == 1
+    assert capsys.readouterr().err.startswith(f"vflan {command}: raise the limit")
 
 
 @pytest.mark.parametrize("error", [ImportError, FloatingPointError, RuntimeError, OSError])

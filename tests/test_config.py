@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -203,6 +205,19 @@ def test_each_seed_has_its_own_run():
 def test_paths_start_at_the_project_folder_not_at_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert resolve("runs/tiny") == ROOT / "runs/tiny" and resolve(tmp_path) == tmp_path
+
+
+def test_relative_folders_of_the_environment_are_the_same_for_a_child_elsewhere(tmp_path):
+    """A notebook's kernel starts in the notebook's folder, with the environment of its parent."""
+    child = "import vflan.config as c; print(c.ROOT, c.CACHE, sep='|')"
+    code = f"import subprocess, sys; {child}; sys.stdout.flush()\n"
+    code += f"subprocess.run([sys.executable, '-c', {child!r}], cwd='/')"
+    given = dict(VFLAN_HOME="project", VFLAN_CACHE="cache", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{tmp_path / 'project'}|{tmp_path / 'cache'}\n" * 2
 
 
 def test_a_missing_folder_is_not_read_as_a_hub_id():

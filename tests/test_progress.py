@@ -52,6 +52,12 @@ def test_the_time_left_ignores_what_was_done_before(clock, capsys):
     assert capsys.readouterr().err == "base: 90 of 100 steps, loss 1.5, 1 min left\n"
 
 
+def test_the_last_batch_counts_no_more_than_there_is(clock, capsys):
+    for _ in counted(range(2), "tokenising", 5, "rows", each=4):
+        clock.now += 60
+    assert capsys.readouterr().err.splitlines()[-1] == "tokenising: 5 of 5 rows, 0 min left"
+
+
 def test_bytes_are_shown_in_gigabytes(clock, capsys):
     bar = progress("reading flan.json", 4_000_000_000, "B")
     clock.now = 60

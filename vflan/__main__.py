@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vision-Flan: visual instruction tuning in two stages, from raw samples to figures.",
 )
-NEED_TORCH = ("notebooks", "plan", "train", "evaluate", "export")
+NEED_TORCH = "notebooks doctor plan train evaluate upload export publish".split()
 PRESET = "tiny, tiny_frozen, smol, smol_real, qlora_7b, lora_7b, full_7b, full_13b, "
 PRESET += "or a .py file of your own"
 CHANGES = 'fields to change, as JSON: \'{"max_steps": 40, "runs": "runs/mine"}\''

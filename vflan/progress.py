@@ -31,11 +31,11 @@ def progress(what: str, total: int, unit: str = "", initial: int = 0, **style: A
 
 
 def counted(items: Iterable, what: str, total: int, unit: str = "", each: int = 1) -> Iterator[Any]:
-    """The items, under a bar that counts `each` of `total` for every one."""
+    """The items, under a bar that counts `each` of `total` for every one, or what is left."""
     with progress(what, total, unit) as bar:
         for item in items:
             yield item
-            bar.update(each)
+            bar.update(min(each, total - bar.n))
 
 
 class Lines:

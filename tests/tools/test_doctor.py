@@ -68,6 +68,9 @@ def test_the_gpus_of_this_machine_are_compared_with_the_plan(missing):
     (line,) = (line for line in missing(**large) if "here are" in line)
     assert line.startswith("base needs") and "GB on each of 8 GPUs, here are 0; vflan.plan" in line
     assert any("here are 2 of 24 GB" in line for line in missing(gpus=[24e9, 24e9], **large))
+    # 8 GPUs cannot share 12 samples, so that only one was planned.
+    (line,) = (line for line in missing(**large | dict(global_batch=12)) if "here are" in line)
+    assert line.startswith("base needs more than one GPU of 80 GB, here are 0")
     assert not any("here are" in line for line in missing(gpus=[141e9] * 8, **large))
 
 

@@ -220,6 +220,16 @@ def test_an_adapter_on_its_base_model_equals_the_merged_model(
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(bare, theirs, atol=1e-3)
 
 
+def test_an_adapter_trained_from_a_projector_file_belongs_on_bare_backbones(runs, tmp_path, capsys):
+    folder = shutil.copytree(runs[1].folder, tmp_path / "base")
+    record = dict(init="data/mm_projector.bin", init_weights=dict(projector="1f"))
+    write_json(folder / "init.json", record)
+    out = Run(folder).export(tmp_path / "adapter", merge=False)
+    assert read_json(out / "adapter_config.json")["base_model_name_or_path"] is None
+    said = "it belongs on its bare backbones with the projector of data/mm_projector.bin."
+    assert said in capsys.readouterr().out
+
+
 def test_a_failed_export_leaves_nothing_and_can_be_repeated(runs, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("vflan.tools.export.model_card", lambda *_: 1 / 0)
@@ -245,6 +255,9 @@ def test_a_run_that_cannot_be_exported_raises_the_reason(runs, exported, tmp_pat
         projector.export(tmp_path / "a", merge=False)
     with pytest.raises(FileExistsError, match="not empty"):
         base.export(exported)
+    shutil.copytree(projector.folder, tmp_path / "lost", ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(ValueError, match="missing: the model is damaged"):
+        Run(tmp_path / "lost").export(tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="not finished"):
         Run(tmp_path).export(tmp_path / "b")
 
@@ -419,7 +432,7 @@ def test_the_card_has_base_models_data_licences_recipe_and_scores_of_all_stages(
     }
     scores = [
         "base,pope,f1,81.25,79,83,100,0,50,,0",
-        "base,llava_bench,score,70,60,80,9,0,15,rule judge,0",
+        "base,llava_bench,score,70,60,80,9,0,,rule judge,0",
         "base,pope,yes_ratio,50,40,60,100,0,50,,0",
         "other,mme,score,9,8,10,9,0,5,,0",
     ]
@@ -431,7 +444,7 @@ def test_the_card_has_base_models_data_licences_recipe_and_scores_of_all_stages(
     assert about["datasets"] == ["liuhaotian/LLaVA-Pretrain", "Vision-Flan/vision-flan_191-task_1k"]
     assert (about["license"], about["pipeline_tag"]) == ("other", "image-text-to-text")
     result, judged = about["model-index"][0]["results"]
-    assert judged["dataset"]["type"] == "llava_bench" and "| 9 | rule judge |" in card.text
+    assert judged["dataset"]["type"] == "llava_bench" and "|  | 9 | rule judge |" in card.text
     assert result["dataset"]["type"] == "pope" and result["metrics"] == [
         {"type": "f1", "value": 81.25}
     ]
@@ -456,6 +469,13 @@ def test_the_card_has_base_models_data_licences_recipe_and_scores_of_all_stages(
     )
 
 
+def test_the_data_card_of_any_number_of_rows_has_the_hubs_size_class(tmp_path):
+    many = {999: "n<1K", 1000: "1K<n<10K", 10**7: "10M<n<100M", 10**8: "100M<n<1B"}
+    for rows, size in many.items():
+        card = dataset_card(stored_run(tmp_path, f"{rows}", mixture={"": rows}))
+        assert card.data.size_categories == size
+
+
 def test_the_card_of_the_mini_world_says_what_the_model_knows_and_that_it_has_no_scores(tmp_path):
     tiny = dict(vision_tower="data/tiny/vision_tower", language_model="data/tiny/language_model")
     run = stored_run(
@@ -467,6 +487,9 @@ def test_the_card_of_the_mini_world_says_what_the_model_knows_and_that_it_has_no
         about
     )
     assert "drawn shapes" in card.text and "It was not evaluated." in card.text
+    frozen = stored_run(tmp_path, "frozen", samples="data/frozen/samples/flan.json", **tiny)
+    card = model_card(frozen, "mine")
+    assert card.data.license == "apache-2.0" and "drawn shapes" in card.text
     more = stored_run(
         tmp_path,
         "mixed",

@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 
 import nbformat
 import numpy as np
@@ -290,6 +291,7 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
     view = {"text/plain": "VBox(children=())", clean.WIDGET: {"model_id": "1"}}
     text = f"{home}/data/x.json\n {sys.prefix}/lib/y.py <A at 0x7f00aabbccdd>\n"
     text += f" 5%|# | 1/20\nstep 1\rstep 2\nend {home}\n"
+    text += f"runs{tempfile.gettempdir()}/a \x1b[32m{home}/b.py {str([f'c{chr(10)}{home}/d'])}\n"
     outputs = [
         new_output("display_data", view),
         new_output("stream", name="stdout", text=text),
@@ -305,7 +307,9 @@ def test_cleaning_leaves_no_widget_address_or_path(home):
         cells=[code("x", outputs=outputs)], metadata={"widgets": {}, "papermill": {"duration": 3}}
     )
     first, last = clean.clean_notebook(dirty).cells[0].outputs
-    assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\nmore"
+    assert first.text == "data/x.json\n .venv/lib/y.py <A at 0x...>\nstep 2\nend .\n" + (
+        f"runs{tempfile.gettempdir()}/a \x1b[32mb.py ['c\\nd']\nmore"
+    )
     assert last.data["text/html"] == "<i>a.png</i>" and last.metadata == {}
     assert dirty.metadata.papermill and len(dirty.cells[0].outputs) == 5  # a copy was cleaned
 
@@ -396,6 +400,18 @@ def test_a_notebook_runs_again_only_when_something_changed(home, tmp_path):
     nbformat.write(notebook, folder / "01_first.ipynb")
     notebooks.run_notebooks("tiny", notebooks=folder, say=lines.append)
     assert "there" in target.read_text()
+
+
+def test_models_stay_until_the_last_notebook_that_needs_them_has_ended(tmp_path):
+    """Notebook 08 asks a run of 06 new questions."""
+    sources = [write(tmp_path / "books", name) for name in ("06_a", "07_b", "08_c")]
+    work = notebooks._Work(sources, dict.fromkeys(sources, {}), tmp_path, tmp_path)
+    free = []
+    for source in sources:
+        (tmp_path / source.stem).mkdir()
+        (tmp_path / source.stem / "done.json").write_text("{}")
+        free.append([run.name for run in work.no_longer_needed(source, jobs=1)])
+    assert free == [[], ["07_b"], ["06_a", "07_b", "08_c"]]
 
 
 SCORES = (
@@ -515,6 +531,10 @@ def test_what_a_notebook_shows_is_part_of_its_key(home, tmp_path, monkeypatch):
     (package / "analysis").mkdir(parents=True)
     monkeypatch.setattr(notebooks, "__file__", str(package / "tools" / "notebooks.py"))
     keys = [notebooks.source_key(source, {})]
+    given = {"projector": "mine.bin"}  # of the project folder
+    before = notebooks.source_key(source, given)
+    (home / "mine.bin").write_bytes(b"another")
+    assert notebooks.source_key(source, given) != before
     for file in (package / "analysis/captions.json", home / "data/floors.csv"):
         for content in ("a", "b"):
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -210,6 +210,15 @@ def test_answers_that_changed_are_shown_rather_than_others(home):
     assert [row[2:] for row in rows] == [["question 4", "yes", "no", "Yes.", ""]]
 
 
+def test_answers_are_shown_where_the_benchmarks_are_in_the_home_folder(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    stages = {name: home / "runs/tiny" / name for name in ("projector", "base")}
+    for folder in stages.values():
+        recipe = json.loads((folder / "recipe.json").read_text()) | dict(benchmarks="~/bench")
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert len(answer_rows(stages, home)[2]) == 1
+
+
 def test_figures_stand_in_the_order_of_the_paper(tmp_path):
     for name in ("mine", "table6", "fig4_task_diversity", "fig9_to_12", "table2", "fig12_b"):
         (tmp_path / f"{name}.png").write_bytes(png())

@@ -37,6 +37,8 @@ def is_checked(*sources, tags=()):
         ("def score():\n    return vflan.evaluate(run)", "score()"),
         ("done = vflan.sweep(arms)\nfor run in done:\n    pass", "if run:\n    print('better')"),
         ("a = vflan.sweep(arms)", "b = 0\nfor _ in range(2):\n    print(b)\n    b = a"),
+        ("if run := vflan.train(recipe):\n    pass", "print(run)"),
+        ("print(run := vflan.train(recipe))", "print(run)"),
         ("", "import time\nprint(time.perf_counter())"),
         ("", "list(map(vflan.answer, models))"),
         ("", "%matplotlib inline"),

@@ -17,6 +17,7 @@ from PIL import Image
 from vflan import progress, widgets
 from vflan.evaluation import streaming
 from vflan.tools.widgets import live_view
+from vflan.training import run as training_run
 
 EVIL = "<script>alert('x')</script>"
 
@@ -246,11 +247,29 @@ def test_a_verdict_in_the_row_replaces_the_comparison_of_texts():
     assert "✓" in widgets.answer_table(rows).data
 
 
+def test_a_sample_without_a_task_is_shown_too(samples):
+    samples[1]["task_name"] = None
+    assert "second?" in widgets.task_table(samples).data
+    find(box := widgets.task_browser(samples), w.Dropdown, "task").value = ""
+    assert "second?" in page(box)
+
+
+def test_runs_of_one_name_are_all_offered(tmp_path):
+    places = [tmp_path / place for place in ("first/base", "first/chat", "second/base")]
+    runs = [SimpleNamespace(name=place.name, folder=place) for place in places]
+    box = widgets.chat(runs, [])  # without a picture
+    assert find(box, w.Dropdown, "run").options == (str(places[0]), "chat", str(places[2]))
+    for place in places:
+        train_some(place, 1)
+    html = live_view.loss_page([training_run.Run(place) for place in places])
+    assert html.count("<polyline") == 3
+
+
 # -------------------------------------------------------------------------------- while it trains
 
 
 def train_some(folder, steps, end=""):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dict(step=i + 1, loss=4 / (i + 1), pictures=8)) for i in range(steps)]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, end]))
 

@@ -24,13 +24,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = (_PACKAGE / "shipped").is_dir()
 # Files that come with vflan are read from here. Only in a clone is anything written below it.
 SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
+if INSTALLED and not os.environ.get("VFLAN_HOME"):
+    os.environ["VFLAN_HOME"] = str(Path.cwd())
+# Child processes and notebook kernels start in other working directories, and must agree.
+for _name in ("VFLAN_HOME", "VFLAN_CACHE"):
+    if _folder := os.environ.get(_name):
+        os.environ[_name] = str(Path(_folder).expanduser().absolute())
 # The project folder: relative paths start here, and everything is written below it. A clone is its
 # own project folder; an installed package takes the working directory at import.
-_HOME = os.environ.get("VFLAN_HOME") or (Path.cwd() if INSTALLED else SHIPPED)
-ROOT = Path(_HOME).expanduser().absolute()
-if INSTALLED:
-    # Child processes and notebook kernels start in other working directories, and must agree.
-    os.environ["VFLAN_HOME"] = str(ROOT)
+ROOT = Path(os.environ.get("VFLAN_HOME") or SHIPPED)
 # Files and whole folders that come with vflan: patterns, relative to SHIPPED.
 SHIPPED_FILES = (
     *("data/*.csv", "data/README.md", "data/results", "data/tiny/backbones.json"),
@@ -274,7 +276,8 @@ def read_value(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        # TypeError: a list as a key, which Python cannot have.
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     return text
 

@@ -17,19 +17,19 @@ from jinja2 import Template
 
 from vflan import config
 from vflan.analysis.tables import markdown
-from vflan.config import DEFAULTS, ROOT, SHIPPED, Recipe, commit, read_json, resolve, shown
+from vflan.config import DEFAULTS, Recipe, commit, read_json, resolve, shown
 from vflan.data.download import SETS
 from vflan.data.mixture import released_tasks
 from vflan.escape import for_markdown
 from vflan.evaluation.answer_cache import read_scores
 from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.tools.parameters import in_mini_world
 from vflan.training.checkpointing import versions
 
 if TYPE_CHECKING:
     from vflan.training.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
-TINY = "data/tiny/"  # the mini world's files and backbones
 # Licences as the owners state them; CLIP's weights have none of their own on the hub.
 BACKBONES = {
     "lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
@@ -39,7 +39,7 @@ BACKBONES = {
     "openai/clip-vit-base-patch16": "MIT, that of OpenAI's CLIP repository",
 }
 # The hub's size classes, by the number of digits above three.
-SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 DRAWING_FIELDS = (
     *("num_tasks", "per_task", "exclude", "num_samples", "temperature", "task_weights"),
     *("more_samples", "seed"),
@@ -199,7 +199,9 @@ def _headline_scores(run):
 
 def _score_row(score):
     interval = f"{score.low:.1f} to {score.high:.1f}"
-    values = [f"{score.value:.1f}", interval, f"{score.baseline:.1f}", score.n]
+    # A model as judge is not asked about the majority answer.
+    majority = None if pd.isna(score.baseline) else f"{score.baseline:.1f}"
+    values = [f"{score.value:.1f}", interval, majority, score.n]
     return [score.benchmark, score.metric, *values, score.judge]
 
 
@@ -243,12 +245,12 @@ def _origin(file):
     for known in SETS.values():
         if Path(file).name in known.files:
             return known.repo, known.licence
-    return None, "Apache-2.0 (generated)" if _is_tiny_path(file) else "not known to vflan"
+    return None, "Apache-2.0 (generated)" if in_mini_world(file) else "not known to vflan"
 
 
 def _backbone_licence(model):
     generated = "Apache-2.0 (pretrained on the mini world)"
-    return BACKBONES.get(model, generated if _is_tiny_path(model) else "not known to vflan")
+    return BACKBONES.get(model, generated if in_mini_world(model) else "not known to vflan")
 
 
 def _licence(folder):
@@ -264,11 +266,7 @@ def _is_tiny(folder):
     keys = ("vision_tower", "language_model", "samples")
     paths = [recipe[key] for recipe in recipes for key in keys]
     paths += [file for recipe in recipes for file in recipe.get("more_samples", [])]
-    return all(_is_tiny_path(path.split("#")[0]) for path in paths)
-
-
-def _is_tiny_path(path):
-    return any(resolve(path).is_relative_to(home / TINY) for home in (ROOT, SHIPPED))
+    return all(in_mini_world(path.split("#")[0]) for path in paths)
 
 
 def _is_on_hub(model):

@@ -124,8 +124,10 @@ def _plain(text):
     for folder, name in folders:
         folder = str(folder).rstrip("/")
         if folder:
-            text = text.replace(folder + "/", name + "/" if name else "")
-            text = re.sub(re.escape(folder) + r"(?![\w.-])", name or ".", text)
+            # not the end of another path; but a colour or a line's end, as repr writes it, is none
+            path = rf"(?:(?<![\w.-])|(?<=[\d\[]m|\\n)){re.escape(folder)}"
+            text = re.sub(f"{path}/", name + "/" if name else "", text)
+            text = re.sub(rf"{path}(?![\w.-])", name or ".", text)
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
     text = re.sub(r"^[^\n]*\r(?!\n)", "", text, flags=re.MULTILINE)
     # a tqdm bar that was printed to stdout

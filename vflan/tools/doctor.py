@@ -24,6 +24,7 @@ from vflan import config
 from vflan.config import CACHE, Recipe, output_path, preset, preset_names, resolve, shown
 from vflan.data.download import SETS
 from vflan.evaluation.benchmarks import BENCHMARKS
+from vflan.tools.parameters import in_mini_world
 from vflan.training.gpus import driver_version, find_problem
 from vflan.training.memory import Plan, plan_recipe
 
@@ -141,9 +142,7 @@ def _missing_samples(recipe: Recipe) -> Iterator[str]:
 
 
 def _where_from(path: str) -> str:
-    worlds = (output_path(world) for world in ("data/tiny", "data/frozen"))
-    is_drawn = any(output_path(path).is_relative_to(world) for world in worlds)
-    return DRAWN if is_drawn else "data/README.md says where it comes from"
+    return DRAWN if in_mini_world(path) else "data/README.md says where it comes from"
 
 
 def _missing_packages(recipe: Recipe) -> Iterator[str]:
@@ -174,8 +173,9 @@ def _missing_memory(recipe: Recipe) -> Iterator[str]:
         numbers = [number for number in (1, 8) if recipe.global_batch % number == 0]
         plans = [plan_recipe(recipe, number, REFERENCE_GPU, None) for number in numbers]
         planned = next((each for each in plans if each.fits), plans[-1])
-        needs = f"{planned.needs / GB:.0f} GB on each of {planned.gpus} GPUs"
-        needs = needs if planned.fits else "more than 8 GPUs of 80 GB"
+        several = f"{planned.gpus} GPUs" if planned.gpus > 1 else ""
+        needs = f"{planned.needs / GB:.0f} GB on {f'each of {several}' if several else 'one GPU'}"
+        needs = needs if planned.fits else f"more than {several or 'one GPU'} of 80 GB"
         size = f" of {smallest / GB:.0f} GB" if here else ""
         yield f"{recipe.name} needs {needs}, here are {len(here)}{size}; {hint}"
     if planned.host > memory.total:

@@ -32,8 +32,7 @@ def export_run(run: Run, folder: str | os.PathLike, merge: bool = True) -> Path:
     if merge:
         print(for_terminal(serve_command(folder)))
     else:
-        base = read_json(run.folder / "init.json").get("init") or "its bare backbones"
-        print(for_terminal(f"The adapter of {run.name}; it belongs on {base}."))
+        print(for_terminal(f"The adapter of {run.name}; it belongs on {_base_of(run)[1]}."))
     return folder
 
 
@@ -90,7 +89,7 @@ def serve_command(model: str | os.PathLike, length: int | None = None) -> str:
 def _write(run, folder, merge, name, copy=shutil.copy2):
     """Write an exported run to `folder`, whole or not at all; `name` is how its card calls it."""
     source = run.folder / ("model" if merge else "adapter")
-    if not source.is_dir():
+    if not merge and not source.is_dir():
         no_lora, too_old = "it was not tuned with LoRA", "an earlier version of vflan kept none"
         reason = too_old if run.recipe.lora_r else no_lora
         raise ValueError(f"{run.name} has no adapter: {reason}; export it with merge=True.")
@@ -103,13 +102,21 @@ def _write(run, folder, merge, name, copy=shutil.copy2):
         processor.image_processor.save_pretrained(part)
         also_for_transformers_4(part)
         if not merge:
-            init = read_json(run.folder / "init.json").get("init")
-            base = dict(base_model_name_or_path=init and f"{init}/model")
             path = part / "adapter_config.json"
-            write_json(path, read_json(path) | base)
+            write_json(path, read_json(path) | dict(base_model_name_or_path=_base_of(run)[0]))
         write_dataset_card(run, part / "data")
         model_card(run, name, merge).save(part / "README.md")
     return folder
+
+
+def _base_of(run):
+    """What an adapter belongs on: the folder of a model, None for bare backbones; and in words."""
+    record = read_json(run.folder / "init.json")
+    init, parts = record.get("init"), record.get("init_weights") or {}
+    # Of weights that are no run's, only the projector is taken.
+    if init and parts.keys() == {"projector"}:
+        return None, f"its bare backbones with the projector of {init}"
+    return init and f"{init}/model", init or "its bare backbones"
 
 
 def also_for_transformers_4(folder: Path) -> None:

@@ -68,7 +68,7 @@ def run_notebooks(
     name = config.folder_name(Path(preset).stem, "preset")
     check_keep(keep)
     work = _prepare(preset, only, dict(parameters or {}), out, notebooks)
-    stages, before = [recipe.name for recipe in config.preset(preset)], work.finished_runs()
+    stages = [recipe.name for recipe in config.preset(preset)]
     record = {
         "preset": name,
         "parameters": {k: v for values in work.parameters.values() for k, v in values.items()},
@@ -87,10 +87,7 @@ def run_notebooks(
             row = work.finish(source, cost) if cost else work.rows[source.stem]
             record["notebooks"] = sorted([*record["notebooks"], row], key=lambda row: row["name"])
             work.write_book(record)
-            # another notebook that runs now may need the models
-            if jobs == 1 or len(record["notebooks"]) == len(work.sources):
-                new = set(work.finished_runs()) - set(before)
-                keep_in_all([Run(work.folder / run) for run in sorted(new)], keep, stages)
+            keep_in_all(work.no_longer_needed(source, jobs), keep, stages)
             shown = f"{cost[0]:6.1f} min  {cost[1]:5.1f} GB" if cost else "up to date".rjust(20)
             size = work.target(source).stat().st_size // 1000
             say(f"{source.stem:{width}}  {shown}  {size:4d} KB")
@@ -137,6 +134,7 @@ class _Work:
         self.keys = {source: source_key(source, self.parameters[source]) for source in self.sources}
         self.texts = {source: source.read_text("utf-8") for source in self.sources}
         self.files_before = {}  # of each notebook that was started: figures and results
+        self.runs_before, self.made = set(self.finished_runs()), {}  # runs that each notebook made
 
     def target(self, source):
         return self.out / "notebooks" / source.name
@@ -160,6 +158,17 @@ class _Work:
 
     def finished_runs(self):
         return sorted(done.parent.name for done in self.folder.glob("*/done.json"))
+
+    def no_longer_needed(self, source, jobs):
+        """The runs of this call whose models no other notebook needs once `source` has ended."""
+        earlier = self.runs_before.union(*self.made.values())
+        self.made[source] = set(self.finished_runs()) - earlier
+        left = set(self.sources) - self.made.keys()
+        if jobs > 1 and left:  # one that runs now may have made, or need, any of them
+            return []
+        needed = set().union(*(_needs(other, self.sources) for other in left))
+        names = set().union(*(self.made[other] for other in self.made.keys() - needed))
+        return [Run(self.folder / name) for name in sorted(names)]
 
     def finish(self, source, cost):
         """Clean an executed notebook and return its row of book.json."""
@@ -197,10 +206,7 @@ def _prepare(preset, only, given, out, notebooks):
         name = given["preset"]
         raise ValueError(f"the preset is no parameter: write vflan notebooks {name}, without -p")
     # an installed package has its own notebooks, unless the working directory has some
-    home = config.ROOT / "notebooks"
-    sources = find_notebooks(
-        notebooks or (home if home.is_dir() else config.resolve("notebooks")), only
-    )
+    sources = find_notebooks(notebooks or config.resolve("notebooks"), only)
     given_parameters(sources, given)
     for field in ("samples", "images"):
         if given.get(field):
@@ -261,6 +267,9 @@ def source_key(source: Path, parameters: dict) -> str:
     given = [cells, parameters]
     # a path in the parameters is absolute here; sizes and times, since samples may be large
     paths = [value for value in parameters.values() if isinstance(value, str) and value[:1] == "/"]
+    # but not these, which may be hub ids
+    names = filter(None, map(parameters.get, ("projector", "other_language_model")))
+    paths += [str(config.resolve(name)) for name in names]
     paths = [[path] if Path(path).exists() else sorted(glob.glob(path)) for path in paths]
     if states := [Path(file).stat() for files in paths for file in files]:
         given.append([(state.st_size, state.st_mtime_ns) for state in states])

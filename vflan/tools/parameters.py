@@ -7,16 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vflan.config import Preset, Recipe, read_changes, read_value, resolve
+from vflan.config import ROOT, SHIPPED, Preset, Recipe, read_changes, read_value, resolve
 from vflan.data.image_names import images_root
 
 
 def _is_whole(value, least=1):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_some(value):
-    return value is None or _is_whole(value)
 
 
 def _all_whole(value, least=1):
@@ -28,22 +24,16 @@ def _are_seeds(value):
     return _all_whole(value, least=0) and len(set(value)) == len(value)
 
 
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def _is_text_or_none(value):
-    return value is None or isinstance(value, str)
-
-
+# Where the presets' mini worlds are drawn (vflan.world.WORLDS); the first holds the backbones too.
+_WORLDS = "data/tiny", "data/frozen"
 # The language models of the mini world, which train on a core of a laptop.
 _SMALL = "data/tiny/language_model", "data/tiny/second_language_model"
 
 # {name: (what the value has to be, its test)}; a notebook's other parameters may be anything.
 _COUNT = "a whole number of at least 1", _is_whole
 _COUNTS = "a list of whole numbers of at least 1", _all_whole
-_SOME = "a whole number of at least 1, or None", _is_some
-_TEXT = "a text", _is_text
+_SOME = "a whole number of at least 1, or None", lambda value: value is None or _is_whole(value)
+_TEXT = "a text", lambda value: isinstance(value, str)
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": _TEXT,
     "num_processes": _COUNT,
@@ -58,7 +48,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beyond": ("True or False", lambda value: isinstance(value, bool)),
     "live": ('"small" or "all"', lambda value: value in ("small", "all")),
     "projector": _TEXT,
-    "other_language_model": ("a folder, a hub id or None", _is_text_or_none),
+    "other_language_model": (
+        "a folder, a hub id or None",
+        lambda value: value is None or isinstance(value, str),
+    ),
 }
 _TEXTS = ("preset", "samples", "images", "projector", "live")  # a text such as "12" stays one
 
@@ -110,6 +103,12 @@ def absolute(name: str, value: str) -> str:
         if path.exists() or glob.glob(str(path), recursive=True):
             return str(path)
     raise FileNotFoundError(f"{name}={value}: no such file or folder.")
+
+
+def in_mini_world(path: str) -> bool:
+    """Whether a recipe's path leads into a mini world of the presets, drawn already or not."""
+    homes = [home / world for home in (ROOT, SHIPPED) for world in _WORLDS]
+    return any(resolve(path).is_relative_to(home) for home in homes)
 
 
 def is_small(recipes: Preset) -> bool:

@@ -2,9 +2,9 @@
 
 It begins with what came out, in three sentences and a figure; then come the scores, floors and
 claims, the figures in the order of the paper, answers that changed between the stages, recipes,
-the machine and the cost. All of it is read from
-files and escaped by templates/report.html; no script runs on the page, which a content policy
-states too. The executed notebooks become pages beside their files, cleaned in the same way.
+the machine and the cost. All of it is read from files and escaped by templates/report.html; no
+script runs on the page, which a content policy states too. The executed notebooks become pages
+beside their files, cleaned in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import nbformat
 import pandas as pd
 import psutil
 from bleach.css_sanitizer import CSSSanitizer
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
@@ -34,7 +33,7 @@ from pygments.formatters import HtmlFormatter
 from vflan.analysis.claims import answered
 from vflan.analysis.tables import STAGES, summary
 from vflan.config import DEFAULTS, commit, read_json
-from vflan.tools.widgets.elements import picture
+from vflan.tools.widgets.elements import picture, templates
 
 BENCHMARKS_SHOWN = ("heldin", "heldout", "pope", "llava_bench")  # some answers to each are shown
 FIRST_FIGURE = "table2"  # shown below the first sentences
@@ -43,8 +42,6 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 # What is left of a notebook's page: tags, and kinds of outputs.
 TAGS = "div pre span table thead tbody tr th td p br hr img h1 h2 h3 h4 h5 h6 dl dt dd sub sup"
 OUTPUTS = {"text/plain", "text/html", "text/markdown", "image/png", "image/jpeg"}
-_LOADER = FileSystemLoader(Path(__file__).parent / "templates")
-_ENVIRONMENT = Environment(loader=_LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 Table = tuple[str, list[str], list[list]]  # (title, columns, rows)
 
@@ -141,7 +138,8 @@ def answer_rows(stages: dict[str, Path], home: Path, each: int = 3) -> Table:
     for name in BENCHMARKS_SHOWN:
         answers = {}
         for stage, folder in stages.items():
-            questions = home / read_json(folder / "recipe.json").get("benchmarks", "")
+            benchmarks = read_json(folder / "recipe.json").get("benchmarks", "")
+            questions = home / Path(benchmarks).expanduser()
             run = SimpleNamespace(folder=folder, name=stage)
             with suppress(FileNotFoundError, KeyError):  # not asked, or not to the end
                 answers[stage] = answered(run, name, questions)
@@ -236,7 +234,7 @@ def hardware() -> list[str]:
 
 
 def _render(**values):
-    return _ENVIRONMENT.get_template("report.html").render(values)
+    return templates.get_template("report.html").render(values)
 
 
 def _text(value):

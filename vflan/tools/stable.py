@@ -66,12 +66,17 @@ def _read(node):
     return _names(node, ast.Load) - inside
 
 
+def _named(node):
+    """The names that the code assigns on its way, by :=."""
+    return {part.target.id for part in ast.walk(node) if isinstance(part, ast.NamedExpr)}
+
+
 def _written(node):
     """The names that a simple statement assigns, or changes by a key, an attribute or a method."""
+    written = _named(node)
     if isinstance(node, ast.Expr):
         is_method = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)
-        return set(_root(node.value.func)) if is_method else set()
-    written = set()
+        return written | set(_root(node.value.func)) if is_method else written
     for target in [*getattr(node, "targets", []), getattr(node, "target", None)]:
         for part in ast.walk(target) if target is not None else ():
             if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript)):
@@ -125,7 +130,9 @@ class _Reader:
         items = getattr(node, "items", [])
         heads = [getattr(node, "test", None), getattr(node, "iter", None)]
         heads += [item.context_expr for item in items]
-        varies = varies or any(self.reads_varying(head) for head in filter(None, heads))
+        heads = list(filter(None, heads))
+        varies = varies or any(map(self.reads_varying, heads))
+        self.assign(set().union(*map(_named, heads)), varies)
         targets = [getattr(node, "target", None), *(item.optional_vars for item in items)]
         for target in filter(None, targets):
             self.assign(_names(target, ast.Store), varies)

@@ -53,21 +53,15 @@ class _AnswerBrowser:
             choice.value = name
         self.filters = self.make_filters()
         self.verdict = elements.dropdown(["all"], "show", "18em")
-        self.number, self.page, self.is_updating = elements.number_field("page"), w.HTML(), False
+        self.number, turning = elements.pager("page")
+        self.page, self.is_updating = w.HTML(), False
 
         for control in (*self.runs, *self.filters.values(), self.verdict, self.number):
             control.observe(self.update, "value")
         self.update()
         runs = elements.in_a_row(*self.runs, self.verdict)
-        back = elements.button("◀ back", tooltip="previous page")
-        forward = elements.button("next ▶", tooltip="next page")
-        back.on_click(lambda _: self.go_to(max(1, self.number.value - 1)))
-        forward.on_click(lambda _: self.go_to(self.number.value % self.number.max + 1))
-        filters = elements.in_a_row(*self.filters.values(), back, forward, self.number)
+        filters = elements.in_a_row(*self.filters.values(), *turning)
         self.box = w.VBox([runs, filters, self.page])
-
-    def go_to(self, number):
-        self.number.value = number
 
     def make_filters(self):
         """A choice for each column that groups the questions: {column: dropdown}."""

@@ -59,7 +59,7 @@ def chat(runs, pictures=None, max_new_tokens: int = 512) -> w.VBox:
     """
     runs = runs if isinstance(runs, (list, tuple)) else [runs]
     pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-    return _Chat({run.name: run for run in runs}, pictures, max_new_tokens).box
+    return _Chat(elements.by_name(runs), pictures or [None], max_new_tokens).box
 
 
 class _Chat:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import numpy as np
@@ -13,12 +15,16 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from PIL import Image
 
+from vflan.config import shown
 from vflan.data.images import eight_bits, read_picture
 
-_TEMPLATES = FileSystemLoader(Path(__file__).parents[1] / "templates")
-_ENVIRONMENT = Environment(loader=_TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+if TYPE_CHECKING:
+    from vflan.training.run import Run
+
+_FOLDER = FileSystemLoader(Path(__file__).parents[1] / "templates")
+templates = Environment(loader=_FOLDER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 # the macros of widgets.html as functions that return HTML; they escape text
-macros = _ENVIRONMENT.get_template("widgets.html").module
+macros = templates.get_template("widgets.html").module
 
 LABEL_STYLE = {"description_width": "initial"}  # as wide as its words
 
@@ -28,6 +34,12 @@ def as_frame(rows) -> pd.DataFrame:
     if hasattr(rows, "to_pandas"):
         return rows.to_pandas()
     return pd.DataFrame(rows).reset_index(drop=True)
+
+
+def by_name(runs) -> dict[str, Run]:
+    """{name: run}; runs of one name, from several folders, have the path of theirs."""
+    counts = Counter(run.name for run in runs)
+    return {run.name if counts[run.name] == 1 else shown(run.folder): run for run in runs}
 
 
 def picture(image, side: int = 96) -> Markup:
@@ -82,12 +94,18 @@ def matches(column: pd.Series, choice: w.Dropdown) -> np.ndarray:
     return ((column.astype(str) == choice.value) | (choice.value == "all")).to_numpy()
 
 
-def number_field(name: str) -> w.BoundedIntText:
-    """A whole number from 1 to `max`, which is 1 at first."""
+def pager(name: str) -> tuple[w.BoundedIntText, list[w.Widget]]:
+    """(a whole number from 1 to `max`, which is 1 at first; buttons that change it, and itself).
+
+    After the last comes the first.
+    """
     layout = w.Layout(width="9em")
-    return w.BoundedIntText(
-        value=1, min=1, max=1, description=name, layout=layout, style=LABEL_STYLE
-    )
+    number = w.BoundedIntText(1, min=1, max=1, description=name, layout=layout, style=LABEL_STYLE)
+    back = button("◀ back", tooltip=f"previous {name}")
+    forward = button("next ▶", tooltip=f"next {name}")
+    back.on_click(lambda _: number.set_trait("value", max(1, number.value - 1)))
+    forward.on_click(lambda _: number.set_trait("value", number.value % number.max + 1))
+    return number, [back, forward, number]
 
 
 def button(text: str, **options) -> w.Button:

@@ -57,7 +57,7 @@ def live_loss(recipes: Sequence[Recipe], seconds: float = SECONDS) -> Iterator[N
 
 def loss_page(runs: Sequence[Run]) -> str:
     """HTML of the runs' losses so far, and of the newest answers to held-out rows."""
-    tables = {run.name: run.metrics() for run in runs}
+    tables = {name: run.metrics() for name, run in elements.by_name(runs).items()}
     tables = {name: table[["step", "loss"]] for name, table in tables.items() if len(table)}
     if not tables:
         return elements.macros.page_text("waiting for the first step")

@@ -54,20 +54,17 @@ class _TaskBrowser:
             self.known[columns] = self.known[columns].replace("", pd.NA).fillna("in no list")
             self.choices = {name: elements.dropdown(["all"], name, "20em") for name in columns}
         self.task = elements.dropdown(sorted(self.numbers), "task", "26em")
-        self.number, self.page = elements.number_field("sample"), w.HTML()
-        back = elements.button("◀ back", tooltip="previous sample")
-        forward = elements.button("next ▶", tooltip="next sample")
+        self.number, turning = elements.pager("sample")
+        self.page = w.HTML()
 
         self.narrow()
         for choice in self.choices.values():
             choice.observe(self.narrow, "value")
         self.task.observe(self.show_first, "value")
         self.number.observe(self.show, "value")
-        back.on_click(lambda _: self.go_to(max(1, self.number.value - 1)))
-        forward.on_click(lambda _: self.go_to(self.number.value % self.number.max + 1))
         self.show()
         choices = elements.in_a_row(*self.choices.values(), self.task)
-        self.box = w.VBox([choices, elements.in_a_row(back, forward, self.number), self.page])
+        self.box = w.VBox([choices, elements.in_a_row(*turning), self.page])
 
     def narrow(self, _=None):
         """Offer the categories of the chosen group, and the tasks of both."""
@@ -78,9 +75,6 @@ class _TaskBrowser:
         tasks = sorted(possible["task_name"])
         if list(self.task.options) != tasks:
             self.task.options = tasks
-
-    def go_to(self, number):
-        self.number.value = number
 
     def show_first(self, _):
         self.number.value = 1
@@ -128,4 +122,5 @@ def _by_task(samples):
     if isinstance(samples, Dataset):
         return samples, rows_by_task(samples)
     frame = elements.as_frame(samples)
+    frame["task_name"] = frame["task_name"].fillna("")
     return frame.to_dict("records"), frame.groupby("task_name", sort=False).indices
