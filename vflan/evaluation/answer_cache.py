@@ -25,7 +25,7 @@ from filelock import Timeout
 from vflan.config import read_json, shown
 from vflan.data.images import content_sum, picture_trouble
 from vflan.escape import for_terminal, from_sheet, write_sheet
-from vflan.io import explain_writing, hold, read_line, sealed_line, set_aside
+from vflan.io import explain_writing, hold, read_line, say, sealed_line, set_aside
 from vflan.progress import counted
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def read_kept(path: Path, mend: bool = False) -> tuple[dict | None, list[dict]]:
     header, *lines = read_cache(path, mend) or [{}]
     rows = [row for row in lines if row and _is_answer(row)]
     if damaged := len(lines) - len(rows):
-        print(f"{shown(path)}: {damaged} damaged lines are not used.", file=sys.stderr, flush=True)
+        say(f"{shown(path)}: {damaged} damaged lines are not used.")
     return (None if header and "i" in header else header), rows
 
 
@@ -175,7 +175,7 @@ def locked(path: Path) -> Iterator[None]:
             held.enter_context(hold(lock, timeout=0))
         except Timeout:
             where = for_terminal(shown(path))
-            print(f"Another process is writing {where}: waiting for it.", flush=True)
+            say(f"Another process is writing {where}: waiting for it.", sys.stdout)
             held.enter_context(hold(lock))
         yield
 

@@ -7,7 +7,6 @@ import html
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -139,7 +138,7 @@ class Run:
             from vflan.training.gpus import find_problem
 
             words = "was trained in bf16 and now computes in fp32, on the CPU"
-            print(f"{self.name} {words}: {find_problem()}", file=sys.stderr, flush=True)
+            io.say(f"{self.name} {words}: {find_problem()}")
         return model
 
     def processor(self) -> LlavaProcessor:
