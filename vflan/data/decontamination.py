@@ -5,8 +5,9 @@ a crop of 5 % on each side leaves. Evaluation images with a similar view are can
 candidate is then compared in detail: least squares find the frame of one image inside the other,
 and the two count as copies only if nothing in that frame differs by more than JPEG at quality 30
 and halving the size were measured to do. This finds copies that were recompressed, resized, or
-cropped by 3 to 6 % on each side, and does not report two images that differ in one small object.
-Mirrored, rotated and recoloured copies are not searched.
+cropped by 3 to 6 % on each side. It tells two images apart where only one has a small object, or
+where an object has another colour. If only the shape or texture of a small object differs, the two
+may be reported. Mirrored, rotated and recoloured copies are not searched.
 """
 
 from __future__ import annotations

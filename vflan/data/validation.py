@@ -81,7 +81,7 @@ class Report:
 
     @property
     def contaminated(self) -> list[int]:
-        """The rows whose image is in a benchmark, ascending."""
+        """The rows whose image is in a benchmark, or near one of its images, ascending."""
         return [] if self.contamination is None else sorted(set(self.contamination.row))
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Report:
             what = "pictures repeat another one's content under another name"
             lines.append(f"{len(self.duplicates)} {what}")
         if self.contamination is not None:
-            rows = f"{len(self.contaminated)} rows show a picture of a benchmark"
+            rows = f"{len(self.contaminated)} rows have a picture that is near one of a benchmark"
             lines.append(f"{rows}; {len(self.questions)} questions are asked by a benchmark too")
         if self.unread:
             what = "evaluation pictures could not be compared, first:"
