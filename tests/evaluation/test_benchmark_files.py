@@ -556,6 +556,10 @@ def test_seed_tables_bring_their_pictures(tmp_path, cache):
     )
     frame.to_parquet(tmp_path / "seed.parquet")
     (sample,) = BENCHMARKS["seed"].questions(tmp_path / "seed.parquet")
+    parts = [tmp_path / f"test-0000{i}-of-00002.parquet" for i in range(2)]
+    for part in parts:
+        frame.assign(index=part.name[9]).to_parquet(part)
+    assert len(BENCHMARKS["seed"].questions(parts[0])) == 2
     assert sample["text"] == "q\nA. x\nB. y" + LETTER and Image.open(sample["image"]).size == (
         40,
         30,

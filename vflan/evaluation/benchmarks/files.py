@@ -62,6 +62,14 @@ def read_rows(path: str | Path, na: bool = False) -> list | dict:
         raise UnreadableFile(f"{path} is damaged, or is no {kind} file ({reason}).") from error
 
 
+def parts_of(path: Path) -> list[Path]:
+    """All files of the split of which the hub's file is one: test-00000-of-00002.parquet ..."""
+    part = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.parquet)", path.name)
+    if not part:
+        return [path]
+    return [path.with_name(f"{part[1]}{number:05}{part[2]}") for number in range(int(part[3]))]
+
+
 def open_bytes(path: Path) -> IO[bytes]:
     """An open file; gzip is unpacked, whatever the file is called."""
     with path.open("rb") as file:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,14 @@ from vflan.evaluation.benchmarks.benchmark import (
     first_sentence,
     metrics,
 )
-from vflan.evaluation.benchmarks.files import SHORT, pictures_in, read_bytes, read_rows, read_text
+from vflan.evaluation.benchmarks.files import (
+    SHORT,
+    parts_of,
+    pictures_in,
+    read_bytes,
+    read_rows,
+    read_text,
+)
 from vflan.evaluation.benchmarks.reading import affirms
 
 SETS = ("cifar10", "cifar100", "mnist", "miniimagenet")
@@ -159,14 +165,6 @@ def read_miniimagenet(path: Path, labels: Path, keep: Callable, name: str) -> li
             f"{here}/words.txt is not there: ImageNet's names of the classes (id, tab, names)."
         )
     return ask(name, [(image(r["filename"]), ids.index(r["label"])) for r in rows], classes, keep)
-
-
-def parts_of(path: Path) -> list[Path]:
-    """All files of the split of which the hub's file is one: test-00000-of-00002.parquet ..."""
-    part = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.parquet)", path.name)
-    if not part:
-        return [path]
-    return [path.with_name(f"{part[1]}{number:05}{part[2]}") for number in range(int(part[3]))]
 
 
 def read_parquet(path: Path, keep: Callable, name: str) -> list[dict]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vflan.evaluation.benchmarks.benchmark import Benchmark, Metric, metrics
-from vflan.evaluation.benchmarks.files import LETTER, find, pictures_in, read_rows
+from vflan.evaluation.benchmarks.files import LETTER, find, parts_of, pictures_in, read_rows
 from vflan.evaluation.benchmarks.mmbench import lettered
 
 TYPES = dict(
@@ -41,7 +41,8 @@ def known(sample: dict) -> bool:
 
 def read(path: Path, labels: Path, keep: Callable) -> list[dict]:
     """The questions of the authors' json, of a table, or of LLaVA's file (labels: the authors')."""
-    data = read_rows(path, na=True)
+    first, *others = [read_rows(part, na=True) for part in parts_of(path)]
+    data = sum(others, first)
     image = pictures_in(path.parent)
     if isinstance(data, dict):
         return [by_authors(q) | {"image": image(where(q))} for q in data["questions"]]
