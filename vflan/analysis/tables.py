@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from vflan.analysis.claims import READ
+from vflan.analysis.claims import FEW, HOLDS, NOT, READ, WEAKLY
 from vflan.analysis.plots.reference import CAPTIONS, TITLES, UNITS, Scores, headline, printed
 from vflan.config import ROOT, resolve, shown
 from vflan.data.images import open_picture
@@ -260,7 +260,10 @@ def claims_markdown(verdicts: pd.DataFrame) -> str:
 def verdicts_markdown(verdicts: pd.DataFrame) -> str:
     """The whole claims, one item for each verdict, with the effect of each claim in points."""
     items = []
-    for verdict, rows in verdicts[verdicts.claim.str.isdigit()].groupby("verdict", sort=False):
+    whole = verdicts[verdicts.claim.str.isdigit()]
+    for verdict in (HOLDS, WEAKLY, NOT, FEW):
+        if (rows := whole[whole.verdict == verdict]).empty:
+            continue
         words = [for_markdown(statement) for statement in rows.statement]
         claims = [f"({claim}) {text}" + ("" if pd.isna(effect) else f": {effect:+.1f}")
                   for claim, text, effect in zip(rows.claim, words, rows.effect)]  # fmt: skip
