@@ -19,6 +19,7 @@ TITLES = BENCHMARKS.titles()  # {benchmark: its name in figures and tables}
 CAPTIONS = json.loads((Path(__file__).parents[1] / "captions.json").read_text(encoding="utf-8"))
 UNITS = {"f1": "F1", "score": "score", "accuracy": "accuracy, %", "yes_ratio": "share of yes, %"}
 UNITS |= {"format": "answers, %", "hallucination": "pairs, %", "words": "words"}
+UNITS |= {"recall": "words found, %", "coverage_capitalised": "names, %"}
 
 
 def paper() -> pd.DataFrame:
