@@ -318,15 +318,25 @@ def test_the_claims_in_words_are_the_verdicts():
     found = pd.read_csv(HOME / "data/results/claims_tiny.csv", dtype={"claim": str})
     found, text = found.set_index("claim"), words("docs/results.md")
     whole = found[found.index.str.isdigit()].verdict.value_counts()
-    number = {1: "one", 4: "four", 5: "five"}
-    holds, weakly = number[whole["holds"]].capitalize(), number[whole["holds weakly"]]
-    assert f"{holds} of the ten claims hold, and {weakly} holds weakly." in text
-    assert f"{number[whole.iloc[whole.argmax()]].capitalize()} do not hold at this scale." in text
-    assert f"by {found.effect['3a']:.0f} points (3a)" in text
+    counts = whole["holds"], whole["holds weakly"], whole["does not hold at this scale"]
+    assert counts == (8, 1, 1)
+    assert "Eight of the ten claims hold, one holds weakly, and one does not." in text
+    assert f"is {found.effect['5a']:.0f} points (5a)" in text
+    assert f"as Chat has {found.effect['5b']:.0f} (5b)" in text
     assert f"by {found.effect['4c']:.0f} points (4c)" in text
-    assert f"correlation {found.effect['7b'] / 100:.2f} " in text
+    assert f"correlate by {found.effect['7b'] / 100:.3f} (7b)" in text
     seeds = pd.to_numeric(found.n_seeds)
-    assert seeds["1"] == 10 and seeds.min() == 5
+    assert seeds["1"] == 10 and seeds.min() == 6
+    # The means behind the sentences.
+    scores = pd.read_csv(HOME / "data/results/tiny_sweeps.csv")
+    mean = scores.groupby(["run", "benchmark", "metric"]).value.mean().round(0).astype(int)
+    mmbench = [mean[run, "mmbench", "accuracy"] for run in ("base", "chat")]
+    assert "MMBench falls from {} to {}".format(*mmbench) in text
+    assert f"100 bring {mean['chat-100', 'llava_bench', 'format']} % of answers" in text
+    read = [mean[run, "textocr", "recall"] for run in ("from-projector-3000", "base", "chat")]
+    assert "reads {} % of the words in pictures, Base {} %, Chat {} %".format(*read) in text
+    named = [mean[run, "wit", "coverage_capitalised"] for run in ("base", "chat")]
+    assert "of the entities, Base {} %, Chat {} %".format(*named) in text
 
 
 def test_the_numbers_of_the_mini_world_are_those_of_the_code():

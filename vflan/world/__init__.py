@@ -34,6 +34,7 @@ from vflan.world.scene import (
     rng_of,
     sample_scene,
 )
+from vflan.world.scene import render as render  # users draw with vflan.world.render
 from vflan.world.tasks import KINDS, YES_NO, added_kinds, kinds, sample, table, unique
 from vflan.world.twins import CHOICES, write_twins
 from vflan.world.words import NUMBERS, describe, sentences
