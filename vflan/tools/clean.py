@@ -33,7 +33,15 @@ def clean_file(path: Path) -> int:
     """
     notebook = clean_notebook(nbformat.read(path, as_version=4))
     text = nbformat.writes(notebook)
-    for quality, scale in ((92, 1), (80, 1), (80, 0.85), (80, 0.75), (78, 0.67), (75, 0.6)):
+    for quality, scale in (
+        (92, 1),
+        (80, 1),
+        (80, 0.85),
+        (80, 0.75),
+        (78, 0.67),
+        (75, 0.6),
+        (75, 0.52),
+    ):
         if len(text.encode()) > LIMIT:
             copy = nbformat.from_dict(notebook)
             text = nbformat.writes(shrink_pictures(copy, quality, scale))
