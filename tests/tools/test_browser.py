@@ -23,6 +23,7 @@ from vflan import world
 from vflan.config import ROOT, preset, resolve
 from vflan.evaluation.evaluator import present
 from vflan.training.run import Run
+from vflan.training.trainer import pretrained_stage
 
 SECONDS = 240  # a busy machine may need for one step
 CELLS = {  # of each notebook, the cells that contain these words are run
@@ -39,16 +40,16 @@ CELLS = {  # of each notebook, the cells that contain these words are run
 def finished():
     """Whether the tiny preset's first seed is trained and evaluated, and its world drawn."""
     p = preset("tiny")
-    asked = resolve(p.base.benchmarks)
+    asked, stages = resolve(p.base.benchmarks), [pretrained_stage(p.projector), p.base, p.chat]
     if (
         not resolve(p.base.samples).is_file()
         or not asked.is_dir()
-        or not all(Run(r.folder).finished for r in p)
+        or not all(Run(r.folder).finished for r in stages)
     ):
         return False
     return all(
         (recipe.folder / "answers" / f"{name}.jsonl").is_file()
-        for recipe in p
+        for recipe in stages
         for name in present(asked)
     )
 
