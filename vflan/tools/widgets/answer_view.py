@@ -98,9 +98,11 @@ class _AnswerBrowser:
     def fitting(self, names, right, differ):
         """Which questions fit the chosen verdict, benchmark and task: booleans (questions,)."""
         verdicts = _verdicts(names, right, differ)
-        position = self.verdict.options.index(self.verdict.value)
-        self.verdict.options = list(verdicts)
-        self.verdict.index = min(position, len(verdicts) - 1)
+        # Setting options also sets the choice, and would undo one that the browser makes meanwhile.
+        if self.verdict.options != tuple(verdicts):
+            position = self.verdict.options.index(self.verdict.value)
+            self.verdict.options = list(verdicts)
+            self.verdict.index = min(position, len(verdicts) - 1)
         fits = verdicts[self.verdict.value].copy()
         for column, choice in self.filters.items():
             if column == "category":  # only those of the chosen benchmark and verdict
