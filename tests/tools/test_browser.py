@@ -181,6 +181,8 @@ def keep(widget, name):
 def choose(widget, name, option):
     field = widget.locator(".widget-dropdown").filter(has=widget.page.get_by_text(name, exact=True))
     field.locator("select").select_option(option)
+    # The browser loses a choice that follows another one within milliseconds; nobody is so fast.
+    widget.page.wait_for_timeout(1500)
 
 
 def says(widget, *texts):
