@@ -63,7 +63,7 @@ def recipes(model, language_model):
     """The preset whose language model is to be measured."""
     changes = {"runs": f"runs/scale/{model}/runs"}
     if model == "smol":
-        return preset("smol", changes | {"language_model": language_model})
+        return preset("smol", changes, language_model=language_model)
     folder = folder_of(int(model))
     changes |= {"language_model": str(folder / "language_model")}
     p = preset("tiny", changes)
@@ -141,6 +141,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--language-model", default="", help="the folder of smol's language model")
     args = parser.parse_args()
+    if "smol" in args.models and (args.what == "make" or not args.language_model):
+        parser.error("smol: examples/smollm2.py makes it; run needs --language-model FOLDER.")
     for model in args.models:
         if args.what == "make":
             make(int(model))

@@ -103,7 +103,7 @@ def test_each_kind_of_copy_is_found(tmp_path):
     )
     assert report.by_task.contaminated.tolist() == [2, 3] and report.contaminated == [1, 2, 3, 4, 5]
     assert report.ok == 6  # nothing is removed by itself
-    assert "5 rows have a picture that is near one of a benchmark" in str(report)
+    assert "5 rows have a picture that is one of a benchmark's, or near one" in str(report)
 
 
 def test_a_training_image_whose_crop_is_in_a_benchmark_is_found(tmp_path):

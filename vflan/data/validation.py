@@ -94,8 +94,10 @@ class Report:
             what = "pictures repeat another one's content under another name"
             lines.append(f"{len(self.duplicates)} {what}")
         if self.contamination is not None:
-            rows = f"{len(self.contaminated)} rows have a picture that is near one of a benchmark"
-            lines.append(f"{rows}; {len(self.questions)} questions are asked by a benchmark too")
+            what = "rows have a picture that is one of a benchmark's, or near one"
+            lines.append(
+                f"{len(self.contaminated)} {what}; {len(self.questions)} questions are asked by a benchmark too"
+            )
         if self.unread:
             what = "evaluation pictures could not be compared, first:"
             lines.append(f"{len(self.unread)} {what} {self.unread[0]}")

@@ -351,9 +351,8 @@ def packed_step(
     # That file imports this one.
     from vflan.training.validation import hold_out
 
-    recipe, kept = replace(recipe, packing="packed"), np.arange(len(samples))
-    if recipe.heldout_rows:
-        kept, _ = hold_out(samples["id"][:], recipe.heldout_rows)
+    recipe = replace(recipe, packing="packed")
+    kept, _ = hold_out(samples["id"][:], recipe.heldout_rows)
     batches = batch_order(None, recipe, kept)
     # Each epoch reads every row that is not held out.
     first_epoch = batches[: batches.in_epoch]
