@@ -95,9 +95,8 @@ class Report:
             lines.append(f"{len(self.duplicates)} {what}")
         if self.contamination is not None:
             what = "rows have a picture that is one of a benchmark's, or near one"
-            lines.append(
-                f"{len(self.contaminated)} {what}; {len(self.questions)} questions are asked by a benchmark too"
-            )
+            asked = f"{len(self.questions)} questions are asked by a benchmark too"
+            lines.append(f"{len(self.contaminated)} {what}; {asked}")
         if self.unread:
             what = "evaluation pictures could not be compared, first:"
             lines.append(f"{len(self.unread)} {what} {self.unread[0]}")
